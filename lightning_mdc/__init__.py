@@ -1,0 +1,27 @@
+"""Multi-dimensional compression of vision transformers: heads, MLP neurons and tokens, by dependence with the prediction.
+
+After Hou & Kung, "Multi-Dimensional Model Compression of Vision Transformer" (arXiv 2201.00043).
+"""
+
+from lightning_mdc import errors
+from lightning_mdc.budget import Budget, macs, plan_macs, policy_macs
+from lightning_mdc.importance import HSIC, Scores, hsic, make_plan, score
+from lightning_mdc.policy import Plan, Policy
+from lightning_mdc.surgery import masked, slim
+
+__all__ = [
+    "HSIC",
+    "Budget",
+    "Plan",
+    "Policy",
+    "Scores",
+    "errors",
+    "hsic",
+    "macs",
+    "make_plan",
+    "masked",
+    "plan_macs",
+    "policy_macs",
+    "score",
+    "slim",
+]

@@ -1,0 +1,129 @@
+"""Closed-form cost of a vision transformer with given numbers of heads, neurons and tokens.
+
+Per block with N tokens, width D, a = heads * head_dim, m neurons: ``N D 3a + 2 N^2 a + N a D + 2 N D m`` MACs
+(DESIGN: "FLOPs" in this literature are MACs). A gate or a GLU adds its own Linear. In a token stage the MLP sees the
+tokens that are left, and the score row adds N a (N^2 a for mean attention received). LayerNorm, softmax, activations
+and biases are not counted, which is how `torch.utils.flop_counter.FlopCounterMode` counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lightning_mdc.models import Counts, Sites, UnitSite
+from lightning_mdc.policy import Plan
+
+
+@dataclass(frozen=True)
+class TokenDrop:
+    """A token stage as far as cost is concerned: `keep` may be an array of keep ratios, one per policy."""
+
+    block: int
+    keep: Any
+    scored: bool = True  # False when a prior alone decides, so that no attention row is computed
+
+
+class CostModel:
+    """Prices counts of heads and neurons and token drops for one model at one input size.
+
+    All methods take arrays with any leading shape: (..., blocks) counts give (...) costs, so that thousands of
+    policies are priced at once. Counts may be fractional (a solver's relaxation).
+    """
+
+    def __init__(self, sites: Sites, input_size: tuple[int, int] | None = None) -> None:
+        size = sites.input_size[1:] if input_size is None else input_size
+        grid = sites.grid_of(size)
+        self.sites = sites
+        self.size = size
+        self.num_prefix = sites.num_prefix_tokens
+        self.num_tokens = grid[0] * grid[1] + sites.num_prefix_tokens
+        self.num_rows = len(sites.class_rows)
+        heads, neurons = [b.heads for b in sites.blocks], [b.neurons for b in sites.blocks]
+        self.heads = _each(heads, lambda site: site.num_units)
+        self.neurons = _each(neurons, lambda site: site.num_units)
+        self.head_dims = _each(heads, lambda site: site.unit_width)
+        # Weights of the Linear layers per unit = MACs per token and unit.
+        self.head_weights, self.neuron_weights = _each(heads, _weights), _each(neurons, _weights)
+        self.head_params, self.neuron_params = _each(heads, _params), _each(neurons, _params)
+        prunable = int(self.head_params @ self.heads + self.neuron_params @ self.neurons)
+        self.fixed_params = num_params(sites.model) - prunable
+
+    def tokens_left(self, num_tokens: Any, keep: Any) -> Any:
+        """Tokens that go on (fused one not counted) of `num_tokens` at ratio `keep`; whole counts stay whole."""
+        return np.minimum(num_tokens, np.maximum(np.floor(num_tokens * keep + 1e-6), self.num_prefix + 1))
+
+    def macs(self, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True) -> Any:
+        """MACs of one image. heads, neurons: (..., blocks). Returns (...)."""
+        heads, neurons = np.asarray(heads), np.asarray(neurons)
+        by_block = {drop.block: drop for drop in drops}
+        tokens: Any = np.asarray(self.num_tokens, dtype=np.float64)
+        total: Any = 0.0
+        for block in range(self.sites.depth):
+            width = heads[..., block] * self.head_dims[block]
+            total = total + tokens * heads[..., block] * self.head_weights[block] + 2 * tokens * tokens * width
+            drop = by_block.get(block)
+            if drop is not None:
+                kept = self.tokens_left(tokens, drop.keep)
+                rows = self.num_rows or tokens
+                dropped = kept < tokens
+                total = total + np.where(dropped & drop.scored, rows * tokens * width, 0)
+                tokens = np.where(dropped, kept + fuse, tokens)
+            total = total + tokens * neurons[..., block] * self.neuron_weights[block]
+        return total + self.sites.fixed_macs(self.size, tokens)
+
+    def params(self, heads: Any, neurons: Any) -> Any:
+        """Parameters. heads, neurons: (..., blocks). Returns (...)."""
+        return self.fixed_params + np.asarray(heads) @ self.head_params + np.asarray(neurons) @ self.neuron_params
+
+    def of_counts(self, counts: Counts) -> int:
+        """MACs of a policy in whole units."""
+        drops = [TokenDrop(block, keep) for block, keep in zip(counts.stages, counts.tokens, strict=True)]
+        return int(self.macs(*self._filled(counts.heads, counts.neurons), drops))
+
+    def of_plan(self, plan: Plan) -> int:
+        """MACs of the slim model of `plan`, exactly."""
+        drops = [_drop(stage, len(plan.heads[stage.block]) if plan.heads else None) for stage in plan.tokens]
+        heads, neurons = [len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons]
+        return int(self.macs(*self._filled(heads, neurons), drops, plan.fuse))
+
+    def of_model(self) -> int:
+        """MACs of the model as it is, built-in token stages included."""
+        drops = [_drop(stage, None) for stage in self.sites.stages]
+        return int(self.macs(self.heads, self.neurons, drops, self.sites.fuse))
+
+    def params_of_plan(self, plan: Plan) -> int:
+        """Parameters of the slim model of `plan`."""
+        return int(self.params(*self._filled([len(k) for k in plan.heads], [len(k) for k in plan.neurons])))
+
+    def _filled(self, heads: Any, neurons: Any) -> tuple[Any, Any]:
+        # A dimension that cannot be cut has no counts; it keeps what it has.
+        return heads if len(heads) else self.heads, neurons if len(neurons) else self.neurons
+
+
+def _drop(stage: Any, num_heads: int | None) -> TokenDrop:
+    return TokenDrop(stage.block, stage.keep, scored=stage.score != "dependence" or num_heads == 0)
+
+
+def _each(sites: Sequence[UnitSite | None], value: Callable[[UnitSite], int]) -> np.ndarray:
+    return np.array([0 if site is None else value(site) for site in sites], dtype=np.int64)
+
+
+def _weights(site: UnitSite) -> int:
+    rows = sum(producer.copies * producer.linear.in_features for producer in site.producers)
+    return site.unit_width * (rows + site.consumer.out_features)
+
+
+def _params(site: UnitSite) -> int:
+    biases = sum(producer.copies for producer in site.producers if producer.linear.bias is not None)
+    norm = 0 if site.norm is None else sum(1 for _ in site.norm.parameters())
+    return _weights(site) + site.unit_width * (biases + norm)
+
+
+def num_params(model: nn.Module) -> int:
+    """Parameters of any module."""
+    return sum(p.numel() for p in model.parameters())

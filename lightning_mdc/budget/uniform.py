@@ -1,0 +1,209 @@
+"""The uniform policy: one keep ratio for all dimensions, in whole units, as close under the budget as units allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lightning_mdc.budget import Budget, as_budget
+from lightning_mdc.budget.costs import CostModel, TokenDrop
+from lightning_mdc.errors import BudgetError
+from lightning_mdc.models import find_sites
+from lightning_mdc.policy import Policy, default_stages, kept_tokens
+
+
+def uniform_policy(
+    model: nn.Module,
+    budget: float | Budget,
+    dimensions: Iterable[str] | None = None,
+    *,
+    min_heads: int = 1,
+    min_neurons: int = 1,
+    round_to: int = 1,
+    stages: Sequence[int] | None = None,
+) -> Policy:
+    """See `Policy.uniform`.
+
+    One ratio is solved for on the relaxed (fractional) problem; heads and tokens are rounded to whole units, then the
+    neurons, the finest unit, take up what rounding left over or took away.
+    """
+    sites = find_sites(model)
+    names = sites.require(dimensions)
+    for name, value, least in (("min_heads", min_heads, 0), ("min_neurons", min_neurons, 0), ("round_to", round_to, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise BudgetError(f"{name}={value!r}: expected a whole number of at least {least}")
+    if stages is not None:
+        sites.counts(Policy(stages=stages))  # refuses blocks the model does not have
+    solver = _Solver(
+        CostModel(sites),
+        as_budget(budget),
+        names,
+        min_heads=min_heads,
+        min_neurons=min_neurons,
+        round_to=round_to,
+        stages=default_stages(sites.depth) if stages is None else tuple(stages),
+    )
+    solver.check_reachable(budget)
+    heads, neurons, kept = solver.solve()
+    return Policy(
+        heads=1.0 if "heads" in sites.reasons else _ratios(heads, solver.costs.heads),
+        neurons=1.0 if "neurons" in sites.reasons else _ratios(neurons, solver.costs.neurons),
+        tokens=1.0 if "tokens" in sites.reasons else solver.token_ratios(kept) or 1.0,
+        stages=stages,
+    )
+
+
+def _ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:
+    return [int(k) / int(n) if n else 1.0 for k, n in zip(kept, sizes, strict=True)]
+
+
+def _spread(total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """`total` units over blocks, each between `least` and `most` and equally filled up to one unit.
+
+    Equal blocks: ``_spread(7, [1, 1, 1], [4, 4, 4])`` is ``[3, 2, 2]``.
+    """
+    room = most - least
+    if not room.sum():
+        return least.copy()
+    exact = room * ((total - least.sum()) / room.sum())
+    counts = least + np.floor(exact + 1e-9).astype(np.int64)
+    for block in np.argsort(-(exact - np.floor(exact + 1e-9)), kind="stable")[: total - counts.sum()]:
+        counts[block] += 1
+    return counts
+
+
+def _largest(low: int, high: int, feasible: Callable[[int], bool]) -> int | None:
+    """The largest whole number in [low, high] that is feasible, for a predicate true up to some point; None if none."""
+    if high < low or not feasible(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if feasible(middle) else (low, middle - 1)
+    return low
+
+
+class _Solver:
+    """Tries counts against the cost model. Counts are (heads, neurons) per block and tokens left per stage."""
+
+    def __init__(
+        self,
+        costs: CostModel,
+        budget: Budget,
+        dimensions: tuple[str, ...],
+        *,
+        min_heads: int,
+        min_neurons: int,
+        round_to: int,
+        stages: tuple[int, ...],
+    ) -> None:
+        self.costs, self.stages, self.round_to = costs, stages, round_to
+        self.min_heads, self.min_neurons = min_heads, min_neurons
+        self.dense_macs = float(costs.macs(costs.heads, costs.neurons))
+        self.limits = budget.limits(self.dense_macs, float(costs.params(costs.heads, costs.neurons)))
+        # Dropping tokens saves no parameter; under a parameter budget it would only hurt.
+        self.drops_tokens = "tokens" in dimensions and "macs" in self.limits
+        self.least_heads = np.minimum(costs.heads, min_heads) if "heads" in dimensions else costs.heads
+        # Neurons move in groups of round_to; a block's last, incomplete group is kept only by keeping them all.
+        whole = -(-min_neurons // round_to) * round_to
+        self.least_neurons = np.minimum(costs.neurons, whole) if "neurons" in dimensions else costs.neurons
+
+    def load(self, heads: Any, neurons: Any, kept: list[int] | float) -> float:
+        """Cost as a fraction of the budget: feasible up to 1. `kept` may be one ratio for all stages."""
+        ratios = self.token_ratios(kept) if isinstance(kept, list) else [kept] * len(self.stages)
+        drops = [TokenDrop(block, keep) for block, keep in zip(self.stages, ratios, strict=True)]
+        cost = {"macs": self.costs.macs(heads, neurons, drops), "params": self.costs.params(heads, neurons)}
+        return max(float(cost[name]) / limit for name, limit in self.limits.items())
+
+    def token_ratios(self, kept: list[int]) -> list[float]:
+        """Whole tokens left per stage as ratios of what reaches the stage, e.g. 137 of 197, then 96 of 138."""
+        ratios, tokens = [], self.costs.num_tokens
+        for count in kept:
+            ratios.append(count / tokens)
+            tokens = count + 1 if count < tokens else tokens
+        return ratios
+
+    def check_reachable(self, budget: float | Budget) -> None:
+        smallest = self.load(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
+        if smallest <= 1:
+            return
+        name = "macs" if "macs" in self.limits else "params"
+        limit = self.limits[name]
+        shown = budget if isinstance(budget, Budget) else f"{budget:g}"
+        reachable = smallest * limit / self.dense_macs if not isinstance(budget, Budget) else smallest * limit
+        remedy = "raise budget" + (" or pass min_heads=0" if self.min_heads else "")
+        raise BudgetError(
+            f"budget={shown} is below the smallest reachable cost {reachable:.4g} of this model "
+            f"({self.least_heads.min()} heads, {self.least_neurons.min()} neurons per block"
+            f"{', one patch token' if self.drops_tokens else ''}); {remedy} or allow more dimensions"
+        )
+
+    def solve(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        ratio = self._relaxed_ratio()
+        full = self.costs.heads.sum()
+        heads = np.maximum(self.least_heads, np.rint(self.costs.heads * ratio).astype(np.int64))
+        kept = self._kept(ratio)
+        least = self.least_neurons
+        if self.load(heads, least, kept) > 1:  # rounding up took more than the neurons can give back
+            fewer = self._most_heads(int(heads.sum()), least, kept)
+            heads = self.least_heads if fewer is None else fewer
+        if self.load(heads, least, kept) > 1:
+            parts = _largest(0, 4096, lambda part: self.load(heads, least, self._kept(ratio * part / 4096)) <= 1)
+            kept = self._kept(ratio * (parts or 0) / 4096)
+        neurons = self._most_neurons(heads, kept)
+        if (neurons == self.costs.neurons).all():  # rounding down left more than the neurons can take
+            more = self._most_heads(int(full), neurons, kept)
+            heads = heads if more is None or more.sum() < heads.sum() else more
+            kept = self._most_tokens(heads, neurons, kept)
+        return heads, neurons, kept
+
+    def _relaxed_ratio(self) -> float:
+        def feasible(part: int) -> bool:
+            ratio = part / 65536
+            heads = np.maximum(self.least_heads, self.costs.heads * ratio)
+            neurons = np.maximum(self.least_neurons, self.costs.neurons * ratio)
+            return self.load(heads, neurons, ratio if self.drops_tokens else 1.0) <= 1
+
+        return 1.0 if feasible(65536) else (_largest(0, 65535, feasible) or 0) / 65536
+
+    def _kept(self, ratio: float) -> list[int]:
+        kept, tokens = [], self.costs.num_tokens
+        for _ in self.stages:
+            count = tokens
+            if self.drops_tokens:
+                count = min(tokens, max(round(tokens * ratio), self.costs.num_prefix + 1))
+            kept.append(count)
+            tokens = count + 1 if count < tokens else tokens
+        return kept
+
+    def _most_heads(self, most: int, neurons: np.ndarray, kept: list[int]) -> np.ndarray | None:
+        def spread(total: int) -> np.ndarray:
+            return _spread(total, self.least_heads, self.costs.heads)
+
+        total = _largest(int(self.least_heads.sum()), most, lambda t: self.load(spread(t), neurons, kept) <= 1)
+        return None if total is None else spread(total)
+
+    def _most_neurons(self, heads: np.ndarray, kept: list[int]) -> np.ndarray:
+        least, most = self.least_neurons // self.round_to, -(-self.costs.neurons // self.round_to)
+
+        def spread(total: int) -> np.ndarray:
+            groups = np.minimum(_spread(total, least, most) * self.round_to, self.costs.neurons)
+            return np.maximum(groups, self.least_neurons)
+
+        total = _largest(int(least.sum()), int(most.sum()), lambda t: self.load(heads, spread(t), kept) <= 1)
+        return self.least_neurons if total is None else spread(total)
+
+    def _most_tokens(self, heads: np.ndarray, neurons: np.ndarray, kept: list[int]) -> list[int]:
+        kept = list(kept)
+        for stage in reversed(range(len(kept) if self.drops_tokens else 0)):
+
+            def with_count(count: int, stage: int = stage) -> list[int]:
+                return [*kept[:stage], count, *kept[stage + 1 :]]
+
+            reaching = round(kept[stage] / self.token_ratios(kept)[stage])
+            # Keeping all but one saves nothing: the fused token takes its place.
+            best = _largest(kept[stage], reaching - 2, lambda c: self.load(heads, neurons, with_count(c)) <= 1)
+            kept = kept if best is None else with_count(best)
+        return kept

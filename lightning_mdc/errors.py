@@ -1,0 +1,44 @@
+"""Every error this package raises on purpose. One base, so that callers can catch ours and nothing else.
+
+Messages name the argument, its value, the reason and the remedy, in that order.
+"""
+
+
+class MdcError(Exception):
+    """Base of all errors of lightning_mdc."""
+
+
+class UnsupportedModelError(MdcError):
+    """No adapter knows the model, or a part of it cannot lose the units it was asked to lose."""
+
+
+class PolicyError(MdcError, ValueError):
+    """A policy does not fit the model, or is no policy."""
+
+
+class PlanError(MdcError, ValueError):
+    """A plan does not fit the model, or is no plan."""
+
+
+class BudgetError(MdcError, ValueError):
+    """A budget is malformed or cannot be reached."""
+
+
+class CalibrationError(MdcError, ValueError):
+    """The batches given for scoring cannot be scored, or scores do not fit the model."""
+
+
+class ArtifactError(MdcError):
+    """A saved model is missing, damaged, foreign, or cannot be expressed."""
+
+
+class DistillationError(MdcError, ValueError):
+    """Student, teacher and loss settings do not fit together."""
+
+
+class DataError(MdcError, ValueError):
+    """A data set cannot be found or split as asked."""
+
+
+class ConfigError(MdcError, ValueError):
+    """A setting of ``train.py`` is unknown or contradicts another."""

@@ -1,0 +1,112 @@
+"""How much every unit of one model matters: the result of scoring."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_mdc.errors import CalibrationError
+from lightning_mdc.policy import DIMENSIONS
+
+_FORMAT = "lightning_mdc.scores.1"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Importance per unit, higher = keep. fp32 on the CPU.
+
+    Attributes:
+        heads: per block, (heads,); empty if not scored.
+        neurons: per block, (neurons,); empty if not scored.
+        tokens: per token stage, (patch positions,) in row-major order; empty if not scored.
+        stages: the blocks of the token stages.
+        criterion: name of what made them.
+        images: how many images they rest on.
+    """
+
+    heads: list[Tensor]
+    neurons: list[Tensor]
+    tokens: list[Tensor]
+    stages: tuple[int, ...] = ()
+    criterion: str = ""
+    images: int = field(default=0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, e.g. ``heads.3``."""
+        return {f"{d}.{i}": t for d in DIMENSIONS for i, t in enumerate(getattr(self, d))}
+
+    def facts(self) -> dict[str, str]:
+        """What is not a tensor, as text."""
+        return {
+            "format": _FORMAT,
+            "criterion": self.criterion,
+            "images": str(self.images),
+            "stages": json.dumps(list(self.stages)),
+        }
+
+    @classmethod
+    def from_parts(cls, tensors: dict[str, Tensor], facts: dict[str, str]) -> Scores:
+        """The scores that gave these `tensors` and `facts`.
+
+        Raises:
+            CalibrationError: they are not of this format.
+        """
+        if facts.get("format") != _FORMAT:
+            raise CalibrationError(f"scores have format {facts.get('format')!r}, expected {_FORMAT!r}: no scores of ours")
+        lists = {d: [tensors[f"{d}.{i}"] for i in range(_count(tensors, d))] for d in DIMENSIONS}
+        return cls(
+            **lists,
+            stages=tuple(json.loads(facts["stages"])),
+            criterion=facts["criterion"],
+            images=int(facts["images"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        save_file({name: t.contiguous() for name, t in self.tensors().items()}, str(path), metadata=self.facts())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            CalibrationError: the file is missing, damaged, or holds no scores.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                facts = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CalibrationError(f"scores={str(path)!r} cannot be read: {error}; score again") from error
+        return cls.from_parts(tensors, facts)
+
+
+def _count(tensors: dict[str, Tensor], dimension: str) -> int:
+    return sum(name.startswith(f"{dimension}.") for name in tensors)
+
+
+def finite(scores: Scores) -> Scores:
+    """`scores`, if all are numbers.
+
+    Raises:
+        CalibrationError: NaN or infinite scores; names the first.
+    """
+    for name, tensor in scores.tensors().items():
+        if not torch.isfinite(tensor).all():
+            raise CalibrationError(
+                f"scores {name} are not finite: the model gives NaN or infinity on the calibration images; check its "
+                "weights and the images' range"
+            )
+    return scores
+
+
+def min_max(values: Tensor) -> Tensor:
+    """`values` shifted and scaled to [0, 1]; all equal becomes 0."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)

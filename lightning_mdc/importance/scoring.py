@@ -1,0 +1,346 @@
+"""Run a criterion over a model: probes on, batches through, probes off, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lightning_mdc.errors import CalibrationError
+from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
+from lightning_mdc.importance.scores import Scores, finite
+from lightning_mdc.models import Sites, UnitSite, find_sites
+from lightning_mdc.policy import default_stages
+
+# Above this, the prediction is computed by a pass of its own, so that nothing has to be remembered until it is known.
+_MEMORY_LIMIT = 2 * 2**30
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any] = (),
+    criterion: str | Criterion = "hsic",
+    *,
+    dimensions: Iterable[str] | None = None,
+    stages: Sequence[int] | None = None,
+    prediction: Callable[[Any], Tensor] | None = None,
+    progress: bool = True,
+) -> Scores:
+    """How much every head, neuron and token position of the vision transformer in `model` matters.
+
+    Args:
+        model: a supported model or a module that holds one; called as ``model(images)``. Left exactly as it was, on
+            whatever device it is.
+        batches: what a DataLoader yields, ``(images, labels)`` or ``images``. Read once.
+        criterion: ``"hsic"``, ``"activation"``, ``"taylor"``, ``"magnitude"``, ``"random"``, or an instance.
+        dimensions: None means all that the model can lose.
+        stages: blocks of the token stages; None means quarters of the depth.
+        prediction: turns the model's output into probabilities (images, classes); None means softmax.
+        progress: show a bar (on a terminal).
+
+    Raises:
+        CalibrationError: no batches, batches the criterion cannot use, or NaN scores.
+        UnsupportedModelError: see `find_sites`.
+    """
+    criterion = as_criterion(criterion)
+    sites = find_sites(model)
+    scorer = Scorer(sites, criterion, dimensions, stages)
+    if criterion.needs_images:
+        bar = tqdm(total=_length(batches), desc="Scoring", unit="batch", disable=None if progress else True, leave=False)
+        with isolate_rng(), evaluating(model), scorer, bar:
+            for images, labels in _as_tensors(batches, criterion):
+                scorer.update(lambda images=images: as_prediction(model(_on(sites, images)), prediction), labels)
+                bar.update()
+    return scorer.scores()
+
+
+class Scorer:
+    """Adds up a criterion's sums over forward passes. A context manager: the probes are on inside.
+
+    `sums` may be added up over ranks before `scores` is called: every entry is a plain sum.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        criterion: Criterion,
+        dimensions: Iterable[str] | None = None,
+        stages: Sequence[int] | None = None,
+    ) -> None:
+        self.sites, self.criterion = sites, criterion
+        self.dimensions = sites.dimensions if dimensions is None else sites.require(dimensions)
+        self.stages = default_stages(sites.depth) if stages is None else tuple(stages)
+        if self.stages and self.stages[-1] >= sites.depth:
+            raise CalibrationError(f"stages={list(self.stages)}: {sites.name} has only {sites.depth} blocks")
+        device = next(sites.model.parameters()).device
+        self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
+        self._contexts = ExitStack()
+        self._pass = _Pass()
+        self._two_passes = False
+
+    def __enter__(self) -> Scorer:
+        with ExitStack() as stack:
+            # Compiled code would not see the probes; it runs as it was written meanwhile.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for dimension, index, probe_on, probe in self._probes():
+                if dimension in self.dimensions:
+                    stack.callback(probe_on(probe).remove)
+            self._contexts = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._contexts.close()
+        self._pass = _Pass()
+
+    def _probes(self) -> Iterator[tuple[str, int, Callable[[Any], Any], Callable[..., Any]]]:
+        for index, block in enumerate(self.sites.blocks):
+            for dimension, site in (("heads", block.heads), ("neurons", block.neurons)):
+                if site is not None:
+                    probe = partial(self._see_units, f"{dimension}.{index}", site.num_units)
+                    yield dimension, index, site.consumer.register_forward_pre_hook, probe
+            if index in self.stages and block.attention is not None:
+                name = f"tokens.{self.stages.index(index)}"
+                yield "tokens", index, block.attention.qkv.register_forward_hook, partial(self._see_values, name)
+
+    def update(self, predict: Callable[[], Tensor], labels: Tensor | None = None) -> None:
+        """Add one batch. `predict` runs the model and returns probabilities (images, classes).
+
+        Raises:
+            CalibrationError: too few images, or labels are needed and missing.
+        """
+        if self.criterion.needs_gradients:
+            self._update_by_gradient(predict, labels)
+            return
+        with torch.no_grad():
+            self._pass = _Pass(remembers=not self._two_passes)
+            prediction = self._checked(predict())
+            if self._pass.overflowed or self._two_passes:
+                # Too much to remember until the prediction is known: now that it is, look again.
+                self._two_passes = True
+                self._pass = _Pass(prediction=prediction)
+                predict()
+            for name, seen in self._pass.seen.items():
+                self._add(name, seen, prediction)
+        self._count(len(prediction))
+
+    def _update_by_gradient(self, predict: Callable[[], Tensor], labels: Tensor | None) -> None:
+        if labels is None:
+            raise CalibrationError(
+                f"criterion={self.criterion.name!r} needs labels: give batches of (images, labels), labels (images,)"
+            )
+        with torch.enable_grad():
+            self._pass = _Pass(gates={})
+            prediction = self._checked(predict())
+            assert self._pass.gates is not None
+            loss = F.nll_loss(prediction.clamp_min(1e-12).log(), labels.to(prediction.device), reduction="sum")
+            gradients = torch.autograd.grad(loss, list(self._pass.gates.values()), allow_unused=True)
+        with torch.no_grad():
+            for (name, gate), gradient in zip(self._pass.gates.items(), gradients, strict=True):
+                change = torch.zeros_like(gate) if gradient is None else gradient
+                self._add(name, self.criterion.observe(_dimension(name), change.flatten(1)), prediction.detach())
+        self._count(len(prediction))
+
+    def scores(self) -> Scores:
+        """Scores from the sums so far, on the CPU.
+
+        Raises:
+            CalibrationError: no batch was seen, or scores are NaN.
+        """
+        if self.criterion.needs_images and self.sums["batches"] == 0:
+            raise CalibrationError(
+                f"criterion={self.criterion.name!r} needs images, but no usable batch was given; pass batches of at "
+                f"least {self.criterion.min_batch} images, e.g. a DataLoader"
+            )
+        lists: dict[str, list[Tensor]] = {"heads": [], "neurons": [], "tokens": []}
+        for name, place in self._places():
+            sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
+            counts = {key: self.sums[key] for key in ("batches", "images")}
+            result = self.criterion.finish(_dimension(name), sums | counts, place)
+            lists[_dimension(name)].append(result.detach().float().cpu())
+        stages = self.stages if "tokens" in self.dimensions else ()
+        return finite(
+            Scores(**lists, stages=stages, criterion=self.criterion.name, images=int(self.sums["images"].item()))
+        )
+
+    def _places(self) -> Iterator[tuple[str, Place]]:
+        for dimension in self.dimensions:
+            if dimension == "tokens":
+                positions = self.sites.grid[0] * self.sites.grid[1]
+                for stage, block in enumerate(self.stages):
+                    yield f"tokens.{stage}", Place(f"{self.sites.blocks[block].name}.tokens", positions, None)
+                continue
+            for index, block_site in enumerate(self.sites.blocks):
+                site: UnitSite = getattr(block_site, dimension)
+                yield f"{dimension}.{index}", Place(site.name, site.num_units, site)
+
+    # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
+
+    def _see_units(self, name: str, num_units: int, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        (x,) = args  # (images, tokens, channels)
+        gated = self._see(name, x.unflatten(-1, (num_units, -1)))
+        return None if gated is None else (gated.flatten(-2),)
+
+    def _see_values(self, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        prefix, width = self.sites.num_prefix_tokens, output.shape[-1] // 3
+        gated = self._see(name, output[:, None, prefix:, 2 * width :])
+        if gated is None:
+            return None
+        values = torch.cat([output[:, :prefix, 2 * width :], gated[:, 0]], dim=1)
+        return torch.cat([output[..., : 2 * width], values], dim=-1)
+
+    def _see(self, name: str, activations: Tensor) -> Tensor | None:
+        """Take note of (images, tokens, units, channels); returns them gated when gradients are wanted."""
+        if self._pass.gates is not None:
+            images, _, units, _ = activations.shape
+            gate = activations.new_ones((images, 1, units, 1), requires_grad=True)
+            self._pass.gates[name] = gate
+            return activations * gate
+        if self._pass.prediction is None and (not self._pass.remembers or self._pass.overflowed):
+            return None
+        with torch.autocast(activations.device.type, enabled=False), _full_precision():
+            seen = self.criterion.observe(_dimension(name), activations)
+        if self._pass.prediction is not None:
+            self._add(name, seen, self._pass.prediction)
+        else:
+            self._pass.remember(name, seen)
+        return None
+
+    def _add(self, name: str, seen: tuple[Tensor, ...], prediction: Tensor) -> None:
+        with torch.autocast(prediction.device.type, enabled=False), _full_precision():
+            for key, value in self.criterion.contract(_dimension(name), seen, prediction).items():
+                total = self.sums.get(f"{name}.{key}")
+                self.sums[f"{name}.{key}"] = value if total is None else total + value
+
+    def _checked(self, prediction: Tensor) -> Tensor:
+        if len(prediction) < self.criterion.min_batch:
+            raise CalibrationError(
+                f"a batch of {len(prediction)} images: criterion={self.criterion.name!r} needs at least "
+                f"{self.criterion.min_batch} in each; raise the batch size"
+            )
+        return prediction
+
+    def _count(self, images: int) -> None:
+        self.sums["batches"] += 1
+        self.sums["images"] += images
+
+
+@dataclass
+class _Pass:
+    """What one forward pass has seen so far."""
+
+    remembers: bool = True
+    prediction: Tensor | None = None  # known from a pass before: contract at once, remember nothing
+    gates: dict[str, Tensor] | None = None
+    seen: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    overflowed: bool = False
+
+    def remember(self, name: str, seen: tuple[Tensor, ...]) -> None:
+        self.seen[name] = seen
+        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > _MEMORY_LIMIT:
+            self.seen.clear()
+            self.overflowed = True
+
+
+def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """Probabilities (images, classes) from a model's output, in fp32 or wider.
+
+    Raises:
+        CalibrationError: the output is no (images, classes) tensor and `prediction` does not make one of it.
+    """
+    result = output if prediction is None else prediction(output)
+    if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():
+        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise CalibrationError(
+            f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that makes "
+            "one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
+        )
+    result = result.to(torch.promote_types(result.dtype, torch.float32))
+    return result.softmax(dim=-1) if prediction is None else result
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    # TF32 has three digits; a Gram matrix of close samples would have none left.
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _dimension(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _on(sites: Sites, images: Tensor) -> Tensor:
+    parameter = next(sites.model.parameters())
+    return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
+
+
+def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """(images, labels or None) of what a DataLoader yields.
+
+    Raises:
+        CalibrationError: it is neither ``images`` nor ``(images, labels)``.
+    """
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if not parts or not isinstance(parts[0], Tensor) or parts[0].ndim != 4:
+        found = type(batch).__name__ if not isinstance(parts[0] if parts else None, Tensor) else tuple(parts[0].shape)
+        raise CalibrationError(
+            f"a batch is {found}; expected images (n, channels, height, width) or (images, labels). For other batches "
+            "use MultiDimPruneCallback and override calibration_step"
+        )
+    labels = parts[1] if len(parts) > 1 and isinstance(parts[1], Tensor) else None
+    return parts[0], labels
+
+
+def _as_tensors(batches: Iterable[Any], criterion: Criterion) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The batches, cut and joined to the size of the first where the criterion compares like with like.
+
+    The biased HSIC depends on the number of images (0.048 at 8, 0.005 at 64 for independent data). A remainder under
+    half the size is dropped.
+    """
+    pairs = (split_batch(batch) for batch in batches)
+    if not criterion.needs_equal_batches:
+        yield from pairs
+        return
+    size = 0
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    for more_images, more_labels in pairs:
+        size = size or len(more_images)
+        images = more_images if images is None else torch.cat([images, more_images])
+        labels = more_labels if labels is None or more_labels is None else torch.cat([labels, more_labels])
+        while len(images) >= size:
+            yield images[:size], None if labels is None else labels[:size]
+            images, labels = images[size:], None if labels is None else labels[size:]
+    if images is not None and 0 < len(images) and 2 * len(images) >= size and len(images) >= criterion.min_batch:
+        yield images, labels

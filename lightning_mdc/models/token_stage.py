@@ -1,0 +1,104 @@
+"""What happens at a token stage, as plain tensor functions: score the tokens, keep the best, fuse the rest.
+
+After Hou & Kung (arXiv 2201.00043, section 3): tokens are ranked by the class token's attention; dependence enters as a
+prior over positions. Token dropping between a block's attention and its MLP, with one fused token, follows EViT
+(Liang et al., arXiv 2202.07800).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_mdc.errors import PlanError
+from lightning_mdc.policy import TokenStage, kept_tokens
+
+
+def drop_tokens(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    stage: TokenStage,
+    prior: Tensor | None,
+    *,
+    scale: float,
+    class_rows: tuple[int, ...],
+    num_prefix_tokens: int,
+    fuse: bool,
+) -> Tensor:
+    """The whole token stage: `x` itself if nothing is to drop, else what `select_tokens` leaves of it.
+
+    x: (batch, tokens, dim), the residual stream between attention and MLP. q, k: (batch, heads, tokens, head_dim) of
+    that attention, for the heads that are kept (there may be none). prior: (positions,) or None.
+    """
+    num_tokens = x.shape[1]
+    num_kept = kept_tokens(num_tokens, stage.keep, num_prefix_tokens)
+    if num_kept == num_tokens:
+        return x
+    if prior is not None:
+        assert stage.grid is not None  # TokenStage checks it
+        prior = resample_prior(prior, stage.grid, num_tokens - num_prefix_tokens)[None].expand(x.shape[0], -1)
+    if prior is not None and (stage.score == "dependence" or q.shape[1] == 0):
+        scores = prior
+    elif q.shape[1] == 0:
+        scores = x.detach()[:, num_prefix_tokens:].abs().mean(dim=-1)
+    else:
+        scores = attention_scores(q, k, scale, class_rows)[:, num_prefix_tokens:]
+        if prior is not None and stage.score == "attention*dependence":
+            scores = scores * prior
+    return select_tokens(x, scores, num_kept, num_prefix_tokens, fuse)
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float, class_rows: tuple[int, ...]) -> Tensor:
+    """Attention each token gets, averaged over heads: from the class rows, or from all rows if there are none.
+
+    q, k: (batch, heads, tokens, head_dim), heads >= 1. Returns (batch, tokens), fp32 or wider, without gradient.
+    Costs ``rows * tokens * heads * head_dim`` MACs on top of the (fused) attention, which hides its map.
+    """
+    q, k = q.detach(), k.detach()
+    if class_rows:
+        q = q[:, :, : len(class_rows)]  # class rows come first in every supported model
+    logits = (q * scale) @ k.transpose(-2, -1)  # (batch, heads, rows, tokens)
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(dim=(1, 2))
+
+
+def select_tokens(x: Tensor, scores: Tensor, num_kept: int, num_prefix_tokens: int, fuse: bool) -> Tensor:
+    """The prefix tokens, the best others in their old order, and (if `fuse`) the mean of the dropped ones.
+
+    x: (batch, tokens, dim); scores: (batch, tokens - prefix); num_kept counts the prefix tokens and is below tokens.
+    Returns (batch, num_kept + fuse, dim).
+    """
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+    # A stable sort, so that masks and slim model agree even on ties.
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    best, rest = order[:, : num_kept - num_prefix_tokens], order[:, num_kept - num_prefix_tokens :]
+    parts = [prefix, _gather(patches, best.sort(dim=1).values)]
+    if fuse:
+        parts.append(_gather(patches, rest).mean(dim=1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def resample_prior(prior: Tensor, grid: tuple[int, int], num_positions: int) -> Tensor:
+    """`prior` (height * width,) for another number of positions on a grid of the same shape.
+
+    Raises:
+        PlanError: no such grid has that many positions.
+    """
+    if prior.numel() == num_positions:
+        return prior
+    height = round(math.sqrt(num_positions * grid[0] / grid[1]))
+    width = num_positions // max(height, 1)
+    if height * width != num_positions:
+        raise PlanError(
+            f"a token prior of {grid[0]}x{grid[1]} patches cannot be resampled to {num_positions} positions; "
+            "use images of the same aspect ratio, or token_score='attention'"
+        )
+    image = prior.reshape(1, 1, *grid)
+    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False).flatten()
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,217 @@
+"""Reversible pruning by hooks: parameters, buffers, state_dict keys and classes stay as they are.
+
+Heads and neurons act as if absent: 0 at the input of ``proj`` / ``fc2``, and a norm that spans them is taken over the
+kept ones. Token stages run as in the slim model: a pre-hook on the MLP's norm (its input is the residual stream)
+reduces the tokens, a hook on the MLP's end adds the reduced stream, a hook on the block returns the sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mdc.errors import PlanError
+from lightning_mdc.models import BlockSite, Sites, UnitSite, find_sites, forget_compiled_code, unit_channels
+from lightning_mdc.models.token_stage import drop_tokens
+from lightning_mdc.policy import Plan, TokenStage
+from lightning_mdc.surgery.intermediates import guard_intermediates, unguard_intermediates
+
+
+@contextmanager
+def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    """``with masked(model, plan):`` the model computes what ``slim(model, plan)`` would; after it, it is as before.
+
+    Yields `model`. A model that has already run compiled is compiled again on the way in and on the way out.
+
+    Raises:
+        PlanError: the plan is for another model, or the model is masked already.
+    """
+    apply_masks(model, plan)
+    try:
+        yield model
+    finally:
+        remove_masks(model)
+
+
+def apply_masks(model: nn.Module, plan: Plan) -> None:
+    """Put the masks of `plan` on, until `remove_masks`.
+
+    Raises:
+        PlanError: see `masked`.
+    """
+    sites = find_sites(model)
+    sites.check(plan)
+    if is_masked(sites.model):
+        raise PlanError(f"{sites.name} is masked already; leave the first `masked` block, or call remove_masks(model)")
+    for block, kept in zip(sites.blocks, plan.heads, strict=bool(plan.heads)):
+        _mask_units(block.heads, kept)
+    for block, kept in zip(sites.blocks, plan.neurons, strict=bool(plan.neurons)):
+        _mask_units(block.neurons, kept)
+    for stage in plan.tokens:
+        if stage.keep < 1:
+            kept_heads = plan.heads[stage.block] if plan.heads else None
+            _mask_tokens(sites, sites.blocks[stage.block], stage, kept_heads, plan.fuse)
+    if plan.drops_tokens:
+        guard_intermediates(sites.model)
+    forget_compiled_code()
+
+
+def remove_masks(model: nn.Module) -> None:
+    """Take our masks off `model` (or the model inside); other people's hooks stay."""
+    model = find_sites(model).model
+    if not is_masked(model):
+        return
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+    unguard_intermediates(model)
+    forget_compiled_code()
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether any of our masks is on."""
+    return any(
+        isinstance(hook, _Hook)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
+
+
+class _Hook:
+    """Marks our hooks. Plain objects, no bound methods: a deepcopy of the model copies them and nothing else."""
+
+
+# --- heads and neurons ------------------------------------------------------------------------------------------------
+
+
+def _mask_units(site: UnitSite | None, kept: tuple[int, ...]) -> None:
+    if site is None or len(kept) == site.num_units:
+        return
+    device = site.consumer.weight.device
+    channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), site.unit_width)
+    mask = torch.zeros(site.num_units * site.unit_width, device=device)
+    mask[channels] = 1
+    site.consumer.register_forward_pre_hook(_ZeroChannels(mask))
+    if site.norm is not None:
+        site.norm.register_forward_hook(_NormOfKept(site.norm, channels))
+
+
+class _ZeroChannels(_Hook):
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = args
+        if self.mask.device != x.device:  # the model moved since
+            self.mask = self.mask.to(x.device)
+        return (x * self.mask.to(x.dtype),)
+
+
+class _NormOfKept(_Hook):
+    """Replaces a norm's output by the norm over the kept channels, put back in their places."""
+
+    def __init__(self, norm: nn.Module, channels: Tensor) -> None:
+        self.channels = channels
+        # A norm of the kept width without weights of its own: it borrows the model's at every call.
+        template = copy.copy(norm)
+        template._parameters = dict.fromkeys(norm._parameters)
+        template._forward_hooks = type(norm._forward_hooks)()
+        template._forward_pre_hooks = type(norm._forward_pre_hooks)()
+        template.normalized_shape = (len(channels),)
+        self.template = template
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        (x,) = args
+        if self.channels.device != x.device:
+            self.channels = self.channels.to(x.device)
+        for name, parameter in module._parameters.items():
+            narrowed = None if parameter is None else parameter[self.channels]
+            object.__setattr__(self.template, name, narrowed)
+        normed = self.template(x[..., self.channels])
+        return torch.zeros_like(output).index_copy(-1, self.channels, normed.to(output.dtype))
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Passing:
+    """What the hooks of one token stage hand on within one forward pass."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    reduced: Tensor | None = None
+    result: Tensor | None = None
+
+
+def _mask_tokens(
+    sites: Sites, block: BlockSite, stage: TokenStage, kept_heads: tuple[int, ...] | None, fuse: bool
+) -> None:
+    assert block.attention is not None and block.tokens is not None  # Sites.check has refused other blocks
+    passing = _Passing()
+    block.attention.q_norm.register_forward_hook(_Catch(passing, "q", kept_heads))
+    block.attention.k_norm.register_forward_hook(_Catch(passing, "k", kept_heads))
+    settings = {
+        "scale": block.attention.scale,
+        "class_rows": sites.class_rows,
+        "num_prefix_tokens": sites.num_prefix_tokens,
+        "fuse": fuse,
+    }
+    device = block.attention.qkv.weight.device
+    prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device=device)
+    block.tokens.residual_norm.register_forward_pre_hook(_Reduce(passing, stage, prior, settings))
+    block.tokens.mlp_out.register_forward_hook(_AddReduced(passing))
+    block.module.register_forward_hook(_ReturnReduced(passing))
+
+
+class _Catch(_Hook):
+    def __init__(self, passing: _Passing, name: str, kept_heads: tuple[int, ...] | None) -> None:
+        self.passing, self.name = passing, name
+        self.kept_heads = None if kept_heads is None else list(kept_heads)
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        setattr(self.passing, self.name, output if self.kept_heads is None else output[:, self.kept_heads])
+
+
+class _Reduce(_Hook):
+    def __init__(self, passing: _Passing, stage: TokenStage, prior: Tensor | None, settings: dict[str, Any]) -> None:
+        self.passing, self.stage, self.prior, self.settings = passing, stage, prior, settings
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = args
+        q, k = self.passing.q, self.passing.k
+        assert q is not None and k is not None
+        self.passing.q = self.passing.k = None
+        prior = None if self.prior is None else self.prior.to(x.device)
+        self.passing.reduced = drop_tokens(x, q, k, self.stage, prior, **self.settings)
+        return (self.passing.reduced,)
+
+
+class _AddReduced(_Hook):
+    def __init__(self, passing: _Passing) -> None:
+        self.passing = passing
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert self.passing.reduced is not None
+        self.passing.result = self.passing.reduced + output
+        self.passing.reduced = None
+        # The block adds this to its full-length stream; the sum is thrown away by the hook on the block.
+        return output.new_zeros(())
+
+
+class _ReturnReduced(_Hook):
+    def __init__(self, passing: _Passing) -> None:
+        self.passing = passing
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        result, self.passing.result = self.passing.result, None
+        assert result is not None
+        return result

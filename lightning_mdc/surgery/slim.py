@@ -1,0 +1,117 @@
+"""Physical pruning: a new, smaller module with sliced Linear layers and built-in token stages."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mdc.errors import PlanError
+from lightning_mdc.models import Sites, UnitSite, find_sites, unit_channels, unwrap
+from lightning_mdc.policy import Plan
+from lightning_mdc.surgery.intermediates import guard_intermediates
+from lightning_mdc.surgery.masks import remove_masks
+
+
+def slim(model: nn.Module, plan: Plan) -> nn.Module:
+    """A physically smaller copy of the vision transformer in `model`, as `plan` says; the dense one is unchanged.
+
+    The copy keeps class, state_dict keys, mode, device, dtype, requires_grad and ``pretrained_cfg``; a compiled model
+    gives an ordinary copy. Its ``mdc_plan`` attribute holds the plan relative to the dense model.
+
+    Raises:
+        PlanError: the plan is for another model.
+        UnsupportedModelError: see `find_sites`.
+    """
+    dense = find_sites(model)
+    dense.check(plan)
+    copied = _copy(dense.model)
+    remove_masks(copied)
+    sites = find_sites(copied)
+    for block, kept in zip(sites.blocks, plan.heads, strict=bool(plan.heads)):
+        if block.heads is not None:
+            _cut(block.heads, kept)
+    for block, kept in zip(sites.blocks, plan.neurons, strict=bool(plan.neurons)):
+        if block.neurons is not None:
+            _cut(block.neurons, kept)
+    for stage in plan.tokens:
+        if stage.keep < 1:
+            new = sites.family.token_stage_block(sites, stage.block, stage, plan.fuse)
+            setattr(sites.container, str(stage.block), new)
+    if plan.drops_tokens:
+        guard_intermediates(copied)
+    copied.mdc_plan = _since_dense(dense, plan)  # type: ignore[assignment]
+    return copied
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan a slim model was made with, relative to its dense origin; None for a dense model."""
+    plan = getattr(find_sites(model).model, "mdc_plan", None)
+    return plan if isinstance(plan, Plan) else None
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if unwrap(child) is not child:  # a block compiled by itself
+                setattr(parent, name, unwrap(child))
+    return copied
+
+
+def _cut(site: UnitSite, kept: tuple[int, ...]) -> None:
+    """Slice one block's heads or neurons in place."""
+    if len(kept) == site.num_units:
+        return
+    channels = unit_channels(torch.tensor(kept, dtype=torch.long), site.unit_width)
+    width = site.num_units * site.unit_width
+    for producer in site.producers:
+        rows = torch.cat([channels + copy_ * width for copy_ in range(producer.copies)])
+        _slice(producer.linear, "weight", 0, rows)
+        _slice(producer.linear, "bias", 0, rows)
+        producer.linear.out_features = len(rows)
+    if site.norm is not None:
+        narrow_norm(site.norm, channels)
+    _slice(site.consumer, "weight", 1, channels)
+    site.consumer.in_features = len(channels)
+    for name, multiple in site.size_attributes.items():
+        setattr(site.owner, name, len(kept) * multiple)
+
+
+def narrow_norm(norm: nn.Module, channels: Tensor) -> None:
+    """Restrict a normalisation over channels to some of them, in place."""
+    for name in ("weight", "bias"):
+        _slice(norm, name, 0, channels)
+    norm.normalized_shape = (len(channels),)
+
+
+def _slice(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    old = module._parameters.get(name)
+    if old is None:
+        return
+    # contiguous: index_select along dim 1 already is, and a view would keep the dense tensor alive
+    new = old.detach().index_select(dim, index.to(old.device)).contiguous()
+    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def _since_dense(sites: Sites, plan: Plan) -> Plan:
+    """`plan` with indices of the dense model, where `sites` is already slim."""
+    before = getattr(sites.model, "mdc_plan", None)
+    if not isinstance(before, Plan):
+        return plan
+    if before.drops_tokens and plan.drops_tokens:
+        raise PlanError("both plans drop tokens")  # Sites.check has refused this already
+
+    def compose(first: tuple[tuple[int, ...], ...], then: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(a[i] for i in b) for a, b in zip(first, then, strict=True))
+
+    dropping = before if before.drops_tokens else plan
+    return Plan(
+        heads=compose(before.heads, plan.heads),
+        neurons=compose(before.neurons, plan.neurons),
+        tokens=dropping.tokens,
+        num_heads=before.num_heads,
+        num_neurons=before.num_neurons,
+        fuse=dropping.fuse,
+    )
