@@ -4,7 +4,9 @@ After Hou & Kung, "Multi-Dimensional Model Compression of Vision Transformer" (a
 """
 
 from lightning_mdc import errors
+from lightning_mdc.artifact import load, save
 from lightning_mdc.budget import Budget, macs, plan_macs, policy_macs
+from lightning_mdc.callback import MultiDimPruneCallback, plan_from_checkpoint
 from lightning_mdc.importance import HSIC, Scores, hsic, make_plan, score
 from lightning_mdc.policy import Plan, Policy
 from lightning_mdc.surgery import masked, slim
@@ -12,16 +14,20 @@ from lightning_mdc.surgery import masked, slim
 __all__ = [
     "HSIC",
     "Budget",
+    "MultiDimPruneCallback",
     "Plan",
     "Policy",
     "Scores",
     "errors",
     "hsic",
+    "load",
     "macs",
     "make_plan",
     "masked",
+    "plan_from_checkpoint",
     "plan_macs",
     "policy_macs",
+    "save",
     "score",
     "slim",
 ]

@@ -42,3 +42,7 @@ class DataError(MdcError, ValueError):
 
 class ConfigError(MdcError, ValueError):
     """A setting of ``train.py`` is unknown or contradicts another."""
+
+
+class CallbackError(MdcError, ValueError):
+    """The callback's settings contradict each other or the Trainer it was given to."""

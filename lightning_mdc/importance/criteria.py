@@ -20,7 +20,7 @@ from lightning_mdc.importance import hsic as hsic_maths
 from lightning_mdc.importance.scores import min_max
 from lightning_mdc.models import UnitSite
 
-_CHUNK_BYTES = 64 * 2**20  # of fp32 activations turned into Gram matrices at a time
+_CHUNK_BYTES = 4 * 2**20  # of activations turned into Gram matrices at a time: small enough for a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -235,5 +235,5 @@ def _grams(features: Tensor) -> Tensor:
     grams = torch.empty(units, n, n, dtype=dtype, device=features.device)
     step = max(1, _CHUNK_BYTES // (4 * n * max(n, p)))
     for start in range(0, units, step):
-        grams[start : start + step] = hsic_maths.gaussian_gram(features[start : start + step].to(dtype))
+        grams[start : start + step] = hsic_maths.gaussian_gram(features[start : start + step].to(dtype).contiguous())
     return grams

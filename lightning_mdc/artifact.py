@@ -1,0 +1,401 @@
+"""Save and load a slim (or dense) model as a folder of two files: ``model.safetensors`` and ``config.json``.
+
+Nothing is pickled and nothing is imported by a name from the file: the config holds constructor arguments of a known
+family, the plan, and facts. A folder is written beside its place and moved there whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_mdc.budget import CostModel, num_params
+from lightning_mdc.errors import ArtifactError, MdcError, PlanError
+from lightning_mdc.models import FAMILIES, Sites, find_sites, unwrap
+from lightning_mdc.policy import Plan
+from lightning_mdc.surgery import plan_of, slim
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FORMAT = "lightning_mdc.model.1"
+_FIELDS = {"format", "family", "constructor", "plan", "pretrained_cfg", "training", "cost", "versions", "sha256"}
+# Of timm's pretrained_cfg: what says how images are prepared and what the classes mean.
+_CFG_KEYS = (
+    "architecture",
+    "tag",
+    "num_classes",
+    "input_size",
+    "test_input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "test_crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "label_names",
+    "label_descriptions",
+    "license",
+    "first_conv",
+    "classifier",
+    "pool_size",
+)
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    constructor: bool = True,
+    class_names: list[str] | None = None,
+) -> None:
+    """Write the vision transformer in `model` to `directory`, replacing a model that is there.
+
+    The constructor's arguments are read off the modules and checked by building the model again, before anything is
+    written. With ``constructor=False`` only plan and weights are kept, for ``load(directory, model=my_dense_model)``.
+
+    Raises:
+        ArtifactError: a part of the model that the constructor cannot express (it is named), a place that cannot be
+            written, or a folder there that holds something else.
+    """
+    sites = find_sites(model)
+    target = Path(directory)
+    _refuse_foreign(target)
+    plan = plan_of(sites.model)
+    spec = _describe(sites, plan) if constructor else None
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(sites.model)}
+    costs = CostModel(sites)
+    cost: dict[str, Any] = {"macs": costs.of_model(), "params": num_params(sites.model)}
+    if spec is not None and plan is not None:
+        with torch.device("meta"):
+            dense = find_sites(sites.family.build(spec))
+        cost |= {"dense_macs": CostModel(dense).of_model(), "dense_params": num_params(dense.model)}
+    config: dict[str, Any] = {
+        "format": _FORMAT,
+        "family": sites.family.name,
+        "constructor": spec,
+        "plan": None if plan is None else json.loads(plan.to_json()),
+        "pretrained_cfg": _pretrained_cfg(sites.model, class_names),
+        "training": sites.model.training,
+        "cost": cost,
+        "versions": _versions(),
+    }
+    with _replacing(target) as folder:
+        save_file(tensors, str(folder / WEIGHTS), metadata={"format": _FORMAT})
+        config["sha256"] = _content_hash(config, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The model saved in `directory`, on the CPU, in the mode it was saved in.
+
+    With `model`, a dense instance of your own: a copy of it is slimmed by the saved plan and gets the saved weights.
+
+    Raises:
+        ArtifactError: the folder is missing, incomplete, damaged, edited or not ours; says what and what to do.
+    """
+    folder = _recovered(Path(directory))
+    config = _read_config(folder)
+    shapes = _read_header(folder / WEIGHTS)
+    plan = _plan(config)
+    try:
+        if model is None:
+            result = _rebuilt(config, plan, shapes, folder)
+        else:
+            sites = find_sites(model)
+            result = slim(sites.model, plan or _keep_all(sites))
+            _check_shapes(result, shapes, folder)
+        if config["sha256"] != _content_hash(config, folder / WEIGHTS):
+            raise ArtifactError(
+                f"{folder} was changed after it was saved (its content does not match its sha256); get a fresh copy"
+            )
+        _load_weights(result, load_file(str(folder / WEIGHTS)))
+    except ArtifactError:
+        raise
+    except MdcError as error:
+        raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
+    result.train(config["training"])
+    if model is None:
+        _set_pretrained_cfg(result, config["pretrained_cfg"])
+    return result
+
+
+# --- building again ---------------------------------------------------------------------------------------------------
+
+
+def _describe(sites: Sites, plan: Plan | None) -> dict[str, Any]:
+    """Constructor arguments that are known to give this model, because they just did (on the meta device)."""
+    num_heads = plan.num_heads if plan is not None else sites.num_heads
+    num_neurons = plan.num_neurons if plan is not None else sites.num_neurons
+    advice = (
+        "save(model, directory, constructor=False) keeps plan and weights; get them back with "
+        "load(directory, model=my_dense_model)"
+    )
+    try:
+        # Through JSON and back, as a reader will see it.
+        spec = json.loads(json.dumps(sites.family.describe(sites.model, num_heads, num_neurons)))
+        with torch.device("meta"):
+            again = sites.family.build(spec)
+            if plan is not None:
+                again = slim(again, plan)
+    except Exception as error:
+        raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {error}. {advice}") from error
+    difference = _difference(sites.model, again)
+    if difference:
+        raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {difference}. {advice}")
+    return spec  # type: ignore[no-any-return]
+
+
+def _difference(model: nn.Module, again: nn.Module) -> str | None:
+    """The first part in which `again` is not built like `model`, in words."""
+    mine, theirs = _parts(model), _parts(again)
+    for name in [*mine, *(n for n in theirs if n not in mine)]:
+        if name not in theirs:
+            return f"{name} is a {mine[name][0]}, which the rebuilt model does not have"
+        if name not in mine:
+            return f"{name} is missing, the rebuilt model has a {theirs[name][0]} there"
+        for is_, would_be in zip(mine[name][1:], theirs[name][1:], strict=True):
+            if is_ != would_be:
+                return f"{name or 'the model'} is {mine[name][0]}: {is_}, the rebuilt one would be {would_be}"
+    return None
+
+
+def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
+    """By name: class, what it computes (its forward and printed settings), and its own tensors' shapes and settings."""
+    parts = {}
+    for name, module in model.named_modules():
+        module = unwrap(module)
+        tensors = {n: tuple(t.shape) for n, t in (module._parameters | module._buffers).items() if t is not None}
+        simple = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_") and key not in _STATE
+        }
+        what = (type(module).forward.__qualname__, module.extra_repr())
+        parts[name] = (type(module).__qualname__, what, {"tensors": tensors, "settings": simple})
+    return parts
+
+
+# Attributes that say how a model runs just now, or how it was once initialised; not how it is built.
+_STATE = {
+    "training",
+    "fused_attn",
+    "grad_checkpointing",
+    "distilled_training",
+    "weight_init_mode",
+    "fix_init",
+    "init_values",
+    "strict_img_size",
+    "flatten",
+}
+
+
+def _rebuilt(config: Mapping[str, Any], plan: Plan | None, shapes: Mapping[str, Any], folder: Path) -> nn.Module:
+    spec = config["constructor"]
+    if spec is None:
+        raise ArtifactError(
+            f"{folder} was saved without a constructor; build the dense model yourself and pass load(..., model=it)"
+        )
+    family = next((f for f in FAMILIES if f.name == config["family"]), None)
+    if family is None or not isinstance(spec, dict):
+        raise ArtifactError(
+            f"{folder / CONFIG}: family {config['family']!r} is unknown; known are {', '.join(f.name for f in FAMILIES)}"
+        )
+    _check_depth(spec, shapes, folder)
+    try:
+        with torch.device("meta"):  # nothing is allocated until shapes are known to match the file
+            result = family.build(spec)
+            if plan is not None:
+                result = slim(result, plan)
+    except MdcError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{folder / CONFIG}: its constructor arguments give no model ({error})") from error
+    _check_shapes(result, shapes, folder)
+    return result
+
+
+def _check_depth(spec: Mapping[str, Any], shapes: Mapping[str, Any], folder: Path) -> None:
+    # Building takes time per block even on the meta device; a depth the file has no weights for is not even tried.
+    args = spec.get("args")
+    depth = args.get("depth") if isinstance(args, dict) else None
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 0 < depth <= len(shapes):
+        raise ArtifactError(f"{folder / CONFIG}: depth={depth!r} does not fit the {len(shapes)} tensors in {WEIGHTS}")
+
+
+def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model)}
+    missing, extra = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
+    if missing or extra:
+        raise ArtifactError(f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unknown {extra[:3]}")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ArtifactError(f"{folder / WEIGHTS}: {name} has shape {shapes[name]}, its config says {shape}")
+
+
+def _load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(requires_grad[name] and parameter.is_floating_point())
+
+
+def _keep_all(sites: Sites) -> Plan:
+    return Plan(
+        heads=tuple(tuple(range(n)) for n in sites.num_heads),
+        neurons=tuple(tuple(range(n)) for n in sites.num_neurons),
+        tokens=(),
+        num_heads=sites.num_heads,
+        num_neurons=sites.num_neurons,
+    )
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        yield name.replace("_orig_mod.", ""), tensor  # a block compiled by itself
+
+
+# --- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is no folder; pass the folder that mdc.save wrote")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} has no {name}; it is not (or not all of) a model saved by mdc.save")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be parsed ({error}); get a fresh copy of the folder") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ArtifactError(f"{path}: format {found!r} is not {_FORMAT!r}; it is no model of ours, or of a newer version")
+    if set(config) != _FIELDS:
+        raise ArtifactError(f"{path}: fields {sorted(set(config) ^ _FIELDS)} are missing or unknown")
+    if not isinstance(config["training"], bool) or not isinstance(config["pretrained_cfg"], (dict, type(None))):
+        raise ArtifactError(f"{path}: field training or pretrained_cfg has the wrong type")
+    return config
+
+
+def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, without reading a weight."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path} is damaged or no safetensors file ({error}); get a fresh copy") from error
+
+
+def _plan(config: Mapping[str, Any]) -> Plan | None:
+    if config["plan"] is None:
+        return None
+    try:
+        return Plan.from_json(json.dumps(config["plan"]))
+    except PlanError as error:
+        raise ArtifactError(f"{CONFIG}: {error}") from error
+
+
+def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
+    """SHA-256 over the weights file and all of the config but the hash itself."""
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    rest = {key: value for key, value in config.items() if key != "sha256"}
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _refuse_foreign(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise ArtifactError(f"directory={str(target)!r} holds something else; give an empty or new folder")
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"directory={str(target)!r} is a file; give a folder")
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A folder to write into, moved to `target` when all is written. A kill leaves the old model or the new one.
+
+    A folder cannot be swapped in one step everywhere: between two renames the old one lies at `_previous`, where `load`
+    finds it (`_recovered`).
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _recovered(target)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ArtifactError(f"directory={str(target)!r} cannot be written: {error}") from error
+    try:
+        yield folder
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        folder.chmod(0o755)
+        if target.is_dir():
+            shutil.rmtree(_previous(target), ignore_errors=True)
+            target.rename(_previous(target))
+        folder.rename(target)
+        shutil.rmtree(_previous(target), ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"directory={str(target)!r} cannot be written: {error}; what was there is kept") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _recovered(target)
+
+
+def _recovered(target: Path) -> Path:
+    """`target`, put back if a save was killed between taking the old model away and putting the new one there."""
+    if not target.exists() and _previous(target).is_dir():
+        _previous(target).rename(target)
+    return target
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _pretrained_cfg(model: nn.Module, class_names: list[str] | None) -> dict[str, Any] | None:
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg is not None and not isinstance(cfg, dict):
+        cfg = vars(cfg)
+    known = {key: cfg[key] for key in _CFG_KEYS if cfg.get(key) is not None} if cfg else {}
+    if class_names is not None:
+        known["label_names"] = list(class_names)
+    try:
+        return json.loads(json.dumps(known)) if known else None  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise ArtifactError(f"pretrained_cfg holds something that is no JSON: {error}") from error
+
+
+def _set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any] | None) -> None:
+    if cfg is not None:
+        cfg = {key: tuple(value) if key in ("mean", "std", "input_size") else value for key, value in cfg.items()}
+        model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in ("lightning-mdc", "torch", "timm", "safetensors"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree without an install
+            continue
+    return versions

@@ -1,0 +1,604 @@
+"""`MultiDimPruneCallback`: when to observe, decide and apply, inside anybody's ``Trainer.fit``."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+from lightning_mdc.artifact import save
+from lightning_mdc.budget import Budget, CostModel, as_budget
+from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError
+from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction, evaluating, make_plan
+from lightning_mdc.models import Sites, find_model, find_sites
+from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, check_dimensions
+from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
+
+Schedule = Literal["one-shot", "cubic"]
+Unit = Literal["epoch", "step"]
+_STATE_FORMAT = 1
+
+
+class MultiDimPruneCallback(Callback):
+    """Prunes the vision transformer in a LightningModule while it trains, and hands it over physically smaller.
+
+    At the start of fit it scores heads, neurons and token positions on a seeded sample of the training data, decides
+    what stays under the budget, and puts reversible masks on; they are on in training, validation, test and predict,
+    and off when the Trainer is done. `slim_model` then gives the small network. The plan lives in the checkpoint:
+    a resumed run goes on with it, without scoring again. The module's own weights and keys never change shape.
+
+    Args:
+        budget: fraction of the dense MACs to keep, or a `Budget`. Not looked at when `policy` is a `Policy`.
+        policy: ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
+        criterion: name of a criterion or an instance; see `lightning_mdc.score`.
+        calibration_batches: how many batches (of the training loader's size) to score on, over all ranks together.
+        calibration_images: how many images instead; whole batches of them.
+        schedule: ``"one-shot"`` masks all at `start`; ``"cubic"`` goes there gradually until `end`, fast first
+            (Zhu & Gupta 2017), always from the same scores, never compounding.
+        start, end: when, in `unit`; `end` defaults to two thirds of the training.
+        unit: ``"epoch"`` or ``"step"`` (optimizer steps).
+        dimensions, min_heads, min_neurons, round_to, stages: see `Policy.uniform`.
+        token_score, fuse_tokens: see `make_plan`.
+        model: attribute path of the vision transformer in the LightningModule; None finds it if there is just one.
+        prediction: turns what the model returns into probabilities (images, classes); None means softmax.
+        seed: of the calibration sample.
+        restore_rng: also keep random states in the checkpoint, so that a run with ``shuffle=True`` resumed from the end
+            of an epoch goes on exactly as the uninterrupted one (single process).
+        save_to: folder to save the slim model to when fit ends.
+
+    Override `calibration_step` if batches are not ``(images, ...)``, ``images``, or the module is not called on images.
+
+    Raises:
+        MdcError: settings that contradict each other; one of its subclasses.
+    """
+
+    def __init__(
+        self,
+        budget: float | Budget = 0.6,
+        policy: str | Path | Policy = "uniform",
+        criterion: str | Criterion = "hsic",
+        *,
+        calibration_batches: int = 4,
+        calibration_images: int | None = None,
+        schedule: Schedule = "one-shot",
+        start: int = 0,
+        end: int | None = None,
+        unit: Unit = "epoch",
+        dimensions: Iterable[str] | None = None,
+        min_heads: int = 1,
+        min_neurons: int = 1,
+        round_to: int = 1,
+        stages: Sequence[int] | None = None,
+        token_score: str = "attention",
+        fuse_tokens: bool = True,
+        model: str | None = None,
+        prediction: Callable[[Any], Tensor] | None = None,
+        seed: int = 0,
+        restore_rng: bool = False,
+        save_to: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.budget = as_budget(budget)
+        self.criterion = as_criterion(criterion)
+        self.wanted_policy = policy if isinstance(policy, Policy) or policy == "uniform" else Policy.load(policy)
+        self.uniform_options: dict[str, Any] = {
+            "dimensions": None if dimensions is None else check_dimensions(dimensions),
+            "min_heads": min_heads,
+            "min_neurons": min_neurons,
+            "round_to": round_to,
+            "stages": None if stages is None else tuple(stages),
+        }
+        _one_of("schedule", schedule, ("one-shot", "cubic"))
+        _one_of("unit", unit, ("epoch", "step"))
+        _one_of("token_score", token_score, TOKEN_SCORES)
+        _whole("calibration_batches", calibration_batches, 1)
+        _whole("calibration_images", calibration_images, 1)
+        _whole("start", start, 0)
+        _whole("end", end, start + 1)
+        self.calibration_batches, self.calibration_images = calibration_batches, calibration_images
+        self.schedule, self.start, self.end, self.unit = schedule, start, end, unit
+        self.token_score, self.fuse_tokens = token_score, fuse_tokens
+        self.model_path, self.prediction, self.seed = model, prediction, seed
+        self.restore_rng, self.save_to = restore_rng, None if save_to is None else Path(save_to)
+        # Spawned workers cannot give attributes back; rank 0 leaves the outcome in this file.
+        self._handover = Path(tempfile.gettempdir()) / f"lightning_mdc-{uuid.uuid4().hex}.pt"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget scores, policy and plan: the next fit starts over."""
+        self._scores: Scores | None = None
+        self._policy: Policy | None = None
+        self._plan: Plan | None = None
+        self._progress = 0.0
+        self._scorer: Scorer | None = None  # while an iterable dataset is watched
+        self._rng: dict[str, Any] | None = None
+
+    # --- what it found --------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Scores | None:
+        """The scores the plan rests on; None before fitting started."""
+        self._collect_handover()
+        return self._scores
+
+    @property
+    def policy(self) -> Policy | None:
+        """The realised keep ratios of the final plan; None before fitting started."""
+        self._collect_handover()
+        return self._policy
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is kept when the schedule is through; None before fitting started."""
+        self._collect_handover()
+        return self._plan
+
+    def slim_model(self, pl_module: LightningModule, in_place: bool = False) -> nn.Module:
+        """The physically slim vision transformer of `pl_module`, a plain module.
+
+        With ``in_place=True`` it also takes the dense one's place in `pl_module` (uncompiled), to go on training.
+
+        Raises:
+            CallbackError: there is no plan yet, or nothing to replace.
+        """
+        if self.plan is None:
+            raise CallbackError("slim_model: there is no plan yet; call trainer.fit with this callback first")
+        path, model = find_model(pl_module, self.model_path)
+        if self._is_delivered(model):
+            return model
+        result = slim(model, self.plan)
+        if in_place:
+            if not path:
+                raise CallbackError(
+                    "in_place=True: the LightningModule is itself the vision transformer, so there is no attribute to "
+                    "replace; use the returned model"
+                )
+            parent, _, name = path.rpartition(".")
+            setattr(pl_module.get_submodule(parent), name, result)
+        return result
+
+    def calibration_step(self, pl_module: LightningModule, batch: Any) -> Any:
+        """What the model says about a batch: by default ``pl_module(images)``, so that a module's own normalisation
+        counts. Override for other batches, e.g. ``return pl_module(batch["pixel_values"])``.
+
+        Raises:
+            CalibrationError: the batch is neither ``images`` nor ``(images, ...)``.
+        """
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, Tensor):
+            raise CalibrationError(
+                f"a training batch is a {type(batch).__name__}, not images or (images, ...); subclass "
+                "MultiDimPruneCallback and override calibration_step(pl_module, batch)"
+            )
+        return pl_module(images)
+
+    # --- hooks ----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise CallbackError(
+                f"strategy={type(trainer.strategy).__name__} shards parameters, which masks and scores need whole; prune "
+                "first with strategy='ddp' or 'auto' (a short fit is enough), then train callback.slim_model(pl_module) "
+                "with this strategy"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._uniform_or_given(pl_module)  # an unreachable budget is said now, not after an hour
+        if self.schedule == "cubic":
+            self._schedule_end(trainer)
+        self._mask(trainer, pl_module)
+        if self._rng is not None and trainer.world_size == 1:
+            _set_rng_state(self._rng)
+        self._rng = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._advance(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._advance(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._scorer is not None:
+            self._watch(trainer, pl_module, batch)
+        if self.unit == "step":
+            self._advance(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mask(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mask(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mask(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._plan is not None and self._progress < 1:
+            rank_zero_warn(
+                f"fit ended before the pruning schedule did ({self._progress:.0%} of the way); slim_model gives the final "
+                "plan, which the weights have not been trained with. Train longer or lower end."
+            )
+        if trainer.is_global_zero and self._plan is not None and self.save_to is not None:
+            save(self.slim_model(pl_module), self.save_to)
+        if trainer.is_global_zero and _spawns(trainer.strategy):
+            torch.save(self.state_dict(), self._handover)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._unmask(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unmask(pl_module)
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """One key per model, so that several callbacks can prune several models."""
+        return self._generate_state_key(model=self.model_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, policy, plan and position as tensors and text (no class of ours, so that any loader can read it)."""
+        return {
+            "format": _STATE_FORMAT,
+            "policy": None if self._policy is None else self._policy.to_json(),
+            "plan": None if self._plan is None else self._plan.to_json(),
+            "progress": self._progress,
+            "scores": {} if self._scores is None else self._scores.tensors(),
+            "scores_facts": {} if self._scores is None else self._scores.facts(),
+            "rng": _rng_state() if self.restore_rng else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("format") != _STATE_FORMAT:
+            raise CallbackError(
+                f"the checkpoint's MultiDimPruneCallback state has format {state_dict.get('format')!r}, expected "
+                f"{_STATE_FORMAT}; it was written by another version"
+            )
+        self.reset()
+        if state_dict["policy"] is not None:
+            self._policy = Policy.from_json(state_dict["policy"])
+        if state_dict["plan"] is not None:
+            self._plan = Plan.from_json(state_dict["plan"])
+        if state_dict["scores_facts"]:
+            self._scores = Scores.from_parts(state_dict["scores"], state_dict["scores_facts"])
+        self._progress = state_dict["progress"]
+        self._rng = state_dict["rng"] if self.restore_rng else None
+
+    def _collect_handover(self) -> None:
+        if self._plan is None and self._handover.is_file():
+            state = torch.load(self._handover, weights_only=True)
+            self._handover.unlink()
+            self.load_state_dict(state)
+
+    # --- observe, decide, apply -----------------------------------------------------------------------------------
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
+        if now < self.start or self._scorer is not None:
+            return
+        if self._plan is None:
+            loader = trainer.train_dataloader
+            if not _is_map_style(loader):
+                self._scorer = self._new_scorer(pl_module)  # watch the first training batches go by, then decide
+                return
+            self._decide(trainer, pl_module, self._score(trainer, pl_module, loader))
+        progress = 1.0
+        if self.schedule == "cubic":
+            end = self._schedule_end(trainer)
+            progress = 1 - (1 - min(1.0, (now - self.start) / (end - self.start))) ** 3
+        if progress > self._progress:
+            self._progress = progress
+            self._unmask(pl_module)
+            self._mask(trainer, pl_module)
+
+    def _schedule_end(self, trainer: Trainer) -> int:
+        if self.end is not None:
+            return self.end
+        total = trainer.max_epochs if self.unit == "epoch" else trainer.estimated_stepping_batches
+        if total is None or total < 0 or total == math.inf:
+            raise CallbackError("schedule='cubic' with an endless Trainer: say when it is through, e.g. end=10")
+        return max(self.start + 1, round(total * 2 / 3))
+
+    def _uniform_or_given(self, pl_module: LightningModule) -> Policy:
+        _, model = find_model(pl_module, self.model_path)
+        if isinstance(self.wanted_policy, Policy):
+            find_sites(model).counts(self.wanted_policy)
+            return self.wanted_policy
+        if self._plan is not None:
+            return self._plan.policy
+        return Policy.uniform(model, self.budget, **self.uniform_options)
+
+    def _new_scorer(self, pl_module: LightningModule) -> Scorer:
+        sites = self._sites(pl_module)
+        policy = self._uniform_or_given(pl_module)
+        stages = sites.counts(policy).stages
+        return Scorer(sites, self.criterion, sites.dimensions, stages)
+
+    def _score(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> Scorer:
+        """Score on an own loader over the training data; rank r takes batches r, r + world, ... of one seeded list."""
+        scorer = self._new_scorer(pl_module)
+        if not self.criterion.needs_images:
+            return scorer
+        batches = _CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
+        mine = range(trainer.global_rank, len(batches), trainer.world_size)
+        # More ranks than batches: this rank looks at the first one for the shapes of its sums, and counts it as nothing.
+        idle = not mine
+        bar = tqdm(
+            list(mine) or [0],
+            desc="Scoring",
+            unit="batch",
+            leave=False,
+            disable=True if trainer.global_rank or trainer.progress_bar_callback is None else None,
+        )
+        with isolate_rng(), evaluating(pl_module), scorer:
+            for index in bar:
+                _seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
+                batch = batches[index]
+                self._observe(trainer, pl_module, scorer, _to_device(trainer, pl_module, batch))
+        if idle:
+            scorer.sums = {name: torch.zeros_like(value) for name, value in scorer.sums.items()}
+        return scorer
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        scorer = self._scorer
+        assert scorer is not None
+        if not self._is_short(scorer, batch):
+            with isolate_rng(), evaluating(pl_module), scorer:
+                self._observe(trainer, pl_module, scorer, batch)
+        done = scorer.sums["batches"] >= math.ceil(self.calibration_batches / trainer.world_size)
+        if self.calibration_images is not None:
+            done = scorer.sums["images"] * trainer.world_size >= self.calibration_images
+        if done:
+            self._scorer = None
+            self._decide(trainer, pl_module, scorer)
+            self._advance(trainer, pl_module)
+
+    def _is_short(self, scorer: Scorer, batch: Any) -> bool:
+        """Whether this batch is smaller than those before, where they must be equal."""
+        images = _num_images(batch)
+        if not self.criterion.needs_equal_batches or images is None or scorer.sums["batches"] == 0:
+            return False
+        return images != int(scorer.sums["images"] / scorer.sums["batches"])
+
+    def _observe(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batch: Any) -> None:
+        def predict() -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                output = self.calibration_step(pl_module, batch)
+            return as_prediction(output, self.prediction)
+
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        scorer.update(predict, labels if isinstance(labels, Tensor) else None)
+
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer) -> None:
+        """Average over ranks, decide on rank 0, tell the others, make sure they heard."""
+        if trainer.world_size > 1:
+            scorer.sums = {
+                name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in sorted(scorer.sums.items())
+            }
+        scores = scorer.scores()
+        policy = self._uniform_or_given(pl_module)
+        _, model = find_model(pl_module, self.model_path)
+        plan = make_plan(model, scores, policy, token_score=self.token_score, fuse_tokens=self.fuse_tokens)
+        told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
+        plan = Plan.from_json(told)
+        if plan.hash != digest:
+            raise PlanError(f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})")
+        self._scores, self._plan, self._policy = scores, plan, plan.policy
+
+    def _mask(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Masks on as far as the schedule has got, if a plan is known and they are not on already."""
+        if self._plan is None or self._progress == 0:
+            return
+        _, model = find_model(pl_module, self.model_path)
+        if is_masked(model) or self._is_delivered(model):
+            return
+        try:
+            plan = self._plan_now(model)
+            apply_masks(model, plan)
+        except (PlanError, PolicyError) as error:
+            raise PlanError(f"{error}. To prune another model with this callback, call callback.reset()") from error
+        self._report(trainer, find_sites(model), plan)
+
+    def _plan_now(self, model: nn.Module) -> Plan:
+        assert self._plan is not None
+        if self._progress >= 1 or self._scores is None:
+            return self._plan
+        final = self._plan.policy
+        partial = Policy(
+            **{
+                dimension: [1 - self._progress * (1 - ratio) for ratio in getattr(final, dimension)]
+                for dimension in ("heads", "neurons", "tokens")
+            },
+            stages=final.stages,
+        )
+        return make_plan(model, self._scores, partial, token_score=self.token_score, fuse_tokens=self.fuse_tokens)
+
+    def _unmask(self, pl_module: LightningModule) -> None:
+        try:
+            _, model = find_model(pl_module, self.model_path)
+        except MdcError:
+            return  # there never was a model of ours; whoever needs one has said so
+        remove_masks(model)
+
+    def _sites(self, pl_module: LightningModule) -> Sites:
+        return find_sites(find_model(pl_module, self.model_path)[1])
+
+    def _is_delivered(self, model: nn.Module) -> bool:
+        """Whether `model` is already the slim network of this plan (`slim_model(in_place=True)`)."""
+        made_with = plan_of(model)
+        return made_with is not None and made_with == self._plan
+
+    def _report(self, trainer: Trainer, sites: Sites, plan: Plan) -> None:
+        costs = CostModel(sites)
+        kept = {
+            dimension: sum(map(len, getattr(plan, dimension))) / max(sum(getattr(plan, f"num_{dimension}")), 1)
+            for dimension in ("heads", "neurons")
+        }
+        metrics = {
+            "mdc/macs": float(costs.of_plan(plan)),
+            "mdc/params": float(costs.params_of_plan(plan)),
+            **{f"mdc/keep_{dimension}": ratio for dimension, ratio in kept.items()},
+            "mdc/keep_tokens": math.prod(stage.keep for stage in plan.tokens),
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+        if trainer.training:
+            rank_zero_info(
+                f"Pruning {sites.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs: "
+                f"{kept['heads']:.0%} of heads, {kept['neurons']:.0%} of neurons, "
+                f"{metrics['mdc/keep_tokens']:.0%} of tokens at the end"
+            )
+
+
+def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
+    """The plan a `MultiDimPruneCallback` left in a Lightning checkpoint, for `slim` in another process.
+
+    `model` is the callback's ``model=`` argument, if there were several callbacks.
+
+    Raises:
+        CallbackError: the file is unreadable, or holds no plan (or several).
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CallbackError(f"checkpoint={str(path)!r} cannot be read without unpickling classes: {error}") from error
+    found = {
+        key: state["plan"]
+        for key, state in checkpoint.get("callbacks", {}).items()
+        if isinstance(state, dict) and "plan" in state and state.get("format") == _STATE_FORMAT
+    }
+    if model is not None:
+        found = {key: plan for key, plan in found.items() if repr(model) in key}
+    if len(found) != 1 or None in found.values():
+        raise CallbackError(
+            f"checkpoint={str(path)!r} holds {len(found)} MultiDimPruneCallback states{'' if found else ': no plan'}"
+            f"{' (the plan is not decided yet)' if None in found.values() else ''}"
+            f"{'; say which with model=' if len(found) > 1 else ''}"
+        )
+    return Plan.from_json(next(iter(found.values())))
+
+
+# --- calibration data -------------------------------------------------------------------------------------------------
+
+
+def _is_map_style(loaders: Any) -> bool:
+    leaves, _ = tree_flatten(loaders)
+    return bool(leaves) and all(
+        isinstance(leaf, DataLoader) and not isinstance(leaf.dataset, IterableDataset) for leaf in leaves
+    )
+
+
+class _CalibrationBatches(Sequence[Any]):
+    """A seeded list of batches over the loaders' own data sets with their own collate, each made when asked for.
+
+    `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return; a batch has the same structure.
+    """
+
+    def __init__(self, loaders: Any, batches: int, images: int | None, seed: int) -> None:
+        self._leaves, self._structure = tree_flatten(loaders)
+        self._indices = [_sample(leaf, batches, images, seed) for leaf in self._leaves]
+
+    def __len__(self) -> int:
+        return min(map(len, self._indices))
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = []
+        for leaf, indices in zip(self._leaves, self._indices, strict=True):
+            batched = leaf.batch_sampler is not None
+            one = DataLoader(
+                leaf.dataset,
+                batch_sampler=[indices[index]] if batched else None,
+                sampler=None if batched else indices[index],
+                batch_size=1 if batched else None,
+                collate_fn=leaf.collate_fn,
+                generator=torch.Generator(),  # its own: nobody else's stream moves on
+            )
+            parts.append(next(iter(one)))
+        return tree_unflatten(parts, self._structure)
+
+
+def _sample(loader: DataLoader[Any], batches: int, images: int | None, seed: int) -> list[list[int]]:
+    """Indices of equal-sized batches, drawn without replacement."""
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    if not total:
+        raise CalibrationError("the training data set is empty: there is nothing to score on")
+    if loader.batch_sampler is None:  # the data set yields whole batches itself
+        size = 1
+    else:
+        size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 32
+    wanted = images if images is not None and loader.batch_sampler is not None else batches * size
+    size, wanted = min(size, total, wanted), min(wanted, total)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [order[start : start + size] for start in range(0, wanted - size + 1, size)]
+
+
+def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """What Lightning does to a training batch before ``training_step``."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module.on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _num_images(batch: Any) -> int | None:
+    return next((len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+# --- small print ------------------------------------------------------------------------------------------------------
+
+
+def _spawns(strategy: Strategy) -> bool:
+    return isinstance(strategy.launcher, _MultiProcessingLauncher)
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _rng_state() -> dict[str, Any]:
+    """Global random states as tensors, numbers and text only, so that no checkpoint loader has to unpickle classes."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, [int(k) for k in keys], *rest],
+        "python": [version, list(words), gauss],
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise CallbackError(f"{name}={value!r}: expected one of {allowed}")
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise CallbackError(f"{name}={value!r}: expected a whole number of at least {least}")
