@@ -374,3 +374,10 @@ def _check_schedule(schedule: Mapping[str, Any]) -> None:
         raise DistillationError(
             "schedule sched='plateau' waits for a metric and can't be stepped per update; give 'cosine' or another"
         )
+    # timm keeps no list of its schedules to look a name up in; only building one tells, and older releases just return
+    # None. A misspelt name should not wait until the data are read. Long enough that no decay_epochs exceeds it.
+    nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    length = {"num_epochs": 10**6, "updates_per_epoch": 1, "step_on_epochs": False}
+    scheduler, _ = _create("schedule", timm.scheduler.create_scheduler_v2, nothing, {**schedule, **length})
+    if scheduler is None and schedule["sched"] != "none":
+        raise DistillationError(f"schedule sched={schedule['sched']!r} is unknown to timm; give 'cosine' or another")

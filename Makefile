@@ -1,0 +1,59 @@
+# Needs GNU make and Python >= 3.11; everything else is installed into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two test processes of one thread each beat one process of many: the models in the tests are tiny.
+WORKERS ?= 2
+# PYTHON=... is taken as given; without it the first of these that is new enough is used.
+PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# The stamp is removed first and written last: without it a folder left by an interrupted install is rebuilt.
+$(STAMP): pyproject.toml
+	@python=; \
+	for candidate in $(PYTHONS); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: needs Python >= 3.11; tried: $(PYTHONS) (python3 is $$(python3 --version 2>&1 || true))." >&2; \
+	  echo "       Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; \
+	fi; \
+	if ! "$$python" -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "error: $$python lacks the venv module (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; \
+	fi; \
+	if [ ! -f $@ ]; then \
+	  rm -rf $(VENV); \
+	  echo "creating $(VENV) with $$("$$python" --version) and installing; the first time this downloads several GB"; \
+	  "$$python" -m venv $(VENV); \
+	else \
+	  rm -f $@; \
+	  echo "pyproject.toml changed: updating $(VENV)"; \
+	fi; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train, prune, distil and report on handwritten digits, end to end
+	$(BIN)/python train.py
+
+test: $(STAMP)  ## the everyday tests
+	$(PYTEST)
+
+test-slow: $(STAMP)  ## every test, the slow ones too
+	$(PYTEST) -m "slow or not slow"
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove .venv and every cache (results under runs/ and outputs/ stay)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
