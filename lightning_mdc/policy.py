@@ -309,7 +309,7 @@ def _json_object(text: str, error: type[PolicyError] | type[PlanError], what: st
 
 
 def _ratios(name: str, ratios: Any) -> tuple[float, ...]:
-    if isinstance(ratios, numbers.Real):
+    if isinstance(ratios, numbers.Real) or getattr(ratios, "ndim", None) == 0:  # a 0-d tensor is a number too
         ratios = (ratios,)
     if isinstance(ratios, str) or not isinstance(ratios, Iterable):
         raise PolicyError(f"{name}={ratios!r}: expected a keep ratio or a list of them, each in [0, 1]")

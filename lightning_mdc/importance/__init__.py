@@ -1,7 +1,6 @@
 """How much does each unit matter? `hsic` is the maths, `criteria` the choices, `scoring` runs them over a model."""
 
 from lightning_mdc.importance.criteria import HSIC, Criterion, Place, as_criterion, register
-from lightning_mdc.importance.hsic import hsic
 from lightning_mdc.importance.plans import make_plan
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.importance.scoring import Scorer, as_prediction, evaluating, score, split_batch
@@ -15,7 +14,6 @@ __all__ = [
     "as_criterion",
     "as_prediction",
     "evaluating",
-    "hsic",
     "make_plan",
     "register",
     "score",

@@ -20,6 +20,7 @@ from lightning_mdc.errors import PlanError
 from lightning_mdc.models import BlockSite, Sites, UnitSite, find_sites, forget_compiled_code, unit_channels
 from lightning_mdc.models.token_stage import drop_tokens
 from lightning_mdc.policy import Plan, TokenStage
+from lightning_mdc.surgery.cutting import narrow_norm
 from lightning_mdc.surgery.intermediates import guard_intermediates, unguard_intermediates
 
 
@@ -120,22 +121,16 @@ class _NormOfKept(_Hook):
 
     def __init__(self, norm: nn.Module, channels: Tensor) -> None:
         self.channels = channels
-        # A norm of the kept width without weights of its own: it borrows the model's at every call.
-        template = copy.copy(norm)
-        template._parameters = dict.fromkeys(norm._parameters)
-        template._forward_hooks = type(norm._forward_hooks)()
-        template._forward_pre_hooks = type(norm._forward_pre_hooks)()
-        template.normalized_shape = (len(channels),)
-        self.template = template
+        # The norm in the kept width; its weights are only there to be stood in for by the model's own at every call.
+        self.narrow = copy.deepcopy(norm)
+        narrow_norm(self.narrow, channels)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         (x,) = args
         if self.channels.device != x.device:
             self.channels = self.channels.to(x.device)
-        for name, parameter in module._parameters.items():
-            narrowed = None if parameter is None else parameter[self.channels]
-            object.__setattr__(self.template, name, narrowed)
-        normed = self.template(x[..., self.channels])
+        weights = {name: parameter[self.channels] for name, parameter in module.named_parameters(recurse=False)}
+        normed = torch.func.functional_call(self.narrow, weights, (x[..., self.channels],))
         return torch.zeros_like(output).index_copy(-1, self.channels, normed.to(output.dtype))
 
 

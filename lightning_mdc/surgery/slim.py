@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mdc.errors import PlanError
-from lightning_mdc.models import Sites, UnitSite, find_sites, unit_channels, unwrap
+from lightning_mdc.models import Sites, find_sites, unwrap
 from lightning_mdc.policy import Plan
+from lightning_mdc.surgery.cutting import cut_units
 from lightning_mdc.surgery.intermediates import guard_intermediates
 from lightning_mdc.surgery.masks import remove_masks
 
@@ -31,10 +31,10 @@ def slim(model: nn.Module, plan: Plan) -> nn.Module:
     sites = find_sites(copied)
     for block, kept in zip(sites.blocks, plan.heads, strict=bool(plan.heads)):
         if block.heads is not None:
-            _cut(block.heads, kept)
+            cut_units(block.heads, kept)
     for block, kept in zip(sites.blocks, plan.neurons, strict=bool(plan.neurons)):
         if block.neurons is not None:
-            _cut(block.neurons, kept)
+            cut_units(block.neurons, kept)
     for stage in plan.tokens:
         if stage.keep < 1:
             new = sites.family.token_stage_block(sites, stage.block, stage, plan.fuse)
@@ -58,41 +58,6 @@ def _copy(model: nn.Module) -> nn.Module:
             if unwrap(child) is not child:  # a block compiled by itself
                 setattr(parent, name, unwrap(child))
     return copied
-
-
-def _cut(site: UnitSite, kept: tuple[int, ...]) -> None:
-    """Slice one block's heads or neurons in place."""
-    if len(kept) == site.num_units:
-        return
-    channels = unit_channels(torch.tensor(kept, dtype=torch.long), site.unit_width)
-    width = site.num_units * site.unit_width
-    for producer in site.producers:
-        rows = torch.cat([channels + copy_ * width for copy_ in range(producer.copies)])
-        _slice(producer.linear, "weight", 0, rows)
-        _slice(producer.linear, "bias", 0, rows)
-        producer.linear.out_features = len(rows)
-    if site.norm is not None:
-        narrow_norm(site.norm, channels)
-    _slice(site.consumer, "weight", 1, channels)
-    site.consumer.in_features = len(channels)
-    for name, multiple in site.size_attributes.items():
-        setattr(site.owner, name, len(kept) * multiple)
-
-
-def narrow_norm(norm: nn.Module, channels: Tensor) -> None:
-    """Restrict a normalisation over channels to some of them, in place."""
-    for name in ("weight", "bias"):
-        _slice(norm, name, 0, channels)
-    norm.normalized_shape = (len(channels),)
-
-
-def _slice(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
-    old = module._parameters.get(name)
-    if old is None:
-        return
-    # contiguous: index_select along dim 1 already is, and a view would keep the dense tensor alive
-    new = old.detach().index_select(dim, index.to(old.device)).contiguous()
-    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
 def _since_dense(sites: Sites, plan: Plan) -> Plan:

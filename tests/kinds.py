@@ -1,0 +1,73 @@
+"""Tiny real timm models of every supported kind, with randomised parameters: at initialisation biases are 0 and layer
+scales equal, which would hide wrong slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+SIZE, CLASSES, DEPTH, HEADS, DIM = 32, 7, 4, 4, 48
+BASE: dict[str, Any] = {
+    "img_size": SIZE,
+    "patch_size": 8,
+    "embed_dim": DIM,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+    "num_classes": CLASSES,
+}
+
+
+class GatedAttention(Attention):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, gated=True)
+
+
+def _vit(**kwargs: Any) -> Callable[[], nn.Module]:
+    return lambda: VisionTransformer(**(BASE | kwargs))
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "vit": _vit(),
+    "deit_distilled": lambda: VisionTransformerDistilled(**BASE),
+    "deit3_layer_scale": _vit(init_values=1e-3, no_embed_class=True),
+    "registers": _vit(reg_tokens=4),
+    "registers_without_class": _vit(reg_tokens=2, class_token=False, global_pool="avg"),
+    "average_pool": _vit(class_token=False, global_pool="avg"),
+    "attention_pool": _vit(class_token=False, global_pool="map"),
+    "clip_norm_pre": _vit(pre_norm=True),
+    "qk_norm": _vit(qk_norm=True),
+    "beit3_scale_norms": _vit(scale_attn_norm=True, scale_mlp_norm=True),
+    "rms_norms": _vit(norm_layer=RmsNorm, scale_attn_norm=True, scale_mlp_norm=True, qk_norm=True),
+    "glu": _vit(mlp_layer=GluMlp),
+    "swiglu_packed_normed": _vit(mlp_layer=SwiGLUPacked, scale_mlp_norm=True),
+    "swiglu": _vit(mlp_layer=SwiGLU),
+    "swiglu_normed": _vit(mlp_layer=SwiGLU, scale_mlp_norm=True),
+    "gated": _vit(attn_layer=GatedAttention),
+    "no_biases": _vit(qkv_bias=False, proj_bias=False),
+    "any_size": _vit(dynamic_img_size=True),
+}
+POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
+
+
+def make(kind: str = "vit", seed: int = 0) -> nn.Module:
+    """A randomised model of that kind, in eval mode."""
+    return randomised(KINDS[kind](), seed)
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            mean, std = (0.0, 0.12) if parameter.ndim > 1 else (0.4, 0.3)
+            parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def images(count: int = 6, size: int = SIZE, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,171 @@
+"""Costs against torch's own FLOP counter, and uniform policies against their budgets."""
+
+import random
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lightning_mdc as mdc
+from lightning_mdc.budget import CostModel, TokenDrop, num_params
+from lightning_mdc.errors import BudgetError, UnsupportedModelError
+from lightning_mdc.models import find_sites
+from tests.kinds import BASE, KINDS, SIZE, images, make
+
+
+def counted(model: nn.Module, size: int = SIZE) -> int:
+    """MACs of one image by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.randn(1, 3, size, size))
+    return int(counter.get_total_flops() // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("deit_tiny_patch16_224", 1_253_683_200),
+        ("deit_small_patch16_224", 4_598_882_304),
+        ("deit_base_patch16_224", 17_563_828_224),
+    ],
+)
+def test_published_models_cost_what_they_cost(name: str, expected: int) -> None:
+    with torch.device("meta"):
+        assert mdc.macs(timm.create_model(name)) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_plans_cost_what_the_counter_says(kind: str) -> None:
+    model, rng = make(kind), random.Random(kind)
+    scores = mdc.score(model, [images(4)], "activation", progress=False)
+    assert mdc.macs(model) == counted(model)
+    for _ in range(6):
+        policy = mdc.Policy(
+            [rng.random() for _ in range(4)],
+            [rng.random() for _ in range(4)],
+            [rng.choice([1.0, rng.random()]) for _ in range(3)],
+        )
+        plan = mdc.make_plan(model, scores, policy, token_score="attention")
+        slim = mdc.slim(model, plan)
+        assert mdc.macs(slim) == counted(slim) == mdc.policy_macs(model, policy) == mdc.plan_macs(model, plan)
+        assert CostModel(find_sites(model)).params_of_plan(plan) == num_params(slim)
+
+
+@pytest.mark.parametrize("kind", ["vit", "average_pool"])
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("token_score", ["dependence", "attention*dependence"])
+def test_token_options_are_priced(kind: str, fuse: bool, token_score: str) -> None:
+    model = make(kind)
+    scores = mdc.score(model, [images(8)], progress=False)
+    plan = mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.6), token_score=token_score, fuse_tokens=fuse)
+    slim = mdc.slim(model, plan)
+    assert mdc.macs(slim) == counted(slim) == mdc.plan_macs(model, plan)
+
+
+def test_other_input_sizes() -> None:
+    model = make("any_size")
+    assert mdc.macs(model, 64) == mdc.macs(model, (3, 64, 64)) == counted(model, 64)
+    plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5, 0.5, 0.6))
+    slim = mdc.slim(model, plan)
+    assert mdc.macs(slim, (64, 64)) == counted(slim, 64) == mdc.plan_macs(model, plan, 64)
+    with pytest.raises(UnsupportedModelError, match=r"input_size=\(64, 64\).*dynamic_img_size"):
+        mdc.macs(make(), 64)
+    with pytest.raises(BudgetError, match="input_size"):
+        mdc.macs(model, (1, 2, 3, 4))
+
+
+def test_parts_without_a_formula_are_counted() -> None:
+    model = make()
+    model.head = nn.Sequential(nn.Linear(48, 20), nn.GELU(), nn.Linear(20, 7))
+    assert mdc.macs(model) == counted(model)
+
+
+def test_many_policies_are_priced_at_once() -> None:
+    model = make()
+    costs = CostModel(find_sites(model))
+    rng = torch.Generator().manual_seed(0)
+    heads = torch.randint(0, 5, (50, 4), generator=rng).numpy()
+    neurons = torch.randint(0, 193, (50, 4), generator=rng).numpy()
+    keeps = torch.rand(50, 3, generator=rng).double().numpy()
+    together = costs.macs(heads, neurons, [TokenDrop(b, keeps[:, i]) for i, b in enumerate((1, 2, 3))])
+    for i in (0, 7, 49):
+        policy = mdc.Policy(heads[i] / 4, neurons[i] / 192, keeps[i])
+        assert together[i] == mdc.policy_macs(model, policy)
+
+
+# --- uniform policies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("budget", [0.25, 0.4, 0.5, 0.6, 0.77, 0.9])
+def test_uniform_lands_just_under_the_budget(name: str, budget: float) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    policy = mdc.Policy.uniform(model, budget)
+    assert budget - 0.005 < mdc.policy_macs(model, policy) / mdc.macs(model) <= budget
+    hidden = find_sites(model).num_neurons[0]
+    counts = {round(ratio * hidden) for ratio in policy.neurons}
+    assert max(counts) - min(counts) <= 1
+    assert len(set(policy.heads)) <= 2
+
+
+@pytest.mark.parametrize("dimension", ["heads", "neurons", "tokens"])
+def test_one_dimension_alone(dimension: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    policy = mdc.Policy.uniform(model, 0.8, (dimension,))
+    assert 0.79 < mdc.policy_macs(model, policy) / mdc.macs(model) <= 0.8
+    for other in {"heads", "neurons", "tokens"} - {dimension}:
+        assert set(getattr(policy, other)) == {1.0}
+
+
+def test_absolute_and_parameter_budgets() -> None:
+    model = make()
+    for budget in (mdc.Budget(macs=0.5 * mdc.macs(model)), mdc.Budget(macs=0.5)):
+        assert mdc.policy_macs(model, mdc.Policy.uniform(model, budget)) <= 0.5 * mdc.macs(model)
+    policy = mdc.Policy.uniform(model, mdc.Budget(params=0.5))
+    slim = mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), policy))
+    assert 0.49 < num_params(slim) / num_params(model) <= 0.5
+    assert set(policy.tokens) == {1.0}  # dropping tokens saves no parameter
+    both = mdc.Policy.uniform(model, mdc.Budget(macs=0.7, params=0.6))
+    assert mdc.policy_macs(model, both) <= 0.7 * mdc.macs(model)
+
+
+def test_round_to_and_minima() -> None:
+    model = make()
+    policy = mdc.Policy.uniform(model, 0.5, round_to=16, min_heads=2)
+    assert all(round(r * 192) % 16 == 0 for r in policy.neurons)
+    assert min(policy.heads) >= 0.5
+    assert mdc.policy_macs(model, policy) <= 0.5 * mdc.macs(model)
+
+
+def test_everything_fits_into_a_full_budget() -> None:
+    model = make()
+    policy = mdc.Policy.uniform(model, 1.0)
+    assert mdc.policy_macs(model, policy) == mdc.macs(model)
+    assert {*policy.heads, *policy.neurons, *policy.tokens} == {1.0}
+
+
+def test_an_unreachable_budget_says_what_is_reachable() -> None:
+    model = make()
+    with pytest.raises(BudgetError, match=r"budget=0\.05 is below the smallest reachable cost 0\.\d+.*min_heads=0") as error:
+        mdc.Policy.uniform(model, 0.05)
+    reachable = float(str(error.value).split("cost ")[1].split(" ")[0])
+    policy = mdc.Policy.uniform(model, reachable + 0.001)
+    assert set(policy.heads) == {0.25}
+    no_heads = mdc.Policy.uniform(model, reachable - 0.02, min_heads=0, min_neurons=0)
+    assert min(no_heads.heads) == 0
+
+
+def test_every_stage_and_prefix_combination_stays_under_budget() -> None:
+    rng = random.Random(5)
+    for _ in range(25):
+        depth, prefix = rng.randint(1, 6), rng.randint(0, 3)
+        model = VisionTransformer(**(BASE | {"depth": depth, "reg_tokens": prefix}))
+        stages = sorted(rng.sample(range(depth), rng.randint(1, depth)))
+        budget = rng.uniform(0.45, 1)
+        policy = mdc.Policy.uniform(model, budget, stages=stages)
+        assert mdc.policy_macs(model, policy) <= budget * mdc.macs(model)
+        assert mdc.policy_macs(model, policy) > (budget - 0.01) * mdc.macs(model)

@@ -1,0 +1,150 @@
+"""Finding the vision transformer, and saying clearly what cannot be pruned."""
+
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import UnsupportedModelError
+from lightning_mdc.models import find_model, find_sites
+from tests.kinds import BASE, KINDS, POST_NORM, images, make, randomised
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_lose_all_three_dimensions(kind: str) -> None:
+    sites = find_sites(make(kind))
+    assert sites.dimensions == ("heads", "neurons", "tokens")
+    assert sites.num_heads == (4,) * 4
+    assert len(set(sites.num_neurons)) == 1
+    assert sites.grid == (4, 4)
+
+
+def test_prefix_tokens_and_class_rows() -> None:
+    found = {kind: find_sites(make(kind)) for kind in ("vit", "deit_distilled", "registers", "registers_without_class")}
+    assert {kind: (s.num_prefix_tokens, s.class_rows) for kind, s in found.items()} == {
+        "vit": (1, (0,)),
+        "deit_distilled": (2, (0, 1)),
+        "registers": (5, (0,)),
+        "registers_without_class": (2, ()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("eva02_tiny_patch14_224", "blocks.0"),  # rotary positions
+        ("beit_base_patch16_224", "blocks.0"),  # relative positions
+        ("vit_relpos_small_patch16_224", "blocks.0"),
+        ("swin_tiny_patch4_window7_224", "layers.0.blocks.0"),  # windows
+        ("vit_small_patch16_18x2_224", "blocks.0"),  # parallel blocks
+        ("vit_base_patch16_xp_224", "blocks.0"),  # fused blocks
+        ("resnet18", "ResNet"),
+    ],
+)
+def test_unsupported_models_are_named(name: str, module: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UnsupportedModelError) as error:
+        mdc.Policy.uniform(model, 0.6)
+    message = str(error.value)
+    assert module in message
+    assert "Dimensions that do work: none" in message
+    assert "Supported: timm VisionTransformer" in message
+
+
+def test_post_norm_loses_heads_and_neurons_only() -> None:
+    model = randomised(POST_NORM())
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0 is a post-norm block.*heads, neurons"):
+        mdc.Policy.uniform(model, 0.6)
+    policy = mdc.Policy.uniform(model, 0.6, ("heads", "neurons"))
+    scores = mdc.score(model, [images()], progress=False)
+    assert scores.tokens == []
+    slim = mdc.slim(model, mdc.make_plan(model, scores, policy))
+    assert mdc.macs(slim) == mdc.policy_macs(model, policy) <= 0.6 * mdc.macs(model)
+
+
+class _ScaledAttention(TimmAttention):
+    def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return 2 * super().forward(x, **kwargs)
+
+
+class _OtherMlp(nn.Module):
+    def __init__(self, in_features: int, hidden_features: int, **kwargs: object) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_features, in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def test_an_attention_of_ones_own_leaves_the_neurons() -> None:
+    model = randomised(VisionTransformer(**BASE, attn_layer=_ScaledAttention))
+    assert find_sites(model).dimensions == ("neurons",)
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn is a .*_ScaledAttention"):
+        mdc.Policy.uniform(model, 0.8, ("heads",))
+    policy = mdc.Policy.uniform(model, 0.8, ("neurons",))
+    plan = mdc.make_plan(model, mdc.score(model, [images()], progress=False), policy)
+    assert mdc.macs(mdc.slim(model, plan)) == mdc.policy_macs(model, policy)
+
+
+def test_an_mlp_of_ones_own_leaves_the_heads() -> None:
+    model = randomised(VisionTransformer(**BASE, mlp_layer=_OtherMlp))
+    assert find_sites(model).dimensions == ("heads",)
+
+
+def test_a_linear_that_computes_something_else_is_not_sliced() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = make()
+    model.blocks[2].attn.proj = Doubled(48, 48)
+    assert find_sites(model).dimensions == ("neurons",)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_refused() -> None:
+    class Own(VisionTransformer):
+        def forward_features(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return super().forward_features(x.flip(-1))
+
+    with pytest.raises(UnsupportedModelError, match="Own"):
+        find_sites(Own(**BASE))
+
+
+def test_the_only_candidate_is_found_anywhere() -> None:
+    owner = nn.Module()
+    owner.encoder = nn.Module()
+    owner.encoder.vit = make()
+    owner.alias = owner.encoder.vit  # the same model under two names is one candidate
+    path, model = find_model(owner)
+    assert (path, model) == ("encoder.vit", owner.encoder.vit)
+
+
+def test_several_candidates_are_listed() -> None:
+    owner = nn.ModuleDict({"student": make(), "teacher": make("gated")})
+    with pytest.raises(UnsupportedModelError, match=r"student .*teacher .*model='student'"):
+        find_model(owner)
+    assert find_model(owner, "teacher")[1] is owner["teacher"]
+    with pytest.raises(UnsupportedModelError, match=r"no submodule 'pupil'.*student, teacher"):
+        find_model(owner, "pupil")
+    with pytest.raises(UnsupportedModelError, match="Supported"):
+        find_model(owner, "student.head")
+
+
+def test_compiled_models_are_seen_through() -> None:
+    owner = nn.Module()
+    owner.net = torch.compile(make(), backend="aot_eager")
+    path, model = find_model(owner)
+    assert path == "net"
+    assert type(model) is VisionTransformer
+    in_place = make()
+    in_place.compile(backend="aot_eager")
+    assert find_sites(in_place).model is in_place
+    by_block = make()
+    by_block.blocks[1] = torch.compile(by_block.blocks[1], backend="aot_eager")
+    assert find_sites(by_block).dimensions == ("heads", "neurons", "tokens")
+    assert isinstance(by_block.blocks[0].attn, Attention)

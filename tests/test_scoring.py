@@ -1,0 +1,180 @@
+"""Scoring as a whole: what it leaves behind (nothing), how batches are cut, the baselines, files."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import CalibrationError
+from lightning_mdc.importance import scoring
+from tests.kinds import CLASSES, images, make
+
+RAW = mdc.HSIC(hsic_weight=1, activation_weight=0)
+
+
+def traces(model: nn.Module) -> tuple[object, ...]:
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    rng = (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+    gradients = [p.grad is None for p in model.parameters()]
+    weights = [p.detach().clone() for p in model.parameters()]
+    return modes, hooks, rng, gradients, torch.cat([w.flatten() for w in weights]).tolist()
+
+
+@pytest.mark.parametrize("criterion", ["hsic", "activation", "taylor", "magnitude", "random"])
+def test_nothing_is_left_behind(criterion: str) -> None:
+    model = make().train()
+    model.blocks[1].eval()  # an odd mode has to come back as well
+    labels = torch.arange(32) % CLASSES
+    loader = DataLoader(TensorDataset(images(32), labels), batch_size=8, shuffle=True)  # draws from the global stream
+    before = traces(model)
+    scores = mdc.score(model, loader, criterion, progress=False)
+    assert traces(model) == before
+    assert [s.shape for s in scores.heads] == [(4,)] * 4
+    assert [s.shape for s in scores.neurons] == [(192,)] * 4
+    assert [s.shape for s in scores.tokens] == [(16,)] * 3
+
+
+@pytest.mark.parametrize("criterion", ["hsic", "taylor"])
+def test_nothing_is_left_behind_by_an_interruption(criterion: str) -> None:
+    model = make().train()
+    before = traces(model)
+
+    def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
+        yield images(8), torch.zeros(8, dtype=torch.long)
+        torch.rand(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mdc.score(model, interrupted(), criterion, progress=False)
+    assert traces(model) == before
+
+
+def test_other_peoples_hooks_stay() -> None:
+    model, calls = make(), []
+    model.blocks[0].mlp.fc2.register_forward_pre_hook(lambda *_: calls.append(1))
+    mdc.score(model, [images(8)], progress=False)
+    model(images(1))
+    assert len(calls) == 2
+
+
+def test_a_compiled_model_is_scored_like_the_original() -> None:
+    model, batch = make(), images(8)
+    expected = mdc.score(model, [batch], RAW, progress=False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(batch)  # compiled code exists: probes put on now would not be seen by it
+    scores = mdc.score(compiled, [batch], RAW, progress=False)
+    for mine, theirs in zip(scores.neurons, expected.neurons, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_batches_are_cut_to_one_size_and_a_small_rest_is_dropped() -> None:
+    model, pool = make(), images(27)
+    even = mdc.score(model, [pool[:8], pool[8:16], pool[16:24]], RAW, progress=False)
+    ragged = mdc.score(model, [pool[:8], pool[8:19], pool[19:27]], RAW, progress=False)  # 3 of 8 are left over
+    assert ragged.images == 24
+    for mine, theirs in zip(even.neurons, ragged.neurons, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert mdc.score(model, [pool[:8], pool[8:12]], RAW, progress=False).images == 12  # half a batch still counts
+    unbiased = mdc.HSIC(estimator="unbiased")
+    assert mdc.score(model, [pool[:8], pool[8:13]], unbiased, progress=False).images == 13
+
+
+def test_memory_is_bounded_by_looking_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = make(), [images(8, seed=s) for s in range(2)]
+    at_once = mdc.score(model, batches, progress=False)
+    monkeypatch.setattr(scoring, "_MEMORY_LIMIT", 10_000)
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    twice = mdc.score(model, batches, progress=False)
+    handle.remove()
+    assert len(calls) == 4  # two passes for each batch
+    for d in ("heads", "neurons", "tokens"):
+        for mine, theirs in zip(getattr(twice, d), getattr(at_once, d), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_taylor_is_the_first_order_change_of_the_loss() -> None:
+    model, batch, labels = make().double(), images(5).double(), torch.tensor([0, 3, 1, 6, 2])
+    scores = mdc.score(model, [(batch, labels)], "taylor", progress=False)
+
+    def losses(neuron: int, scale: float) -> Tensor:
+        def rescale(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            x = args[0].clone()
+            x[..., neuron] *= scale
+            return (x,)
+
+        handle = model.blocks[2].mlp.fc2.register_forward_pre_hook(rescale)
+        with torch.no_grad():
+            result = torch.nn.functional.cross_entropy(model(batch), labels, reduction="none")
+        handle.remove()
+        return result
+
+    for neuron in (0, 17, 100):
+        slope = (losses(neuron, 1 + 1e-5) - losses(neuron, 1 - 1e-5)) / 2e-5
+        assert scores.neurons[2][neuron].item() == pytest.approx(slope.abs().mean().item(), rel=1e-4)
+
+
+def test_taylor_works_on_frozen_weights_and_needs_labels() -> None:
+    model = make().requires_grad_(False)
+    labels = torch.zeros(6, dtype=torch.long)
+    assert mdc.score(model, [(images(), labels)], "taylor", progress=False).neurons[0].sum() > 0
+    with pytest.raises(CalibrationError, match="'taylor' needs labels"):
+        mdc.score(model, [images()], "taylor", progress=False)
+
+
+def test_magnitude_is_the_norm_of_all_weights_of_a_unit() -> None:
+    model = make("swiglu")
+    scores = mdc.score(model, criterion="magnitude")
+    mlp, attn = model.blocks[1].mlp, model.blocks[1].attn
+    expected = (mlp.fc1_g.weight[5].square().sum() + mlp.fc1_x.weight[5].square().sum() + mlp.fc2.weight[:, 5].square().sum()).sqrt()
+    assert scores.neurons[1][5].item() == pytest.approx(expected.item(), rel=1e-5)
+    q, k, v = (attn.qkv.weight[part * 48 + 24 : part * 48 + 36] for part in range(3))  # head 2 of width 12
+    expected = sum(part.square().sum() for part in (q, k, v, attn.proj.weight[:, 24:36])) ** 0.5
+    assert scores.heads[1][2].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_random_follows_its_seed() -> None:
+    from lightning_mdc.importance.criteria import Random
+
+    model = make()
+    first, again, other = (mdc.score(model, criterion=Random(seed)).neurons[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_precision_of_the_trainer_fp32_sums() -> None:
+    model, batch = make(), images(16)
+    exact = mdc.score(model, [batch], RAW, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = mdc.score(model, [batch], RAW, progress=False)
+    assert rough.neurons[1].dtype == torch.float32
+    correlation = torch.corrcoef(torch.stack([exact.neurons[1], rough.neurons[1]]))[0, 1]
+    assert 0.9 < correlation < 1  # bf16 activations, fp32 sums
+
+
+def test_scores_survive_a_file(tmp_path: object) -> None:
+    path = tmp_path / "scores.safetensors"  # type: ignore[operator]
+    scores = mdc.score(make(), [images(8)], progress=False)
+    scores.save(path)
+    loaded = mdc.Scores.load(path)
+    assert (loaded.stages, loaded.criterion, loaded.images) == ((1, 2, 3), "hsic", 8)
+    for d in ("heads", "neurons", "tokens"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(scores, d), getattr(loaded, d), strict=True))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        mdc.Scores.load(path)
+
+
+def test_a_broken_model_is_not_scored_in_silence() -> None:
+    model = make()
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.bias[3] = float("nan")
+    with pytest.raises(CalibrationError, match="not finite"):
+        mdc.score(model, [images(8)], progress=False)

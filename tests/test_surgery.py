@@ -1,0 +1,302 @@
+"""Masks and slim models: equal to each other, reversible, and good citizens of compile, export and autocast."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import PlanError, UnsupportedModelError
+from lightning_mdc.models.token_stage import resample_prior, select_tokens
+from lightning_mdc.surgery import apply_masks, is_masked, remove_masks
+from tests.kinds import KINDS, POST_NORM, images, make, randomised
+
+
+def planned(model: nn.Module, policy: mdc.Policy | None = None, **options: object) -> mdc.Plan:
+    scores = mdc.score(model, [images(8)], progress=False)
+    return mdc.make_plan(model, scores, policy or mdc.Policy(0.5, 0.4, 0.6), **options)  # type: ignore[arg-type]
+
+
+def agree(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.parametrize("token_score", ["attention", "dependence", "attention*dependence"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_masked_equals_slim(kind: str, token_score: str) -> None:
+    model, x = make(kind), images()
+    before, keys = model(x), list(model.state_dict())
+    plan = planned(model, token_score=token_score)
+    slim = mdc.slim(model, plan)
+    with mdc.masked(model, plan) as masked_model:
+        assert masked_model is model
+        masked = model(x)
+        assert list(model.state_dict()) == keys
+        assert not agree(masked, before, 1e-3)  # else the comparison below says nothing
+    assert agree(masked, slim(x))
+    assert torch.equal(model(x), before)
+    assert list(slim.state_dict()) == keys
+    assert type(slim) is type(model)
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms", "gated", "swiglu_normed"])
+@torch.no_grad()
+def test_blocks_without_heads_or_neurons(kind: str) -> None:
+    model, x = make(kind), images()
+    policy = mdc.Policy(heads=[0, 1, 0.5, 0], neurons=[0.5, 0, 1, 0], tokens=[0.8, 0.7, 0.5])
+    for token_score in ("attention", "dependence"):
+        plan = planned(model, policy, token_score=token_score)
+        slim = mdc.slim(model, plan)
+        assert slim.blocks[0].attn.qkv.weight.shape == (0, 48)
+        assert slim.blocks[3].mlp.fc2.weight.shape == (48, 0)
+        with mdc.masked(model, plan):
+            assert agree(model(x), slim(x))
+
+
+def test_a_headless_first_stage_uses_the_prior() -> None:
+    model = make()
+    headless_first = planned(model, mdc.Policy(heads=[1, 0, 1, 1], tokens=0.5))
+    assert headless_first.tokens[0].prior is not None
+    assert headless_first.tokens[1].prior is None
+    headless_later = planned(model, mdc.Policy(heads=[1, 1, 0, 1], tokens=0.5))
+    assert [stage.prior for stage in headless_later.tokens] == [None] * 3
+
+
+@torch.no_grad()
+def test_post_norm_masked_equals_slim() -> None:
+    model, x = randomised(POST_NORM()), images()
+    plan = mdc.make_plan(model, mdc.score(model, [x], progress=False), mdc.Policy(0.5, 0.4))
+    with mdc.masked(model, plan):
+        assert agree(model(x), mdc.slim(model, plan)(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+@torch.no_grad()
+def test_keeping_everything_changes_no_bit(kind: str, fused: bool) -> None:
+    model, x = make(kind), images()
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    expected = model(x)
+    everything = planned(model, mdc.Policy())
+    assert everything.keeps_everything
+    with mdc.masked(model, everything):
+        assert not is_masked(model)
+        assert torch.equal(model(x), expected)
+    # The stage block itself, told to keep all: its own restatement of attention must not differ in a bit.
+    stages = planned(model, mdc.Policy(tokens=0.5)).tokens
+    slim = mdc.slim(model, planned(model, mdc.Policy(tokens=0.5)))
+    for stage in stages:
+        slim.blocks[stage.block].stage = type(stage)(stage.block, 1.0)
+    assert torch.equal(slim(x), expected)
+
+
+@torch.no_grad()
+def test_token_stages_keep_the_prefix_and_the_best_and_fuse_the_rest() -> None:
+    x = torch.arange(2 * 6 * 1, dtype=torch.float32).reshape(2, 6, 1)
+    scores = torch.tensor([[0.1, 0.5, 0.2, 0.9], [0.9, 0.1, 0.8, 0.2]])
+    kept = select_tokens(x, scores, num_kept=4, num_prefix_tokens=2, fuse=True)
+    assert kept[..., 0].tolist() == [[0, 1, 3, 5, 3.0], [6, 7, 8, 10, 10.0]]  # order kept; mean of 2 and 4, of 9 and 11
+    assert torch.equal(select_tokens(x, scores, 4, 2, fuse=False), kept[:, :-1])
+
+
+@torch.no_grad()
+def test_the_tokens_kept_are_those_the_class_token_attends_to() -> None:
+    model, x = make(), images(3)
+    plan = planned(model, mdc.Policy(tokens=[0.5, 1, 1]))
+    slim, seen = mdc.slim(model, plan), {}
+    slim.blocks[1].norm2.register_forward_pre_hook(lambda _, args: seen.update(reduced=args[0]))
+
+    hidden = model.blocks[0](model.norm_pre(model._pos_embed(model.patch_embed(x))))
+    block = model.blocks[1]
+    qkv = block.attn.qkv(block.norm1(hidden)).reshape(3, 17, 3, 4, 12).permute(2, 0, 3, 1, 4)
+    attention = (qkv[0] @ qkv[1].transpose(-1, -2) / 12**0.5).softmax(-1)[:, :, 0, 1:].mean(1)
+    after = hidden + block.attn(block.norm1(hidden))
+    slim(x)
+    assert seen["reduced"].shape == (3, 9, 48)  # 17 tokens at 0.5: 8 stay, and one fused
+    for i in range(3):
+        best = attention[i].topk(7).indices.sort().values + 1
+        torch.testing.assert_close(seen["reduced"][i, 1:8], after[i, best])
+        rest = [t for t in range(1, 17) if t not in best.tolist()]
+        torch.testing.assert_close(seen["reduced"][i, 8], after[i, rest].mean(0))
+
+
+def test_priors_are_resampled_to_other_grids() -> None:
+    prior = torch.arange(12.0)
+    assert torch.equal(resample_prior(prior, (3, 4), 12), prior)
+    assert resample_prior(prior, (3, 4), 48).reshape(6, 8)[0, 0] == pytest.approx(0)
+    with pytest.raises(PlanError, match="3x4 patches cannot be resampled to 13"):
+        resample_prior(prior, (3, 4), 13)
+    model = make("any_size")
+    plan = planned(model, token_score="attention*dependence")
+    with torch.no_grad(), mdc.masked(model, plan):
+        assert agree(model(images(2, 64)), mdc.slim(model, plan)(images(2, 64)))
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+def test_slim_leaves_the_dense_model_alone_and_keeps_its_ways() -> None:
+    model = make().double().train()
+    model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3)}
+    model.blocks[0].requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    slim = mdc.slim(model, planned(model.eval()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert slim.pretrained_cfg == {"mean": (0.1, 0.2, 0.3)}
+    assert slim.head.weight.dtype == torch.float64
+    assert not slim.training
+    assert mdc.slim(model.train(), slim.mdc_plan).training
+    assert not slim.blocks[0].attn.qkv.weight.requires_grad
+    assert slim.blocks[1].attn.qkv.weight.requires_grad
+    assert slim.head.weight.data_ptr() != model.head.weight.data_ptr()
+
+
+def test_masks_come_off_after_an_error_and_do_not_stack() -> None:
+    model, calls = make(), []
+    handle = model.blocks[1].mlp.fc2.register_forward_pre_hook(lambda *_: calls.append(1))
+    plan = planned(model)
+    with pytest.raises(AssertionError, match="Input height"), mdc.masked(model, plan):
+        with pytest.raises(PlanError, match="masked already"):
+            apply_masks(model, plan)
+        model(images(1, size=5))
+    assert not is_masked(model)
+    assert "forward_intermediates" not in vars(model)
+    calls.clear()
+    model(images(1))
+    assert calls  # somebody else's hook is still there
+    handle.remove()
+
+
+@torch.no_grad()
+def test_copies_of_a_masked_model_stand_on_their_own() -> None:
+    model, x = make("beit3_scale_norms"), images()
+    plan, dense = planned(model), model(x)
+    apply_masks(model, plan)
+    masked = model(x)
+    copied = copy.deepcopy(model)
+    assert torch.equal(mdc.slim(model, plan)(x), mdc.slim(copied, plan)(x))  # a slim model carries no masks
+    remove_masks(model)
+    assert torch.equal(copied(x), masked)
+    assert torch.equal(model(x), dense)
+    remove_masks(copied)
+    assert torch.equal(copied(x), dense)
+
+
+def test_gradients_flow_to_what_is_kept_and_only_there() -> None:
+    model, x = make(), images()
+    plan = planned(model)
+    with mdc.masked(model, plan):
+        model(x).square().sum().backward()
+    dropped = sorted(set(range(192)) - set(plan.neurons[2]))
+    assert model.blocks[2].mlp.fc1.weight.grad[dropped].abs().max() == 0
+    assert model.blocks[2].mlp.fc1.weight.grad[list(plan.neurons[2])].abs().min() > 0
+    slim = mdc.slim(model, plan)
+    slim(x).square().sum().backward()
+    kept = model.blocks[2].mlp.fc1.weight.grad[list(plan.neurons[2])]
+    torch.testing.assert_close(slim.blocks[2].mlp.fc1.weight.grad, kept, rtol=1e-3, atol=1e-5)
+    assert slim.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_slimming_a_slim_model_again() -> None:
+    model, x = make(), images()
+    first = mdc.slim(model, planned(model, mdc.Policy(0.75, 0.5, 1.0)))
+    second_plan = planned(first, mdc.Policy(0.7, 0.5, 0.6))
+    second = mdc.slim(first, second_plan)
+    with mdc.masked(model, second.mdc_plan):  # composed: relative to the dense model
+        assert agree(model(x), second(x))
+    with pytest.raises(PlanError, match="already has token stages"):
+        mdc.slim(second, planned(second, mdc.Policy(tokens=0.9)))
+
+
+def test_plans_of_another_model_are_refused() -> None:
+    plan = planned(make())
+    other = randomised(KINDS["vit"]())
+    other.blocks = other.blocks[:3]
+    with pytest.raises(PlanError, match="plan is for another model: it knows 4 blocks"):
+        mdc.slim(other, plan)
+
+
+# --- company ----------------------------------------------------------------------------------------------------------
+
+COMPILED_KINDS = ["vit", "deit_distilled", "average_pool", "rms_norms", "gated"]
+
+
+@pytest.mark.parametrize("kind", COMPILED_KINDS)
+@torch.no_grad()
+def test_slim_models_compile_whole_and_export(kind: str) -> None:
+    model, x = make(kind), images()
+    slim = mdc.slim(model, planned(model, token_score="attention*dependence"))
+    eager = slim(x)
+    assert agree(torch.compile(slim, fullgraph=True, backend="aot_eager")(x), eager, 1e-4)
+    exported = torch.export.export(slim, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
+    assert agree(exported(x), eager, 1e-4)
+    assert agree(exported(x[:3]), eager[:3], 1e-4)
+
+
+@torch.no_grad()
+def test_slim_models_compile_with_inductor() -> None:
+    import shutil
+
+    if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
+        pytest.skip("inductor needs a C++ compiler, and there is none here")
+    slim = mdc.slim(make(), planned(make()))
+    assert agree(torch.compile(slim, fullgraph=True)(images()), slim(images()), 1e-4)
+
+
+@pytest.mark.parametrize("kind", COMPILED_KINDS)
+@torch.no_grad()
+def test_masks_take_effect_around_compiled_code(kind: str) -> None:
+    model, x = make(kind), images()
+    plan = planned(model)
+    dense, slim = model(x), mdc.slim(model, plan)(x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert agree(compiled(x), dense)
+    with mdc.masked(compiled, plan):  # compiled before: the masks must be seen
+        assert agree(compiled(x), slim)
+    assert agree(compiled(x), dense)  # compiled under masks: they must be gone
+    in_place = copy.deepcopy(model)
+    in_place.compile(backend="aot_eager")
+    with mdc.masked(in_place, plan):
+        assert agree(in_place(x), slim)
+    assert agree(in_place(x), dense)
+    assert not agree(dense, slim, 1e-3)
+
+
+def test_autocast_and_gradient_checkpointing() -> None:
+    model, x = make(), images()
+    plan = planned(model)
+    slim = mdc.slim(model, plan).train()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert slim(x).dtype == torch.bfloat16
+        with mdc.masked(model, plan):
+            assert agree(model(x).float(), slim(x).float(), 1e-2)
+
+    def gradient(checkpointing: bool, net: nn.Module) -> Tensor:
+        net.set_grad_checkpointing(checkpointing)
+        net.zero_grad()
+        net(x).square().sum().backward()
+        return net.patch_embed.proj.weight.grad.clone()
+
+    torch.testing.assert_close(gradient(True, slim), gradient(False, slim))
+    with mdc.masked(model.train(), plan):
+        torch.testing.assert_close(gradient(True, model), gradient(False, model))
+
+
+def test_feature_maps_after_a_drop_are_refused() -> None:
+    model, x = make(), images(2)
+    plan = planned(model)
+    slim = mdc.slim(model, plan)
+    for broken in (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
+        with pytest.raises(UnsupportedModelError, match="output_fmt='NLC'"):
+            broken.forward_intermediates(x)
+        assert [y.shape[1] for y in broken.forward_intermediates(x, output_fmt="NLC")[1]] == [16, 10, 6, 4]
+    with mdc.masked(model, plan), pytest.raises(UnsupportedModelError, match="NCHW"):
+        model.get_intermediate_layers(x, reshape=True)
+    assert model.forward_intermediates(x)[1][0].shape == (2, 48, 4, 4)
+    with pytest.raises(UnsupportedModelError, match="attn_mask"):
+        slim(x, attn_mask=torch.zeros(17, 17))
