@@ -1,4 +1,4 @@
-"""Multi-dimensional compression of vision transformers: heads, MLP neurons and tokens, by dependence with the prediction.
+"""Multi-dimensional compression of vision transformers: heads, MLP neurons and tokens pruned jointly by dependence.
 
 After Hou & Kung, "Multi-Dimensional Model Compression of Vision Transformer" (arXiv 2201.00043).
 """

@@ -155,7 +155,7 @@ def _describe(sites: Sites, plan: Plan | None) -> dict[str, Any]:
     difference = _difference(sites.model, again)
     if difference:
         raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {difference}. {advice}")
-    return spec  # type: ignore[no-any-return]
+    return spec
 
 
 def _difference(model: nn.Module, again: nn.Module) -> str | None:
@@ -211,7 +211,7 @@ def _rebuilt(config: Mapping[str, Any], plan: Plan | None, shapes: Mapping[str, 
     family = next((f for f in FAMILIES if f.name == config["family"]), None)
     if family is None or not isinstance(spec, dict):
         raise ArtifactError(
-            f"{folder / CONFIG}: family {config['family']!r} is unknown; known are {', '.join(f.name for f in FAMILIES)}"
+            f"{folder / CONFIG}: family {config['family']!r} is unknown; known: {', '.join(f.name for f in FAMILIES)}"
         )
     _check_depth(spec, shapes, folder)
     try:
@@ -283,7 +283,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} cannot be parsed ({error}); get a fresh copy of the folder") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ArtifactError(f"{path}: format {found!r} is not {_FORMAT!r}; it is no model of ours, or of a newer version")
+        raise ArtifactError(
+            f"{path}: format {found!r} is not {_FORMAT!r}; it is no model of ours, or of a newer version"
+        )
     if set(config) != _FIELDS:
         raise ArtifactError(f"{path}: fields {sorted(set(config) ^ _FIELDS)} are missing or unknown")
     if not isinstance(config["training"], bool) or not isinstance(config["pretrained_cfg"], (dict, type(None))):
@@ -380,7 +382,7 @@ def _pretrained_cfg(model: nn.Module, class_names: list[str] | None) -> dict[str
     if class_names is not None:
         known["label_names"] = list(class_names)
     try:
-        return json.loads(json.dumps(known)) if known else None  # type: ignore[no-any-return]
+        return json.loads(json.dumps(known)) if known else None
     except TypeError as error:
         raise ArtifactError(f"pretrained_cfg holds something that is no JSON: {error}") from error
 

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import math
-import random
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from lightning_mdc.artifact import save
 from lightning_mdc.budget import Budget, CostModel, as_budget
 from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError
 from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction, evaluating, make_plan
+from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
 from lightning_mdc.models import Sites, find_model, find_sites
 from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, check_dimensions
+from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
 
 Schedule = Literal["one-shot", "cubic"]
@@ -193,9 +190,9 @@ class MultiDimPruneCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise CallbackError(
-                f"strategy={type(trainer.strategy).__name__} shards parameters, which masks and scores need whole; prune "
-                "first with strategy='ddp' or 'auto' (a short fit is enough), then train callback.slim_model(pl_module) "
-                "with this strategy"
+                f"strategy={type(trainer.strategy).__name__} shards parameters, which masks and scores need whole; "
+                "prune first with strategy='ddp' or 'auto' (a short fit is enough), then train "
+                "callback.slim_model(pl_module) with this strategy"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,7 +201,7 @@ class MultiDimPruneCallback(Callback):
             self._schedule_end(trainer)
         self._mask(trainer, pl_module)
         if self._rng is not None and trainer.world_size == 1:
-            _set_rng_state(self._rng)
+            set_rng_state(self._rng)
         self._rng = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,8 +228,8 @@ class MultiDimPruneCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._plan is not None and self._progress < 1:
             rank_zero_warn(
-                f"fit ended before the pruning schedule did ({self._progress:.0%} of the way); slim_model gives the final "
-                "plan, which the weights have not been trained with. Train longer or lower end."
+                f"fit ended before the pruning schedule did ({self._progress:.0%} of the way); slim_model gives the "
+                "final plan, which the weights have not been trained with. Train longer or lower end."
             )
         if trainer.is_global_zero and self._plan is not None and self.save_to is not None:
             save(self.slim_model(pl_module), self.save_to)
@@ -261,7 +258,7 @@ class MultiDimPruneCallback(Callback):
             "progress": self._progress,
             "scores": {} if self._scores is None else self._scores.tensors(),
             "scores_facts": {} if self._scores is None else self._scores.facts(),
-            "rng": _rng_state() if self.restore_rng else None,
+            "rng": rng_state() if self.restore_rng else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,7 +291,7 @@ class MultiDimPruneCallback(Callback):
             return
         if self._plan is None:
             loader = trainer.train_dataloader
-            if not _is_map_style(loader):
+            if not is_map_style(loader):
                 self._scorer = self._new_scorer(pl_module)  # watch the first training batches go by, then decide
                 return
             self._decide(trainer, pl_module, self._score(trainer, pl_module, loader))
@@ -335,9 +332,9 @@ class MultiDimPruneCallback(Callback):
         scorer = self._new_scorer(pl_module)
         if not self.criterion.needs_images:
             return scorer
-        batches = _CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
+        batches = CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
         mine = range(trainer.global_rank, len(batches), trainer.world_size)
-        # More ranks than batches: this rank looks at the first one for the shapes of its sums, and counts it as nothing.
+        # More ranks than batches: this one looks at the first for the shapes of its sums, and counts it as nothing.
         idle = not mine
         bar = tqdm(
             list(mine) or [0],
@@ -346,9 +343,9 @@ class MultiDimPruneCallback(Callback):
             leave=False,
             disable=True if trainer.global_rank or trainer.progress_bar_callback is None else None,
         )
-        with isolate_rng(), evaluating(pl_module), scorer:
+        with isolated_rng(), evaluating(pl_module), scorer:
             for index in bar:
-                _seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
+                seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
                 batch = batches[index]
                 self._observe(trainer, pl_module, scorer, _to_device(trainer, pl_module, batch))
         if idle:
@@ -359,7 +356,7 @@ class MultiDimPruneCallback(Callback):
         scorer = self._scorer
         assert scorer is not None
         if not self._is_short(scorer, batch):
-            with isolate_rng(), evaluating(pl_module), scorer:
+            with isolated_rng(), evaluating(pl_module), scorer:
                 self._observe(trainer, pl_module, scorer, batch)
         done = scorer.sums["batches"] >= math.ceil(self.calibration_batches / trainer.world_size)
         if self.calibration_images is not None:
@@ -371,7 +368,7 @@ class MultiDimPruneCallback(Callback):
 
     def _is_short(self, scorer: Scorer, batch: Any) -> bool:
         """Whether this batch is smaller than those before, where they must be equal."""
-        images = _num_images(batch)
+        images = num_images(batch)
         if not self.criterion.needs_equal_batches or images is None or scorer.sums["batches"] == 0:
             return False
         return images != int(scorer.sums["images"] / scorer.sums["batches"])
@@ -398,7 +395,9 @@ class MultiDimPruneCallback(Callback):
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
         plan = Plan.from_json(told)
         if plan.hash != digest:
-            raise PlanError(f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})")
+            raise PlanError(
+                f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})"
+            )
         self._scores, self._plan, self._policy = scores, plan, plan.policy
 
     def _mask(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -494,60 +493,6 @@ def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
     return Plan.from_json(next(iter(found.values())))
 
 
-# --- calibration data -------------------------------------------------------------------------------------------------
-
-
-def _is_map_style(loaders: Any) -> bool:
-    leaves, _ = tree_flatten(loaders)
-    return bool(leaves) and all(
-        isinstance(leaf, DataLoader) and not isinstance(leaf.dataset, IterableDataset) for leaf in leaves
-    )
-
-
-class _CalibrationBatches(Sequence[Any]):
-    """A seeded list of batches over the loaders' own data sets with their own collate, each made when asked for.
-
-    `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return; a batch has the same structure.
-    """
-
-    def __init__(self, loaders: Any, batches: int, images: int | None, seed: int) -> None:
-        self._leaves, self._structure = tree_flatten(loaders)
-        self._indices = [_sample(leaf, batches, images, seed) for leaf in self._leaves]
-
-    def __len__(self) -> int:
-        return min(map(len, self._indices))
-
-    def __getitem__(self, index: Any) -> Any:
-        parts = []
-        for leaf, indices in zip(self._leaves, self._indices, strict=True):
-            batched = leaf.batch_sampler is not None
-            one = DataLoader(
-                leaf.dataset,
-                batch_sampler=[indices[index]] if batched else None,
-                sampler=None if batched else indices[index],
-                batch_size=1 if batched else None,
-                collate_fn=leaf.collate_fn,
-                generator=torch.Generator(),  # its own: nobody else's stream moves on
-            )
-            parts.append(next(iter(one)))
-        return tree_unflatten(parts, self._structure)
-
-
-def _sample(loader: DataLoader[Any], batches: int, images: int | None, seed: int) -> list[list[int]]:
-    """Indices of equal-sized batches, drawn without replacement."""
-    total = len(loader.dataset)  # type: ignore[arg-type]
-    if not total:
-        raise CalibrationError("the training data set is empty: there is nothing to score on")
-    if loader.batch_sampler is None:  # the data set yields whole batches itself
-        size = 1
-    else:
-        size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 32
-    wanted = images if images is not None and loader.batch_sampler is not None else batches * size
-    size, wanted = min(size, total, wanted), min(wanted, total)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [order[start : start + size] for start in range(0, wanted - size + 1, size)]
-
-
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """What Lightning does to a training batch before ``training_step``."""
     batch = trainer.precision_plugin.convert_input(batch)
@@ -555,43 +500,11 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def _num_images(batch: Any) -> int | None:
-    return next((len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim), None)
-
-
 # --- small print ------------------------------------------------------------------------------------------------------
 
 
 def _spawns(strategy: Strategy) -> bool:
     return isinstance(strategy.launcher, _MultiProcessingLauncher)
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def _rng_state() -> dict[str, Any]:
-    """Global random states as tensors, numbers and text only, so that no checkpoint loader has to unpickle classes."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, [int(k) for k in keys], *rest],
-        "python": [version, list(words), gauss],
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

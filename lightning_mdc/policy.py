@@ -6,6 +6,7 @@ This module knows no model; `lightning_mdc.models.Sites` checks a policy or plan
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import numbers
@@ -179,7 +180,7 @@ class TokenStage:
             raise PlanError(f"token stage grid={self.grid!r}: a prior needs its height and width in patches")
         if len(self.prior) != self.grid[0] * self.grid[1] or not all(_is_finite(value) for value in self.prior):
             raise PlanError(
-                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(self.prior)} values"
+                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(self.prior)}"
             )
 
 
@@ -216,7 +217,7 @@ class Plan:
             for block, (indices, size) in enumerate(zip(kept, sizes, strict=True)):
                 if not all(_is_index(i) for i in (*indices, size)):
                     raise PlanError(f"plan.{name}[{block}] holds something that is no index")
-                if any(b <= a for a, b in zip(indices, indices[1:], strict=False)):
+                if any(b <= a for a, b in itertools.pairwise(indices)):
                     raise PlanError(f"plan.{name}[{block}] must increase without repeats, got {list(indices)[:8]}...")
                 if indices and indices[-1] >= size:
                     raise PlanError(f"plan.{name}[{block}] has index {indices[-1]}, but the block has {size} {name}")

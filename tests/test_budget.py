@@ -150,7 +150,9 @@ def test_everything_fits_into_a_full_budget() -> None:
 
 def test_an_unreachable_budget_says_what_is_reachable() -> None:
     model = make()
-    with pytest.raises(BudgetError, match=r"budget=0\.05 is below the smallest reachable cost 0\.\d+.*min_heads=0") as error:
+    with pytest.raises(
+        BudgetError, match=r"budget=0\.05 is below the smallest reachable cost 0\.\d+.*min_heads=0"
+    ) as error:
         mdc.Policy.uniform(model, 0.05)
     reachable = float(str(error.value).split("cost ")[1].split(" ")[0])
     policy = mdc.Policy.uniform(model, reachable + 0.001)

@@ -37,7 +37,9 @@ def unbiased(k: np.ndarray, l: np.ndarray) -> float:  # noqa: E741
     n = len(k)
     k, l = k - np.diag(np.diag(k)), l - np.diag(np.diag(l))  # noqa: E741
     ones = np.ones(n)
-    total = np.trace(k @ l) + ones @ k @ ones * (ones @ l @ ones) / ((n - 1) * (n - 2)) - 2 / (n - 2) * ones @ k @ l @ ones
+    total = (
+        np.trace(k @ l) + ones @ k @ ones * (ones @ l @ ones) / ((n - 1) * (n - 2)) - 2 / (n - 2) * ones @ k @ l @ ones
+    )
     return float(total / (n * (n - 3)))
 
 

@@ -133,7 +133,9 @@ def test_magnitude_is_the_norm_of_all_weights_of_a_unit() -> None:
     model = make("swiglu")
     scores = mdc.score(model, criterion="magnitude")
     mlp, attn = model.blocks[1].mlp, model.blocks[1].attn
-    expected = (mlp.fc1_g.weight[5].square().sum() + mlp.fc1_x.weight[5].square().sum() + mlp.fc2.weight[:, 5].square().sum()).sqrt()
+    expected = (
+        mlp.fc1_g.weight[5].square().sum() + mlp.fc1_x.weight[5].square().sum() + mlp.fc2.weight[:, 5].square().sum()
+    ).sqrt()
     assert scores.neurons[1][5].item() == pytest.approx(expected.item(), rel=1e-5)
     q, k, v = (attn.qkv.weight[part * 48 + 24 : part * 48 + 36] for part in range(3))  # head 2 of width 12
     expected = sum(part.square().sum() for part in (q, k, v, attn.proj.weight[:, 24:36])) ** 0.5

@@ -15,7 +15,17 @@ from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import Plan, Policy
 
-__all__ = ["Budget", "CostModel", "TokenDrop", "as_budget", "image_size", "macs", "num_params", "plan_macs", "policy_macs"]
+__all__ = [
+    "Budget",
+    "CostModel",
+    "TokenDrop",
+    "as_budget",
+    "image_size",
+    "macs",
+    "num_params",
+    "plan_macs",
+    "policy_macs",
+]
 
 InputSize = int | Sequence[int]
 
@@ -43,9 +53,9 @@ class Budget:
             limit = getattr(self, name)
             if limit is None:
                 continue
-            if isinstance(limit, bool) or not isinstance(limit, numbers.Real) or not 0 < limit < math.inf:
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
                 raise BudgetError(
-                    f"{name}={limit!r}: expected a fraction of dense in (0, 1] or an absolute number, e.g. 0.6 or 1.84e9"
+                    f"{name}={limit!r}: expected a fraction of dense in (0, 1] or an absolute number like 1.84e9"
                 )
 
     def limits(self, dense_macs: float, dense_params: float) -> dict[str, float]:
@@ -63,7 +73,7 @@ def as_budget(budget: float | Budget) -> Budget:
     """
     if isinstance(budget, Budget):
         return budget
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0 < budget <= 1:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
         raise BudgetError(
             f"budget={budget!r}: a plain number is a fraction of the dense MACs in (0, 1]; "
             "for absolute limits pass Budget(macs=1.84e9) or Budget(params=...)"
@@ -115,6 +125,6 @@ def image_size(input_size: Any) -> tuple[int, int] | None:
     if input_size is None:
         return None
     sides = (input_size, input_size) if isinstance(input_size, numbers.Integral) else tuple(input_size)
-    if len(sides) not in (2, 3) or not all(isinstance(side, numbers.Integral) and side > 0 for side in sides):
+    if len(sides) not in (2, 3) or not all(isinstance(side, numbers.Integral) and int(side) > 0 for side in sides):
         raise BudgetError(f"input_size={input_size!r}: expected a side, (height, width) or (channels, height, width)")
     return int(sides[-2]), int(sides[-1])

@@ -12,7 +12,7 @@ from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.costs import CostModel, TokenDrop
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import Policy, default_stages, kept_tokens
+from lightning_mdc.policy import Policy, default_stages
 
 
 def uniform_policy(
@@ -199,8 +199,8 @@ class _Solver:
         kept = list(kept)
         for stage in reversed(range(len(kept) if self.drops_tokens else 0)):
 
-            def with_count(count: int, stage: int = stage) -> list[int]:
-                return [*kept[:stage], count, *kept[stage + 1 :]]
+            def with_count(count: int, stage: int = stage, others: list[int] = kept) -> list[int]:
+                return [*others[:stage], count, *others[stage + 1 :]]
 
             reaching = round(kept[stage] / self.token_ratios(kept)[stage])
             # Keeping all but one saves nothing: the fused token takes its place.

@@ -4,8 +4,8 @@ HSIC is the squared Hilbert-Schmidt norm of the cross-covariance operator (Grett
 samples: ``trace(H K H . H L H) / (n - 1)^2`` with ``H = I - 1/n``; unbiased: Song et al. 2012, eq. 5. Kernels after Hou
 & Kung (arXiv 2201.00043, section 3): K the mean of Gaussians ``exp(-d / (2 sigma^2))``, L linear.
 
-Gram matrices are handed around as K - 1: centring removes any constant, and ``expm1`` keeps the digits that ``exp`` would
-lose on samples that lie close together.
+Gram matrices are handed around as K - 1: centring removes any constant, and ``expm1`` keeps the digits that ``exp``
+would lose on samples that lie close together.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def make_plan(
     )
 
 
-def _best(sizes: tuple[int, ...], counts: np.ndarray, scores: list[Tensor], dimension: str) -> tuple[tuple[int, ...], ...]:
+def _best(
+    sizes: tuple[int, ...], counts: np.ndarray, scores: list[Tensor], dimension: str
+) -> tuple[tuple[int, ...], ...]:
     kept = []
     for block, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         if count == size:
@@ -98,8 +100,8 @@ def _prior(sites: Sites, scores: Scores, index: int, block: int, *, required: bo
     if index >= len(scores.tokens) or scores.tokens[index].shape != (positions,) or block not in scores.stages:
         if required:
             raise CalibrationError(
-                f"token_score needs scores.tokens for the stage at block {block} with {positions} positions; score this "
-                "model with the policy's stages"
+                f"token_score needs scores.tokens for the stage at block {block} with {positions} positions; score "
+                "this model with the policy's stages"
             )
         return None
     return tuple(min_max(scores.tokens[scores.stages.index(block)].double()).tolist())

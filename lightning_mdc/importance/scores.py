@@ -58,7 +58,9 @@ class Scores:
             CalibrationError: they are not of this format.
         """
         if facts.get("format") != _FORMAT:
-            raise CalibrationError(f"scores have format {facts.get('format')!r}, expected {_FORMAT!r}: no scores of ours")
+            raise CalibrationError(
+                f"scores have format {facts.get('format')!r}, expected {_FORMAT!r}: no scores of ours"
+            )
         lists = {d: [tensors[f"{d}.{i}"] for i in range(_count(tensors, d))] for d in DIMENSIONS}
         return cls(
             **lists,

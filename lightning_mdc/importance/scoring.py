@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -19,6 +18,7 @@ from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
 from lightning_mdc.models import Sites, UnitSite, find_sites
 from lightning_mdc.policy import default_stages
+from lightning_mdc.randomness import isolated_rng
 
 # Above this, the prediction is computed by a pass of its own, so that nothing has to be remembered until it is known.
 _MEMORY_LIMIT = 2 * 2**30
@@ -54,12 +54,18 @@ def score(
     sites = find_sites(model)
     scorer = Scorer(sites, criterion, dimensions, stages)
     if criterion.needs_images:
-        bar = tqdm(total=_length(batches), desc="Scoring", unit="batch", disable=None if progress else True, leave=False)
-        with isolate_rng(), evaluating(model), scorer, bar:
+        bar = tqdm(
+            total=_length(batches), desc="Scoring", unit="batch", disable=None if progress else True, leave=False
+        )
+        with isolated_rng(), evaluating(model), scorer, bar:
             for images, labels in _as_tensors(batches, criterion):
-                scorer.update(lambda images=images: as_prediction(model(_on(sites, images)), prediction), labels)
+                scorer.update(partial(_predict, model, _on(sites, images), prediction), labels)
                 bar.update()
     return scorer.scores()
+
+
+def _predict(model: nn.Module, images: Tensor, prediction: Callable[[Any], Tensor] | None) -> Tensor:
+    return as_prediction(model(images), prediction)
 
 
 class Scorer:
@@ -90,7 +96,7 @@ class Scorer:
         with ExitStack() as stack:
             # Compiled code would not see the probes; it runs as it was written meanwhile.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for dimension, index, probe_on, probe in self._probes():
+            for dimension, probe_on, probe in self._probes():
                 if dimension in self.dimensions:
                     stack.callback(probe_on(probe).remove)
             self._contexts = stack.pop_all()
@@ -100,15 +106,15 @@ class Scorer:
         self._contexts.close()
         self._pass = _Pass()
 
-    def _probes(self) -> Iterator[tuple[str, int, Callable[[Any], Any], Callable[..., Any]]]:
+    def _probes(self) -> Iterator[tuple[str, Callable[[Any], Any], Callable[..., Any]]]:
         for index, block in enumerate(self.sites.blocks):
             for dimension, site in (("heads", block.heads), ("neurons", block.neurons)):
                 if site is not None:
                     probe = partial(self._see_units, f"{dimension}.{index}", site.num_units)
-                    yield dimension, index, site.consumer.register_forward_pre_hook, probe
+                    yield dimension, site.consumer.register_forward_pre_hook, probe
             if index in self.stages and block.attention is not None:
                 name = f"tokens.{self.stages.index(index)}"
-                yield "tokens", index, block.attention.qkv.register_forward_hook, partial(self._see_values, name)
+                yield "tokens", block.attention.qkv.register_forward_hook, partial(self._see_values, name)
 
     def update(self, predict: Callable[[], Tensor], labels: Tensor | None = None) -> None:
         """Add one batch. `predict` runs the model and returns probabilities (images, classes).
@@ -259,8 +265,8 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
     if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():
         shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise CalibrationError(
-            f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that makes "
-            "one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
+            f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that "
+            "makes one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
         )
     result = result.to(torch.promote_types(result.dtype, torch.float32))
     return result.softmax(dim=-1) if prediction is None else result
@@ -342,5 +348,5 @@ def _as_tensors(batches: Iterable[Any], criterion: Criterion) -> Iterator[tuple[
         while len(images) >= size:
             yield images[:size], None if labels is None else labels[:size]
             images, labels = images[size:], None if labels is None else labels[size:]
-    if images is not None and 0 < len(images) and 2 * len(images) >= size and len(images) >= criterion.min_batch:
+    if images is not None and len(images) > 0 and 2 * len(images) >= size and len(images) >= criterion.min_batch:
         yield images, labels

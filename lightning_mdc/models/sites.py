@@ -1,4 +1,4 @@
-"""Typed answers to "where are the heads, the neurons and the tokens?". Adapters fill them in; everybody else reads them."""
+"""Typed answers to "where are the heads, the neurons and the tokens?". Adapters give them, all others read them."""
 
 from __future__ import annotations
 
@@ -210,7 +210,9 @@ class Sites:
         else:
             stages = default_stages(self.depth) if policy.stages is None else policy.stages
         if stages and stages[-1] >= self.depth:
-            raise PolicyError(f"stages={list(stages)}: {self.name} has only {self.depth} blocks (0 to {self.depth - 1})")
+            raise PolicyError(
+                f"stages={list(stages)}: {self.name} has only {self.depth} blocks (0 to {self.depth - 1})"
+            )
         pruned = [d for d in ("heads", "neurons", "tokens") if any(ratio < 1 for ratio in getattr(policy, d))]
         if pruned:
             self.require(pruned)
@@ -219,7 +221,9 @@ class Sites:
         tokens = self._broadcast(policy.tokens, len(stages), "tokens", f"token stages (blocks {list(stages)})")
         return Counts(
             heads=np.array([keep_count(n, r) for n, r in zip(self.num_heads, heads, strict=True)], dtype=np.int64),
-            neurons=np.array([keep_count(n, r) for n, r in zip(self.num_neurons, neurons, strict=True)], dtype=np.int64),
+            neurons=np.array(
+                [keep_count(n, r) for n, r in zip(self.num_neurons, neurons, strict=True)], dtype=np.int64
+            ),
             tokens=np.array(tokens, dtype=np.float64),
             stages=stages,
         )
@@ -256,8 +260,8 @@ class Sites:
             self.require(("tokens",))
             if self.stages:
                 raise PlanError(
-                    f"plan drops tokens at blocks {[s.block for s in plan.tokens if s.keep < 1]}, but {self.name} already has token "
-                    "stages; apply it to the dense model, or use tokens=1.0 in its policy"
+                    f"plan drops tokens at blocks {[s.block for s in plan.tokens if s.keep < 1]}, but {self.name} "
+                    "already has token stages; apply it to the dense model, or use tokens=1.0 in its policy"
                 )
 
 

@@ -31,7 +31,7 @@ def narrow_norm(norm: nn.Module, channels: Tensor) -> None:
     """Restrict a normalisation over channels to some of them, in place."""
     for name in ("weight", "bias"):
         _slice(norm, name, 0, channels)
-    norm.normalized_shape = (len(channels),)
+    norm.normalized_shape = (len(channels),)  # type: ignore[assignment]
 
 
 def _slice(module: nn.Module, name: str, dim: int, index: Tensor) -> None:

@@ -33,4 +33,5 @@ class _GuardedIntermediates:
                 "forward_intermediates(output_fmt='NCHW'): tokens leave inside this model, so there is no full feature "
                 "map to return; ask for output_fmt='NLC', or prune with tokens=1.0"
             )
-        return type(self.model).forward_intermediates(self.model, *args, **kwargs)  # type: ignore[operator]
+        method: Any = type(self.model).forward_intermediates  # type: ignore[attr-defined]
+        return method(self.model, *args, **kwargs)

@@ -1,0 +1,222 @@
+"""A timm VisionTransformer as constructor arguments and back, through closed tables of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from timm import layers
+from timm.layers import PatchEmbed
+from timm.layers import activations as timm_activations
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from lightning_mdc.errors import ArtifactError
+from lightning_mdc.models.compiled import unwrap
+
+# What a saved model may be made of. Loading looks classes up here and nowhere else.
+_MODELS = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
+_BLOCKS = {"Block": Block, "ResPostBlock": ResPostBlock}
+MLPS = {"Mlp": layers.Mlp, "GluMlp": layers.GluMlp, "SwiGLU": layers.SwiGLU}
+NORMS = {
+    "timm.LayerNorm": layers.LayerNorm,
+    "torch.LayerNorm": nn.LayerNorm,
+    "timm.RmsNorm": layers.RmsNorm,
+} | {
+    f"timm.{name}": getattr(layers, name)
+    for name in ("LayerNormFp32", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32")
+    if hasattr(layers, name)
+}
+_ACTIVATIONS = {
+    f"torch.{cls.__name__}": cls for cls in (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU)
+} | {
+    f"timm.{name}": getattr(timm_activations, name)
+    for name in ("GELU", "GELUTanh", "QuickGELU", "Swish", "Sigmoid", "Tanh", "Mish", "SquaredReLU")
+    if hasattr(timm_activations, name)
+}
+
+
+def qualified_name(module: nn.Module) -> str:
+    """Module and class name, for messages."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def describe(model: VisionTransformer, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
+    """JSON-ready constructor arguments of the dense model, with blocks of those sizes, that `model` comes from.
+
+    Raises:
+        ArtifactError: a part that no constructor argument expresses; names it.
+    """
+    block: Any = unwrap(model.blocks[0])
+    embed = model.patch_embed
+    attn, mlp, is_post_norm = block.attn, block.mlp, isinstance(block, ResPostBlock)
+    if type(embed) is not PatchEmbed:
+        raise ArtifactError(
+            f"patch_embed is a {qualified_name(embed)}, which no constructor argument of ours expresses"
+        )
+    scaled = block.init_values is not None if is_post_norm else isinstance(block.ls1, layers.LayerScale)
+    neurons = _one_size(num_neurons, "neurons")
+    hidden = 2 * neurons if isinstance(mlp, layers.GluMlp) else neurons
+    return {
+        "class": "VisionTransformerDistilled" if isinstance(model, VisionTransformerDistilled) else "VisionTransformer",
+        "block": "ResPostBlock" if is_post_norm else "Block",
+        "mlp": next(name for name, kind in MLPS.items() if isinstance(mlp, kind)),
+        "glu_gate_last": bool(getattr(mlp, "gate_last", False)),
+        "norm": _norm_spec(block.norm1, "blocks.0.norm1"),
+        "embed_norm": None if isinstance(embed.norm, nn.Identity) else _norm_spec(embed.norm, "patch_embed.norm"),
+        "act": {"class": _name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")} | _own(mlp.act, "approximate"),
+        "gated": getattr(attn, "gate", None) is not None,
+        "head_dim": attn.head_dim,
+        "args": {
+            "img_size": list(embed.img_size),
+            "patch_size": list(embed.patch_size),
+            "in_chans": model.patch_embed.proj.in_channels,
+            "num_classes": model.num_classes,
+            "global_pool": model.global_pool,
+            "embed_dim": model.embed_dim,
+            "depth": len(model.blocks),
+            "num_heads": _one_size(num_heads, "heads"),
+            # int(dim * ratio) must give the hidden size back; half a unit keeps the product off the edge.
+            "mlp_ratio": (hidden + 0.5) / model.embed_dim,
+            "qkv_bias": attn.qkv.bias is not None,
+            "qk_norm": not isinstance(attn.q_norm, nn.Identity),
+            "scale_attn_norm": not isinstance(attn.norm, nn.Identity),
+            "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
+            "proj_bias": attn.proj.bias is not None,
+            "init_values": 1e-5 if scaled else None,  # only whether there is one; the values are weights
+            "class_token": model.has_class_token,
+            "pos_embed": "none" if model.pos_embed is None else "learn",
+            "no_embed_class": model.no_embed_class,
+            "reg_tokens": model.num_reg_tokens,
+            "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+            "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+            "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+            "pool_include_prefix": getattr(model, "pool_include_prefix", False),
+            "dynamic_img_size": model.dynamic_img_size,
+            "dynamic_img_pad": embed.dynamic_img_pad,
+            "drop_rate": model.head_drop.p,
+            "pos_drop_rate": model.pos_drop.p,
+            "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+            "proj_drop_rate": attn.proj_drop.p,
+            "attn_drop_rate": attn.attn_drop.p,
+            "drop_path_rate": getattr(unwrap(model.blocks[-1]).drop_path1, "drop_prob", None) or 0.0,
+        },
+    }
+
+
+# JSON types of the constructor arguments; None is allowed where the constructor allows it.
+_ARG_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("img_size", "patch_size"), (list,)),
+    **dict.fromkeys(("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "reg_tokens"), (int,)),
+    **dict.fromkeys(("global_pool", "pos_embed"), (str,)),
+    **dict.fromkeys(("qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "class_token"), (bool,)),
+    **dict.fromkeys(("no_embed_class", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix"), (bool,)),
+    **dict.fromkeys(("dynamic_img_size", "dynamic_img_pad"), (bool,)),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), (int, float)),
+    **dict.fromkeys(("attn_drop_rate", "drop_path_rate", "mlp_ratio"), (int, float)),
+    "init_values": (float, type(None)),
+}
+
+
+def build(spec: Mapping[str, Any]) -> VisionTransformer:
+    """The dense model that `describe` described.
+
+    Raises:
+        ArtifactError: a field is missing, unknown or of the wrong type.
+    """
+    _check_spec(spec)
+    args = dict(spec["args"])
+    args["img_size"], args["patch_size"] = tuple(args["img_size"]), tuple(args["patch_size"])
+    # Older timm lacks these; they are passed only where they say something.
+    for name in ("pool_include_prefix", "scale_attn_norm", "scale_mlp_norm"):
+        if not args[name]:
+            args.pop(name)
+    mlp: Any = _look_up(MLPS, spec["mlp"], "mlp")
+    if mlp is layers.GluMlp:
+        mlp = partial(mlp, gate_last=spec["glu_gate_last"])
+    norm = _norm_from(spec["norm"])
+    model: VisionTransformer = _look_up(_MODELS, spec["class"], "class")(
+        **args,
+        block_fn=_look_up(_BLOCKS, spec["block"], "block"),
+        mlp_layer=mlp,
+        norm_layer=norm,
+        embed_norm_layer=None if spec["embed_norm"] is None else _norm_from(spec["embed_norm"]),
+        act_layer=partial(
+            _look_up(_ACTIVATIONS, spec["act"]["class"], "act"),
+            **{key: value for key, value in spec["act"].items() if key == "approximate"},
+        ),
+        weight_init="skip",
+    )
+    if spec["gated"] or spec["head_dim"] * args["num_heads"] != args["embed_dim"]:
+        # The model's constructor has no way to say these, its attention's has.
+        for block in model.blocks:
+            block.attn = layers.Attention(
+                args["embed_dim"],
+                num_heads=args["num_heads"],
+                attn_head_dim=spec["head_dim"],
+                qkv_bias=args["qkv_bias"],
+                qk_norm=args["qk_norm"],
+                scale_norm=spec["args"]["scale_attn_norm"],
+                proj_bias=args["proj_bias"],
+                attn_drop=args["attn_drop_rate"],
+                proj_drop=args["proj_drop_rate"],
+                norm_layer=norm,
+                **({"gated": True} if spec["gated"] else {}),
+            )
+    return model
+
+
+def _check_spec(spec: Mapping[str, Any]) -> None:
+    expected = {"class", "block", "mlp", "glu_gate_last", "norm", "embed_norm", "act", "gated", "head_dim", "args"}
+    if set(spec) != expected or not isinstance(spec["args"], dict) or set(spec["args"]) != set(_ARG_TYPES):
+        raise ArtifactError("the constructor's fields are not those this version writes")
+    for name, value in spec["args"].items():
+        # bool is an int to Python, not to us
+        if not isinstance(value, _ARG_TYPES[name]) or (isinstance(value, bool) and bool not in _ARG_TYPES[name]):
+            raise ArtifactError(f"constructor argument {name}={value!r} has the wrong type")
+    for name in ("img_size", "patch_size"):
+        sides = spec["args"][name]
+        if len(sides) != 2 or not all(type(side) is int and 0 < side <= 65536 for side in sides):
+            raise ArtifactError(f"constructor argument {name}={sides!r}: expected two positive sizes")
+    for name in ("in_chans", "embed_dim", "depth", "num_heads"):
+        if not 0 < spec["args"][name] <= 65536:
+            raise ArtifactError(f"constructor argument {name}={spec['args'][name]!r} is out of range")
+    if type(spec["head_dim"]) is not int or not 0 < spec["head_dim"] <= 65536:
+        raise ArtifactError(f"constructor field head_dim={spec['head_dim']!r} is out of range")
+    if not isinstance(spec["act"], dict) or not isinstance(spec["norm"], dict):
+        raise ArtifactError("constructor fields act and norm must be objects")
+
+
+def _one_size(sizes: tuple[int, ...], dimension: str) -> int:
+    if not sizes or len(set(sizes)) != 1:
+        raise ArtifactError(f"the dense blocks have different numbers of {dimension} ({list(sizes)}): no constructor")
+    return sizes[0]
+
+
+def _name_of(table: Mapping[str, type], module: nn.Module, where: str) -> str:
+    for name, kind in table.items():
+        if type(module) is kind:
+            return name
+    raise ArtifactError(f"{where} is a {qualified_name(module)}; known are {', '.join(table)}")
+
+
+def _own(module: nn.Module, *names: str) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def _look_up(table: Mapping[str, Any], name: Any, field: str) -> Any:
+    if not isinstance(name, str) or name not in table:
+        raise ArtifactError(f"constructor field {field}={name!r} is not one of {', '.join(table)}")
+    return table[name]
+
+
+def _norm_spec(norm: Any, where: str) -> dict[str, Any]:
+    return {"class": _name_of(NORMS, norm, where), "eps": float(norm.eps)}
+
+
+def _norm_from(spec: Mapping[str, Any]) -> Any:
+    if set(spec) != {"class", "eps"} or not isinstance(spec["eps"], float):
+        raise ArtifactError(f"constructor norm {dict(spec)!r}: expected class and eps")
+    return partial(_look_up(NORMS, spec["class"], "norm"), eps=spec["eps"])

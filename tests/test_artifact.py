@@ -1,0 +1,241 @@
+"""Saved models: round trips, what cannot be expressed, damage and malice, kills."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import lightning_mdc as mdc
+from lightning_mdc.artifact import CONFIG, WEIGHTS
+from lightning_mdc.errors import ArtifactError
+from tests.kinds import BASE, KINDS, POST_NORM, images, make, randomised
+
+
+def slimmed(model: nn.Module, **options: Any) -> nn.Module:
+    dimensions = options.pop("dimensions", None)
+    policy = mdc.Policy.uniform(model, 0.6, dimensions)
+    return mdc.slim(model, mdc.make_plan(model, mdc.score(model, [images(8)], progress=False), policy, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_dense_and_slim_models_come_back_bit_by_bit(kind: str, tmp_path: Path) -> None:
+    dense, x = make(kind), images()
+    for name, model in (("dense", dense), ("slim", slimmed(dense, token_score="attention*dependence"))):
+        mdc.save(model, tmp_path / name)
+        loaded = mdc.load(tmp_path / name)
+        assert torch.equal(loaded(x), model(x))
+        assert mdc.macs(loaded) == mdc.macs(model)
+        assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "slim"]  # no half-written folders beside them
+
+
+@torch.no_grad()
+def test_post_norm_and_odd_settings_come_back(tmp_path: Path) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    odd = VisionTransformer(
+        **BASE, drop_path_rate=0.2, proj_drop_rate=0.1, drop_rate=0.3, act_layer="quick_gelu", fc_norm=True
+    )
+    for model in (slimmed(randomised(POST_NORM()), dimensions=("heads", "neurons")), slimmed(randomised(odd))):
+        mdc.save(model, tmp_path / "m")
+        loaded = mdc.load(tmp_path / "m")
+        assert torch.equal(loaded(images()), model(images()))
+        assert repr(loaded) == repr(model)
+
+
+@torch.no_grad()
+def test_a_timm_model_keeps_what_it_knows_of_its_images(tmp_path: Path) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", depth=3, embed_dim=48, num_classes=5).eval()
+    model.pretrained_cfg = dict(model.pretrained_cfg, mean=(0.1, 0.2, 0.3))
+    mdc.save(slimmed_at_224(model), tmp_path / "m", class_names=list("abcde"))
+    loaded = mdc.load(tmp_path / "m")
+    settings = timm.data.resolve_model_data_config(loaded)
+    assert settings["mean"] == (0.1, 0.2, 0.3)
+    assert settings["crop_pct"] == model.pretrained_cfg["crop_pct"]
+    assert loaded.pretrained_cfg["label_names"] == list("abcde")
+    config = json.loads((tmp_path / "m" / CONFIG).read_text())
+    assert config["cost"]["dense_macs"] == mdc.macs(model)
+    assert config["cost"]["macs"] == mdc.macs(loaded)
+
+
+def slimmed_at_224(model: nn.Module) -> nn.Module:
+    return mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy.uniform(model, 0.6)))
+
+
+def test_what_a_constructor_cannot_say_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    model = make()
+    model.head = nn.Sequential(nn.Linear(48, 20), nn.GELU(), nn.Linear(20, 7))
+    slim = slimmed(model)
+    with pytest.raises(ArtifactError, match=r"head is .*Sequential.*load\(directory, model=my_dense_model\)"):
+        mdc.save(slim, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+    mdc.save(slim, tmp_path / "m", constructor=False)
+    with pytest.raises(ArtifactError, match="saved without a constructor"):
+        mdc.load(tmp_path / "m")
+    with torch.no_grad():
+        loaded = mdc.load(tmp_path / "m", model=model)
+        assert torch.equal(loaded(images()), slim(images()))
+    with pytest.raises(ArtifactError, match=r"cannot be loaded.*plan is for another model"):
+        mdc.load(tmp_path / "m", model=randomised(KINDS["glu"]()))
+
+
+def test_a_slim_model_loads_where_its_module_class_is_unknown(tmp_path: Path) -> None:
+    slim = slimmed(make())
+    mdc.save(slim, tmp_path / "m")
+    torch.save(images(), tmp_path / "x.pt")
+    program = (
+        "import sys, torch, lightning_mdc as mdc\n"
+        "assert not any(name.startswith('tests') for name in sys.modules)\n"
+        f"model = mdc.load({str(tmp_path / 'm')!r})\n"
+        f"with torch.no_grad(): torch.save(model(torch.load({str(tmp_path / 'x.pt')!r})), {str(tmp_path / 'y.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(mdc.__file__).parents[1])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "y.pt"), slim(images()))
+
+
+# --- damage and malice ------------------------------------------------------------------------------------------------
+
+Damage = Callable[[Path], object]
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Damage:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        change(config)
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return damage
+
+
+def huge_header(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+def flipped_weight(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-5] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no config": (lambda f: (f / CONFIG).unlink(), "has no config.json"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no model.safetensors"),
+    "truncated weights": (lambda f: os.truncate(f / WEIGHTS, 2000), "damaged"),
+    "truncated config": (lambda f: os.truncate(f / CONFIG, 300), "cannot be parsed"),
+    "empty weights": (lambda f: os.truncate(f / WEIGHTS, 0), "damaged"),
+    "huge header": (huge_header, "damaged"),
+    "a pickle": (lambda f: torch.save({}, f / WEIGHTS), "damaged"),
+    "one bit of a weight": (flipped_weight, "changed after it was saved"),
+    "foreign config": (lambda f: (f / CONFIG).write_text('{"architectures": ["ViT"]}'), "no model of ours"),
+    "config is a list": (lambda f: (f / CONFIG).write_text("[]"), "no model of ours"),
+    "deeply nested": (lambda f: (f / CONFIG).write_text("[" * 100_000), "cannot be parsed"),
+    "newer format": (edited(lambda c: c.update(format="lightning_mdc.model.9")), "newer version"),
+    "unknown family": (edited(lambda c: c.update(family="os.system")), "family 'os.system' is unknown"),
+    "class of one's own": (edited(lambda c: c["constructor"].update({"class": "subprocess.Popen"})), "is not one of"),
+    "norm of one's own": (edited(lambda c: c["constructor"]["norm"].update({"class": "os.system"})), "is not one of"),
+    "act of one's own": (edited(lambda c: c["constructor"]["act"].update({"class": "eval"})), "is not one of"),
+    "unknown argument": (edited(lambda c: c["constructor"]["args"].update(weight_init="jax")), "fields"),
+    "argument of wrong type": (edited(lambda c: c["constructor"]["args"].update(embed_dim="48")), "wrong type"),
+    "enormous width": (edited(lambda c: c["constructor"]["args"].update(embed_dim=10**9)), "out of range"),
+    "larger width": (edited(lambda c: c["constructor"]["args"].update(embed_dim=4800)), "loaded|shape|gives no model"),
+    "enormous depth": (edited(lambda c: c["constructor"]["args"].update(depth=60000)), "depth=60000"),
+    "enormous image": (edited(lambda c: c["constructor"]["args"].update(img_size=[65536, 65536])), "pos_embed"),
+    "damaged plan": (edited(lambda c: c["plan"]["heads"].pop()), "plan.heads covers"),
+    "another plan": (edited(lambda c: c["plan"]["heads"][0].pop()), "has shape"),
+    "other mean": (edited(lambda c: c.update(pretrained_cfg={"mean": [0, 0, 0]})), "changed after it was saved"),
+    "missing field": (edited(lambda c: c.pop("cost")), "cost"),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good") / "m"
+    mdc.save(slimmed(make()), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_or_hostile_folder_gives_one_clear_error(name: str, good: Path, tmp_path: Path) -> None:
+    import shutil
+
+    damage, message = DAMAGES[name]
+    folder = tmp_path / "m"
+    shutil.copytree(good, folder)
+    damage(folder)
+    with pytest.raises(ArtifactError, match=message):
+        mdc.load(folder)
+
+
+def test_there_has_to_be_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is no folder"):
+        mdc.load(tmp_path / "nothing")
+
+
+def test_other_peoples_folders_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        mdc.save(make(), tmp_path / "thesis")
+    with pytest.raises(ArtifactError, match="is a file"):
+        mdc.save(make(), tmp_path / "thesis" / "chapter1.tex")
+
+
+def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(seed=1)
+    mdc.save(first, tmp_path / "m")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning_mdc.artifact.save_file", full)
+    with pytest.raises(ArtifactError, match=r"No space left.*what was there is kept"):
+        mdc.save(make(seed=2), tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    with torch.no_grad():
+        assert torch.equal(mdc.load(tmp_path / "m")(images()), first(images()))
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path) -> None:
+    program = (
+        "import lightning_mdc as mdc\n"
+        "from tests.kinds import make\n"
+        "models = [make(seed=s) for s in (1, 2)]\n"
+        "print('ready', flush=True)\n"
+        f"while True:\n    for model in models: mdc.save(model, {str(tmp_path / 'm')!r})\n"
+    )
+    x = images()
+    with torch.no_grad():
+        outputs = [make(seed=s)(x) for s in (1, 2)]
+    mdc.save(make(seed=1), tmp_path / "m")
+    for delay in (0.05, 0.11, 0.23):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(mdc.__file__).parents[1]
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with torch.no_grad():
+            assert any(torch.equal(mdc.load(tmp_path / "m")(x), output) for output in outputs)
+
+
+def test_a_kill_between_the_two_renames_is_healed(tmp_path: Path) -> None:
+    model = make()
+    mdc.save(model, tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / ".m.previous")
+    with torch.no_grad():
+        assert torch.equal(mdc.load(tmp_path / "m")(images()), model(images()))

@@ -1,0 +1,73 @@
+"""Wrong inputs give one clear message of ours: which argument, its value, why, and what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import MdcError
+from tests.kinds import images, make
+
+MODEL = make()
+SCORES = mdc.score(MODEL, [images(8)], progress=False)
+PLAN = mdc.make_plan(MODEL, SCORES, mdc.Policy(0.5, 0.5, 0.5))
+SMALLER = mdc.Scores(SCORES.heads[:2], SCORES.neurons, SCORES.tokens, SCORES.stages)
+
+
+def logits_3d(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(x), 2, 2)
+
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "budget of zero": (lambda: mdc.Policy.uniform(MODEL, 0), r"budget=0: .*\(0, 1\]"),
+    "budget above one": (lambda: mdc.Policy.uniform(MODEL, 60), r"budget=60: .*Budget\(macs=1\.84e9\)"),
+    "budget as text": (lambda: mdc.Policy.uniform(MODEL, "0.6"), "budget='0.6'"),
+    "budget of nothing": (lambda: mdc.Budget(), "limits nothing"),
+    "negative budget": (lambda: mdc.Budget(params=-3), "params=-3"),
+    "latency": (lambda: mdc.Budget(latency=0.5), "latency=0.5: latency budgets are not available yet"),
+    "unreachable budget": (lambda: mdc.Policy.uniform(MODEL, 0.02), "smallest reachable cost"),
+    "unknown dimension": (lambda: mdc.Policy.uniform(MODEL, 0.6, ("layers",)), r"dimensions=\('layers',\): expected"),
+    "no dimension": (lambda: mdc.Policy.uniform(MODEL, 0.6, ()), r"dimensions=\(\)"),
+    "half a head": (lambda: mdc.Policy.uniform(MODEL, 0.6, min_heads=0.5), "min_heads=0.5: expected a whole number"),
+    "round_to of zero": (lambda: mdc.Policy.uniform(MODEL, 0.6, round_to=0), "round_to=0"),
+    "stage beyond the depth": (lambda: mdc.Policy.uniform(MODEL, 0.6, stages=[4]), r"stages=\[4\].*only 4 blocks"),
+    "stages out of order": (lambda: mdc.Policy(tokens=0.5, stages=[3, 1]), r"stages=\[3, 1\]: expected increasing"),
+    "ratio above one": (lambda: mdc.Policy(heads=[1.2]), r"heads\[0\]=1\.2"),
+    "ratios as text": (lambda: mdc.Policy(heads="0.5"), "heads='0.5'"),
+    "policy for another depth": (
+        lambda: mdc.policy_macs(MODEL, mdc.Policy(heads=[0.5] * 3)),
+        "heads has 3 keep ratios",
+    ),
+    "policy for other stages": (lambda: mdc.policy_macs(MODEL, mdc.Policy(tokens=[0.5] * 2)), "2 keep ratios.*3 token"),
+    "scores of another depth": (lambda: mdc.make_plan(MODEL, SMALLER, mdc.Policy(0.5)), "scores.heads does not fit"),
+    "unknown token score": (lambda: mdc.make_plan(MODEL, SCORES, mdc.Policy(), token_score="x"), "token_score='x'"),
+    "plan of another model": (lambda: mdc.slim(make("glu"), PLAN), "plan is for another model"),
+    "no vision transformer": (lambda: mdc.macs(nn.Linear(3, 3)), "Linear holds no supported vision transformer"),
+    "input size of no image": (lambda: mdc.macs(MODEL, (0, 32)), r"input_size=\(0, 32\)"),
+    "no batches": (lambda: mdc.score(MODEL, []), "needs images, but no usable batch"),
+    "batches too small": (lambda: mdc.score(MODEL, [images(3)]), "a batch of 3 images.*raise the batch size"),
+    "batches of text": (lambda: mdc.score(MODEL, ["image.png"]), "a batch is str; expected images"),
+    "batches of arrays": (lambda: mdc.score(MODEL, [np.zeros((4, 3, 32, 32))]), "a batch is ndarray"),
+    "no labels for taylor": (lambda: mdc.score(MODEL, [images(4)], "taylor"), "'taylor' needs labels"),
+    "unknown criterion": (lambda: mdc.score(MODEL, [images(4)], "hsci"), "criterion='hsci' is unknown; known are"),
+    "weights of nothing": (lambda: mdc.HSIC(0, 0), "nothing is left to score with"),
+    "negative weight": (lambda: mdc.HSIC(hsic_weight=-1), "hsic_weight=-1"),
+    "unknown estimator": (lambda: mdc.HSIC(estimator="mean"), "estimator='mean'"),  # type: ignore[arg-type]
+    "no classes": (lambda: mdc.score(MODEL, [images(4)], prediction=logits_3d), r"\(4, 2, 2\).*prediction="),
+    "plan from nothing": (lambda: mdc.Plan.from_json("{}"), "format"),
+    "policy from a list": (lambda: mdc.Policy.from_json("[0.5]"), "must be an object"),
+    "policy of unknown fields": (lambda: mdc.Policy.from_json('{"layers": 0.5}'), "unknown fields"),
+    "loading nothing": (lambda: mdc.load("nowhere/at/all"), "is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_gives_one_clear_message(name: str) -> None:
+    call, message = WRONG[name]
+    with pytest.raises(MdcError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
