@@ -7,6 +7,7 @@ from lightning_mdc import errors
 from lightning_mdc.artifact import load, save
 from lightning_mdc.budget import Budget, macs, plan_macs, policy_macs
 from lightning_mdc.callback import MultiDimPruneCallback, plan_from_checkpoint
+from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.importance import HSIC, Scores, make_plan, score
 from lightning_mdc.importance.hsic import hsic
 from lightning_mdc.policy import Plan, Policy
@@ -15,6 +16,7 @@ from lightning_mdc.surgery import masked, slim
 __all__ = [
     "HSIC",
     "Budget",
+    "DistillationModule",
     "MultiDimPruneCallback",
     "Plan",
     "Policy",

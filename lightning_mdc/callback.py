@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from lightning_mdc.artifact import save
 from lightning_mdc.budget import Budget, CostModel, as_budget
 from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError
-from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction, evaluating, make_plan
+from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction, make_plan
 from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
-from lightning_mdc.models import Sites, find_model, find_sites
+from lightning_mdc.models import Sites, evaluating, find_model, find_sites
 from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, check_dimensions
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim

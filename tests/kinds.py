@@ -3,6 +3,7 @@ scales equal, which would hide wrong slices."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,10 +49,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "swiglu_packed_normed": _vit(mlp_layer=SwiGLUPacked, scale_mlp_norm=True),
     "swiglu": _vit(mlp_layer=SwiGLU),
     "swiglu_normed": _vit(mlp_layer=SwiGLU, scale_mlp_norm=True),
-    "gated": _vit(attn_layer=GatedAttention),
     "no_biases": _vit(qkv_bias=False, proj_bias=False),
     "any_size": _vit(dynamic_img_size=True),
 }
+if "gated" in inspect.signature(Attention).parameters:  # the oldest timm we support has no gate
+    KINDS["gated"] = _vit(attn_layer=GatedAttention)
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
 
 

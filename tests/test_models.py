@@ -125,7 +125,7 @@ def test_the_only_candidate_is_found_anywhere() -> None:
 
 
 def test_several_candidates_are_listed() -> None:
-    owner = nn.ModuleDict({"student": make(), "teacher": make("gated")})
+    owner = nn.ModuleDict({"student": make(), "teacher": make("glu")})
     with pytest.raises(UnsupportedModelError, match=r"student .*teacher .*model='student'"):
         find_model(owner)
     assert find_model(owner, "teacher")[1] is owner["teacher"]

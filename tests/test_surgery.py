@@ -43,7 +43,7 @@ def test_masked_equals_slim(kind: str, token_score: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms", "gated", "swiglu_normed"]
+    "kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms", "swiglu_normed"]
 )
 @torch.no_grad()
 def test_blocks_without_heads_or_neurons(kind: str) -> None:
@@ -226,7 +226,7 @@ def test_plans_of_another_model_are_refused() -> None:
 
 # --- company ----------------------------------------------------------------------------------------------------------
 
-COMPILED_KINDS = ["vit", "deit_distilled", "average_pool", "rms_norms", "gated"]
+COMPILED_KINDS = ["vit", "deit_distilled", "average_pool", "rms_norms"]
 
 
 @pytest.mark.parametrize("kind", COMPILED_KINDS)

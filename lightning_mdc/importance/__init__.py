@@ -3,7 +3,7 @@
 from lightning_mdc.importance.criteria import HSIC, Criterion, Place, as_criterion, register
 from lightning_mdc.importance.plans import make_plan
 from lightning_mdc.importance.scores import Scores
-from lightning_mdc.importance.scoring import Scorer, as_prediction, evaluating, score, split_batch
+from lightning_mdc.importance.scoring import Scorer, as_prediction, score, split_batch
 
 __all__ = [
     "HSIC",
@@ -13,7 +13,6 @@ __all__ = [
     "Scores",
     "as_criterion",
     "as_prediction",
-    "evaluating",
     "make_plan",
     "register",
     "score",

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
-from lightning_mdc.models import Sites, UnitSite, find_sites
+from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites
 from lightning_mdc.policy import default_stages
 from lightning_mdc.randomness import isolated_rng
 
@@ -270,18 +270,6 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
         )
     result = result.to(torch.promote_types(result.dtype, torch.float32))
     return result.softmax(dim=-1) if prediction is None else result
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

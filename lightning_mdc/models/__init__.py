@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.compiled import forget_compiled_code, unwrap
+from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.sites import (
     AttentionSite,
     BlockSite,
@@ -29,6 +30,7 @@ __all__ = [
     "Sites",
     "TokenSite",
     "UnitSite",
+    "evaluating",
     "find_model",
     "find_sites",
     "forget_compiled_code",
