@@ -42,9 +42,7 @@ def test_masked_equals_slim(kind: str, token_score: str) -> None:
     assert type(slim) is type(model)
 
 
-@pytest.mark.parametrize(
-    "kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms", "swiglu_normed"]
-)
+@pytest.mark.parametrize("kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms", "swiglu_normed"])
 @torch.no_grad()
 def test_blocks_without_heads_or_neurons(kind: str) -> None:
     model, x = make(kind), images()

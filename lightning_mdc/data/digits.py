@@ -27,7 +27,7 @@ class DigitsDataModule(ImageDataModule):
     def __init__(
         self,
         batch_size: int = 64,
-        img_size: int = 8,
+        img_size: int = 12,
         in_chans: int = 1,
         val_fraction: float = 0.1333,
         test_fraction: float = 0.2,
@@ -41,7 +41,8 @@ class DigitsDataModule(ImageDataModule):
     ) -> None:
         """
         Args:
-            img_size: side in pixels; the 8×8 originals are resized bilinearly.
+            img_size: side in pixels; the 8×8 originals are resized bilinearly, by default so that patches of 2×2 make
+                36 tokens.
             in_chans: 3 repeats the gray channel.
             val_fraction: share of all images held out for the search.
             test_fraction: share of all images held out for reporting.

@@ -20,7 +20,8 @@ from lightning_mdc.importance import hsic as hsic_maths
 from lightning_mdc.importance.scores import min_max
 from lightning_mdc.models import UnitSite
 
-_CHUNK_BYTES = 4 * 2**20  # of activations turned into Gram matrices at a time: small enough for a CPU's cache
+# Bytes of Gram matrices made at a time: what stays in a CPU's cache, and enough to fill a GPU.
+_CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**18, 2**26
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,11 @@ def _magnitude(activations: Tensor) -> Tensor:
 
 def _grams(features: Tensor) -> Tensor:
     """Gram matrices of (units, n, p) features, some units at a time, in fp32 or wider."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    units, n, p = features.shape
-    grams = torch.empty(units, n, n, dtype=dtype, device=features.device)
-    step = max(1, _CHUNK_BYTES // (4 * n * max(n, p)))
+    features = features.to(torch.promote_types(features.dtype, torch.float32)).contiguous()
+    units, n, _ = features.shape
+    grams = features.new_empty(units, n, n)
+    chunk = _CHUNK_ON_CPU if features.device.type == "cpu" else _CHUNK_ELSEWHERE
+    step = max(1, chunk // (4 * n * n))
     for start in range(0, units, step):
-        grams[start : start + step] = hsic_maths.gaussian_gram(features[start : start + step].to(dtype).contiguous())
+        grams[start : start + step] = hsic_maths.gaussian_gram(features[start : start + step])
     return grams

@@ -1,0 +1,88 @@
+"""How long does an image take? Measured, in the mode a deployed model runs in, on the device the model is on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mdc.errors import BudgetError
+from lightning_mdc.models import evaluating
+
+# One reading lasts at least this long; below it the clock and the scheduler are what is measured.
+_SHORTEST_READING = 0.02
+
+
+def latency(
+    model: nn.Module,
+    batch_size: int,
+    input_size: Sequence[int],
+    *,
+    rounds: int = 15,
+) -> float:
+    """Seconds per image of `model` in eval mode, median of `rounds` readings. See `latencies`."""
+    return latencies({"model": model}, batch_size, input_size, rounds=rounds)["model"]
+
+
+def latencies(
+    models: Mapping[str, nn.Module],
+    batch_size: int,
+    input_size: Sequence[int],
+    *,
+    rounds: int = 15,
+) -> dict[str, float]:
+    """Seconds per image of several models, comparable with each other.
+
+    Every round takes one reading of each model in turn, so that a machine that becomes slower or busier in between
+    does so for all of them.
+
+    Args:
+        models: by name; left in the mode, and on the device, they are.
+        batch_size: images per forward pass.
+        input_size: (channels, height, width) in pixels.
+        rounds: readings per model; the median counts.
+
+    Raises:
+        BudgetError: `batch_size` or `rounds` is no positive number, or `input_size` no (channels, height, width).
+    """
+    for name, value in (("batch_size", batch_size), ("rounds", rounds)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BudgetError(f"{name}={value!r}: expected a whole number of at least 1")
+    if len(input_size) != 3:
+        raise BudgetError(f"input_size={tuple(input_size)!r}: expected (channels, height, width) in pixels")
+    readings: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode(), evaluating(*models.values()):
+        images = {name: _images(model, batch_size, input_size) for name, model in models.items()}
+        passes = {name: _passes_per_reading(model, images[name]) for name, model in models.items()}
+        for _ in range(rounds):
+            for name, model in models.items():
+                readings[name].append(_seconds(model, images[name], passes[name]) / passes[name])
+    return {name: statistics.median(seconds) / batch_size for name, seconds in readings.items()}
+
+
+def _images(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Tensor:
+    parameter = next(model.parameters())
+    return torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _passes_per_reading(model: nn.Module, images: Tensor) -> int:
+    """Enough forward passes for one reading; what they cost warms up caches and kernels."""
+    _seconds(model, images, 3)
+    return max(1, int(_SHORTEST_READING / max(_seconds(model, images, 1), 1e-9)) + 1)
+
+
+def _seconds(model: nn.Module, images: Tensor, passes: int) -> float:
+    _wait(images)
+    start = time.perf_counter()
+    for _ in range(passes):
+        model(images)
+    _wait(images)
+    return time.perf_counter() - start
+
+
+def _wait(images: Tensor) -> None:
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)

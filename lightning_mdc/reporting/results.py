@@ -1,0 +1,97 @@
+"""What was measured of each model: the rows behind every table and sentence of a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+
+from lightning_mdc.errors import ConfigError
+
+DENSE, SLIM, FINETUNED, REFERENCE = "dense", "slim", "slim finetuned", "dense, same extra training"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on the test images.
+
+    Attributes:
+        model: `DENSE`, `SLIM`, `FINETUNED` or `REFERENCE`.
+        seed: of its finetuning; None for the first two.
+        correct: images whose class it predicts.
+        agreeing: images for which it predicts what the dense model predicts, right or wrong.
+        images: test images.
+        macs: multiply-accumulates per image.
+        params: number of parameters.
+        size: bytes of its weights file.
+        latency: seconds per image by batch size.
+    """
+
+    model: str
+    seed: int | None
+    correct: int
+    agreeing: int
+    images: int
+    macs: int
+    params: int
+    size: int
+    latency: Mapping[int, float]
+
+    @property
+    def top1(self) -> float:
+        """Fraction of the images."""
+        return self.correct / self.images
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of one run, and what they were measured on."""
+
+    rows: tuple[Result, ...]
+    name: str
+    device: str
+
+    def of(self, model: str) -> tuple[Result, ...]:
+        """The rows of one kind of model, one per seed."""
+        return tuple(row for row in self.rows if row.model == model)
+
+    def speedup(self, batch_size: int) -> float:
+        """How many times as fast as dense the slim model is, per image."""
+        return self.of(DENSE)[0].latency[batch_size] / self.slimmest.latency[batch_size]
+
+    @property
+    def slimmest(self) -> Result:
+        """The slim model to speak of: finetuned if it was."""
+        return (self.of(FINETUNED) or self.of(SLIM))[0]
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return tuple(sorted(self.rows[0].latency))
+
+    def to_json(self) -> str:
+        """Indented JSON; see `from_json`."""
+        return json.dumps({"format": 1, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """What `to_json` wrote to the file at `path`.
+
+        Raises:
+            ConfigError: it cannot be read or was edited.
+        """
+        try:
+            fields = json.loads(path.read_text())
+            rows = tuple(
+                Result(**{**row, "latency": {int(size): value for size, value in row["latency"].items()}})
+                for row in fields["rows"]
+            )
+            return cls(rows=rows, name=fields["name"], device=fields["device"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} holds no results ({error}); run the stage 'test' again") from error
+
+
+def mean_correct(rows: Sequence[Result]) -> float:
+    """Images right, on average over seeds."""
+    return mean(row.correct for row in rows)

@@ -1,0 +1,110 @@
+"""Every config composes, names only what can be built, and explains each of its keys."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torchvision.io import write_png
+
+import train
+from lightning_mdc import assembly, pipeline
+from lightning_mdc.importance import Criterion
+
+CONF = Path(__file__).parent.parent / "conf"
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
+)
+EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
+
+
+def settings(*overrides: str) -> dict:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return train.plain(compose("train", ["name=test", *overrides]))
+
+
+@pytest.mark.parametrize("override", [*OPTIONS, *(f"experiment={name}" for name in EXPERIMENTS)])
+def test_composes_and_every_stage_finds_its_settings(override):
+    composed = settings(override)
+    for name in pipeline.STAGES:
+        pipeline.relevant(composed, name)
+    assert isinstance(assembly.build_criterion(composed), Criterion)
+    for group in ("dense", "distillation"):
+        assembly.build_module(composed[group], 5, torch.nn.Linear(1, 1), None, num_classes=2)
+
+
+def test_the_groups_are_those_of_the_package():
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups == {
+        *("data", "distillation", "experiment", "importance", "logger", "model", "surgery", "trainer"),
+    }
+
+
+def test_every_criterion_has_its_config():
+    from lightning_mdc.importance import criteria
+
+    built = {assembly.build_criterion(settings(f"importance={path.stem}")).name for path in CONF.glob("importance/*")}
+    assert built == set(criteria._REGISTRY)
+
+
+def test_a_data_group_brings_its_model_unless_one_is_chosen():
+    assert settings()["model"]["name"] is None
+    assert settings("data=image_folder")["model"]["name"] == "deit_tiny_patch16_224"
+    assert settings("data=image_folder", "model=vit_digits")["model"]["name"] is None
+    by_name = settings("data=image_folder", "data.root=x", "model.name=deit_small_patch16_224")["model"]
+    assert by_name["name"] == "deit_small_patch16_224"
+    assert by_name["pretrained"] is False
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_every_key_has_a_comment(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ") or path.parent.name == "conf"
+    body = lines[: lines.index("hydra:")] if "hydra:" in lines else lines
+    leaf = re.compile(r"^\s*[A-Za-z_][A-Za-z_0-9]*: \S")  # a key with a value; one without opens a group
+    uncommented = [
+        line
+        for before, line in itertools.pairwise(body)
+        if leaf.match(line)
+        and not before.lstrip().startswith("#")
+        and not leaf.match(before)  # one comment for several keys of a kind
+        and "_target_" not in line
+    ]
+    assert not uncommented
+
+
+def test_defaults_of_the_conf_are_those_of_the_classes():
+    """Else the same word would mean two things, on the command line and in Python."""
+    from lightning_mdc import HSIC
+    from lightning_mdc.data import DigitsDataModule
+
+    criterion = assembly.build_criterion(settings())
+    assert vars(criterion) == vars(HSIC())
+    ours, theirs = assembly.build_data(settings()), DigitsDataModule()
+    for name in ("img_size", "in_chans", "batch_size", "val_fraction", "test_fraction", "split_seed"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_size_given_to_the_model_goes_to_the_data(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            pixels = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
+            write_png(pixels, str(tmp_path / name / f"{number}.png"))
+    composed = settings(
+        "data=image_folder",
+        f"data.root={tmp_path}",
+        "model.name=vit_tiny_patch16_224",
+        "model.args={img_size:32,patch_size:8,embed_dim:24,depth:2,num_heads:2}",
+        "data.num_workers=0",
+    )
+    data = assembly.build_data(composed)
+    assert data.img_size == 32
+    model = assembly.build_model(composed, data)
+    assert model.patch_embed.img_size == (32, 32)
+    assert model.num_classes == 2
+    assert model(next(iter(data.test_dataloader()))[0]).shape[1] == 2
+    assert OmegaConf.create(composed)  # plain values only

@@ -1,0 +1,367 @@
+"""The pipeline end to end on a tiny ViT: stages, resuming, wrong settings, and the script around it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+import lightning_mdc as mdc
+import train
+from lightning_mdc import pipeline
+from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.errors import BudgetError, ConfigError, DataError, DistillationError, MdcError, PolicyError
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "name=tiny",
+    "logger=none",
+    "trainer=cpu",
+    "trainer.log_every_n_steps=1",
+    "data.img_size=8",
+    "model.args.patch_size=2",
+    "model.args.embed_dim=16",
+    "model.args.depth=4",
+    "model.args.num_heads=2",
+    "data.max_train_images=64",
+    "data.batch_size=32",
+    "data.test_fraction=0.05",
+    "data.val_fraction=0.02",
+    "dense.epochs=1",
+    "distillation.epochs=1",
+    "distillation.seeds=[0,1]",
+    "calibration.images=32",
+    "calibration.batch_size=16",
+    "latency.rounds=1",
+    "latency.batch_sizes=[1,4]",
+)
+
+
+def settings(tmp_path, *overrides: str) -> dict:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return train.plain(compose("train", [*TINY, f"runs={tmp_path}", *overrides]))
+
+
+def script(monkeypatch, *overrides: str) -> int:
+    """Exit code of ``python train.py ...``, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    GlobalHydra.instance().clear()
+    try:
+        train.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def picked_up(caplog) -> list[str]:
+    """Stages said to be picked up since last asked."""
+    names = [record.args[0].rstrip(":") for record in caplog.records if record.msg.startswith("%-8s picked up")]
+    caplog.clear()
+    return names
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog, monkeypatch):
+    caplog.set_level("INFO", "lightning_mdc")
+    monkeypatch.setattr(train.log, "propagate", True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run; tests that change one work on a copy."""
+    return pipeline.run(settings(tmp_path_factory.mktemp("runs"))).path
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    import shutil
+
+    target = tmp_path / "tiny" / finished.name
+    shutil.copytree(finished, target)
+    return target
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_leaves_its_output(finished):
+    for stage in pipeline.STAGES.values():
+        assert (finished / stage.output).exists()
+    for name in ("dense", "slim", "finetuned/seed0", "finetuned/seed1", "reference/seed0"):
+        assert mdc.load(finished / name)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert (finished / "kept.png").stat().st_size > 10_000
+    assert not list(finished.glob("checkpoints/*"))  # of finished trainings nothing is left over
+    assert not list(finished.glob(".*"))
+
+
+def test_the_slim_model_keeps_the_budget_and_what_the_plan_says(finished):
+    dense, slim = mdc.load(finished / "dense"), mdc.load(finished / "slim")
+    plan = mdc.Plan.from_json((finished / "plan.json").read_text())
+    assert mdc.macs(slim) <= 0.6 * mdc.macs(dense)
+    assert mdc.macs(slim) == mdc.plan_macs(dense, plan)
+    policy = mdc.Policy.from_json((finished / "policy.json").read_text())
+    assert mdc.policy_macs(dense, policy) == mdc.macs(slim)
+
+
+def test_finetuning_trains_in_training_mode_from_the_slim_weights(finished):
+    slim, tuned = mdc.load(finished / "slim"), mdc.load(finished / "finetuned/seed0")
+    other = mdc.load(finished / "finetuned/seed1")
+    for name, tensor in slim.state_dict().items():
+        assert tensor.shape == tuned.state_dict()[name].shape
+    weights = [model.blocks[0].mlp.fc1.weight for model in (slim, tuned, other)]
+    assert 0 < (weights[0] - weights[1]).abs().max() < 0.1
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_results_are_those_of_the_saved_models(finished):
+    from lightning_mdc import reporting
+
+    run = pipeline.Run(settings(finished.parent), pipeline.RunFolder(finished))
+    images, labels = map(torch.cat, zip(*run.data.test_dataloader(), strict=True))
+    results = reporting.Results.load(finished / "results.json")
+    assert [(row.model, row.seed) for row in results.rows] == [
+        ("dense", None),
+        ("slim", None),
+        ("slim finetuned", 0),
+        ("slim finetuned", 1),
+        ("dense, same extra training", 0),
+    ]
+    dense = mdc.load(finished / "dense")(images).argmax(dim=1)
+    places = ("dense", "slim", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
+    for row, place in zip(results.rows, places, strict=True):
+        classes = mdc.load(finished / place)(images).argmax(dim=1)
+        assert row.images == len(labels) == 90
+        assert row.correct == (classes == labels).sum()
+        assert row.agreeing == (classes == dense).sum()
+        assert row.size == (finished / place / "model.safetensors").stat().st_size
+    assert results.of("slim")[0].macs == mdc.macs(mdc.load(finished / "slim"))
+
+
+def test_the_dense_artifact_tells_its_classes(finished):
+    cfg = json.loads((finished / "slim" / "config.json").read_text())["pretrained_cfg"]
+    assert cfg["label_names"] == [str(digit) for digit in range(10)]
+    assert cfg["input_size"] == [1, 8, 8]
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_picks_everything_up_and_says_so(copied, caplog):
+    before = {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
+    again = pipeline.run(settings(copied.parent.parent, "resume=true"))
+    assert again.path == copied
+    assert picked_up(caplog) == list(pipeline.STAGES)
+    assert before == {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
+
+
+def test_a_run_that_is_not_resumed_gets_a_folder_of_its_own(copied):
+    chosen = settings(copied.parent.parent, "stage=dense")
+    first, second = pipeline.run(chosen).path, pipeline.run(chosen).path
+    assert len({first, second, copied}) == 3
+    assert pipeline.run(settings(copied.parent.parent, "resume=true", "stage=dense")).path == second
+
+
+def test_another_budget_runs_again_from_the_policy_on(copied, caplog):
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", "budget=0.5"))
+    assert picked_up(caplog) == ["dense", "score"]
+    assert mdc.macs(mdc.load(copied / "slim")) <= 0.5 * mdc.macs(mdc.load(copied / "dense"))
+    assert mdc.macs(mdc.load(copied / "finetuned/seed0")) == mdc.macs(mdc.load(copied / "slim"))
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("importance=random", ["dense", "policy"]),
+        ("distillation.kd_weight=0.1", ["dense", "score", "policy", "slim"]),
+        ("latency.rounds=2", ["dense", "score", "policy", "slim", "distill"]),
+        ("data.num_workers=1", list(pipeline.STAGES)),
+        ("trainer.log_every_n_steps=7", list(pipeline.STAGES)),
+        ("data.max_train_images=60", []),
+    ],
+)
+def test_a_change_reaches_the_stages_that_depend_on_it(finished, override, kept):
+    now, before = (
+        pipeline.fingerprints(settings(finished.parent, *more), frozenset({"distill"})) for more in ([override], [])
+    )
+    assert [name for name in pipeline.STAGES if now[name] == before[name]] == kept
+
+
+def test_one_more_seed_keeps_the_models_of_the_others(copied, caplog):
+    before = (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns
+    pipeline.run(settings(copied.parent.parent, "resume=true", "distillation.seeds=[0,1,5]"))
+    assert picked_up(caplog) == ["dense", "score", "policy", "slim"]
+    assert (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns == before
+    assert "mean of 3 seeds" in (copied / "report.md").read_text()
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(tmp_path, monkeypatch, caplog):
+    chosen = ("stage=dense", "dense.epochs=3")
+    whole = pipeline.run(settings(tmp_path / "whole", *chosen))
+    step = DistillationModule.training_step
+
+    def dies_in_the_third_epoch(self, batch, batch_idx):
+        if self.current_epoch == 2 and batch_idx == 1:
+            raise RuntimeError("power cut")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DistillationModule, "training_step", dies_in_the_third_epoch)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.run(settings(tmp_path / "killed", *chosen))
+    monkeypatch.setattr(DistillationModule, "training_step", step)
+    caplog.clear()
+    resumed = pipeline.run(settings(tmp_path / "killed", *chosen, "resume=true"))
+    assert any("going on from" in record.getMessage() for record in caplog.records)
+    expected, found = (mdc.load(run / "dense").state_dict() for run in (whole, resumed))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_a_kill_between_seeds_keeps_the_finished_one(copied, monkeypatch):
+    root = copied.parent.parent
+    change = ("resume=true", "distillation.temperature=3.0")
+    work = pipeline.finetune
+
+    def dies(run, name, start, seed):
+        if name == "finetuned/seed1":
+            raise KeyboardInterrupt
+        work(run, name, start, seed)
+
+    monkeypatch.setattr(pipeline, "finetune", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(settings(root, *change))
+    assert not (copied / "stages" / "distill.json").exists()
+    first = (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(pipeline, "finetune", work)
+    pipeline.run(settings(root, *change))
+    assert (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns == first
+
+
+# --- choosing stages --------------------------------------------------------------------------------------------------
+
+
+def test_finetuning_can_be_left_out(copied):
+    pipeline.run(settings(copied.parent.parent, "skip=[distill,report]"))
+    newest = max(copied.parent.iterdir(), key=lambda path: path.name)
+    assert newest != copied
+    assert not (newest / "finetuned").exists()
+    rows = json.loads((newest / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["dense", "slim"]
+
+
+def test_stages_one_at_a_time_make_the_same_run(finished, tmp_path):
+    for number, name in enumerate(("dense", "score", "policy", "slim")):
+        folder = pipeline.run(settings(tmp_path, f"stage={name}", f"resume={str(number > 0).lower()}"))
+    for name in ("policy.json", "plan.json", "slim/model.safetensors"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["score", "slim", "test", "report"])
+def test_a_missing_stage_is_named_with_the_remedy(name, tmp_path):
+    with pytest.raises(ConfigError, match=rf"stage='{name}' is built on '\w+', which is neither.*resume=true"):
+        pipeline.run(settings(tmp_path, f"stage={name}"))
+    assert not list(tmp_path.glob("tiny/*"))  # nothing that resume=true would take for a run
+
+
+def test_a_stage_of_other_settings_is_not_built_on(copied):
+    with pytest.raises(ConfigError, match=r"stage='slim' is built on 'policy'.*budget=0\.6, now 0\.5"):
+        pipeline.run(settings(copied.parent.parent, "resume=true", "budget=0.5", "stage=slim"))
+
+
+def test_resume_without_an_earlier_run_starts_one(tmp_path):
+    assert (pipeline.run(settings(tmp_path, "resume=true", "stage=dense")) / "dense").exists()
+
+
+# --- wrong settings ---------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ("stage=slimm", ConfigError, "stage='slimm' is no stage; stages are dense, score"),
+    ("skip=[foo]", ConfigError, "skip='foo' is no stage"),
+    ("skip=[dense,score,policy,slim,distill,test,report]", ConfigError, "leaves nothing to run"),
+    ("resume=nowhere", ConfigError, "resume='nowhere' holds no run"),
+    ("name=a/b", ConfigError, "name='a/b' is no folder name"),
+    ("budget=1.5", BudgetError, "budget=1.5"),
+    ("budget=0.01", BudgetError, "smallest reachable"),
+    ("budget={flops:1}", ConfigError, "limits named macs or params"),
+    ("policy.file=nowhere.json", PolicyError, "nowhere.json"),
+    ("policy.dimensions=[wings]", PolicyError, "wings"),
+    ("surgery.stages=[99]", MdcError, "99"),
+    ("surgery.token_score=looks", MdcError, "token_score='looks'"),
+    ("dense.epochs=0", ConfigError, "leaves the model untrained"),
+    ("dense.epochs=-1", ConfigError, "dense.epochs=-1"),
+    ("dense.optimizer.opt=adamm", DistillationError, "opt='adamm'"),
+    ("distillation.kd=warm", DistillationError, "kd='warm'"),
+    ("distillation.seeds=[]", ConfigError, r"distillation.seeds=\[\]"),
+    ("distillation.seeds=[1,1]", ConfigError, "different whole numbers"),
+    ("calibration.images=0", ConfigError, "calibration.images=0"),
+    ("calibration.batch_size=2", MdcError, "at least 4"),
+    ("data.img_size=0", DataError, "img_size=0"),
+    ("data._target_=lightning_mdc.data.Nothing", ConfigError, "names nothing that can be imported"),
+    ("model.name=vit_tinny_patch16_224", ConfigError, "did you mean vit_tiny_patch16_224"),
+    ("model.args.num_heads=3", ConfigError, "refused by timm"),
+    ("model.pretrained=true", ConfigError, "model.name=null"),
+    ("model.checkpoint=nowhere", ConfigError, "model.checkpoint='nowhere' does not exist"),
+    ("importance.hsic_weight=-1", MdcError, "hsic_weight=-1"),
+    ("trainer.devices=2", ConfigError, "starts 2 processes"),
+    ("trainer.precision=7", ConfigError, "refused by Lightning"),
+    ("latency.batch_sizes=[0]", ConfigError, "latency.batch_sizes"),
+]
+
+
+@pytest.mark.parametrize(("override", "kind", "words"), WRONG, ids=[override for override, *_ in WRONG])
+def test_wrong_settings_are_refused_before_anything_is_trained(override, kind, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
+    with pytest.raises(kind, match=words):
+        pipeline.run(settings(tmp_path, override))
+    assert not list(tmp_path.glob("tiny/*"))
+
+
+def test_the_script_says_one_line_and_exits_nonzero(tmp_path, monkeypatch, capsys):
+    assert script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=slimm") == 1
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("ConfigError: stage='slimm' is no stage")
+    assert "Traceback" not in said.out + said.err
+
+
+def test_the_script_shows_the_traceback_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError, match="slimm"):
+        script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=slimm", "debug=true")
+
+
+def test_an_unknown_key_is_refused(tmp_path, monkeypatch, capsys):
+    assert script(monkeypatch, *TINY, f"runs={tmp_path}", "budgett=0.5") == 1
+    assert "budgett" in capsys.readouterr().err
+
+
+def test_a_missing_value_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"budget=\?\?\? has to be given"):
+        settings(tmp_path, "budget=???")
+
+
+def test_the_script_as_a_newcomer_starts_it(tmp_path):
+    """From another folder, in a process of its own; it leaves nothing but its run."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *TINY, "stage=[dense,policy]"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dense:   done in" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_help_says_what_to_type(monkeypatch, capsys):
+    script(monkeypatch, "--help")
+    said = capsys.readouterr().out
+    assert said.count("  python train.py") >= 5
+    for words in ("data=image_folder data.root=PATH", "resume=true", "importance: activation, hsic", "budget: 0.6"):
+        assert words in said

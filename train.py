@@ -1,0 +1,69 @@
+"""Train a vision transformer, make it smaller, and report: ``python train.py --help``."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lightning_mdc import pipeline
+from lightning_mdc.errors import ConfigError, MdcError
+
+log = logging.getLogger("lightning_mdc")
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The settings as nested dicts, interpolations resolved.
+
+    Raises:
+        ConfigError: a value is missing or refers to something that is not there.
+    """
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}=??? has to be given, e.g. {error.full_key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key} cannot be worked out: {error}") from error
+    assert isinstance(settings, dict)
+    return settings  # type: ignore[return-value]
+
+
+def set_up_messages() -> None:
+    """Our lines as they are, on the screen; of Lightning's only warnings, and of those none about what we chose."""
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated.*")
+    warnings.filterwarnings("ignore", ".*number of training batches .* is smaller than the logging interval.*")
+
+
+# Absolute, so that it is found also when this file is imported.
+@hydra.main(config_path=str(Path(__file__).parent / "conf"), config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    set_up_messages()
+    try:
+        pipeline.run(plain(cfg))
+    except MdcError as error:
+        # A sweep has to learn of a failed job by its exception; and whoever looks for a fault wants the traceback.
+        wants_traceback = cfg.debug is True or os.environ.get("HYDRA_FULL_ERROR") == "1"
+        if wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
