@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -70,9 +71,7 @@ def save(
         ArtifactError: a part of the model that the constructor cannot express (it is named), a place that cannot be
             written, or a folder there that holds something else.
     """
-    sites = find_sites(model)
-    target = Path(directory)
-    _refuse_foreign(target)
+    sites, target = find_sites(model), _place(directory)
     plan = plan_of(sites.model)
     spec = _describe(sites, plan) if constructor else None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(sites.model)}
@@ -98,6 +97,17 @@ def save(
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def check_savable(model: nn.Module, directory: str | Path) -> None:
+    """Whether `save` would take this model and this place, without writing anything.
+
+    Raises:
+        ArtifactError: see `save`.
+    """
+    sites = find_sites(model)
+    _place(directory)
+    _describe(sites, plan_of(sites.model))
+
+
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The model saved in `directory`, on the CPU, in the mode it was saved in.
 
@@ -106,7 +116,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         ArtifactError: the folder is missing, incomplete, damaged, edited or not ours; says what and what to do.
     """
-    folder = _recovered(Path(directory))
+    folder = _recovered(Path(directory).resolve())
     config = _read_config(folder)
     shapes = _read_header(folder / WEIGHTS)
     plan = _plan(config)
@@ -122,14 +132,13 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{folder} was changed after it was saved (its content does not match its sha256); get a fresh copy"
             )
         _load_weights(result, load_file(str(folder / WEIGHTS)))
+        if model is None:
+            _set_pretrained_cfg(result, config["pretrained_cfg"])
     except ArtifactError:
         raise
-    except MdcError as error:
+    except (MdcError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
-    result.train(config["training"])
-    if model is None:
-        _set_pretrained_cfg(result, config["pretrained_cfg"])
-    return result
+    return result.train(config["training"])
 
 
 # --- building again ---------------------------------------------------------------------------------------------------
@@ -231,8 +240,9 @@ def _check_depth(spec: Mapping[str, Any], shapes: Mapping[str, Any], folder: Pat
     # Building takes time per block even on the meta device; a depth the file has no weights for is not even tried.
     args = spec.get("args")
     depth = args.get("depth") if isinstance(args, dict) else None
-    if not isinstance(depth, int) or isinstance(depth, bool) or not 0 < depth <= len(shapes):
-        raise ArtifactError(f"{folder / CONFIG}: depth={depth!r} does not fit the {len(shapes)} tensors in {WEIGHTS}")
+    blocks = {match[0] for name in shapes if (match := re.match(r"blocks\.\d+\.", name))}
+    if depth != len(blocks) or isinstance(depth, bool) or len(shapes) > 100 * len(blocks) + 100:
+        raise ArtifactError(f"{folder / CONFIG}: depth={depth!r} does not fit the {len(blocks)} blocks in {WEIGHTS}")
 
 
 def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -288,8 +298,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     if set(config) != _FIELDS:
         raise ArtifactError(f"{path}: fields {sorted(set(config) ^ _FIELDS)} are missing or unknown")
-    if not isinstance(config["training"], bool) or not isinstance(config["pretrained_cfg"], (dict, type(None))):
-        raise ArtifactError(f"{path}: field training or pretrained_cfg has the wrong type")
+    types: dict[str, Any] = {
+        "training": bool,
+        "pretrained_cfg": (dict, type(None)),
+        "cost": dict,
+        "versions": dict,
+        "sha256": str,
+    }
+    for name, kind in types.items():
+        if not isinstance(config[name], kind):
+            raise ArtifactError(f"{path}: field {name} has the wrong type ({type(config[name]).__name__})")
     return config
 
 
@@ -297,7 +315,11 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by name, without reading a weight."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            odd = {s.get_dtype() for s in slices.values()} - {"F64", "F32", "F16", "BF16"}
+            if odd:
+                raise ArtifactError(f"{path} holds {', '.join(sorted(odd))} tensors; a model's are floating-point")
+            return {name: tuple(s.get_shape()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is damaged or no safetensors file ({error}); get a fresh copy") from error
 
@@ -322,11 +344,26 @@ def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_foreign(target: Path) -> None:
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
-        raise ArtifactError(f"directory={str(target)!r} holds something else; give an empty or new folder")
+def _place(directory: str | Path) -> Path:
+    """`directory` without links, if a model may be written there: nothing of somebody else's would be lost."""
+    target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
-        raise ArtifactError(f"directory={str(target)!r} is a file; give a folder")
+        raise ArtifactError(f"directory={str(directory)!r} is a file; give a folder")
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if names and (names != {CONFIG, WEIGHTS} or not _is_ours(target / CONFIG)):
+        raise ArtifactError(
+            f"directory={str(directory)!r} holds something else ({', '.join(sorted(names)[:3])}); give an empty or new "
+            "folder: what is in it would be replaced"
+        )
+    return target
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        fields = json.loads(config.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and str(fields.get("format")).startswith("lightning_mdc.model.")
 
 
 def _previous(target: Path) -> Path:

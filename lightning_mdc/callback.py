@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_mdc.artifact import save
+from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, as_budget
 from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError
 from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction, make_plan
 from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
-from lightning_mdc.models import Sites, evaluating, find_model, find_sites
+from lightning_mdc.models import Sites, evaluating, find_model, find_sites, unwrap
 from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, check_dimensions
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
@@ -93,7 +93,9 @@ class MultiDimPruneCallback(Callback):
         super().__init__()
         self.budget = as_budget(budget)
         self.criterion = as_criterion(criterion)
-        self.wanted_policy = policy if isinstance(policy, Policy) or policy == "uniform" else Policy.load(policy)
+        _whole("start", start, 0, required=True)
+        _whole("calibration_batches", calibration_batches, 1, required=True)
+        self.wanted_policy = _policy(policy)
         self.uniform_options: dict[str, Any] = {
             "dimensions": None if dimensions is None else check_dimensions(dimensions),
             "min_heads": min_heads,
@@ -104,10 +106,21 @@ class MultiDimPruneCallback(Callback):
         _one_of("schedule", schedule, ("one-shot", "cubic"))
         _one_of("unit", unit, ("epoch", "step"))
         _one_of("token_score", token_score, TOKEN_SCORES)
-        _whole("calibration_batches", calibration_batches, 1)
         _whole("calibration_images", calibration_images, 1)
-        _whole("start", start, 0)
         _whole("end", end, start + 1)
+        _whole("seed", seed, 0)
+        for name, value, kinds in (
+            ("fuse_tokens", fuse_tokens, bool),
+            ("restore_rng", restore_rng, bool),
+            ("model", model, (str, type(None))),
+            ("save_to", save_to, (str, Path, type(None))),
+        ):
+            if not isinstance(value, kinds):
+                raise CallbackError(f"{name}={value!r:.80} has the wrong type ({type(value).__name__})")
+        if prediction is not None and not callable(prediction):
+            raise CallbackError(f"prediction={prediction!r:.80}: expected a function of what the model returns")
+        if end is not None and schedule == "one-shot":
+            raise CallbackError(f"end={end} means nothing to schedule='one-shot'; pass schedule='cubic', or no end")
         self.calibration_batches, self.calibration_images = calibration_batches, calibration_images
         self.schedule, self.start, self.end, self.unit = schedule, start, end, unit
         self.token_score, self.fuse_tokens = token_score, fuse_tokens
@@ -115,6 +128,7 @@ class MultiDimPruneCallback(Callback):
         self.restore_rng, self.save_to = restore_rng, None if save_to is None else Path(save_to)
         # Spawned workers cannot give attributes back; rank 0 leaves the outcome in this file.
         self._handover = Path(tempfile.gettempdir()) / f"lightning_mdc-{uuid.uuid4().hex}.pt"
+        self._restores_rng_now = False
         self.reset()
 
     def reset(self) -> None:
@@ -124,7 +138,8 @@ class MultiDimPruneCallback(Callback):
         self._plan: Plan | None = None
         self._progress = 0.0
         self._scorer: Scorer | None = None  # while an iterable dataset is watched
-        self._rng: dict[str, Any] | None = None
+        self._steps_to_watch: int | None = None
+        self._handover.unlink(missing_ok=True)
 
     # --- what it found --------------------------------------------------------------------------------------------
 
@@ -155,7 +170,9 @@ class MultiDimPruneCallback(Callback):
             CallbackError: there is no plan yet, or nothing to replace.
         """
         if self.plan is None:
-            raise CallbackError("slim_model: there is no plan yet; call trainer.fit with this callback first")
+            raise CallbackError(
+                "slim_model: there is no plan yet; call trainer.fit with this callback first (and let it reach start)"
+            )
         path, model = find_model(pl_module, self.model_path)
         if self._is_delivered(model):
             return model
@@ -166,8 +183,10 @@ class MultiDimPruneCallback(Callback):
                     "in_place=True: the LightningModule is itself the vision transformer, so there is no attribute to "
                     "replace; use the returned model"
                 )
-            parent, _, name = path.rpartition(".")
-            setattr(pl_module.get_submodule(parent), name, result)
+            for parent in list(pl_module.modules()):  # it may have several names
+                for name, child in list(parent._modules.items()):
+                    if child is not None and unwrap(child) is model:
+                        setattr(parent, name, result)
         return result
 
     def calibration_step(self, pl_module: LightningModule, batch: Any) -> Any:
@@ -195,14 +214,18 @@ class MultiDimPruneCallback(Callback):
                 "callback.slim_model(pl_module) with this strategy"
             )
 
+        # A checkpoint's state comes after this. Its random states have to be back before optimizers are configured:
+        # asking there how long training is makes Lightning start the loaders.
+        self._restores_rng_now = self.restore_rng and stage == "fit" and trainer.world_size == 1
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._uniform_or_given(pl_module)  # an unreachable budget is said now, not after an hour
+        # What could be refused after hours of training is refused now.
+        self._uniform_or_given(pl_module)
+        if self.save_to is not None and trainer.is_global_zero:
+            check_savable(find_model(pl_module, self.model_path)[1], self.save_to)
         if self.schedule == "cubic":
             self._schedule_end(trainer)
         self._mask(trainer, pl_module)
-        if self._rng is not None and trainer.world_size == 1:
-            set_rng_state(self._rng)
-        self._rng = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance(trainer, pl_module)
@@ -226,7 +249,12 @@ class MultiDimPruneCallback(Callback):
         self._mask(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._plan is not None and self._progress < 1:
+        if self._plan is None and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(
+                f"fit ended before anything was pruned: start={self.start} ({self.unit}s) was not reached, or an "
+                f"iterable data set ended before calibration_batches={self.calibration_batches} had gone by"
+            )
+        elif self._plan is not None and self._progress < 1:
             rank_zero_warn(
                 f"fit ended before the pruning schedule did ({self._progress:.0%} of the way); slim_model gives the "
                 "final plan, which the weights have not been trained with. Train longer or lower end."
@@ -262,7 +290,7 @@ class MultiDimPruneCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("format") != _STATE_FORMAT:
+        if state_dict.get("format") != _STATE_FORMAT or not state_dict.keys() >= self.state_dict().keys():
             raise CallbackError(
                 f"the checkpoint's MultiDimPruneCallback state has format {state_dict.get('format')!r}, expected "
                 f"{_STATE_FORMAT}; it was written by another version"
@@ -275,12 +303,12 @@ class MultiDimPruneCallback(Callback):
         if state_dict["scores_facts"]:
             self._scores = Scores.from_parts(state_dict["scores"], state_dict["scores_facts"])
         self._progress = state_dict["progress"]
-        self._rng = state_dict["rng"] if self.restore_rng else None
+        if self._restores_rng_now and state_dict["rng"] is not None:
+            set_rng_state(state_dict["rng"])
 
     def _collect_handover(self) -> None:
-        if self._plan is None and self._handover.is_file():
+        if self._handover.is_file():
             state = torch.load(self._handover, weights_only=True)
-            self._handover.unlink()
             self.load_state_dict(state)
 
     # --- observe, decide, apply -----------------------------------------------------------------------------------
@@ -313,7 +341,7 @@ class MultiDimPruneCallback(Callback):
         return max(self.start + 1, round(total * 2 / 3))
 
     def _uniform_or_given(self, pl_module: LightningModule) -> Policy:
-        _, model = find_model(pl_module, self.model_path)
+        model = find_model(pl_module, self.model_path)[1]
         if isinstance(self.wanted_policy, Policy):
             find_sites(model).counts(self.wanted_policy)
             return self.wanted_policy
@@ -358,10 +386,15 @@ class MultiDimPruneCallback(Callback):
         if not self._is_short(scorer, batch):
             with isolated_rng(), evaluating(pl_module), scorer:
                 self._observe(trainer, pl_module, scorer, batch)
-        done = scorer.sums["batches"] >= math.ceil(self.calibration_batches / trainer.world_size)
-        if self.calibration_images is not None:
-            done = scorer.sums["images"] * trainer.world_size >= self.calibration_images
-        if done:
+        if self._steps_to_watch is None:
+            # Rank 0 says how many, so that all ranks decide at the same step whatever batches they get.
+            steps = self.calibration_batches
+            if self.calibration_images is not None:
+                steps = math.ceil(self.calibration_images / int(scorer.sums["images"]))
+            self._steps_to_watch = trainer.strategy.broadcast(math.ceil(steps / trainer.world_size), src=0)
+        self._steps_to_watch -= 1
+        if self._steps_to_watch == 0:
+            self._steps_to_watch = None
             self._scorer = None
             self._decide(trainer, pl_module, scorer)
             self._advance(trainer, pl_module)
@@ -477,9 +510,10 @@ def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CallbackError(f"checkpoint={str(path)!r} cannot be read without unpickling classes: {error}") from error
+    states = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
     found = {
         key: state["plan"]
-        for key, state in checkpoint.get("callbacks", {}).items()
+        for key, state in (states if isinstance(states, dict) else {}).items()
         if isinstance(state, dict) and "plan" in state and state.get("format") == _STATE_FORMAT
     }
     if model is not None:
@@ -496,7 +530,7 @@ def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     """What Lightning does to a training batch before ``training_step``."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module.on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)  # the module's hook or the data module's
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
@@ -512,6 +546,16 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise CallbackError(f"{name}={value!r}: expected one of {allowed}")
 
 
-def _whole(name: str, value: Any, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise CallbackError(f"{name}={value!r}: expected a whole number of at least {least}")
+def _policy(policy: Any) -> Policy | Literal["uniform"]:
+    if isinstance(policy, Policy) or policy == "uniform":
+        return policy
+    if isinstance(policy, (str, Path)):
+        return Policy.load(policy)
+    raise PolicyError(f"policy={policy!r:.80}: expected 'uniform', a Policy, or the path of a policy's JSON file")
+
+
+def _whole(name: str, value: Any, least: int, *, required: bool = False) -> None:
+    if value is None and not required:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CallbackError(f"{name}={value!r:.80}: expected a whole number of at least {least}")

@@ -208,6 +208,8 @@ class Plan:
     fuse: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.fuse, bool):
+            raise PlanError(f"plan.fuse={self.fuse!r}: expected true or false")
         for name, kept, sizes in (
             ("heads", self.heads, self.num_heads),
             ("neurons", self.neurons, self.num_neurons),
@@ -215,7 +217,7 @@ class Plan:
             if len(kept) != len(sizes):
                 raise PlanError(f"plan.{name} covers {len(kept)} blocks, its dense sizes {len(sizes)}")
             for block, (indices, size) in enumerate(zip(kept, sizes, strict=True)):
-                if not all(_is_index(i) for i in (*indices, size)):
+                if not all(type(i) is int and i >= 0 for i in (*indices, size)):  # plain ints: JSON knows no others
                     raise PlanError(f"plan.{name}[{block}] holds something that is no index")
                 if any(b <= a for a, b in itertools.pairwise(indices)):
                     raise PlanError(f"plan.{name}[{block}] must increase without repeats, got {list(indices)[:8]}...")
@@ -282,20 +284,22 @@ class Plan:
                 tokens=tuple(_token_stage(stage) for stage in fields["tokens"]),
                 num_heads=tuple(fields["num_heads"]),
                 num_neurons=tuple(fields["num_neurons"]),
-                fuse=bool(fields["fuse"]),
+                fuse=fields["fuse"],
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan JSON is malformed: {error}") from error
 
 
 def _token_stage(fields: Mapping[str, Any]) -> TokenStage:
+    if set(fields) != {"block", "keep", "score", "prior", "grid"}:
+        raise PlanError(f"plan JSON: a token stage has fields {sorted(fields)}; one is missing or unknown")
     prior, grid = fields["prior"], fields["grid"]
     return TokenStage(
         block=fields["block"],
         keep=fields["keep"],
         score=fields["score"],
         prior=None if prior is None else tuple(prior),
-        grid=None if grid is None else (grid[0], grid[1]),
+        grid=None if grid is None else tuple(grid),
     )
 
 
@@ -317,7 +321,7 @@ def _ratios(name: str, ratios: Any) -> tuple[float, ...]:
     values = tuple(ratios)
     for position, value in enumerate(values):
         if not _is_ratio(value):
-            raise PolicyError(f"{name}[{position}]={value!r} is no keep ratio; expected a number in [0, 1]")
+            raise PolicyError(f"{name}[{position}]={value!r:.80} is no keep ratio; expected a number in [0, 1]")
     return tuple(float(value) for value in values)
 
 
@@ -331,14 +335,17 @@ def _stages(stages: Any) -> tuple[int, ...]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _is_ratio(value: Any) -> bool:
     # A tensor or numpy scalar is welcome as a number; a bool is a mistake.
     try:
         return not isinstance(value, bool | str) and 0.0 <= float(value) <= 1.0
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
 
 

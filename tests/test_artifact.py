@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lightning_mdc as mdc
@@ -156,6 +157,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "damaged plan": (edited(lambda c: c["plan"]["heads"].pop()), "plan.heads covers"),
     "another plan": (edited(lambda c: c["plan"]["heads"][0].pop()), "has shape"),
     "other mean": (edited(lambda c: c.update(pretrained_cfg={"mean": [0, 0, 0]})), "changed after it was saved"),
+    "rate out of range": (edited(lambda c: c["constructor"]["args"].update(drop_path_rate=5)), "no rate in"),
+    "eps of nothing": (edited(lambda c: c["constructor"]["norm"].update(eps=float("nan"))), "eps=nan"),
+    "odd activation": (edited(lambda c: c["constructor"]["act"].update(approximate="foo")), "approximate"),
+    "integer weights": (lambda f: save_file({"a": torch.ones(2, dtype=torch.int64)}, f / WEIGHTS), "I64 tensors"),
+    "cost of text": (edited(lambda c: c.update(cost="cheap")), "cost has the wrong type"),
+    "enormous ratio": (edited(lambda c: c["plan"]["tokens"][0].update(keep=10**400)), "keep=1000"),
     "missing field": (edited(lambda c: c.pop("cost")), "cost"),
 }
 
@@ -191,6 +198,24 @@ def test_other_peoples_folders_are_not_overwritten(tmp_path: Path) -> None:
         mdc.save(make(), tmp_path / "thesis")
     with pytest.raises(ArtifactError, match="is a file"):
         mdc.save(make(), tmp_path / "thesis" / "chapter1.tex")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / CONFIG).write_text('{"architectures": ["ViT"]}')
+    (tmp_path / "other" / WEIGHTS).write_text("...")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        mdc.save(make(), tmp_path / "other")
+    mdc.save(make(), tmp_path / "ours")
+    (tmp_path / "ours" / "report.md").write_text("...")
+    with pytest.raises(ArtifactError, match=r"holds something else.*report\.md"):
+        mdc.save(make(), tmp_path / "ours")
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        mdc.save(make(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert mdc.macs(mdc.load(tmp_path / "link")) == mdc.macs(make())
 
 
 def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

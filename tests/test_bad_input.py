@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import MdcError
-from tests.kinds import images, make
+from tests.kinds import BASE, images, make, randomised
 
 MODEL = make()
 SCORES = mdc.score(MODEL, [images(8)], progress=False)
@@ -20,6 +21,16 @@ SMALLER = mdc.Scores(SCORES.heads[:2], SCORES.neurons, SCORES.tokens, SCORES.sta
 
 def logits_3d(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(x), 2, 2)
+
+
+def one_class() -> nn.Module:
+    return VisionTransformer(**(BASE | {"num_classes": 1}))
+
+
+def weight_normed() -> nn.Module:
+    model = make()
+    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    return model
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
@@ -58,6 +69,18 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "negative weight": (lambda: mdc.HSIC(hsic_weight=-1), "hsic_weight=-1"),
     "unknown estimator": (lambda: mdc.HSIC(estimator="mean"), "estimator='mean'"),  # type: ignore[arg-type]
     "no classes": (lambda: mdc.score(MODEL, [images(4)], prediction=logits_3d), r"\(4, 2, 2\).*prediction="),
+    "one class": (lambda: mdc.score(randomised(one_class()), [images(4)]), r"one output.*torch\.sigmoid"),
+    "one-hot labels": (lambda: mdc.score(MODEL, [(images(4), torch.zeros(4, 7))], "taylor"), "no one-hot"),
+    "labels out of range": (lambda: mdc.score(MODEL, [(images(4), torch.full((4,), 9))], "taylor"), "7 classes"),
+    "no loader": (lambda: mdc.score(MODEL, 5), "batches=5: expected a DataLoader"),  # type: ignore[arg-type]
+    "no model": (lambda: mdc.macs("vit"), "model='vit': expected a torch.nn.Module"),  # type: ignore[arg-type]
+    "no plan": (lambda: mdc.slim(MODEL, mdc.Policy()), "expected a Plan"),  # type: ignore[arg-type]
+    "no scores": (lambda: mdc.make_plan(MODEL, None, mdc.Policy()), "scores=None: expected"),  # type: ignore[arg-type]
+    "arrays for hsic": (lambda: mdc.hsic(np.ones((4, 2)), np.ones((4, 2))), "expected tensors"),  # type: ignore[arg-type]
+    "enormous ratio": (lambda: mdc.Policy(heads=10**400), r"heads\[0\]=1000"),
+    "enormous budget": (lambda: mdc.Budget(params=10**400), "params=1000"),
+    "stage order": (lambda: mdc.score(MODEL, [images(4)], stages=[2, 1]), r"stages=\[2, 1\]"),
+    "a weight-normed layer": (lambda: mdc.Policy.uniform(weight_normed(), 0.6, ("neurons",)), "blocks.0.mlp"),
     "plan from nothing": (lambda: mdc.Plan.from_json("{}"), "format"),
     "policy from a list": (lambda: mdc.Policy.from_json("[0.5]"), "must be an object"),
     "policy of unknown fields": (lambda: mdc.Policy.from_json('{"layers": 0.5}'), "unknown fields"),

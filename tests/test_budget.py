@@ -13,7 +13,7 @@ import lightning_mdc as mdc
 from lightning_mdc.budget import CostModel, TokenDrop, num_params
 from lightning_mdc.errors import BudgetError, UnsupportedModelError
 from lightning_mdc.models import find_sites
-from tests.kinds import BASE, KINDS, SIZE, images, make
+from tests.kinds import BASE, KINDS, SIZE, images, make, randomised
 
 
 def counted(model: nn.Module, size: int = SIZE) -> int:
@@ -80,6 +80,13 @@ def test_parts_without_a_formula_are_counted() -> None:
     model = make()
     model.head = nn.Sequential(nn.Linear(48, 20), nn.GELU(), nn.Linear(20, 7))
     assert mdc.macs(model) == counted(model)
+
+
+def test_every_token_is_classified_without_pooling() -> None:
+    model = randomised(VisionTransformer(**(BASE | {"global_pool": ""})))
+    assert mdc.macs(model) == counted(model)
+    plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5, 0.5, 0.6))
+    assert mdc.macs(mdc.slim(model, plan)) == counted(mdc.slim(model, plan)) == mdc.plan_macs(model, plan)
 
 
 def test_many_policies_are_priced_at_once() -> None:

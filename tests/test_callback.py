@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import BudgetError, CalibrationError, CallbackError, PlanError, UnsupportedModelError
@@ -134,6 +134,25 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert same_weights(module, expected)
 
 
+def test_resuming_works_where_the_optimizer_asks_for_the_length(tmp_path: Path) -> None:
+    class Scheduled(Stranger):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            # Asking makes Lightning start the training loader, which draws random numbers.
+            steps = self.trainer.estimated_stepping_batches
+            return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=int(steps))]
+
+    def fit(ckpt_path: Path | None) -> nn.Module:
+        torch.manual_seed(5)
+        module, callback = Scheduled(), mdc.MultiDimPruneCallback(0.5, restore_rng=True)
+        checkpoints = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        trainer(tmp_path, callback, checkpoints, epochs=3).fit(module, loader(shuffle=True), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit(None)
+    assert same_weights(fit(tmp_path / "epoch=0.ckpt"), whole)
+
+
 def test_a_strangers_run_survives_a_kill(tmp_path: Path) -> None:
     def run(root: Path, killed_at: str, how: str) -> int:
         root.mkdir(exist_ok=True)
@@ -196,6 +215,46 @@ def test_the_cubic_schedule_takes_more_and_more_of_the_same(tmp_path: Path) -> N
     assert macs[-1] == mdc.plan_macs(network(), callback.plan)  # type: ignore[arg-type]
     drops = [a - b for a, b in itertools.pairwise(macs)]
     assert drops[0] > drops[-1]
+
+
+def test_a_fit_that_prunes_nothing_says_so(tmp_path: Path) -> None:
+    callback = mdc.MultiDimPruneCallback(0.5, start=9)
+    with pytest.warns(UserWarning, match="fit ended before anything was pruned: start=9"):
+        fitted(tmp_path, callback, loader(), epochs=1)
+    assert callback.plan is None
+
+
+def test_only_what_the_sampler_trains_on_is_scored(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Watching(mdc.MultiDimPruneCallback):
+        def calibration_step(self, pl_module: lightning.LightningModule, batch: Any) -> Any:
+            seen.append(batch[0])
+            return super().calibration_step(pl_module, batch)
+
+    fitted(tmp_path, Watching(0.5), loader(sampler=SubsetRandomSampler(range(32))), epochs=1)
+    training = {image.sum().item() for image in Spots().images[:32]}
+    assert len(seen) == 2
+    assert {image.sum().item() for image in torch.cat(seen)} == training
+
+
+def test_a_data_modules_transfer_hooks_count(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Half(lightning.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [0.5 * batch[0], batch[1]]
+
+    class Watching(mdc.MultiDimPruneCallback):
+        def calibration_step(self, pl_module: lightning.LightningModule, batch: Any) -> Any:
+            seen.append(batch[0])
+            return super().calibration_step(pl_module, batch)
+
+    trainer(tmp_path, Watching(0.5), epochs=1).fit(Stranger(), datamodule=Half())
+    assert torch.cat(seen).max() < 0.55  # the images go up to 1
 
 
 def test_a_fit_that_ends_too_early_says_so(tmp_path: Path) -> None:
@@ -341,6 +400,25 @@ def test_in_place_hands_the_slim_model_to_its_owner(tmp_path: Path) -> None:
     assert mdc.macs(mdc.load(tmp_path / "slim")) == mdc.macs(slim)
 
 
+def test_in_place_reaches_every_name_and_a_reset_callback_prunes_further(tmp_path: Path) -> None:
+    callback = mdc.MultiDimPruneCallback(0.5)
+    module = fitted(tmp_path, callback, loader(), epochs=1)
+    module.alias = module.encoder
+    slim = callback.slim_model(module, in_place=True)
+    assert module.alias is slim
+    assert module.encoder is slim
+    again = mdc.MultiDimPruneCallback(0.8, dimensions=("heads", "neurons"))
+    trainer(tmp_path, again, epochs=1).fit(module, loader())
+    assert mdc.macs(again.slim_model(module)) <= 0.8 * mdc.macs(slim)
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_training(tmp_path: Path) -> None:
+    module = Stranger()
+    module.encoder.head = nn.Sequential(nn.Linear(32, 5))
+    with pytest.raises(mdc.errors.ArtifactError, match=r"head is .*Sequential"):
+        trainer(tmp_path, mdc.MultiDimPruneCallback(0.5, save_to=tmp_path / "slim")).fit(module, loader())
+
+
 def test_a_compiled_network_is_pruned(tmp_path: Path) -> None:
     torch.manual_seed(5)
     module = Stranger()
@@ -369,6 +447,12 @@ def test_a_compiled_network_is_pruned(tmp_path: Path) -> None:
         ({"criterion": "hsics"}, CalibrationError, "known are activation, hsic"),
         ({"schedule": "linear"}, CallbackError, r"schedule='linear': expected one of \('one-shot', 'cubic'\)"),
         ({"schedule": "cubic", "start": 3, "end": 3}, CallbackError, "end=3: expected a whole number of at least 4"),
+        ({"end": 3}, CallbackError, "end=3 means nothing to schedule='one-shot'"),
+        ({"start": None}, CallbackError, "start=None"),
+        ({"policy": 0.6}, mdc.errors.PolicyError, "policy=0.6: expected 'uniform'"),
+        ({"model": 5}, CallbackError, "model=5 has the wrong type"),
+        ({"fuse_tokens": "no"}, CallbackError, "fuse_tokens='no'"),
+        ({"prediction": 5}, CallbackError, "prediction=5: expected a function"),
         ({"calibration_batches": 0}, CallbackError, "calibration_batches=0"),
         ({"dimensions": ("heads", "layers")}, mdc.errors.PolicyError, "layers"),
         ({"token_score": "random"}, CallbackError, "token_score='random'"),

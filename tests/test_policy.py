@@ -98,7 +98,10 @@ def fields() -> dict[str, object]:
         (lambda f: f["tokens"][0].update(score="luck"), "luck"),
         (lambda f: f["tokens"][0].update(score="dependence"), "needs a prior"),
         (lambda f: f["tokens"][0].update(prior=[0.5] * 15, grid=[4, 4]), "4x4"),
-        (lambda f: f["tokens"][0].pop("keep"), "keep"),
+        (lambda f: f["tokens"][0].pop("keep"), "a token stage has fields"),
+        (lambda f: f["tokens"][0].update(keep=10**400), "keep=1000"),
+        (lambda f: f["tokens"][0].update(prior=[0.5], grid=[]), "grid"),
+        (lambda f: f.update(fuse="false"), "fuse='false'"),
     ],
 )
 def test_a_damaged_plan_is_refused_with_the_field(change: object, message: str) -> None:

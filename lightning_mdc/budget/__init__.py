@@ -53,9 +53,10 @@ class Budget:
             limit = getattr(self, name)
             if limit is None:
                 continue
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
+            number = _number(limit)
+            if number is None or not 0 < number < math.inf:
                 raise BudgetError(
-                    f"{name}={limit!r}: expected a fraction of dense in (0, 1] or an absolute number like 1.84e9"
+                    f"{name}={limit!r:.80}: expected a fraction of dense in (0, 1] or an absolute number like 1.84e9"
                 )
 
     def limits(self, dense_macs: float, dense_params: float) -> dict[str, float]:
@@ -73,12 +74,23 @@ def as_budget(budget: float | Budget) -> Budget:
     """
     if isinstance(budget, Budget):
         return budget
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
+    fraction = _number(budget)
+    if fraction is None or not 0 < fraction <= 1:
         raise BudgetError(
             f"budget={budget!r}: a plain number is a fraction of the dense MACs in (0, 1]; "
             "for absolute limits pass Budget(macs=1.84e9) or Budget(params=...)"
         )
-    return Budget(macs=float(budget))
+    return Budget(macs=fraction)
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a float if it is one number (a tensor or numpy scalar is, text and booleans are not)."""
+    if isinstance(value, (bool, str)):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
 
 
 def macs(model: nn.Module, input_size: InputSize | None = None) -> int:
@@ -124,7 +136,8 @@ def image_size(input_size: Any) -> tuple[int, int] | None:
     """
     if input_size is None:
         return None
-    sides = (input_size, input_size) if isinstance(input_size, numbers.Integral) else tuple(input_size)
+    whole = isinstance(input_size, numbers.Integral)
+    sides = (input_size, input_size) if whole else tuple(input_size) if isinstance(input_size, Sequence) else ()
     if len(sides) not in (2, 3) or not all(isinstance(side, numbers.Integral) and int(side) > 0 for side in sides):
         raise BudgetError(f"input_size={input_size!r}: expected a side, (height, width) or (channels, height, width)")
     return int(sides[-2]), int(sides[-1])

@@ -52,15 +52,16 @@ class CostModel:
         self.head_params, self.neuron_params = _each(heads, _params), _each(neurons, _params)
         prunable = int(self.head_params @ self.heads + self.neuron_params @ self.neurons)
         self.fixed_params = num_params(sites.model) - prunable
+        self.built_in = [_drop(stage, None) for stage in sites.stages]  # of a model that is already slim
 
     def tokens_left(self, num_tokens: Any, keep: Any) -> Any:
         """Tokens that go on (fused one not counted) of `num_tokens` at ratio `keep`; whole counts stay whole."""
         return np.minimum(num_tokens, np.maximum(np.floor(num_tokens * keep + 1e-6), self.num_prefix + 1))
 
     def macs(self, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True) -> Any:
-        """MACs of one image. heads, neurons: (..., blocks). Returns (...)."""
+        """MACs of one image. heads, neurons: (..., blocks). Returns (...). Built-in token stages hold anyway."""
         heads, neurons = np.asarray(heads), np.asarray(neurons)
-        by_block = {drop.block: drop for drop in drops}
+        by_block = {drop.block: drop for drop in (*drops, *self.built_in)}
         tokens: Any = np.asarray(self.num_tokens, dtype=np.float64)
         total: Any = 0.0
         for block in range(self.sites.depth):
@@ -83,18 +84,17 @@ class CostModel:
     def of_counts(self, counts: Counts) -> int:
         """MACs of a policy in whole units."""
         drops = [TokenDrop(block, keep) for block, keep in zip(counts.stages, counts.tokens, strict=True)]
-        return int(self.macs(*self._filled(counts.heads, counts.neurons), drops))
+        return int(self.macs(*self._filled(counts.heads, counts.neurons), drops, fuse=self.sites.fuse))
 
     def of_plan(self, plan: Plan) -> int:
         """MACs of the slim model of `plan`, exactly."""
         drops = [_drop(stage, len(plan.heads[stage.block]) if plan.heads else None) for stage in plan.tokens]
         heads, neurons = [len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons]
-        return int(self.macs(*self._filled(heads, neurons), drops, plan.fuse))
+        return int(self.macs(*self._filled(heads, neurons), drops, self.sites.fuse if self.built_in else plan.fuse))
 
     def of_model(self) -> int:
         """MACs of the model as it is, built-in token stages included."""
-        drops = [_drop(stage, None) for stage in self.sites.stages]
-        return int(self.macs(self.heads, self.neurons, drops, self.sites.fuse))
+        return int(self.macs(self.heads, self.neurons, fuse=self.sites.fuse))
 
     def params_of_plan(self, plan: Plan) -> int:
         """Parameters of the slim model of `plan`."""

@@ -101,7 +101,7 @@ class _Solver:
     ) -> None:
         self.costs, self.stages, self.round_to = costs, stages, round_to
         self.min_heads, self.min_neurons = min_heads, min_neurons
-        self.dense_macs = float(costs.macs(costs.heads, costs.neurons))
+        self.dense_macs = float(costs.macs(costs.heads, costs.neurons, fuse=costs.sites.fuse))
         self.limits = budget.limits(self.dense_macs, float(costs.params(costs.heads, costs.neurons)))
         # Dropping tokens saves no parameter; under a parameter budget it would only hurt.
         self.drops_tokens = "tokens" in dimensions and "macs" in self.limits
@@ -114,8 +114,11 @@ class _Solver:
         """Cost as a fraction of the budget: feasible up to 1. `kept` may be one ratio for all stages."""
         ratios = self.token_ratios(kept) if isinstance(kept, list) else [kept] * len(self.stages)
         drops = [TokenDrop(block, keep) for block, keep in zip(self.stages, ratios, strict=True)]
-        cost = {"macs": self.costs.macs(heads, neurons, drops), "params": self.costs.params(heads, neurons)}
-        return max(float(cost[name]) / limit for name, limit in self.limits.items())
+        macs = self.costs.macs(heads, neurons, drops, fuse=self.costs.sites.fuse)
+        cost = {"macs": macs, "params": self.costs.params(heads, neurons)}
+        loads = {name: float(cost[name]) / limit for name, limit in self.limits.items()}
+        self.tightest = max(loads, key=lambda name: loads[name])
+        return loads[self.tightest]
 
     def token_ratios(self, kept: list[int]) -> list[float]:
         """Whole tokens left per stage as ratios of what reaches the stage, e.g. 137 of 197, then 96 of 138."""
@@ -129,15 +132,17 @@ class _Solver:
         smallest = self.load(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
         if smallest <= 1:
             return
-        name = "macs" if "macs" in self.limits else "params"
-        limit = self.limits[name]
-        shown = budget if isinstance(budget, Budget) else f"{budget:g}"
-        reachable = smallest * limit / self.dense_macs if not isinstance(budget, Budget) else smallest * limit
-        remedy = "raise budget" + (" or pass min_heads=0" if self.min_heads else "")
+        reachable = smallest * self.limits[self.tightest]
+        if isinstance(budget, Budget):
+            shown, cost = f"{budget}", f"{reachable:.4g} {self.tightest}"
+        else:
+            shown, cost = f"{budget:g}", f"{reachable / self.dense_macs:.4g}"
+        kept = [f"{self.least_heads.min()} head(s)", f"{self.least_neurons.min()} neuron(s) per block"]
+        can_lose_all_heads = self.min_heads and self.least_heads.min() <= self.min_heads
         raise BudgetError(
-            f"budget={shown} is below the smallest reachable cost {reachable:.4g} of this model "
-            f"({self.least_heads.min()} heads, {self.least_neurons.min()} neurons per block"
-            f"{', one patch token' if self.drops_tokens else ''}); {remedy} or allow more dimensions"
+            f"budget={shown} is below the smallest reachable cost {cost} of this model "
+            f"({', '.join(kept)}{', one patch token' if self.drops_tokens else ''}); raise budget"
+            f"{' or pass min_heads=0' if can_lose_all_heads else ''} or allow more dimensions"
         )
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_mdc.errors import CalibrationError
 
@@ -56,12 +56,19 @@ def _sample(loader: DataLoader[Any], batches: int, images: int | None, seed: int
     if not total:
         raise CalibrationError("the training data set is empty: there is nothing to score on")
     if loader.batch_sampler is None:  # the data set yields whole batches itself
+        if images is not None:
+            raise CalibrationError(
+                f"calibration_images={images}: this loader's data set yields whole batches (batch_size=None), "
+                "whose images cannot be counted beforehand; use calibration_batches"
+            )
         size = 1
     else:
         size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 32
-    wanted = images if images is not None and loader.batch_sampler is not None else batches * size
-    size, wanted = min(size, total, wanted), min(wanted, total)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = batches * size if images is None else images
+    # A sampler over some indices splits the data set: the others are not for training.
+    pool = list(loader.sampler.indices) if isinstance(loader.sampler, SubsetRandomSampler) else range(total)
+    size, wanted = min(size, len(pool), wanted), min(wanted, len(pool))
+    order = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
     return [order[start : start + size] for start in range(0, wanted - size + 1, size)]
 
 

@@ -33,6 +33,8 @@ def hsic(x: Tensor, y: Tensor, estimator: Estimator = "biased") -> Tensor:
     Raises:
         CalibrationError: shapes that do not fit, or fewer than 2 (unbiased: 4) samples.
     """
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise CalibrationError(f"hsic(x, y): expected tensors, got {type(x).__name__} and {type(y).__name__}")
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise CalibrationError(
             f"hsic(x, y): expected (n, p) and (n, c) with the same n, got {tuple(x.shape)} and {tuple(y.shape)}"

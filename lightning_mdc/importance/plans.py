@@ -38,6 +38,8 @@ def make_plan(
     """
     if token_score not in TOKEN_SCORES:
         raise PlanError(f"token_score={token_score!r}: expected one of {TOKEN_SCORES}")
+    if not isinstance(scores, Scores):
+        raise CalibrationError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
     sites = find_sites(model)
     counts = sites.counts(policy)
     return Plan(
@@ -73,7 +75,7 @@ def _token_stages(sites: Sites, counts: Counts, scores: Scores, token_score: str
     stages = []
     tokens = sites.grid[0] * sites.grid[1] + sites.num_prefix_tokens
     positions_known = True
-    for index, (block, ratio) in enumerate(zip(counts.stages, counts.tokens, strict=True)):
+    for block, ratio in zip(counts.stages, counts.tokens, strict=True):
         kept = kept_tokens(tokens, float(ratio), sites.num_prefix_tokens)
         if kept == tokens:
             stages.append(TokenStage(block, 1.0))
@@ -81,7 +83,7 @@ def _token_stages(sites: Sites, counts: Counts, scores: Scores, token_score: str
         headless = counts.heads.size > 0 and counts.heads[block] == 0
         prior = None
         if positions_known and (token_score != "attention" or headless):
-            prior = _prior(sites, scores, index, block, required=token_score != "attention")
+            prior = _prior(sites, scores, block, required=token_score != "attention")
         stages.append(
             TokenStage(
                 block,
@@ -95,13 +97,19 @@ def _token_stages(sites: Sites, counts: Counts, scores: Scores, token_score: str
     return tuple(stages)
 
 
-def _prior(sites: Sites, scores: Scores, index: int, block: int, *, required: bool) -> tuple[float, ...] | None:
+def _prior(sites: Sites, scores: Scores, block: int, *, required: bool) -> tuple[float, ...] | None:
     positions = sites.grid[0] * sites.grid[1]
-    if index >= len(scores.tokens) or scores.tokens[index].shape != (positions,) or block not in scores.stages:
+    if sites.drops_patches_at_random and required:
+        raise PlanError(
+            f"token_score: {sites.name} drops patches at random in training, so a position is not where it was; use "
+            "token_score='attention', or patch_drop_rate=0"
+        )
+    found = scores.tokens[scores.stages.index(block)] if block in scores.stages else None
+    if found is None or found.shape != (positions,) or sites.drops_patches_at_random:
         if required:
             raise CalibrationError(
                 f"token_score needs scores.tokens for the stage at block {block} with {positions} positions; score "
                 "this model with the policy's stages"
             )
         return None
-    return tuple(min_max(scores.tokens[scores.stages.index(block)].double()).tolist())
+    return tuple(min_max(found.double()).tolist())

@@ -61,6 +61,9 @@ class Scores:
             raise CalibrationError(
                 f"scores have format {facts.get('format')!r}, expected {_FORMAT!r}: no scores of ours"
             )
+        missing = {"criterion", "images", "stages"} - set(facts)
+        if missing:
+            raise CalibrationError(f"scores lack {sorted(missing)}: the file is damaged; score again")
         lists = {d: [tensors[f"{d}.{i}"] for i in range(_count(tensors, d))] for d in DIMENSIONS}
         return cls(
             **lists,

@@ -17,7 +17,7 @@ from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
 from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites
-from lightning_mdc.policy import default_stages
+from lightning_mdc.policy import Policy, default_stages
 from lightning_mdc.randomness import isolated_rng
 
 # Above this, the prediction is computed by a pass of its own, so that nothing has to be remembered until it is known.
@@ -52,6 +52,8 @@ def score(
     """
     criterion = as_criterion(criterion)
     sites = find_sites(model)
+    if not isinstance(batches, Iterable):
+        raise CalibrationError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
     scorer = Scorer(sites, criterion, dimensions, stages)
     if criterion.needs_images:
         bar = tqdm(
@@ -83,7 +85,8 @@ class Scorer:
     ) -> None:
         self.sites, self.criterion = sites, criterion
         self.dimensions = sites.dimensions if dimensions is None else sites.require(dimensions)
-        self.stages = default_stages(sites.depth) if stages is None else tuple(stages)
+        # As a policy's stages are: increasing, and in the model.
+        self.stages = default_stages(sites.depth) if stages is None else Policy(stages=stages).stages or ()
         if self.stages and self.stages[-1] >= sites.depth:
             raise CalibrationError(f"stages={list(self.stages)}: {sites.name} has only {sites.depth} blocks")
         device = next(sites.model.parameters()).device
@@ -145,6 +148,16 @@ class Scorer:
         with torch.enable_grad():
             self._pass = _Pass(gates={})
             prediction = self._checked(predict())
+            if labels.is_floating_point() or labels.shape != prediction.shape[:1]:
+                raise CalibrationError(
+                    f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: criterion={self.criterion.name!r} "
+                    f"needs one class number for each of the {len(prediction)} images (no one-hot, no mixup)"
+                )
+            labels = labels.long()
+            if int(labels.min()) < 0 or int(labels.max()) >= prediction.shape[1]:
+                raise CalibrationError(
+                    f"labels {int(labels.min())} to {int(labels.max())}: the model has {prediction.shape[1]} classes"
+                )
             assert self._pass.gates is not None
             loss = F.nll_loss(prediction.clamp_min(1e-12).log(), labels.to(prediction.device), reduction="sum")
             gradients = torch.autograd.grad(loss, list(self._pass.gates.values()), allow_unused=True)
@@ -268,6 +281,10 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
             f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that "
             "makes one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
         )
+    if prediction is None and result.shape[1] < 2:
+        raise CalibrationError(
+            "the model has one output, whose softmax is always 1: nothing depends on it; pass prediction=torch.sigmoid"
+        )
     result = result.to(torch.promote_types(result.dtype, torch.float32))
     return result.softmax(dim=-1) if prediction is None else result
 
@@ -312,6 +329,8 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             f"a batch is {found}; expected images (n, channels, height, width) or (images, labels). For other batches "
             "use MultiDimPruneCallback and override calibration_step"
         )
+    if not len(parts[0]):
+        raise CalibrationError("a batch holds no image; leave empty batches out")
     labels = parts[1] if len(parts) > 1 and isinstance(parts[1], Tensor) else None
     return parts[0], labels
 
@@ -330,6 +349,10 @@ def _as_tensors(batches: Iterable[Any], criterion: Criterion) -> Iterator[tuple[
     images: Tensor | None = None
     labels: Tensor | None = None
     for more_images, more_labels in pairs:
+        if images is not None and more_images.shape[1:] != images.shape[1:]:
+            raise CalibrationError(
+                f"images of {tuple(more_images.shape[1:])} after {tuple(images.shape[1:])}: batches need one image size"
+            )
         size = size or len(more_images)
         images = more_images if images is None else torch.cat([images, more_images])
         labels = more_labels if labels is None or more_labels is None else torch.cat([labels, more_labels])

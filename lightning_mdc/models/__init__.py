@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models.compiled import forget_compiled_code, unwrap
+from lightning_mdc.models.compiled import hide_hooks, show_hooks, unwrap
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.sites import (
     AttentionSite,
@@ -33,7 +33,8 @@ __all__ = [
     "evaluating",
     "find_model",
     "find_sites",
-    "forget_compiled_code",
+    "hide_hooks",
+    "show_hooks",
     "unit_channels",
     "unwrap",
 ]
@@ -48,6 +49,10 @@ def find_sites(model: nn.Module, path: str | None = None) -> Sites:
         UnsupportedModelError: there is none, there are several and `path` does not say which, or none of its units
             can leave.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model={model!r:.80}: expected a torch.nn.Module that is or holds a vision transformer"
+        )
     _, found = find_model(model, path)
     sites = _family_of(found).sites(found)
     if not sites.dimensions:

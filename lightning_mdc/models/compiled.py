@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import weakref
 
 import torch
 from torch import nn
+
+_hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -14,11 +17,24 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module if original is None else original
 
 
-def forget_compiled_code() -> None:
-    """Have compiled modules compile again at their next call.
+def show_hooks(model: nn.Module) -> None:
+    """Have compiled code see the hooks just put on `model`, until `hide_hooks`.
 
-    Compiled code does not look at hooks again (``skip_nnmodule_hook_guards``): with hooks put on or taken off since, it
-    would run on as before.
+    Compiled code does not look at hooks again: what was compiled before would run on as before, and blocks compiled one
+    by one would share the code of whichever was compiled first. So it is compiled again, with hooks guarded.
     """
-    if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it takes seconds
-        torch.compiler.reset()
+    _hooked.add(model)
+    _compile_again()
+
+
+def hide_hooks(model: nn.Module) -> None:
+    """Have compiled code see that the hooks are gone."""
+    _hooked.discard(model)
+    _compile_again()
+
+
+def _compile_again() -> None:
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes seconds
+        return
+    torch._dynamo.config.skip_nnmodule_hook_guards = not _hooked  # True is torch's default
+    torch.compiler.reset()

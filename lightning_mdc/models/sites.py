@@ -137,6 +137,7 @@ class Sites:
         grid: (height, width) in patches at the model's own input size.
         input_size: (channels, height, width) of the model's own input.
         fuse: whether built-in token stages fuse what they drop.
+        drops_patches_at_random: whether training sees only some patches, so that a position is not where it was.
         reasons: for each dimension the model cannot lose, why (naming the module).
         grid_of: input (height, width) in pixels -> grid in patches.
         fixed_macs: (input (height, width), tokens at the end) -> MACs outside the blocks.
@@ -153,6 +154,7 @@ class Sites:
     grid: tuple[int, int]
     input_size: tuple[int, int, int]
     fuse: bool
+    drops_patches_at_random: bool
     reasons: Mapping[str, str]
     grid_of: Callable[[tuple[int, int]], tuple[int, int]]
     fixed_macs: Callable[[tuple[int, int], Any], Any]
@@ -205,6 +207,8 @@ class Sites:
             PolicyError: ratios for another number of blocks or stages.
             UnsupportedModelError: the policy prunes a dimension the model cannot lose.
         """
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"policy={policy!r:.80}: expected a Policy")
         if "tokens" in self.reasons and all(ratio == 1 for ratio in policy.tokens):
             stages: tuple[int, ...] = ()
         else:
@@ -247,6 +251,8 @@ class Sites:
             PlanError: it was not; says where it differs.
             UnsupportedModelError: the plan drops tokens and the model cannot.
         """
+        if not isinstance(plan, Plan):
+            raise PlanError(f"plan={plan!r:.80}: expected a Plan, e.g. from make_plan(model, scores, policy)")
         for name, mine, theirs in (
             ("heads", self.num_heads, plan.num_heads),
             ("neurons", self.num_neurons, plan.num_neurons),
@@ -258,11 +264,6 @@ class Sites:
                 )
         if plan.drops_tokens:
             self.require(("tokens",))
-            if self.stages:
-                raise PlanError(
-                    f"plan drops tokens at blocks {[s.block for s in plan.tokens if s.keep < 1]}, but {self.name} "
-                    "already has token stages; apply it to the dense model, or use tokens=1.0 in its policy"
-                )
 
 
 def _brief(sizes: tuple[int, ...]) -> str:

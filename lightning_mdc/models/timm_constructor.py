@@ -143,10 +143,7 @@ def build(spec: Mapping[str, Any]) -> VisionTransformer:
         mlp_layer=mlp,
         norm_layer=norm,
         embed_norm_layer=None if spec["embed_norm"] is None else _norm_from(spec["embed_norm"]),
-        act_layer=partial(
-            _look_up(_ACTIVATIONS, spec["act"]["class"], "act"),
-            **{key: value for key, value in spec["act"].items() if key == "approximate"},
-        ),
+        act_layer=_act_from(spec["act"]),
         weight_init="skip",
     )
     if spec["gated"] or spec["head_dim"] * args["num_heads"] != args["embed_dim"]:
@@ -185,8 +182,12 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
             raise ArtifactError(f"constructor argument {name}={spec['args'][name]!r} is out of range")
     if type(spec["head_dim"]) is not int or not 0 < spec["head_dim"] <= 65536:
         raise ArtifactError(f"constructor field head_dim={spec['head_dim']!r} is out of range")
-    if not isinstance(spec["act"], dict) or not isinstance(spec["norm"], dict):
-        raise ArtifactError("constructor fields act and norm must be objects")
+    for name in (name for name in _ARG_TYPES if name.endswith("_rate")):
+        if not 0 <= spec["args"][name] < 1:
+            raise ArtifactError(f"constructor argument {name}={spec['args'][name]!r} is no rate in [0, 1)")
+    for name in ("gated", "glu_gate_last"):
+        if not isinstance(spec[name], bool):
+            raise ArtifactError(f"constructor field {name}={spec[name]!r}: expected true or false")
 
 
 def _one_size(sizes: tuple[int, ...], dimension: str) -> int:
@@ -216,7 +217,17 @@ def _norm_spec(norm: Any, where: str) -> dict[str, Any]:
     return {"class": _name_of(NORMS, norm, where), "eps": float(norm.eps)}
 
 
-def _norm_from(spec: Mapping[str, Any]) -> Any:
-    if set(spec) != {"class", "eps"} or not isinstance(spec["eps"], float):
-        raise ArtifactError(f"constructor norm {dict(spec)!r}: expected class and eps")
+def _act_from(spec: Any) -> Any:
+    approximate = isinstance(spec, dict) and spec.get("approximate", "none")
+    if not isinstance(spec, dict) or set(spec) - {"approximate"} != {"class"} or approximate not in ("none", "tanh"):
+        raise ArtifactError(f"constructor act {spec!r:.80}: expected a class, and approximate 'none' or 'tanh'")
+    options = {"approximate": approximate} if "approximate" in spec else {}
+    return partial(_look_up(_ACTIVATIONS, spec["class"], "act"), **options)
+
+
+def _norm_from(spec: Any) -> Any:
+    if not isinstance(spec, dict) or set(spec) != {"class", "eps"} or not isinstance(spec["eps"], float):
+        raise ArtifactError(f"constructor norm {spec!r:.80}: expected class and eps")
+    if not 0 < spec["eps"] < 1:
+        raise ArtifactError(f"constructor norm eps={spec['eps']!r} is out of range")
     return partial(_look_up(NORMS, spec["class"], "norm"), eps=spec["eps"])

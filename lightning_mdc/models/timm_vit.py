@@ -56,6 +56,9 @@ class TimmVisionTransformer:
         pool = model.attn_pool if hasattr(model, "attn_pool") else None
         if getattr(pool, "pos_embed", None) is not None:
             reasons.setdefault("tokens", "attn_pool (AttentionPoolLatent) adds a position to every token it pools")
+        slim_block = next((b.name for b in blocks if b.stage is not None), None)
+        if slim_block is not None:
+            reasons["tokens"] = f"{slim_block} already drops tokens: this model is slim; prune tokens of the dense one"
         distilled = isinstance(model, VisionTransformerDistilled)
         height, width = model.patch_embed.img_size
         stages = [b for b in map(unwrap, model.blocks) if isinstance(b, TokenStageBlock)]
@@ -71,6 +74,7 @@ class TimmVisionTransformer:
             grid=tuple(model.patch_embed.grid_size),
             input_size=(_in_chans(model), height, width),
             fuse=stages[0].fuse if stages else True,
+            drops_patches_at_random=not isinstance(model.patch_drop, nn.Identity),
             reasons=reasons,
             grid_of=partial(_grid_of, model),
             fixed_macs=partial(_fixed_macs, model),
@@ -108,7 +112,11 @@ def _is_plain(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
         if isinstance(module, kind) and _inherits(type(module), kind, ("forward",)):
             children = (module._modules.get(name) for name in ("qkv", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2"))
             return all(
-                child is None or (isinstance(child, nn.Linear) and _inherits(type(child), nn.Linear, ("forward",)))
+                child is None
+                or (
+                    (isinstance(child, nn.Linear) and _inherits(type(child), nn.Linear, ("forward",)))
+                    and "weight" in child._parameters
+                )  # no parametrisation, no torch.nn.utils.prune
                 for child in children
             )
     return False
@@ -207,7 +215,12 @@ def _grid_of(model: VisionTransformer, size: tuple[int, int]) -> tuple[int, int]
             f"input_size={tuple(size)}: this {type(model).__name__} takes {tuple(embed.img_size)} images only; create "
             "it with dynamic_img_size=True, or call model.set_input_size first"
         )
-    return tuple(embed.dynamic_feat_size(size))
+    grid = tuple(embed.dynamic_feat_size(size))
+    if min(grid) < 1 or (not embed.dynamic_img_pad and any(s % p for s, p in zip(size, embed.patch_size, strict=True))):
+        raise UnsupportedModelError(
+            f"input_size={tuple(size)}: not a multiple of the {tuple(embed.patch_size)} patches of this model"
+        )
+    return grid
 
 
 def _fixed_macs(model: VisionTransformer, size: tuple[int, int], num_tokens: Any) -> Any:
@@ -233,7 +246,7 @@ def _fixed_macs(model: VisionTransformer, size: tuple[int, int], num_tokens: Any
     heads = [model.head, model.head_dist] if isinstance(model, VisionTransformerDistilled) else [model.head]
     for head in heads:
         if isinstance(head, nn.Linear):
-            total = total + head.weight.numel()
+            total = total + head.weight.numel() * (1 if model.global_pool else num_tokens)
         elif not isinstance(head, nn.Identity):
             total = total + _counted_macs(head, (1, dim), "head")
     return total
@@ -256,7 +269,7 @@ def _pool_macs(pool: nn.Module, num_tokens: Any, dim: int) -> Any:
 def _counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
     """MACs of a part without a formula of its own (a hybrid's CNN stem, a custom head), counted on the meta device."""
     try:
-        stand_in = copy.deepcopy(module).to("meta").eval()
+        stand_in = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             stand_in(torch.empty(shape, device="meta"))
     except Exception as error:

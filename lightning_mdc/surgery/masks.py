@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError
-from lightning_mdc.models import BlockSite, Sites, UnitSite, find_sites, forget_compiled_code, unit_channels
+from lightning_mdc.models import BlockSite, Sites, UnitSite, find_sites, hide_hooks, show_hooks, unit_channels
 from lightning_mdc.models.token_stage import drop_tokens
 from lightning_mdc.policy import Plan, TokenStage
 from lightning_mdc.surgery.cutting import narrow_norm
@@ -60,20 +60,20 @@ def apply_masks(model: nn.Module, plan: Plan) -> None:
             _mask_tokens(sites, sites.blocks[stage.block], stage, kept_heads, plan.fuse)
     if plan.drops_tokens:
         guard_intermediates(sites.model)
-    forget_compiled_code()
+    show_hooks(sites.model)
 
 
 def remove_masks(model: nn.Module) -> None:
     """Take our masks off `model` (or the model inside); other people's hooks stay."""
-    model = find_sites(model).model
     if not is_masked(model):
         return
     for module in model.modules():
+        unguard_intermediates(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
                 del hooks[key]
-    unguard_intermediates(model)
-    forget_compiled_code()
+    for module in model.modules():
+        hide_hooks(module)
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -98,22 +98,22 @@ def _mask_units(site: UnitSite | None, kept: tuple[int, ...]) -> None:
         return
     device = site.consumer.weight.device
     channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), site.unit_width)
-    mask = torch.zeros(site.num_units * site.unit_width, device=device)
-    mask[channels] = 1
-    site.consumer.register_forward_pre_hook(_ZeroChannels(mask))
+    dropped = torch.ones(site.num_units * site.unit_width, dtype=torch.bool, device=device)
+    dropped[channels] = False
+    site.consumer.register_forward_pre_hook(_ZeroChannels(dropped))
     if site.norm is not None:
         site.norm.register_forward_hook(_NormOfKept(site.norm, channels))
 
 
 class _ZeroChannels(_Hook):
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+    def __init__(self, dropped: Tensor) -> None:
+        self.dropped = dropped
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
-        if self.mask.device != x.device:  # the model moved since
-            self.mask = self.mask.to(x.device)
-        return (x * self.mask.to(x.dtype),)
+        if self.dropped.device != x.device:  # the model moved since
+            self.dropped = self.dropped.to(x.device)
+        return (x.masked_fill(self.dropped, 0),)  # filled, not multiplied: what is dropped may be infinite
 
 
 class _NormOfKept(_Hook):
