@@ -7,7 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two test processes of one thread each beat one process of many: the models in the tests are tiny.
+# Two test processes of one thread each: the models in the tests are too small to be worth sharing out.
 WORKERS ?= 2
 # PYTHON=... is taken as given; without it the first of these that is new enough is used.
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)

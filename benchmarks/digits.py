@@ -1,7 +1,7 @@
 """The README's digits table, measured: runs ``train.py experiment=digits`` and writes what it found into README.md.
 
-    python benchmarks/digits.py                      # a fresh run, several minutes on two cores
-    python benchmarks/digits.py --run runs/digits/…  # take a finished run
+    .venv/bin/python benchmarks/digits.py                      # a fresh run, several minutes on two cores
+    .venv/bin/python benchmarks/digits.py --run runs/digits/…  # take a finished run
 
 Leaves ``benchmarks/results/digits.json`` (every number) and ``digits.png`` (what each block kept).
 """

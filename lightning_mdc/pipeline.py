@@ -78,7 +78,7 @@ def dense(run: Run) -> str:
     if options["epochs"]:
         model = train(run, options, model, None, title="dense", mark=run.marks["dense"])
     save(model.eval(), run.folder / "dense", class_names=list(run.data.class_names))
-    size = f"{reporting.scaled(macs(model))}MACs, {reporting.scaled(num_params(model))}parameters"
+    size = f"{reporting.scaled(macs(model))}MACs, {num_params(model):,} parameters"
     return f"{type(model).__name__} of {size}"
 
 
