@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_mdc as mdc
 
@@ -111,13 +112,24 @@ def train(root: Path, killed_at: int | None, resume: bool) -> None:
     mdc.save(callback.slim_model(module.eval()), root / "slim")
 
 
-def train_ddp(root: Path, devices: int) -> None:
+class UnevenBatches(IterableDataset[Any]):
+    """Whole batches, a stream of other sizes on the second rank."""
+
+    def __iter__(self) -> Iterator[Any]:
+        second = torch.distributed.is_initialized() and torch.distributed.get_rank() == 1
+        spots = Spots()
+        for size in (8, 6, 8, 6, 8, 8) if second else (8,) * 6:
+            yield spots.images[:size], spots.labels[:size]
+
+
+def train_ddp(root: Path, devices: int, data: str) -> None:
     """One epoch; every rank writes down the plan it holds."""
     torch.manual_seed(3)
     callback = mdc.MultiDimPruneCallback(budget=0.5, calibration_batches=4)
     options = {"strategy": "ddp", "devices": devices, "use_distributed_sampler": True} if devices > 1 else {}
     fit = trainer(root, callback, epochs=1, **options)
-    fit.fit(Stranger(), loader(shuffle=True))
+    stream: DataLoader[Any] = DataLoader(UnevenBatches(), batch_size=None)
+    fit.fit(Stranger(), loader(shuffle=True) if data == "map" else stream)
     assert callback.plan is not None
     (root / f"plan-{devices}-{fit.global_rank}.json").write_text(callback.plan.to_json())
     assert callback.scores is not None
@@ -129,4 +141,4 @@ if __name__ == "__main__":
     if what == "train":
         train(Path(folder), killed_at=int(rest[0]) if rest[0] != "-" else None, resume=rest[1] == "resume")
     else:
-        train_ddp(Path(folder), devices=int(rest[0]))
+        train_ddp(Path(folder), devices=int(rest[0]), data=rest[1])

@@ -267,7 +267,7 @@ def test_a_fit_that_ends_too_early_says_so(tmp_path: Path) -> None:
 
 def test_two_processes_hold_the_plan_of_one(tmp_path: Path) -> None:
     for devices in (1, 2):
-        command = [sys.executable, "-m", "tests.strangers", "ddp", str(tmp_path), str(devices)]
+        command = [sys.executable, "-m", "tests.strangers", "ddp", str(tmp_path), str(devices), "map"]
         done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     single, first, second = (
@@ -275,6 +275,15 @@ def test_two_processes_hold_the_plan_of_one(tmp_path: Path) -> None:
     )
     assert first.hash == second.hash == single.hash
     assert {(tmp_path / f"images-{name}").read_text() for name in ("1-0", "2-0", "2-1")} == {"64"}
+
+
+@pytest.mark.slow
+def test_two_processes_with_uneven_streams_decide_at_the_same_step(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.strangers", "ddp", str(tmp_path), "2", "stream"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = ((tmp_path / f"plan-2-{rank}.json").read_text() for rank in (0, 1))
+    assert first == second
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def overhead_line(results: Results) -> str | None:
     return (
         f"At batch {small} the slim model is {1 + gain:.2f}x as fast as dense, at batch {large} {1 + full_gain:.2f}x: "
         f"{scaled(dense.macs)}MACs are so few that most of the {seconds(dense.latency[small])} of a single image goes "
-        "into starting operations one by one. Pruning makes operations smaller, not fewer, and each token stage adds a few."
+        "into starting operations one by one. Pruning makes operations smaller, not fewer, and a token stage adds some."
     )
 
 
