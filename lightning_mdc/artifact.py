@@ -31,7 +31,7 @@ from lightning_mdc.surgery import plan_of, slim
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "lightning_mdc.model.1"
-_FIELDS = {"format", "family", "constructor", "plan", "pretrained_cfg", "training", "cost", "versions", "sha256"}
+_FIELDS = {"format", "family", "constructor", "plan", "pretrained_cfg", "cost", "versions", "sha256"}
 # Of timm's pretrained_cfg: what says how images are prepared and what the classes mean.
 _CFG_KEYS = (
     "architecture",
@@ -87,7 +87,6 @@ def save(
         "constructor": spec,
         "plan": None if plan is None else json.loads(plan.to_json()),
         "pretrained_cfg": _pretrained_cfg(sites.model, class_names),
-        "training": sites.model.training,
         "cost": cost,
         "versions": _versions(),
     }
@@ -109,7 +108,7 @@ def check_savable(model: nn.Module, directory: str | Path) -> None:
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The model saved in `directory`, on the CPU, in the mode it was saved in.
+    """The model saved in `directory`, on the CPU, in eval mode.
 
     With `model`, a dense instance of your own: a copy of it is slimmed by the saved plan and gets the saved weights.
 
@@ -138,7 +137,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise
     except (MdcError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
-    return result.train(config["training"])
+    return result.eval()
 
 
 # --- building again ---------------------------------------------------------------------------------------------------
@@ -299,7 +298,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if set(config) != _FIELDS:
         raise ArtifactError(f"{path}: fields {sorted(set(config) ^ _FIELDS)} are missing or unknown")
     types: dict[str, Any] = {
-        "training": bool,
         "pretrained_cfg": (dict, type(None)),
         "cost": dict,
         "versions": dict,
@@ -388,7 +386,10 @@ def _replacing(target: Path) -> Iterator[Path]:
         for path in folder.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        folder.chmod(0o755)
+        # Made private while unfinished; who may read it is for the user's umask to say, as with any new file.
+        mode = (folder / CONFIG).stat().st_mode
+        (folder / WEIGHTS).chmod(mode)
+        folder.chmod(mode | (mode & 0o444) >> 2)  # whoever may read may look inside
         if target.is_dir():
             shutil.rmtree(_previous(target), ignore_errors=True)
             target.rename(_previous(target))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_mdc.artifact import check_savable, save
-from lightning_mdc.budget import Budget, CostModel, as_budget
+from lightning_mdc.budget import Budget, CostModel, as_budget, macs, policy_macs
 from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError
 from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction, make_plan
 from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
@@ -226,6 +226,7 @@ class MultiDimPruneCallback(Callback):
         if self.schedule == "cubic":
             self._schedule_end(trainer)
         self._mask(trainer, pl_module)
+        self._warn_of_another_budget(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance(trainer, pl_module)
@@ -348,6 +349,20 @@ class MultiDimPruneCallback(Callback):
         if self._plan is not None:
             return self._plan.policy
         return Policy.uniform(model, self.budget, **self.uniform_options)
+
+    def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
+        """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""
+        _, model = find_model(pl_module, self.model_path)
+        if self._plan is None or isinstance(self.wanted_policy, Policy) or self._is_delivered(model):
+            return
+        asked, kept = Policy.uniform(model, self.budget, **self.uniform_options), self._plan.policy
+        if policy_macs(model, asked) != policy_macs(model, kept):
+            share = policy_macs(model, kept) / macs(model)
+            rank_zero_warn(
+                f"the budget asked for now ({self.budget}) is not looked at: the plan from the checkpoint or "
+                f"the fit before is kept ({share:.1%} of the MACs). For a new plan call callback.reset(), or fit "
+                "without ckpt_path"
+            )
 
     def _new_scorer(self, pl_module: LightningModule) -> Scorer:
         sites = self._sites(pl_module)
@@ -520,7 +535,8 @@ def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
         found = {key: plan for key, plan in found.items() if repr(model) in key}
     if len(found) != 1 or None in found.values():
         raise CallbackError(
-            f"checkpoint={str(path)!r} holds {len(found)} MultiDimPruneCallback states{'' if found else ': no plan'}"
+            f"checkpoint={str(path)!r} holds {len(found)} MultiDimPruneCallback states"
+            f"{'' if found else ': no plan; it was not written by a Trainer with that callback'}"
             f"{' (the plan is not decided yet)' if None in found.values() else ''}"
             f"{'; say which with model=' if len(found) > 1 else ''}"
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -73,6 +74,17 @@ def test_a_timm_model_keeps_what_it_knows_of_its_images(tmp_path: Path) -> None:
 
 def slimmed_at_224(model: nn.Module) -> nn.Module:
     return mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy.uniform(model, 0.6)))
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        mdc.save(make().train(), tmp_path / "m")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / "m" / name).stat().st_mode) for name in (WEIGHTS, CONFIG)] == [0o644, 0o644]
+    assert stat.S_IMODE((tmp_path / "m").stat().st_mode) == 0o755
+    assert not mdc.load(tmp_path / "m").training  # whatever it was saved in: it is loaded to be used
 
 
 def test_what_a_constructor_cannot_say_is_named_before_anything_is_written(tmp_path: Path) -> None:

@@ -161,6 +161,11 @@ def test_an_unreachable_budget_says_what_is_reachable() -> None:
         BudgetError, match=r"budget=0\.05 is below the smallest reachable cost 0\.\d+.*min_heads=0"
     ) as error:
         mdc.Policy.uniform(model, 0.05)
+    with pytest.raises(BudgetError, match=r"budget=0\.3 is below the smallest reachable cost 0\.7\d+ of") as heads_only:
+        mdc.Policy.uniform(model, mdc.Budget(macs=0.3), ("heads",))
+    headless = mdc.Policy(heads=0.0)  # what the message says the remedy reaches
+    assert f"reaches {mdc.policy_macs(model, headless) / mdc.macs(model):.4g}" in str(heads_only.value)
+    assert "allow more dimensions" in str(heads_only.value)
     reachable = float(str(error.value).split("cost ")[1].split(" ")[0])
     policy = mdc.Policy.uniform(model, reachable + 0.001)
     assert set(policy.heads) == {0.25}

@@ -204,6 +204,15 @@ def test_a_second_fit_keeps_the_plan_until_reset(tmp_path: Path) -> None:
     assert mdc.plan_macs(module, callback.plan) > mdc.plan_macs(module, plan)  # type: ignore[arg-type]
 
 
+def test_a_plan_made_for_another_budget_is_kept_with_a_word(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="half")
+    fitted(tmp_path, mdc.MultiDimPruneCallback(0.5), loader(), checkpoint, epochs=1)
+    callback = mdc.MultiDimPruneCallback(0.8)
+    with pytest.warns(UserWarning, match=r"macs=0\.8.* is not looked at.*kept \(\d\d\.\d% of the MACs\)"):
+        fitted(tmp_path, callback, loader(), epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert mdc.plan_macs(network(), callback.plan) <= 0.5 * mdc.macs(network())  # type: ignore[arg-type]
+
+
 def test_the_cubic_schedule_takes_more_and_more_of_the_same(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     callback = mdc.MultiDimPruneCallback(0.4, schedule="cubic", start=1, end=5)

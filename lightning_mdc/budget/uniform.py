@@ -12,7 +12,7 @@ from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.costs import CostModel, TokenDrop
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import Policy, default_stages
+from lightning_mdc.policy import DIMENSIONS, Policy, default_stages
 
 
 def uniform_policy(
@@ -100,7 +100,7 @@ class _Solver:
         stages: tuple[int, ...],
     ) -> None:
         self.costs, self.stages, self.round_to = costs, stages, round_to
-        self.min_heads, self.min_neurons = min_heads, min_neurons
+        self.dimensions = dimensions
         self.dense_macs = float(costs.macs(costs.heads, costs.neurons, fuse=costs.sites.fuse))
         self.limits = budget.limits(self.dense_macs, float(costs.params(costs.heads, costs.neurons)))
         # Dropping tokens saves no parameter; under a parameter budget it would only hurt.
@@ -132,17 +132,23 @@ class _Solver:
         smallest = self.load(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
         if smallest <= 1:
             return
-        reachable = smallest * self.limits[self.tightest]
-        if isinstance(budget, Budget):
-            shown, cost = f"{budget}", f"{reachable:.4g} {self.tightest}"
-        else:
-            shown, cost = f"{budget:g}", f"{reachable / self.dense_macs:.4g}"
-        kept = [f"{self.least_heads.min()} head(s)", f"{self.least_neurons.min()} neuron(s) per block"]
-        can_lose_all_heads = self.min_heads and self.least_heads.min() <= self.min_heads
+        limit, name = self.limits[self.tightest], self.tightest
+        fraction = budget.macs if isinstance(budget, Budget) and budget.params is None else budget
+        as_fraction = not isinstance(fraction, Budget) and fraction is not None and fraction <= 1
+
+        def cost(load: float) -> str:
+            return f"{load * limit / self.dense_macs:.4g}" if as_fraction else f"{load * limit:.4g} {name}"
+
+        remedies = ["raise budget"]
+        if "heads" in self.dimensions and self.least_heads.any():
+            headless = self.load(self.least_heads * 0, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
+            remedies.append(f"pass min_heads=0 (reaches {cost(headless)})")
+        if len(self.dimensions) < len(DIMENSIONS):
+            remedies.append("allow more dimensions")
         raise BudgetError(
-            f"budget={shown} is below the smallest reachable cost {cost} of this model "
-            f"({', '.join(kept)}{', one patch token' if self.drops_tokens else ''}); raise budget"
-            f"{' or pass min_heads=0' if can_lose_all_heads else ''} or allow more dimensions"
+            f"budget={fraction if as_fraction else budget} is below the smallest reachable cost {cost(smallest)} of "
+            f"this model ({self.least_heads.min()} head(s), {self.least_neurons.min()} neuron(s) per block"
+            f"{', one patch token' if self.drops_tokens else ''}); {' or '.join(remedies)}"
         )
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
