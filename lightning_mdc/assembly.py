@@ -125,8 +125,6 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
             f"model.name={model['name']!r} with model.args={shown} for images of {data.in_chans}x{size}x{size} is "
             f"refused by timm: {error or type(error).__name__}; correct model.args, or data.img_size"
         ) from error
-    if model["pos_embed_std"] is not None and not (model["pretrained"] and weights):
-        _spread_positions(network, model["pos_embed_std"])
     checkpoint = model["checkpoint"]
     if checkpoint is not None and not Path(checkpoint).exists():
         raise ConfigError(
@@ -143,20 +141,6 @@ def _check_name(name: Any) -> None:
         close = difflib.get_close_matches(str(name), timm.list_models("*vit*") + timm.list_models("deit*"), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
         raise ConfigError(f"model.name={name!r} is no model of timm; {hint}")
-
-
-def _spread_positions(network: nn.Module, std: Any) -> None:
-    """Draw the position embedding again with another spread.
-
-    A patch of 2x2 pixels comes out of timm's patch embedding with a spread of about 0.5; under positions of 0.02 the
-    model sees a bag of patches, and needs many epochs to learn where they are.
-    """
-    positions = getattr(network, "pos_embed", None)
-    if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 < std < float("inf"):
-        raise ConfigError(f"model.pos_embed_std={std!r} is no spread; give a number > 0, or null for timm's own")
-    if not isinstance(positions, nn.Parameter):
-        raise ConfigError(f"model.pos_embed_std={std}: {type(network).__name__} has no position embedding; give null")
-    nn.init.trunc_normal_(positions, std=std, a=-2 * std, b=2 * std)
 
 
 def _with_checkpoint(network: nn.Module, checkpoint: str) -> nn.Module:
