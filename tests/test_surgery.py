@@ -329,6 +329,12 @@ def test_feature_maps_after_a_drop_are_refused() -> None:
         with pytest.raises(UnsupportedModelError, match="output_fmt='NLC'"):
             broken.forward_intermediates(x)
         assert [y.shape[1] for y in broken.forward_intermediates(x, output_fmt="NLC")[1]] == [16, 10, 6, 4]
+    fewer_heads = planned(slim, mdc.Policy(heads=0.5))
+    with mdc.masked(slim, fewer_heads):
+        pass
+    for still in (slim, mdc.slim(slim, fewer_heads)):  # masks that came and went took no guard along
+        with pytest.raises(UnsupportedModelError, match="output_fmt='NLC'"):
+            still.forward_intermediates(x)
     with mdc.masked(model, plan), pytest.raises(UnsupportedModelError, match="NCHW"):
         model.get_intermediate_layers(x, reshape=True)
     assert model.forward_intermediates(x)[1][0].shape == (2, 48, 4, 4)

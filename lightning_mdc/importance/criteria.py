@@ -42,8 +42,7 @@ class Criterion(ABC):
 
     name: ClassVar[str]
     needs_images: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
-    needs_gradients: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False  # of the loss, so labels as well
     needs_equal_batches: bool = False
     min_batch: ClassVar[int] = 1
 
@@ -176,7 +175,6 @@ class Taylor(Criterion):
     """
 
     name = "taylor"
-    needs_labels = True
     needs_gradients = True
 
     def observe(self, dimension: str, activations: Tensor) -> tuple[Tensor, ...]:

@@ -67,13 +67,15 @@ def remove_masks(model: nn.Module) -> None:
     """Take our masks off `model` (or the model inside); other people's hooks stay."""
     if not is_masked(model):
         return
+    dropped_tokens = False
     for module in model.modules():
-        unguard_intermediates(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
-                del hooks[key]
+                dropped_tokens |= isinstance(hooks.pop(key), _ReturnReduced)
     for module in model.modules():
         hide_hooks(module)
+        if dropped_tokens:  # else the guard, if there is one, is a slim model's own
+            unguard_intermediates(module)
 
 
 def is_masked(model: nn.Module) -> bool:

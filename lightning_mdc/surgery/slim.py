@@ -6,7 +6,6 @@ import copy
 
 from torch import nn
 
-from lightning_mdc.errors import PlanError
 from lightning_mdc.models import Sites, find_sites, unwrap
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery.cutting import cut_units
@@ -65,13 +64,11 @@ def _since_dense(sites: Sites, plan: Plan) -> Plan:
     before = getattr(sites.model, "mdc_plan", None)
     if not isinstance(before, Plan):
         return plan
-    if before.drops_tokens and plan.drops_tokens:
-        raise PlanError("both plans drop tokens")  # Sites.check has refused this already
 
     def compose(first: tuple[tuple[int, ...], ...], then: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(a[i] for i in b) for a, b in zip(first, then, strict=True))
 
-    dropping = before if before.drops_tokens else plan
+    dropping = before if before.drops_tokens else plan  # not both: Sites.check has refused that
     return Plan(
         heads=compose(before.heads, plan.heads),
         neurons=compose(before.neurons, plan.neurons),
