@@ -28,6 +28,10 @@ class CalibrationError(MdcError, ValueError):
     """The batches given for scoring cannot be scored, or scores do not fit the model."""
 
 
+class SearchError(MdcError, ValueError):
+    """A search cannot start, or cannot go on: its space, its objective or its study file is not what it has to be."""
+
+
 class ArtifactError(MdcError):
     """A saved model is missing, damaged, foreign, or cannot be expressed."""
 

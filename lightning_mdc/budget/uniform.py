@@ -12,7 +12,7 @@ from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.costs import CostModel, TokenDrop
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import DIMENSIONS, Policy, default_stages
+from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, kept_tokens
 
 
 def uniform_policy(
@@ -184,7 +184,7 @@ class _Solver:
         for _ in self.stages:
             count = tokens
             if self.drops_tokens:
-                count = min(tokens, max(round(tokens * ratio), self.costs.num_prefix + 1))
+                count = kept_tokens(tokens, ratio, self.costs.num_prefix)
             kept.append(count)
             tokens = count + 1 if count < tokens else tokens
         return kept

@@ -1,0 +1,295 @@
+"""Bayesian optimisation on a budget: a Gaussian process, expected improvement, and candidates that all cost the same.
+
+numpy and scikit-optimize only. The Gaussian process (Matern 5/2, one length scale per axis, fitted noise) and expected
+improvement are scikit-optimize's. Its `Optimizer` is not used: it would look for its next point over the whole box,
+where hardly any point is on the budget, and refit the process for every point of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_mdc.errors import SearchError
+from lightning_mdc.policy_search.on_budget import Constraint, Projection
+from lightning_mdc.policy_search.space import Space
+
+DIRECTIONS = ("maximize", "minimize")
+# Up to this many observations the kernel is fitted to all of them, then to the last whole ten.
+_FIT_ALWAYS, _FIT_EVERY = 50, 10
+# Candidates that are filled up and compared again, and the best points that local candidates start from.
+_FINALISTS, _PARENTS = 64, 5
+_SMALLEST_MOVE, _LARGEST_MOVE = 0.005, 0.3
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A point (axes,) and what it was worth; None if its trial failed."""
+
+    point: np.ndarray
+    value: float | None
+
+
+class GpEi:
+    """Ask where to look next, tell what was found there.
+
+    What it asks is a pure function of seed and history: told the same again, it goes on the same way.
+
+    Args:
+        space: what may be moved.
+        constraint: what a point may cost; None: anything.
+        direction: ``"maximize"`` or ``"minimize"``.
+        seed: of the candidates and of the kernel's fit.
+        n_initial_points: how many points to try before the Gaussian process is believed.
+        first: points (n, axes) to try before any other, where the constraint holds.
+        prior: observations from elsewhere, another budget's search say; they inform the process, but are no trials.
+        n_candidates: how many points expected improvement is compared at.
+        xi: by how much a point has to be better to count, in units of the value.
+
+    Raises:
+        SearchError: an argument is out of range.
+        BudgetError: see `Projection`.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        constraint: Constraint | None = None,
+        *,
+        direction: str = "maximize",
+        seed: int = 0,
+        n_initial_points: int = 10,
+        first: np.ndarray | None = None,
+        prior: Sequence[Observation] = (),
+        n_candidates: int = 2000,
+        xi: float = 0.0,
+    ) -> None:
+        if direction not in DIRECTIONS:
+            raise SearchError(f"direction={direction!r}: expected one of {DIRECTIONS}")
+        for name, count, least in (
+            ("seed", seed, 0),
+            ("n_initial_points", n_initial_points, 1),
+            ("n_candidates", n_candidates, 2),
+        ):
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise SearchError(f"{name}={count!r}: expected a whole number of at least {least}")
+        if not math.isfinite(xi) or xi < 0:
+            raise SearchError(f"xi={xi!r}: expected a number of at least 0, in units of the value")
+        self.space, self.constraint, self.direction = space, constraint, direction
+        self.seed, self.n_initial_points, self.n_candidates, self.xi = seed, n_initial_points, n_candidates, xi
+        self._project = None if constraint is None else Projection(space, constraint, seed)
+        self._first = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
+        self.prior = tuple(prior)  # not scaled down to this space's bounds
+        self._history: list[Observation] = []
+        self._kernel: tuple[int, Any, float] | None = None  # fitted to so many observations: kernel, noise
+
+    # --- what is known --------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> tuple[Observation, ...]:
+        """Everything told, in order."""
+        return tuple(self._history)
+
+    @property
+    def best(self) -> Observation | None:
+        """The best point told, the first of equals; None as long as no trial has succeeded."""
+        known = [(self._loss(o), i) for i, o in enumerate(self._history) if o.value is not None]
+        return self._history[min(known)[1]] if known else None
+
+    def tell(self, points: np.ndarray, values: Sequence[float | None]) -> None:
+        """Report points (n, axes) and their values. None, NaN or infinity: the trial failed.
+
+        A failed trial has no value for the process to learn from; its neighbourhood is avoided.
+        """
+        points = self.space.snap(np.atleast_2d(np.asarray(points, dtype=np.float64)))
+        if points.shape != (len(values), len(self.space)):
+            raise SearchError(
+                f"tell: {len(values)} values for points of shape {points.shape}; expected ({len(values)}, "
+                f"{len(self.space)})"
+            )
+        for point, value in zip(points, values, strict=True):
+            worked = value is not None and math.isfinite(value)
+            self._history.append(Observation(point, float(value) if worked else None))  # type: ignore[arg-type]
+
+    def _loss(self, observation: Observation) -> float:
+        assert observation.value is not None
+        return observation.value if self.direction == "minimize" else -observation.value
+
+    # --- where to look next ---------------------------------------------------------------------------------------
+
+    def ask(self, n: int = 1, pending: np.ndarray | None = None) -> np.ndarray:
+        """The next points (n, axes) to try, none of them tried, pending or asked twice.
+
+        Fewer than `n`, perhaps none, when no other point can be found: a small space has all been tried.
+
+        Args:
+            n: how many, to be tried at the same time.
+            pending: points (m, axes) that are being tried.
+        """
+        rng = np.random.default_rng([self.seed, len(self._history)])
+        waiting = np.empty((0, len(self.space))) if pending is None else self.space.snap(np.atleast_2d(pending))
+        seen = {*self.space.keys(np.array([o.point for o in self._history]).reshape(-1, len(self.space)))}
+        seen |= {*self.space.keys(waiting)}
+        asked = [point for point in self._first if self._holds(point[None])[0] and not self._is_in(point, seen)][:n]
+        seen |= {*self.space.keys(np.array(asked).reshape(-1, len(self.space)))}
+        missing = n - len(asked)
+        if not missing:
+            return np.array(asked)
+        succeeded = [o for o in (*self.prior, *self._history) if o.value is not None]
+        if len(succeeded) < 2 or len(self._history) + len(waiting) + len(asked) < self._initial():
+            found = self._unseen(self._random(rng, max(256, 4 * missing)), seen)[:missing]
+        else:
+            found = self._most_promising(rng, missing, succeeded, np.array([*waiting, *asked]), seen)
+        return np.array([*asked, *found]).reshape(-1, len(self.space))
+
+    def _initial(self) -> int:
+        return max(0, self.n_initial_points - len(self.prior))
+
+    def _is_in(self, point: np.ndarray, seen: set[bytes]) -> bool:
+        return self.space.keys(point[None])[0] in seen
+
+    def _holds(self, points: np.ndarray) -> np.ndarray:
+        return (
+            np.ones(len(points), bool)
+            if self.constraint is None
+            else self.constraint.holds(np.asarray(self.constraint.cost(points)))
+        )
+
+    def _unseen(self, points: np.ndarray, seen: set[bytes]) -> np.ndarray:
+        """Points on the budget that are new, each once, in order."""
+        points = points[self._holds(points)] if len(points) else points
+        new = {key: i for i, key in reversed([*enumerate(self.space.keys(points))]) if key not in seen}
+        return points[sorted(new.values())]
+
+    def _on_budget(self, unit: np.ndarray) -> np.ndarray:
+        return self.space.snap(self.space.from_unit(unit)) if self._project is None else self._project(unit)
+
+    def _filled(self, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return points if self._project is None or not len(points) else self._project.fill(points, rng)
+
+    def _random(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        return self._filled(self._on_budget(rng.random((n, len(self.space)))), rng)
+
+    def _candidates(self, rng: np.random.Generator) -> np.ndarray:
+        """Half anywhere, half near the best points so far: big and small moves, of few or many coordinates."""
+        half, axes = self.n_candidates // 2, len(self.space)
+        anywhere = rng.random((self.n_candidates - half, axes))
+        ranked = sorted((o for o in self._history if o.value is not None), key=self._loss)[:_PARENTS]
+        if not ranked:  # all there is to go by are a prior's points, of another budget
+            ranked = sorted((o for o in self.prior if o.value is not None), key=self._loss)[:_PARENTS]
+        parents = self.space.to_unit(np.array([o.point for o in ranked]))
+        near = parents[rng.integers(len(parents), size=half)]
+        scale = np.exp(rng.uniform(np.log(_SMALLEST_MOVE), np.log(_LARGEST_MOVE), size=(half, 1)))
+        share = np.exp(rng.uniform(np.log(1 / axes), 0.0, size=(half, 1)))
+        moved = rng.random((half, axes)) < share
+        moved[np.arange(half), rng.integers(axes, size=half)] = True
+        # A choice has no neighbours: any other value is as near.
+        to = np.where(self.space.numeric, near + scale * rng.standard_normal((half, axes)), rng.random((half, axes)))
+        near = np.where(moved, np.clip(to, 0.0, 1.0), near)
+        return np.concatenate([anywhere, near])
+
+    def _most_promising(
+        self,
+        rng: np.random.Generator,
+        n: int,
+        succeeded: Sequence[Observation],
+        waiting: np.ndarray,
+        seen: set[bytes],
+    ) -> list[np.ndarray]:
+        pool = self._unseen(self._on_budget(self._candidates(rng)), seen)
+        if not len(pool):
+            return []
+        known = np.array([o.point for o in succeeded])
+        losses = np.array([self._loss(o) for o in succeeded])
+        # What is under way is believed to turn out as the process expects (kriging believer, Ginsbourger et al. 2010).
+        for believed in waiting:
+            known, losses = self._believe(known, losses, believed)
+        asked: list[np.ndarray] = []
+        while len(asked) < n:
+            process = self._process(known, losses)
+            finalists = pool[np.argsort(-self._improvement(process, pool, losses), kind="stable")[:_FINALISTS]]
+            finalists = self._unseen(np.concatenate([self._filled(finalists, rng), finalists]), seen)
+            if not len(finalists):
+                break
+            point = finalists[np.argmax(self._improvement(process, finalists, losses))]
+            asked.append(point)
+            seen = seen | {*self.space.keys(point[None])}
+            known, losses = self._believe(known, losses, point, process)
+        return asked
+
+    def _believe(
+        self, known: np.ndarray, losses: np.ndarray, point: np.ndarray, process: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        process = self._process(known, losses) if process is None else process
+        believed = process.predict(self.space.encode(point[None]))
+        return np.concatenate([known, point[None]]), np.concatenate([losses, believed])
+
+    def _improvement(self, process: Any, points: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        """Expected improvement times the chance that the trial succeeds, (n,)."""
+        from skopt.acquisition import gaussian_ei
+
+        encoded = self.space.encode(points)
+        with _quiet():
+            improvement = gaussian_ei(encoded, process, losses.min(), self.xi)
+        failed = [o.point for o in self._history if o.value is None]
+        if not failed:
+            return improvement
+        worked = [o.point for o in self._history if o.value is not None]
+        # Nearness to what failed against nearness to what worked, in the process's own sense of near.
+        weights = [process.kernel_(encoded, self.space.encode(np.array(some))).sum(axis=1) for some in (worked, failed)]
+        return improvement * weights[0] / (weights[0] + weights[1])
+
+    # --- the Gaussian process -------------------------------------------------------------------------------------
+
+    def _process(self, points: np.ndarray, losses: np.ndarray) -> Any:
+        """The process given these observations, with the kernel of the last fit."""
+        from skopt.learning import GaussianProcessRegressor
+
+        kernel, noise = self._fitted_kernel()
+        process = GaussianProcessRegressor(
+            kernel=kernel, alpha=max(noise, 1e-10), optimizer=None, normalize_y=True, random_state=self.seed
+        )
+        with _quiet():
+            return process.fit(self.space.encode(points), losses)
+
+    def _fitted_kernel(self) -> tuple[Any, float]:
+        """Kernel and noise, fitted to the first so many observations: which depends on how many there are, no more."""
+        from skopt.learning.gaussian_process.kernels import Sum
+        from skopt.space import Space as SkoptSpace
+        from skopt.utils import cook_estimator
+
+        succeeded = [o for o in (*self.prior, *self._history) if o.value is not None]
+        beyond = max(0, len(succeeded) - _FIT_ALWAYS)
+        count = len(succeeded) - beyond % _FIT_EVERY
+        if self._kernel is None or self._kernel[0] != count:
+            encoded = self.space.encode(np.array([o.point for o in succeeded[:count]]))
+            box = SkoptSpace([(0.0, 1.0)] * encoded.shape[1])
+            process = cook_estimator("GP", space=box, random_state=self.seed, noise="gaussian")
+            with _quiet():
+                process.fit(encoded, np.array([self._loss(o) for o in succeeded[:count]]))
+            kernel = process.kernel_
+            # The noise goes into alpha, where it does not blur predictions.
+            kernel = kernel.k1 if isinstance(kernel, Sum) else kernel
+            self._kernel = (count, kernel, float(process.noise_ or 0.0))
+        return self._kernel[1], self._kernel[2]
+
+    def model(self) -> Any:
+        """The Gaussian process of all that is known, on encoded points; None before there are two observations."""
+        succeeded = [o for o in (*self.prior, *self._history) if o.value is not None]
+        if len(succeeded) < 2:
+            return None
+        return self._process(np.array([o.point for o in succeeded]), np.array([self._loss(o) for o in succeeded]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of scikit-optimize and scikit-learn (bounds met, variances rounded to 0) say nothing a user can use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

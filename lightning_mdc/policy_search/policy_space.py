@@ -1,0 +1,286 @@
+"""The policies of one model as points: one axis per block (or group of blocks) and dimension, priced all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lightning_mdc.budget import Budget, CostModel, TokenDrop, as_budget
+from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.models import Sites, find_sites
+from lightning_mdc.policy import DIMENSIONS, Policy, default_stages
+from lightning_mdc.policy_search.on_budget import Constraint
+from lightning_mdc.policy_search.space import Axis, Space
+
+# Without bounds of the user's own, no block goes below this share of what the uniform policy keeps of it.
+_LEAST_OF_UNIFORM = 0.3
+
+Bounds = Mapping[str, Any]
+Groups = int | Mapping[str, int | None] | None
+
+
+class PolicySpace(Space):
+    """Keep ratios of a model's heads, neurons and tokens, in whole units.
+
+    A point is a list of ratios; two points that keep the same counts are one, written as the smallest ratio that keeps
+    them. Axes are named ``heads.0``, ``neurons.0``, ... by block or group, and ``tokens`` (one ratio for all stages)
+    or ``tokens.0``, ... by stage.
+
+    Args:
+        model: the dense model (or a module that holds it).
+        budget: fraction of the dense MACs in (0, 1], or a `Budget`.
+        dimensions: what may be pruned; None: all the model can lose, except tokens where only parameters count.
+        bounds: per dimension the smallest and largest keep ratio, ``{"heads": (0.3, 1)}``, or one such pair per block
+            (per stage for tokens).
+        groups: ties neighbouring blocks together: so many groups instead of one axis per block, for all dimensions or
+            as ``{"heads": 3}``.
+        token_ratio: ``"shared"``: all stages keep the same ratio; ``"stages"``: one axis per stage.
+        min_heads, min_neurons, round_to, stages: see `Policy.uniform`.
+        fuse_tokens: see `make_plan`.
+
+    Raises:
+        BudgetError: the budget cannot be reached inside the bounds; says what can.
+        SearchError: bounds or groups that do not fit the model.
+        UnsupportedModelError: the model cannot lose units of a dimension asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: float | Budget = 0.6,
+        dimensions: Iterable[str] | None = None,
+        *,
+        bounds: Bounds | None = None,
+        groups: Groups = None,
+        token_ratio: str = "shared",
+        min_heads: int = 1,
+        min_neurons: int = 1,
+        round_to: int = 1,
+        stages: Sequence[int] | None = None,
+        fuse_tokens: bool = True,
+    ) -> None:
+        self.sites: Sites = find_sites(model)
+        if dimensions is None:
+            dimensions = self.sites.dimensions
+        # Also checks dimensions, stages and the fewest units, and that the budget can be reached at all.
+        self.uniform = Policy.uniform(
+            model,
+            budget,
+            dimensions,
+            min_heads=min_heads,
+            min_neurons=min_neurons,
+            round_to=round_to,
+            stages=stages,
+        )
+        self.costs = CostModel(self.sites)
+        self.budget = as_budget(budget)
+        self.dense_macs = self.costs.of_model()
+        self.limits = self.budget.limits(
+            self.dense_macs, float(self.costs.params(self.costs.heads, self.costs.neurons))
+        )
+        names = self.sites.require(dimensions)
+        # Dropping tokens saves no parameter; under a parameter budget it would only hurt.
+        self.dimensions = tuple(name for name in names if name != "tokens" or "macs" in self.limits)
+        self.stages = stages
+        self._blocks = default_stages(self.sites.depth) if stages is None else tuple(stages)
+        self.fuse, self._round_to = fuse_tokens, round_to
+        if token_ratio not in ("shared", "stages"):
+            raise SearchError(f"token_ratio={token_ratio!r}: expected 'shared' or 'stages'")
+        sizes = {
+            "heads": self.costs.heads,
+            "neurons": self.costs.neurons,
+            "tokens": np.full(len(self._blocks), self.costs.num_tokens),
+        }
+        least = {"heads": min_heads, "neurons": -(-min_neurons // round_to) * round_to, "tokens": 0}
+        step = {"heads": 1, "neurons": round_to, "tokens": 1}
+        bounds, tied = _checked_bounds(bounds, self.dimensions), _checked_groups(groups, self.dimensions)
+        tied["tokens"] = 1 if token_ratio == "shared" else None
+        axes: list[Axis] = []
+        self._members: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in DIMENSIONS}
+        for dimension in self.dimensions:
+            size, count = sizes[dimension], tied.get(dimension)
+            low, high = _bounds_of(dimension, bounds.get(dimension), size, getattr(self.uniform, dimension))
+            if dimension != "tokens":  # whole units inside the bounds
+                groups_of = np.maximum(np.ceil(size * low / step[dimension] - 1e-6), 0) * step[dimension]
+                low = np.minimum(np.maximum(groups_of, np.minimum(size, least[dimension])), size) / np.maximum(size, 1)
+            for number, members in enumerate(_tied(dimension, count, len(size))):
+                members = members[size[members] > 0]
+                if not len(members):
+                    continue
+                name = dimension if count == 1 and dimension == "tokens" else f"{dimension}.{number}"
+                bottom, top = float(low[members].max()), float(high[members].min())
+                if bottom > top:
+                    raise SearchError(
+                        f"bounds of {name}: no whole number of {dimension} is between {bottom:.4g} and {top:.4g}; "
+                        "widen them"
+                    )
+                self._members[dimension].append((len(axes), members))
+                axes.append(Axis(name, bottom, top, step=step[dimension] / int(size[members].max())))
+        super().__init__(axes)
+        self.constraint = Constraint(self.load, 1.0)
+        self._check_reachable(budget)
+
+    # --- points and policies --------------------------------------------------------------------------------------
+
+    def policy(self, point: np.ndarray) -> Policy:
+        """The policy of a point (axes,), with realised ratios."""
+        heads, neurons, tokens = self._kept(np.atleast_2d(point))
+        reasons = self.sites.reasons
+        return Policy(
+            heads=1.0 if "heads" in reasons else _ratios(heads[0], self.costs.heads),
+            neurons=1.0 if "neurons" in reasons else _ratios(neurons[0], self.costs.neurons),
+            tokens=1.0 if "tokens" in reasons else tokens[0].tolist() or 1.0,
+            stages=self.stages,
+        )
+
+    def nearest(self, policy: Policy) -> np.ndarray:
+        """The point (axes,) of `policy`, or where blocks are tied that do not keep the same the one just below it."""
+        counts = self.sites.counts(policy)
+        by_dimension = {
+            "heads": _ratios(counts.heads, self.costs.heads) if counts.heads.size else [1.0] * self.sites.depth,
+            "neurons": _ratios(counts.neurons, self.costs.neurons) if counts.neurons.size else [1.0] * self.sites.depth,
+            "tokens": counts.tokens.tolist(),
+        }
+        point = self.high.copy()
+        for dimension, axes in self._members.items():
+            for axis, members in axes:
+                ratios = [by_dimension[dimension][member] for member in members]
+                # Tokens: the smallest common ratio that keeps as many; it counts from what reaches each stage.
+                point[axis] = max(ratios) if dimension == "tokens" else min(ratios)
+        return self.snap(point[None])[0]
+
+    def snap(self, points: np.ndarray) -> np.ndarray:
+        """See `Space.snap`: every ratio the smallest that keeps the same counts of its blocks."""
+        points = np.clip(points, self.low, self.high)
+        snapped = points.copy()
+        for dimension, sizes in (("heads", self.costs.heads), ("neurons", self.costs.neurons)):
+            for axis, members in self._members[dimension]:
+                ratios = self._counts(dimension, points[:, [axis]], sizes[members]) / sizes[members]
+                snapped[:, axis] = np.maximum(ratios.max(axis=1), self.low[axis])
+        if self._members["tokens"]:
+            counted, kept = self._token_ratios(points)
+            for axis, members in self._members["tokens"]:
+                all_stay = (kept[:, members] == 1).all(axis=1) & (self.high[axis] == 1)
+                smallest = np.where(all_stay, 1.0, counted[:, members].max(axis=1))
+                snapped[:, axis] = np.clip(smallest, self.low[axis], self.high[axis])
+        return snapped
+
+    def _counts(self, dimension: str, ratios: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """(n, 1) ratios, (blocks,) sizes -> whole units (n, blocks); see `keep_count`."""
+        step = self._round_to if dimension == "neurons" else 1
+        kept = np.floor(sizes * ratios / step + 1e-6) * step
+        return np.where(ratios >= 1, sizes, kept)
+
+    def _kept(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(n, axes) -> heads (n, blocks), neurons (n, blocks), realised token ratios (n, stages)."""
+        counts = []
+        for dimension, sizes in (("heads", self.costs.heads), ("neurons", self.costs.neurons)):
+            kept = np.repeat(sizes[None].astype(np.float64), len(points), axis=0)
+            for axis, members in self._members[dimension]:
+                kept[:, members] = self._counts(dimension, points[:, [axis]], sizes[members])
+            counts.append(kept)
+        return counts[0], counts[1], self._token_ratios(points)[1]
+
+    def _token_ratios(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n, axes) -> for each stage the ratio asked for in whole tokens, and the one that is kept: (n, stages) each.
+
+        They differ at the ends: the prefix tokens and one patch stay, and to drop a single token, which the fused one
+        then takes the place of, would only cost.
+        """
+        asked = np.ones((len(points), len(self._blocks)))
+        kept = asked.copy()
+        by_stage = {int(member): axis for axis, members in self._members["tokens"] for member in members}
+        tokens = np.full(len(points), float(self.costs.num_tokens))
+        for stage in range(len(self._blocks)):
+            if stage not in by_stage:
+                continue
+            ratio = points[:, by_stage[stage]]
+            left = self.costs.tokens_left(tokens, ratio)
+            left = np.where(left > tokens - 1 - self.fuse, tokens, left)
+            asked[:, stage] = np.floor(tokens * ratio + 1e-6) / tokens
+            kept[:, stage] = left / tokens
+            tokens = np.where(left < tokens, left + self.fuse, tokens)
+        return asked, kept
+
+    # --- what points cost -----------------------------------------------------------------------------------------
+
+    def load(self, points: np.ndarray) -> np.ndarray:
+        """Cost of points (n, axes) as a fraction of the budget, (n,): affordable up to 1."""
+        heads, neurons, tokens = self._kept(points)
+        loads = []
+        if "macs" in self.limits:
+            loads.append(self._macs(heads, neurons, tokens) / self.limits["macs"])
+        if "params" in self.limits:
+            loads.append(self.costs.params(heads, neurons) / self.limits["params"])
+        return np.max(loads, axis=0)
+
+    def macs(self, points: np.ndarray) -> np.ndarray:
+        """MACs of one image, (n, axes) -> (n,)."""
+        return self._macs(*self._kept(points))
+
+    def _macs(self, heads: np.ndarray, neurons: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        can_drop = bool(self._members["tokens"])
+        drops = [TokenDrop(block, tokens[:, stage]) for stage, block in enumerate(self._blocks) if can_drop]
+        return np.asarray(self.costs.macs(heads, neurons, drops, fuse=self.fuse))
+
+    def _check_reachable(self, budget: float | Budget) -> None:
+        least = float(self.load(self.snap(self.low[None]))[0])
+        if least > 1:
+            limit = self.budget.macs if self.budget.params is None else None
+            as_fraction = limit is not None and limit <= 1
+            reachable = f"{least * limit:.4g}" if as_fraction and limit else f"{least:.4g} times the budget"
+            raise BudgetError(
+                f"budget={budget if not isinstance(budget, Budget) or not as_fraction else limit} is below the "
+                f"smallest cost inside the bounds, {reachable}; raise budget or lower the bounds"
+            )
+
+
+def _ratios(kept: Any, sizes: np.ndarray) -> list[float]:
+    return [int(k) / int(n) if n else 1.0 for k, n in zip(kept, sizes, strict=True)]
+
+
+def _tied(dimension: str, count: int | None, blocks: int) -> list[np.ndarray]:
+    """Neighbouring blocks in `count` groups of nearly equal size, early to late; None: each block its own."""
+    if count is not None and not 1 <= count <= blocks:
+        raise SearchError(f"groups={count} for {dimension}: the model has {blocks} blocks; give 1 to {blocks}")
+    return np.array_split(np.arange(blocks), blocks if count is None else count)
+
+
+def _checked_bounds(bounds: Any, dimensions: tuple[str, ...]) -> dict[str, Any]:
+    bounds = {} if bounds is None else bounds
+    if not isinstance(bounds, Mapping) or set(bounds) - set(DIMENSIONS):
+        raise SearchError(f"bounds={bounds!r}: expected ratios by dimension, such as {{'heads': (0.3, 1)}}")
+    return {name: bounds[name] for name in dimensions if bounds.get(name) is not None}
+
+
+def _checked_groups(groups: Any, dimensions: tuple[str, ...]) -> dict[str, int | None]:
+    if groups is None or (isinstance(groups, int) and not isinstance(groups, bool)):
+        return {name: groups for name in ("heads", "neurons") if name in dimensions}
+    if not isinstance(groups, Mapping) or set(groups) - {"heads", "neurons"}:
+        raise SearchError(
+            f"groups={groups!r}: expected a number of groups, or one by dimension such as {{'heads': 3}} (tokens have "
+            "token_ratio)"
+        )
+    return dict(groups)
+
+
+def _bounds_of(dimension: str, bounds: Any, sizes: np.ndarray, uniform: tuple[float, ...]) -> tuple[Any, Any]:
+    """Smallest and largest keep ratio of each block or stage, (blocks,) each."""
+    if bounds is None:
+        if dimension == "heads":  # few and coarse: down to the fewest
+            return np.zeros(len(sizes)), np.ones(len(sizes))
+        kept = np.array(uniform if len(uniform) == len(sizes) else [uniform[0]] * len(sizes))
+        return _LEAST_OF_UNIFORM * kept, np.ones(len(sizes))
+    try:
+        pairs = np.broadcast_to(np.asarray(bounds, dtype=np.float64), (len(sizes), 2))
+    except (ValueError, TypeError) as error:
+        raise SearchError(
+            f"bounds of {dimension}={bounds!r}: expected (smallest, largest) or {len(sizes)} such pairs"
+        ) from error
+    low, high = pairs[:, 0], pairs[:, 1]
+    if not ((low >= 0) & (low <= high) & (high <= 1)).all():
+        raise SearchError(f"bounds of {dimension}={bounds!r}: expected keep ratios, the smaller first, in [0, 1]")
+    return low.copy(), high.copy()

@@ -1,0 +1,376 @@
+"""A search that survives anything: numbered trials around `GpEi`, each one on disk before it starts and when it ends.
+
+The file is JSON, a line each: what the search is about, then ``asked`` and ``told`` lines. Lines are only ever appended
+(one write, synced), so that a process killed at any moment leaves at most one torn line, which the next one drops.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_mdc.errors import SearchError
+from lightning_mdc.policy_search.gp_ei import GpEi, Observation
+from lightning_mdc.policy_search.space import Space
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: two searches on one file are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+_FORMAT = "lightning_mdc.search.1"
+# running: asked, not told. stopped: given up early; its value is an estimate and never the best.
+STATUSES = ("running", "done", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial.
+
+    Attributes:
+        number: from 0, in the order they were asked.
+        params: values by the names of the axes.
+        cost: what the constraint says they cost; None without one.
+        value: of the objective; None while running and if it failed.
+        status: ``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``.
+        seconds: how long it took.
+        note: why it failed, or what else is worth knowing.
+    """
+
+    number: int
+    params: Mapping[str, Any]
+    cost: float | None = None
+    value: float | None = None
+    status: str = "running"
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass
+class _Journal:
+    """What a file holds: its header, what went before the first trial, the trials, and what could not be read."""
+
+    header: dict[str, Any] | None = None
+    prior: list[tuple[dict[str, Any], float]] = field(default_factory=list)
+    rows: dict[int, Row] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    readable: list[bytes] = field(default_factory=list)
+    torn: bool = False
+
+
+class Study:
+    """The trials of one search, in memory and, with a `path`, on disk.
+
+    Args:
+        search: what asks for points; fresh. What the file holds is told to it.
+        path: of the file, made if it is not there; None: nothing is written.
+        about: what else makes two searches the same, JSON-ready: the budget, the data, the metric.
+
+    Raises:
+        SearchError: the file belongs to another search (says where they differ), is none of ours, is being used by
+            another process, or cannot be written.
+    """
+
+    def __init__(self, search: GpEi, path: str | Path | None = None, about: Mapping[str, Any] | None = None) -> None:
+        self.search, self.path = search, None if path is None else Path(path)
+        self._rows: dict[int, Row] = {}
+        self._file: Any = None
+        prior = [(search.space.params(o.point), o.value) for o in search.prior]
+        header = {
+            "format": _FORMAT,
+            "space": search.space.describe(),
+            "direction": search.direction,
+            "seed": search.seed,
+            "n_initial_points": search.n_initial_points,
+            "about": dict(about or {}),
+        }
+        # As a reader of the file will see it: tuples are lists there.
+        self.header: dict[str, Any] = json.loads(json.dumps(header, sort_keys=True))
+        if self.path is not None:
+            self._open(prior)
+
+    # --- trials ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All trials by number."""
+        return tuple(self._rows[number] for number in sorted(self._rows))
+
+    @property
+    def finished(self) -> tuple[Row, ...]:
+        """Trials that are over, whether they succeeded or not."""
+        return tuple(row for row in self.rows if row.status != "running")
+
+    @property
+    def best(self) -> Row | None:
+        """The best trial that is done, the first of equals; None if there is none."""
+        sign = 1.0 if self.search.direction == "minimize" else -1.0
+        done = [row for row in self.rows if row.status == "done" and row.value is not None]
+        return min(done, key=lambda row: (sign * (row.value or 0.0), row.number), default=None)
+
+    def next(self, n: int = 1) -> tuple[Row, ...]:
+        """The trials to run now: those a killed process left running, then new ones, `n` in all.
+
+        Fewer, perhaps none, when the space has no other points left.
+        """
+        rows = [row for row in self.rows if row.status == "running"][:n]
+        if len(rows) == n:
+            return tuple(rows)
+        space = self.search.space
+        pending = np.array([space.point(row.params) for row in rows]) if rows else None
+        number = max(self._rows, default=-1) + 1
+        lines = []
+        for point in self.search.ask(n - len(rows), pending):
+            constraint = self.search.constraint
+            cost = None if constraint is None else float(np.asarray(constraint.cost(point[None]))[0])
+            row = Row(number, space.params(point), cost)
+            rows.append(row)
+            lines.append({"asked": number, "params": row.params, "cost": cost})
+            number += 1
+        self._append(*lines)
+        self._rows |= {row.number: row for row in rows}
+        return tuple(rows)
+
+    def finish(
+        self,
+        number: int,
+        value: float | None,
+        *,
+        status: str | None = None,
+        seconds: float | None = None,
+        note: str = "",
+    ) -> Row:
+        """Report how a running trial ended. No value, NaN or infinity: it failed.
+
+        Raises:
+            SearchError: no such trial is running, or the file cannot be written (the trial is still running then).
+        """
+        row = self._rows.get(number)
+        if row is None or row.status != "running":
+            raise SearchError(f"trial {number} is not running: it was never asked for, or is over")
+        worked = value is not None and math.isfinite(value)
+        if value is not None and not worked:
+            note = note or f"its value is {value}"
+        if not worked:
+            value, status = None, "failed"
+        row = replace(row, value=value, status=status or "done", seconds=seconds, note=note)
+        self._append(
+            {
+                "told": number,
+                "status": row.status,
+                "value": value,
+                "seconds": seconds,
+                **({"note": note} if note else {}),
+            }
+        )
+        self._rows[number] = row
+        self.search.tell(self.search.space.point(row.params)[None], [value])
+        return row
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- the file -------------------------------------------------------------------------------------------------
+
+    def _open(self, prior: Sequence[tuple[Mapping[str, Any], float | None]]) -> None:
+        assert self.path is not None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: one write, one line; nothing is left to be written at exit.
+            self._file = self.path.open("a+b", buffering=0)
+        except OSError as error:
+            raise SearchError(f"study file {self.path} cannot be written: {error}; give another path") from error
+        try:
+            self._lock()
+            self._file.seek(0)
+            journal = _parse(self._file.read(), self.search.space)
+            if not journal.readable:
+                if journal.unreadable:
+                    raise SearchError(f"{self.path} is no study file: no line of it can be read; give another path")
+                self._file.truncate(0)
+                priors = [{"prior": dict(params), "value": value} for params, value in prior]
+                self._append(self.header, *priors)
+                return
+            self._compare(journal.header)
+            if journal.unreadable or journal.torn:
+                self._mend(journal)
+        except BaseException:
+            self.close()
+            raise
+        self._rows = journal.rows
+        self.search.prior = tuple(
+            Observation(self.search.space.point_anywhere(params), value) for params, value in journal.prior
+        )
+        for row in self.finished:
+            self.search.tell(self.search.space.point(row.params)[None], [row.value])
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            # Not flock: a forked data loader would go on holding that after we are killed.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise SearchError(
+                f"study file {self.path} is in use by another process; wait for it, stop it, or give another path"
+            ) from error
+        except OSError as error:  # a file system without locks
+            log.debug("study file %s cannot be locked: %s", self.path, error)
+
+    def _compare(self, theirs: dict[str, Any] | None) -> None:
+        if theirs is None or theirs == self.header:
+            return
+        differences = list(_differences(theirs, self.header))
+        raise SearchError(
+            f"study file {self.path} belongs to another search: {'; '.join(differences[:3])}"
+            f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}. "
+            "Give the old settings to go on with it, or another path to start anew"
+        )
+
+    def _mend(self, journal: _Journal) -> None:
+        """Leave only readable lines in the file; what was there stays beside it if any was damaged."""
+        assert self.path is not None
+        lines = journal.readable
+        if journal.header is None:
+            lines = [_line(self.header), *lines]
+        if journal.unreadable:
+            number = 1
+            while (aside := self.path.with_name(f"{self.path.name}.damaged{number}")).exists():
+                number += 1
+            self._file.seek(0)
+            aside.write_bytes(self._file.read())
+            log.warning(
+                "study file %s is damaged: %s; %d trials could be read and are kept, the file as it was is %s",
+                self.path,
+                "; ".join(journal.unreadable[:5]),
+                len(journal.rows),
+                aside,
+            )
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.write_bytes(b"".join(lines))
+        os.replace(beside, self.path)
+        self._file.close()
+        self._file = self.path.open("a+b", buffering=0)
+        self._lock()
+
+    def _append(self, *records: Mapping[str, Any]) -> None:
+        if self._file is None or not records:
+            return
+        data = b"".join(_line(record) for record in records)
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError("only a part could be written")
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(size)  # half a line would make the next one unreadable
+            raise SearchError(
+                f"study file {self.path} cannot be written: {error}; the {len(self.finished)} trials in it are safe: "
+                "make room and start again with the same file"
+            ) from error
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _parse(data: bytes, space: Space) -> _Journal:
+    journal = _Journal()
+    lines = data.split(b"\n")
+    journal.torn = lines[-1] != b""  # what a kill in the middle of a write leaves; not damage
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            _take(json.loads(line), journal, space)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            journal.unreadable.append(f"line {number} ({str(error) or type(error).__name__:.80})")
+        else:
+            journal.readable.append(line + b"\n")
+    return journal
+
+
+def _take(record: dict[str, Any], journal: _Journal, space: Space) -> None:
+    """Add what one line says.
+
+    Raises:
+        ValueError, KeyError, TypeError: it says nothing sensible.
+    """
+    if "format" in record:
+        if record["format"] != _FORMAT:
+            raise ValueError(f"format {record['format']!r}")
+        journal.header = record
+    elif "prior" in record:
+        space.point_anywhere(record["prior"])
+        journal.prior.append((record["prior"], float(record["value"])))
+    elif "asked" in record:
+        number, cost = record["asked"], record["cost"]
+        if journal.header is not None and journal.header["space"] == space.describe():
+            space.point(record["params"])  # of another space everything is: that is said once, by the header
+        if not isinstance(number, int) or number < 0 or number in journal.rows:
+            raise ValueError(f"trial number {number!r}")
+        journal.rows[number] = Row(number, record["params"], None if cost is None else float(cost))
+    else:
+        row, value, seconds = journal.rows[record["told"]], record["value"], record["seconds"]
+        if record["status"] not in STATUSES[1:] or (value is None) != (record["status"] == "failed"):
+            raise ValueError(f"status {record['status']!r} with value {value!r}")
+        journal.rows[row.number] = replace(
+            row,
+            value=None if value is None else float(value),
+            status=record["status"],
+            seconds=None if seconds is None else float(seconds),
+            note=str(record.get("note", "")),
+        )
+
+
+def _differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
+    """What differs, leaf by leaf, in words."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        keys = sorted({*theirs, *ours})
+        return [line for k in keys for line in _differences(theirs.get(k), ours.get(k), f"{where}.{k}" if where else k)]
+    if where == "space":
+        theirs, ours = ({axis["name"]: axis for axis in axes} for axes in (theirs, ours))
+        only = [f"its parameter {name!r} is not in this search" for name in sorted(set(theirs) - set(ours))]
+        only += [f"parameter {name!r} is not in it" for name in sorted(set(ours) - set(theirs))]
+        return only or _differences(theirs, ours, "parameter")
+    return [] if theirs == ours else [f"{where} was {theirs!r}, now {ours!r}"]
+
+
+def observations(path: str | Path, space: Space) -> tuple[Observation, ...]:
+    """What an earlier search found, for another one over the same parameters (of another budget, say).
+
+    Raises:
+        SearchError: the file cannot be read, or its parameters are others.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise SearchError(f"warm_start={str(path)!r} cannot be read: {error}") from error
+    journal = _parse(data, space)
+    if journal.header is None:
+        raise SearchError(f"warm_start={str(path)!r} is no study file; give one that an earlier search has written")
+    theirs, ours = [axis["name"] for axis in journal.header["space"]], [axis.name for axis in space.axes]
+    if theirs != ours:
+        raise SearchError(
+            f"warm_start={str(path)!r} searched {len(theirs)} parameters ({', '.join(theirs[:3])}, ...), this one "
+            f"{len(ours)} ({', '.join(ours[:3])}, ...); use the same dimensions and groups"
+        )
+    rows = [row for row in journal.rows.values() if row.value is not None]
+    return tuple(Observation(space.point_anywhere(row.params), row.value) for row in rows)
