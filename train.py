@@ -5,34 +5,17 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import DictConfig
 
-from lightning_mdc import pipeline
-from lightning_mdc.errors import ConfigError, MdcError
+from lightning_mdc import pipeline, policy_sweep
+from lightning_mdc.assembly import plain
+from lightning_mdc.errors import MdcError
 
 log = logging.getLogger("lightning_mdc")
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The settings as nested dicts, interpolations resolved.
-
-    Raises:
-        ConfigError: a value is missing or refers to something that is not there.
-    """
-    try:
-        settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}=??? has to be given, e.g. {error.full_key}=VALUE") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key} cannot be worked out: {error}") from error
-    assert isinstance(settings, dict)
-    return settings  # type: ignore[return-value]
 
 
 def set_up_messages() -> None:
@@ -52,10 +35,13 @@ def set_up_messages() -> None:
 
 # Absolute, so that it is found also when this file is imported.
 @hydra.main(config_path=str(Path(__file__).parent / "conf"), config_name="train", version_base="1.3")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | None:
     set_up_messages()
     try:
-        pipeline.run(plain(cfg))
+        settings = plain(cfg)
+        if settings["stage"] == "trial":
+            return policy_sweep.trial(settings, Path(HydraConfig.get().runtime.output_dir))
+        pipeline.run(settings)
     except MdcError as error:
         # A sweep has to learn of a failed job by its exception; and whoever looks for a fault wants the traceback.
         wants_traceback = cfg.debug is True or os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -63,6 +49,7 @@ def main(cfg: DictConfig) -> None:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
+    return None
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ class Problem:
     def space(self) -> PolicySpace:
         return PolicySpace(timm.create_model("deit_small_patch16_224"), self.budget)
 
+    @property
+    def uniform(self) -> np.ndarray:
+        """The point (1, 25) where every search that can be told where to begin begins."""
+        return self.space.nearest(self.space.uniform)[None]
+
     def value(self, points: np.ndarray) -> np.ndarray:
         """(n, 25) keep ratios -> (n,), in points of an accuracy that starts at 80."""
         lost = 1.0 - np.atleast_2d(points)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from lightning_mdc.importance.hsic import hsic
     from lightning_mdc.policy import Plan, Policy
     from lightning_mdc.policy_search.driver import SearchResult, Trial, search
+    from lightning_mdc.policy_search.held_out import HeldOut
     from lightning_mdc.surgery import masked, slim
 
-# Where each public name lives. Looked up when asked for: a Hydra sweep, which needs no more than `policy_search`, starts
-# without torch, and works where there is none.
+# Where each public name lives. Looked up when asked for: a Hydra sweep needs no more than `policy_search`, and starts
+# without torch, also where there is none.
 _HOMES = {
     "artifact": ("load", "save"),
     "budget": ("Budget", "macs", "plan_macs", "policy_macs"),
@@ -31,6 +32,7 @@ _HOMES = {
     "importance.hsic": ("hsic",),
     "policy": ("Plan", "Policy"),
     "policy_search.driver": ("SearchResult", "Trial", "search"),
+    "policy_search.held_out": ("HeldOut",),
     "surgery": ("masked", "slim"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -40,6 +42,7 @@ __all__ = [
     "HSIC",
     "Budget",
     "DistillationModule",
+    "HeldOut",
     "MultiDimPruneCallback",
     "Plan",
     "Policy",

@@ -10,7 +10,7 @@ import difflib
 import logging
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from hydra.utils import get_object
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from safetensors import SafetensorError
 from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
@@ -33,7 +35,10 @@ from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.importance import Criterion
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import Policy
+from lightning_mdc.policy import Policy, check_dimensions
+from lightning_mdc.policy_search.held_out import METRICS, HeldOut
+from lightning_mdc.policy_search.policy_space import PolicySpace
+from lightning_mdc.policy_search.study import observations
 from lightning_mdc.randomness import rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -51,6 +56,22 @@ _REFUSALS = (
     SafetensorError,
     pickle.UnpicklingError,
 )
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The settings as nested dicts, interpolations resolved.
+
+    Raises:
+        ConfigError: a value is missing or refers to something that is not there.
+    """
+    try:
+        settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}=??? has to be given, e.g. {error.full_key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key} cannot be worked out: {error}") from error
+    assert isinstance(settings, dict)
+    return settings  # type: ignore[return-value]
 
 
 def build(settings: Settings, group: str, **more: Any) -> Any:
@@ -201,19 +222,110 @@ def build_budget(settings: Settings) -> Budget:
         raise ConfigError(f"budget={budget!r}: expected a fraction, or limits named macs or params") from error
 
 
-def build_policy(settings: Settings, model: nn.Module) -> Policy:
-    """The policy in ``policy.file``, checked against `model`; without one the uniform policy for the budget.
+def given_policy(settings: Settings, model: nn.Module) -> Policy | None:
+    """The policy that the ``policy`` settings give: a file, keep ratios, or the uniform one; None: search for it.
 
     Raises:
+        ConfigError: they give two, or an unknown kind.
         BudgetError, PolicyError: see `Policy`.
     """
-    options = dict(settings["policy"])
-    file = options.pop("file")
-    if file is None:
-        return Policy.uniform(model, build_budget(settings), stages=settings["surgery"]["stages"], **options)
-    policy = Policy.load(file)
-    find_sites(model).counts(policy)
-    return policy
+    options = settings["policy"]
+    keep = {name: ratios for name, ratios in options["keep"].items() if ratios is not None}
+    if options["kind"] not in ("searched", "uniform"):
+        raise ConfigError(f"policy.kind={options['kind']!r}: expected searched or uniform")
+    if options["file"] is not None and keep:
+        raise ConfigError("policy.file and policy.keep both give a policy; give one of them")
+    if options["file"] is not None:
+        policy = Policy.load(options["file"])
+        find_sites(model).counts(policy)
+        return policy
+    if keep:
+        space = keep_space(settings, model, keep, 1.0)
+        return space.policy(space.point(keep_params(keep)))
+    if options["kind"] == "searched":
+        return None
+    names = ("dimensions", "min_heads", "min_neurons", "round_to")
+    return Policy.uniform(
+        model, build_budget(settings), stages=settings["surgery"]["stages"], **{name: options[name] for name in names}
+    )
+
+
+def keep_space(settings: Settings, model: nn.Module, keep: Mapping[str, Any], budget: float | Budget) -> PolicySpace:
+    """All policies that can be written like `keep`: as many ratios per dimension as it gives, dimensions it has.
+
+    Raises:
+        SearchError: too many ratios, or an unknown dimension.
+    """
+    counts = {name: len(ratios) if isinstance(ratios, list) else 1 for name, ratios in keep.items()}
+    return PolicySpace(
+        model,
+        budget,
+        check_dimensions(keep),
+        bounds=dict.fromkeys(keep, (0.0, 1.0)),
+        groups={name: counts[name] for name in ("heads", "neurons") if name in keep},
+        token_ratio="stages" if isinstance(keep.get("tokens"), list) else "shared",
+        min_heads=0,
+        min_neurons=0,
+        stages=settings["surgery"]["stages"],
+        fuse_tokens=settings["surgery"]["fuse_tokens"],
+    )
+
+
+def keep_params(keep: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"heads": [0.5, 1], "tokens": 0.8}`` by the names of `keep_space`: ``heads.0``, ``heads.1``, ``tokens``."""
+    params: dict[str, Any] = {}
+    for name, ratios in keep.items():
+        if name == "tokens" and not isinstance(ratios, list):
+            params[name] = ratios
+        else:
+            each = ratios if isinstance(ratios, list) else [ratios]
+            params |= {f"{name}.{number}": ratio for number, ratio in enumerate(each)}
+    return params
+
+
+def space_options(settings: Settings) -> dict[str, Any]:
+    """What of the settings says which policies there are: keyword arguments of `PolicySpace`."""
+    policy, search = settings["policy"], settings["search"]
+    return {
+        **{name: policy[name] for name in ("dimensions", "min_heads", "min_neurons", "round_to")},
+        **{name: search[name] for name in ("bounds", "groups", "token_ratio")},
+        "stages": settings["surgery"]["stages"],
+    }
+
+
+def check_search(settings: Settings, model: nn.Module) -> None:
+    """Refuse what `search` would refuse, before anything is trained.
+
+    Raises:
+        ConfigError, SearchError, BudgetError: what is wrong.
+    """
+    options = settings["search"]
+    for name in ("n_trials", "n_initial_points", "images"):
+        if type(options[name]) is not int or options[name] < 1:
+            raise ConfigError(f"search.{name}={options[name]!r}: expected a whole number of at least 1")
+    if options["metric"] not in METRICS:
+        raise ConfigError(f"search.metric={options['metric']!r}: expected one of {', '.join(METRICS)}")
+    confidence = options["early_stop"]
+    if confidence is not None and not (isinstance(confidence, float) and 0.5 <= confidence < 1):
+        raise ConfigError(f"search.early_stop={confidence!r}: expected a confidence in [0.5, 1), or null")
+    space = PolicySpace(
+        model, build_budget(settings), fuse_tokens=settings["surgery"]["fuse_tokens"], **space_options(settings)
+    )
+    if options["warm_start"] is not None:
+        observations(options["warm_start"], space)
+
+
+def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
+    """What trials are judged on: the first ``search.images`` of the held-out training images."""
+    options = settings["search"]
+    return HeldOut(
+        batches,
+        options["metric"],
+        dense=model if options["metric"] == "kl" else None,
+        batch_size=options["batch_size"],
+        device=device,
+        max_images=options["images"],
+    )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

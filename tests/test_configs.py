@@ -39,7 +39,7 @@ def test_composes_and_every_stage_finds_its_settings(override):
 def test_the_groups_are_those_of_the_package():
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     assert groups == {
-        *("data", "distillation", "experiment", "importance", "logger", "model", "surgery", "trainer"),
+        *("data", "distillation", "experiment", "hydra", "importance", "logger", "model", "surgery", "trainer"),
     }
 
 

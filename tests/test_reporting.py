@@ -113,12 +113,16 @@ def test_the_overhead_line_is_said_only_where_it_was_measured():
 
 
 def test_a_report_without_finetuning_says_nothing_of_it():
-    text = reporting.markdown(results(result(DENSE, None, 351), result(SLIM, None, 300)), [], [], "kept.png")
+    text = reporting.markdown(
+        results(result(DENSE, None, 351), result(SLIM, None, 300)), [], [], {"kept.png": "What each block kept"}
+    )
     assert "finetun" not in text
 
 
 def test_the_report_says_where_things_lie_and_what_to_type():
-    text = reporting.markdown(results(), [Place("slim/", "the model")], [("Again", "python train.py")], "kept.png")
+    text = reporting.markdown(
+        results(), [Place("slim/", "the model")], [("Again", "python train.py")], {"kept.png": "What each block kept"}
+    )
     for words in ("- `slim/`: the model", "Again:\n\n```\npython train.py\n```", "![What each block kept](kept.png)"):
         assert words in text
 

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc import pipeline
+from lightning_mdc import pipeline, stages
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import BudgetError, ConfigError, DataError, DistillationError, MdcError, PolicyError
 
@@ -35,6 +35,8 @@ TINY = (
     "dense.epochs=1",
     "distillation.epochs=1",
     "distillation.seeds=[0,1]",
+    "search.n_trials=3",
+    "search.n_initial_points=2",
     "calibration.images=32",
     "calibration.batch_size=16",
     "latency.rounds=1",
@@ -121,7 +123,7 @@ def test_finetuning_trains_in_training_mode_from_the_slim_weights(finished):
 def test_results_are_those_of_the_saved_models(finished):
     from lightning_mdc import reporting
 
-    run = pipeline.Run(settings(finished.parent), pipeline.RunFolder(finished))
+    run = stages.Run(settings(finished.parent), stages.RunFolder(finished))
     images, labels = map(torch.cat, zip(*run.data.test_dataloader(), strict=True))
     results = reporting.Results.load(finished / "results.json")
     assert [(row.model, row.seed) for row in results.rows] == [
@@ -166,7 +168,7 @@ def test_a_run_that_is_not_resumed_gets_a_folder_of_its_own(copied):
     assert pipeline.run(settings(copied.parent.parent, "resume=true", "stage=dense")).path == second
 
 
-def test_another_budget_runs_again_from_the_policy_on(copied, caplog):
+def test_another_budget_runs_again_from_the_search_on(copied, caplog):
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "budget=0.5"))
     assert picked_up(caplog) == ["dense", "score"]
     assert mdc.macs(mdc.load(copied / "slim")) <= 0.5 * mdc.macs(mdc.load(copied / "dense"))
@@ -176,9 +178,9 @@ def test_another_budget_runs_again_from_the_policy_on(copied, caplog):
 @pytest.mark.parametrize(
     ("override", "kept"),
     [
-        ("importance=random", ["dense", "policy"]),
-        ("distillation.kd_weight=0.1", ["dense", "score", "policy", "slim"]),
-        ("latency.rounds=2", ["dense", "score", "policy", "slim", "distill"]),
+        ("importance=random", ["dense"]),
+        ("distillation.kd_weight=0.1", ["dense", "score", "search", "slim"]),
+        ("latency.rounds=2", ["dense", "score", "search", "slim", "distill"]),
         ("data.num_workers=1", list(pipeline.STAGES)),
         ("trainer.log_every_n_steps=7", list(pipeline.STAGES)),
         ("data.max_train_images=60", []),
@@ -194,7 +196,7 @@ def test_a_change_reaches_the_stages_that_depend_on_it(finished, override, kept)
 def test_one_more_seed_keeps_the_models_of_the_others(copied, caplog):
     before = (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns
     pipeline.run(settings(copied.parent.parent, "resume=true", "distillation.seeds=[0,1,5]"))
-    assert picked_up(caplog) == ["dense", "score", "policy", "slim"]
+    assert picked_up(caplog) == ["dense", "score", "search", "slim"]
     assert (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns == before
     assert "mean of 3 seeds" in (copied / "report.md").read_text()
 
@@ -224,19 +226,19 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(tmp_path, monkey
 def test_a_kill_between_seeds_keeps_the_finished_one(copied, monkeypatch):
     root = copied.parent.parent
     change = ("resume=true", "distillation.temperature=3.0")
-    work = pipeline.finetune
+    work = stages.finetune
 
     def dies(run, name, start, seed):
         if name == "finetuned/seed1":
             raise KeyboardInterrupt
         work(run, name, start, seed)
 
-    monkeypatch.setattr(pipeline, "finetune", dies)
+    monkeypatch.setattr(stages, "finetune", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(settings(root, *change))
     assert not (copied / "stages" / "distill.json").exists()
     first = (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(pipeline, "finetune", work)
+    monkeypatch.setattr(stages, "finetune", work)
     pipeline.run(settings(root, *change))
     assert (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns == first
 
@@ -254,7 +256,7 @@ def test_finetuning_can_be_left_out(copied):
 
 
 def test_stages_one_at_a_time_make_the_same_run(finished, tmp_path):
-    for number, name in enumerate(("dense", "score", "policy", "slim")):
+    for number, name in enumerate(("dense", "score", "search", "slim")):
         folder = pipeline.run(settings(tmp_path, f"stage={name}", f"resume={str(number > 0).lower()}"))
     for name in ("policy.json", "plan.json", "slim/model.safetensors"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
@@ -268,7 +270,7 @@ def test_a_missing_stage_is_named_with_the_remedy(name, tmp_path):
 
 
 def test_a_stage_of_other_settings_is_not_built_on(copied):
-    with pytest.raises(ConfigError, match=r"stage='slim' is built on 'policy'.*budget=0\.6, now 0\.5"):
+    with pytest.raises(ConfigError, match=r"stage='slim' is built on 'search'.*budget=0\.6, now 0\.5"):
         pipeline.run(settings(copied.parent.parent, "resume=true", "budget=0.5", "stage=slim"))
 
 
@@ -281,7 +283,7 @@ def test_resume_without_an_earlier_run_starts_one(tmp_path):
 WRONG = [
     ("stage=slimm", ConfigError, "stage='slimm' is no stage; stages are dense, score"),
     ("skip=[foo]", ConfigError, "skip='foo' is no stage"),
-    ("skip=[dense,score,policy,slim,distill,test,report]", ConfigError, "leaves nothing to run"),
+    ("skip=[dense,score,search,slim,distill,test,report]", ConfigError, "leaves nothing to run"),
     ("resume=nowhere", ConfigError, "resume='nowhere' holds no run"),
     ("name=a/b", ConfigError, "name='a/b' is no folder name"),
     ("budget=1.5", BudgetError, "budget=1.5"),
@@ -314,7 +316,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("override", "kind", "words"), WRONG, ids=[override for override, *_ in WRONG])
 def test_wrong_settings_are_refused_before_anything_is_trained(override, kind, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
+    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
     with pytest.raises(kind, match=words):
         pipeline.run(settings(tmp_path, override))
     assert not list(tmp_path.glob("tiny/*"))
@@ -347,7 +349,7 @@ def test_a_missing_value_is_named(tmp_path):
 def test_the_script_as_a_newcomer_starts_it(tmp_path):
     """From another folder, in a process of its own; it leaves nothing but its run."""
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *TINY, "stage=[dense,policy]"],
+        [sys.executable, ROOT / "train.py", *TINY, "stage=[dense,score,search]"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,1 +1,330 @@
-"""The policy search in one process."""
+"""The policy search in one process: each trial makes the slim model of a policy and asks what it is worth."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from lightning_mdc.budget import Budget
+from lightning_mdc.errors import SearchError
+from lightning_mdc.importance import Scores, make_plan
+from lightning_mdc.policy import Policy
+from lightning_mdc.policy_search.gp_ei import GpEi
+from lightning_mdc.policy_search.held_out import HeldOut, is_distributed
+from lightning_mdc.policy_search.on_budget import Projection
+from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
+from lightning_mdc.policy_search.study import Row, Study, observations
+from lightning_mdc.randomness import isolated_rng, seed_all
+from lightning_mdc.surgery import slim
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One policy that was tried.
+
+    Attributes:
+        number: from 0; trial 0 is the uniform policy.
+        policy: its realised keep ratios.
+        macs: multiply-accumulates of its slim model for one image.
+        value: what `evaluate` gave; None if it failed.
+        status: ``"done"``, ``"failed"`` (raised, or no finite number), or ``"stopped"`` (given up early; its value is
+            an estimate).
+        seconds: making the slim model and evaluating it.
+        cost: as a fraction of the budget, at most 1.
+        note: why it failed.
+    """
+
+    number: int
+    policy: Policy
+    macs: int
+    value: float | None
+    status: str
+    seconds: float
+    cost: float = 1.0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """How a search ended.
+
+    Attributes:
+        policy: the best policy.
+        value: what `evaluate` gave for it.
+        history: all trials, in order.
+        space: what was searched.
+        search: the Gaussian process and what it was told, for pictures.
+    """
+
+    policy: Policy
+    value: float
+    history: list[Trial]
+    space: PolicySpace
+    search: GpEi
+
+    @property
+    def best(self) -> Trial:
+        """The trial that won."""
+        return next(trial for trial in self.history if trial.status == "done" and trial.value == self.value)
+
+
+def search(
+    model: nn.Module,
+    scores: Scores,
+    evaluate: Callable[[nn.Module], float],
+    budget: float | Budget = 0.6,
+    n_trials: int = 60,
+    seed: int = 0,
+    *,
+    dimensions: Iterable[str] | None = None,
+    bounds: Bounds | None = None,
+    groups: Groups = None,
+    token_ratio: str = "shared",
+    min_heads: int = 1,
+    min_neurons: int = 1,
+    round_to: int = 1,
+    stages: Sequence[int] | None = None,
+    token_score: str = "attention",
+    fuse_tokens: bool = True,
+    n_initial_points: int = 10,
+    xi: float = 0.0,
+    early_stop: float | None = None,
+    state: str | Path | None = None,
+    warm_start: str | Path | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
+
+    Every trial meets the budget in whole units. The first one is the uniform policy, the next ones are random, then a
+    Gaussian process and expected improvement choose. In a distributed run rank 0 chooses and all ranks follow.
+
+    Args:
+        model: the dense model (or a module that holds it); unchanged.
+        scores: from `score`.
+        evaluate: given a slim model in eval mode, how good it is; higher is better. It has to do so on held-out
+            *training* images: see `HeldOut`, which is one.
+        budget: fraction of the dense MACs in (0, 1], or a `Budget`.
+        n_trials: how many in all, those of an earlier run in `state` counted.
+        seed: of the search; `evaluate` runs under a seed of its own per trial, so that a resumed search equals an
+            uninterrupted one.
+        dimensions, bounds, groups, token_ratio, min_heads, min_neurons, round_to, stages: see `PolicySpace`.
+        token_score, fuse_tokens: see `make_plan`.
+        n_initial_points, xi: see `GpEi`.
+        early_stop: give up trials that will not come up to the best with this confidence, such as 0.99; `evaluate`
+            has to be a `HeldOut` then. None: see every trial through.
+        state: file to keep the search in; if it is there, the search goes on from it.
+        warm_start: the `state` file of an earlier search over the same axes, for another budget say.
+        progress: show a progress bar where there is a terminal.
+
+    Raises:
+        SearchError: `evaluate` gives no number, every trial fails, or the state belongs to another search. What had
+            been found by then is in `state`.
+        BudgetError: the budget cannot be reached.
+    """
+    if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
+        raise SearchError(f"n_trials={n_trials!r}: expected a whole number of at least 1")
+    if not isinstance(scores, Scores):
+        raise SearchError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
+    if early_stop is not None and not (isinstance(evaluate, HeldOut) and 0.5 <= early_stop < 1):
+        raise SearchError(
+            f"early_stop={early_stop!r}: expected a confidence in [0.5, 1), and evaluate=HeldOut(...), which can be "
+            "asked image by image"
+        )
+    if not callable(evaluate):
+        raise SearchError(f"evaluate={evaluate!r:.80}: expected a function of a slim model that returns a number")
+    space = PolicySpace(
+        model,
+        budget,
+        dimensions,
+        bounds=bounds,
+        groups=groups,
+        token_ratio=token_ratio,
+        min_heads=min_heads,
+        min_neurons=min_neurons,
+        round_to=round_to,
+        stages=stages,
+        fuse_tokens=fuse_tokens,
+    )
+    process = GpEi(
+        space,
+        space.constraint,
+        seed=seed,
+        n_initial_points=n_initial_points,
+        first=uniform_point(space, seed),
+        prior=() if warm_start is None else observations(warm_start, space),
+        xi=xi,
+    )
+    about = {
+        "budget": asdict(space.budget),
+        "dense_macs": space.dense_macs,
+        "criterion": scores.criterion,
+        "token_score": token_score,
+        "fuse_tokens": fuse_tokens,
+        "early_stop": early_stop,
+    }
+
+    def tried(policy: Policy, best: float | None) -> tuple[Any, bool]:
+        plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
+        small = slim(model, plan).eval()
+        with torch.no_grad():
+            if early_stop is not None and isinstance(evaluate, HeldOut):
+                return evaluate.judge(small, best, early_stop)
+            return evaluate(small), False
+
+    # Only the first rank asks, tells and writes; on the others there is nothing to be asked.
+    study = _on_first_rank(lambda: None if not _is_first() else Study(process, state, about), share=False)
+    rows = _run(space, study, tried, n_trials, seed, progress)
+    if not _is_first():
+        for row in rows:
+            process.tell(space.point(row.params)[None], [row.value])
+    history = [_trial(space, row) for row in rows]
+    done = [trial for trial in history if trial.status == "done" and trial.value is not None]
+    if not done:
+        notes = {trial.note for trial in history}
+        raise SearchError(
+            f"none of the {len(history)} trials gave a value ({'; '.join(sorted(notes)[:3])}); mend evaluate"
+        )
+    best = max(done, key=lambda trial: (trial.value, -trial.number))
+    assert best.value is not None
+    return SearchResult(best.policy, best.value, history, space, process)
+
+
+def _run(
+    space: PolicySpace,
+    study: Study | None,
+    tried: Callable[[Policy, float | None], tuple[Any, bool]],
+    n_trials: int,
+    seed: int,
+    progress: bool,
+) -> tuple[Row, ...]:
+    """Trials until there are `n_trials`, or no more policies; returns all."""
+
+    def following() -> tuple[int, Row | None, float | None]:
+        assert study is not None
+        finished, best = len(study.finished), study.best
+        rows = study.next() if finished < n_trials else ()
+        return finished, rows[0] if rows else None, best.value if best else None
+
+    def finish(row: Row, value: float | None, stopped: bool, seconds: float, note: str) -> Row:
+        assert study is not None
+        return study.finish(
+            row.number, value, status="stopped" if stopped else None, seconds=round(seconds, 4), note=note
+        )
+
+    finished, row, best = _on_first_rank(following)
+    bar = tqdm(total=n_trials, initial=finished, desc="Searching", unit="trial", disable=None if progress else True)
+    try:
+        with bar, isolated_rng():
+            while row is not None:
+                started = time.perf_counter()
+                value, stopped, note = _value(space, row, tried, best, seed)
+                seconds = time.perf_counter() - started
+                over = _on_first_rank(partial(finish, row, value, stopped, seconds, note))
+                finished, row, best = _on_first_rank(following)
+                bar.set_postfix_str(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
+                bar.update()
+                if _is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
+                    log.info("  trial %d of %d: %s, best %s", finished, n_trials, _shown(over.value), _shown(best))
+        if finished < n_trials and _is_first():
+            log.info("  all %d policies there are have been tried", finished)
+        return _on_first_rank(lambda: study.finished)  # type: ignore[union-attr]
+    finally:
+        if study is not None:
+            study.close()
+
+
+def _value(
+    space: PolicySpace,
+    row: Row,
+    tried: Callable[[Policy, float | None], tuple[Any, bool]],
+    best: float | None,
+    seed: int,
+) -> tuple[float | None, bool, str]:
+    """(value, whether it was given up early, why it failed)."""
+    seed_all(seed + row.number)
+    try:
+        value, stopped = tried(space.policy(space.point(row.params)), best)
+    except SearchError:
+        raise
+    except Exception as error:
+        if best is None:  # nothing has worked yet: a mistake in `evaluate`, for its author to see whole
+            raise
+        log.warning("  trial %d failed: %s: %s", row.number, type(error).__name__, error)
+        return None, False, f"{type(error).__name__}: {error}"
+    number = _number(value)
+    if number is None:
+        raise SearchError(
+            f"evaluate returned {value!r:.80} for trial {row.number}; it has to return a number, higher is better"
+        )
+    return number, stopped, ""
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool | str) or not (isinstance(value, numbers.Real) or hasattr(value, "__float__")):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
+        return None
+
+
+def _trial(space: PolicySpace, row: Row) -> Trial:
+    point = space.point(row.params)
+    macs = int(space.macs(point[None])[0])
+    return Trial(
+        row.number, space.policy(point), macs, row.value, row.status, row.seconds or 0.0, row.cost or 0.0, row.note
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.4f}"
+
+
+def _is_first() -> bool:
+    return not is_distributed() or dist.get_rank() == 0
+
+
+def _on_first_rank(work: Callable[[], T], *, share: bool = True) -> T:
+    """What `work` gives on rank 0, on all ranks; its error too, so that none waits for ever.
+
+    With ``share=False`` the result stays where it is, and only errors are passed on.
+    """
+    if not is_distributed():
+        return work()
+    result: Any = None
+    error: Exception | None = None
+    if _is_first() or not share:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    box = [(result if share else None, error)]
+    dist.broadcast_object_list(box, src=0)
+    shared, error = box[0]
+    if error is not None:
+        raise error
+    return cast(T, shared if share else result)
+
+
+def uniform_point(space: PolicySpace, seed: int) -> np.ndarray:
+    """The uniform policy as a point (1, axes); where blocks are tied, the nearest below, filled up."""
+    point = space.nearest(space.uniform)[None]
+    if space.policy(point[0]) == space.uniform:
+        return point
+    return Projection(space, space.constraint, seed).fill(point, np.random.default_rng(seed))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
 from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.on_budget import Constraint, Projection
@@ -24,7 +25,7 @@ DIRECTIONS = ("maximize", "minimize")
 # Up to this many observations the kernel is fitted to all of them, then to the last whole ten.
 _FIT_ALWAYS, _FIT_EVERY = 50, 10
 # Candidates that are filled up and compared again, and the best points that local candidates start from.
-_FINALISTS, _PARENTS = 64, 5
+_FINALISTS, _PARENTS = 16, 5
 _SMALLEST_MOVE, _LARGEST_MOVE = 0.005, 0.3
 
 
@@ -87,7 +88,7 @@ class GpEi:
         self._first = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
         self.prior = tuple(prior)  # not scaled down to this space's bounds
         self._history: list[Observation] = []
-        self._kernel: tuple[int, Any, float] | None = None  # fitted to so many observations: kernel, noise
+        self._kernels: dict[str, tuple[int, Any, float]] = {}  # by target, fitted to so many points: kernel and noise
 
     # --- what is known --------------------------------------------------------------------------------------------
 
@@ -117,6 +118,10 @@ class GpEi:
             worked = value is not None and math.isfinite(value)
             self._history.append(Observation(point, float(value) if worked else None))  # type: ignore[arg-type]
 
+    def _known(self) -> list[Observation]:
+        """What the process learns from."""
+        return [o for o in (*self.prior, *self._history) if o.value is not None]
+
     def _loss(self, observation: Observation) -> float:
         assert observation.value is not None
         return observation.value if self.direction == "minimize" else -observation.value
@@ -132,27 +137,33 @@ class GpEi:
             n: how many, to be tried at the same time.
             pending: points (m, axes) that are being tried.
         """
-        rng = np.random.default_rng([self.seed, len(self._history)])
-        waiting = np.empty((0, len(self.space))) if pending is None else self.space.snap(np.atleast_2d(pending))
-        seen = {*self.space.keys(np.array([o.point for o in self._history]).reshape(-1, len(self.space)))}
-        seen |= {*self.space.keys(waiting)}
-        asked = [point for point in self._first if self._holds(point[None])[0] and not self._is_in(point, seen)][:n]
-        seen |= {*self.space.keys(np.array(asked).reshape(-1, len(self.space)))}
-        missing = n - len(asked)
-        if not missing:
-            return np.array(asked)
-        succeeded = [o for o in (*self.prior, *self._history) if o.value is not None]
-        if len(succeeded) < 2 or len(self._history) + len(waiting) + len(asked) < self._initial():
-            found = self._unseen(self._random(rng, max(256, 4 * missing)), seen)[:missing]
-        else:
-            found = self._most_promising(rng, missing, succeeded, np.array([*waiting, *asked]), seen)
-        return np.array([*asked, *found]).reshape(-1, len(self.space))
+        waiting = [] if pending is None else [*self.space.snap(np.atleast_2d(pending))]
+        asked: list[np.ndarray] = []
+        while len(asked) < n and (point := self._next([*waiting, *asked])) is not None:
+            asked.append(point)
+        return np.array(asked).reshape(-1, len(self.space))
 
-    def _initial(self) -> int:
-        return max(0, self.n_initial_points - len(self.prior))
+    def _next(self, waiting: Sequence[np.ndarray]) -> np.ndarray | None:
+        """One more point while others are under way; None if none is left that is new."""
+        seen = {*self.space.keys(np.array([*(o.point for o in self._history), *waiting]).reshape(-1, len(self.space)))}
+        if len(first := self._unseen(self._first, seen)):
+            return first[0]
+        rng = np.random.default_rng([self.seed, len(self._history), len(waiting)])
+        process, losses = None, np.empty(0)
+        if len(self._known()) >= 2 and len(self._history) + len(waiting) >= self.n_initial_points - len(self.prior):
+            process, losses = self._believing(waiting)
+        pool = rng.random((self.n_candidates, len(self.space))) if process is None else self._candidates(rng)
+        pool = self._best_first(process, self._unseen(self._on_budget(pool), seen), losses)[:_FINALISTS]
+        for finalists in (self._filled(pool, rng), pool):  # filled up, unless those have all been tried
+            if len(finalists := self._best_first(process, self._unseen(finalists, seen), losses)):
+                return finalists[0]
+        return None
 
-    def _is_in(self, point: np.ndarray, seen: set[bytes]) -> bool:
-        return self.space.keys(point[None])[0] in seen
+    def _best_first(self, process: Any, points: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        """Points (n, axes) by expected improvement; as they come without a process."""
+        if process is None or not len(points):
+            return points
+        return points[np.argsort(-self._improvement(process, points, losses), kind="stable")]
 
     def _holds(self, points: np.ndarray) -> np.ndarray:
         return (
@@ -173,9 +184,6 @@ class GpEi:
     def _filled(self, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return points if self._project is None or not len(points) else self._project.fill(points, rng)
 
-    def _random(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        return self._filled(self._on_budget(rng.random((n, len(self.space)))), rng)
-
     def _candidates(self, rng: np.random.Generator) -> np.ndarray:
         """Half anywhere, half near the best points so far: big and small moves, of few or many coordinates."""
         half, axes = self.n_candidates // 2, len(self.space)
@@ -194,41 +202,19 @@ class GpEi:
         near = np.where(moved, np.clip(to, 0.0, 1.0), near)
         return np.concatenate([anywhere, near])
 
-    def _most_promising(
-        self,
-        rng: np.random.Generator,
-        n: int,
-        succeeded: Sequence[Observation],
-        waiting: np.ndarray,
-        seen: set[bytes],
-    ) -> list[np.ndarray]:
-        pool = self._unseen(self._on_budget(self._candidates(rng)), seen)
-        if not len(pool):
-            return []
-        known = np.array([o.point for o in succeeded])
-        losses = np.array([self._loss(o) for o in succeeded])
-        # What is under way is believed to turn out as the process expects (kriging believer, Ginsbourger et al. 2010).
-        for believed in waiting:
-            known, losses = self._believe(known, losses, believed)
-        asked: list[np.ndarray] = []
-        while len(asked) < n:
-            process = self._process(known, losses)
-            finalists = pool[np.argsort(-self._improvement(process, pool, losses), kind="stable")[:_FINALISTS]]
-            finalists = self._unseen(np.concatenate([self._filled(finalists, rng), finalists]), seen)
-            if not len(finalists):
-                break
-            point = finalists[np.argmax(self._improvement(process, finalists, losses))]
-            asked.append(point)
-            seen = seen | {*self.space.keys(point[None])}
-            known, losses = self._believe(known, losses, point, process)
-        return asked
+    def _believing(self, waiting: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+        """The process and the losses it knows, (n,).
 
-    def _believe(
-        self, known: np.ndarray, losses: np.ndarray, point: np.ndarray, process: Any = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        process = self._process(known, losses) if process is None else process
-        believed = process.predict(self.space.encode(point[None]))
-        return np.concatenate([known, point[None]]), np.concatenate([losses, believed])
+        What is under way is believed to turn out as expected (kriging believer, Ginsbourger et al. 2010).
+        """
+        known = self._known()
+        points, losses = np.array([o.point for o in known]), np.array([self._loss(o) for o in known])
+        process = self._process("loss", points, losses, len(known))
+        for point in waiting:
+            believed = process.predict(self.space.encode(point[None]))
+            points, losses = np.concatenate([points, point[None]]), np.concatenate([losses, believed])
+            process = self._process("loss", points, losses, len(known))
+        return process, losses
 
     def _improvement(self, process: Any, points: np.ndarray, losses: np.ndarray) -> np.ndarray:
         """Expected improvement times the chance that the trial succeeds, (n,)."""
@@ -237,54 +223,52 @@ class GpEi:
         encoded = self.space.encode(points)
         with _quiet():
             improvement = gaussian_ei(encoded, process, losses.min(), self.xi)
-        failed = [o.point for o in self._history if o.value is None]
-        if not failed:
+        if all(o.value is not None for o in self._history):
             return improvement
-        worked = [o.point for o in self._history if o.value is not None]
-        # Nearness to what failed against nearness to what worked, in the process's own sense of near.
-        weights = [process.kernel_(encoded, self.space.encode(np.array(some))).sum(axis=1) for some in (worked, failed)]
-        return improvement * weights[0] / (weights[0] + weights[1])
+        # Another process has learnt where trials fail: from 1 (worked) and 0.
+        worked = np.array([float(o.value is not None) for o in self._history])
+        success = self._process("success", np.array([o.point for o in self._history]), worked, len(worked))
+        with _quiet():
+            mean, std = success.predict(encoded, return_std=True)
+        return improvement * norm.cdf((mean - 0.5) / np.maximum(std, 1e-9))
 
-    # --- the Gaussian process -------------------------------------------------------------------------------------
+    # --- Gaussian processes ---------------------------------------------------------------------------------------
 
-    def _process(self, points: np.ndarray, losses: np.ndarray) -> Any:
-        """The process given these observations, with the kernel of the last fit."""
+    def _process(self, about: str, points: np.ndarray, targets: np.ndarray, told: int) -> Any:
+        """The process given these targets (n,) of points (n, axes), the first `told` of which are no beliefs."""
         from skopt.learning import GaussianProcessRegressor
 
-        kernel, noise = self._fitted_kernel()
+        beyond = max(0, told - _FIT_ALWAYS)
+        kernel, noise = self._fitted_kernel(about, points[: told - beyond % _FIT_EVERY], targets)
         process = GaussianProcessRegressor(
             kernel=kernel, alpha=max(noise, 1e-10), optimizer=None, normalize_y=True, random_state=self.seed
         )
         with _quiet():
-            return process.fit(self.space.encode(points), losses)
+            return process.fit(self.space.encode(points), targets)
 
-    def _fitted_kernel(self) -> tuple[Any, float]:
-        """Kernel and noise, fitted to the first so many observations: which depends on how many there are, no more."""
+    def _fitted_kernel(self, about: str, points: np.ndarray, targets: np.ndarray) -> tuple[Any, float]:
+        """Kernel and noise, fitted to these points: which depend on how many have been told, and on no fit before."""
         from skopt.learning.gaussian_process.kernels import Sum
         from skopt.space import Space as SkoptSpace
         from skopt.utils import cook_estimator
 
-        succeeded = [o for o in (*self.prior, *self._history) if o.value is not None]
-        beyond = max(0, len(succeeded) - _FIT_ALWAYS)
-        count = len(succeeded) - beyond % _FIT_EVERY
-        if self._kernel is None or self._kernel[0] != count:
-            encoded = self.space.encode(np.array([o.point for o in succeeded[:count]]))
+        count, kernel, noise = self._kernels.get(about, (0, None, 0.0))
+        if count != len(points):
+            encoded = self.space.encode(points)
             box = SkoptSpace([(0.0, 1.0)] * encoded.shape[1])
             process = cook_estimator("GP", space=box, random_state=self.seed, noise="gaussian")
+            process.set_params(n_restarts_optimizer=0)  # two more starts cost three times as much and find no more
             with _quiet():
-                process.fit(encoded, np.array([self._loss(o) for o in succeeded[:count]]))
-            kernel = process.kernel_
+                process.fit(encoded, targets[: len(points)])
+            kernel, noise = process.kernel_, float(process.noise_ or 0.0)
             # The noise goes into alpha, where it does not blur predictions.
             kernel = kernel.k1 if isinstance(kernel, Sum) else kernel
-            self._kernel = (count, kernel, float(process.noise_ or 0.0))
-        return self._kernel[1], self._kernel[2]
+            self._kernels[about] = (len(points), kernel, noise)
+        return kernel, noise
 
     def model(self) -> Any:
         """The Gaussian process of all that is known, on encoded points; None before there are two observations."""
-        succeeded = [o for o in (*self.prior, *self._history) if o.value is not None]
-        if len(succeeded) < 2:
-            return None
-        return self._process(np.array([o.point for o in succeeded]), np.array([self._loss(o) for o in succeeded]))
+        return self._believing([])[0] if len(self._known()) >= 2 else None
 
 
 @contextmanager

@@ -156,10 +156,12 @@ class PolicySpace(Space):
         """See `Space.snap`: every ratio the smallest that keeps the same counts of its blocks."""
         points = np.clip(points, self.low, self.high)
         snapped = points.copy()
-        for dimension, sizes in (("heads", self.costs.heads), ("neurons", self.costs.neurons)):
-            for axis, members in self._members[dimension]:
-                ratios = self._counts(dimension, points[:, [axis]], sizes[members]) / sizes[members]
-                snapped[:, axis] = np.maximum(ratios.max(axis=1), self.low[axis])
+        for dimension in ("heads", "neurons"):
+            if axes := [axis for axis, _ in self._members[dimension]]:
+                blocks, first = self._blocks_of(dimension)
+                sizes = getattr(self.costs, dimension)
+                ratios = (self._counts(points, dimension) / np.maximum(sizes, 1))[:, blocks]
+                snapped[:, axes] = np.maximum(np.maximum.reduceat(ratios, first, axis=1), self.low[axes])
         if self._members["tokens"]:
             counted, kept = self._token_ratios(points)
             for axis, members in self._members["tokens"]:
@@ -168,21 +170,25 @@ class PolicySpace(Space):
                 snapped[:, axis] = np.clip(smallest, self.low[axis], self.high[axis])
         return snapped
 
-    def _counts(self, dimension: str, ratios: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """(n, 1) ratios, (blocks,) sizes -> whole units (n, blocks); see `keep_count`."""
+    def _blocks_of(self, dimension: str) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks that an axis moves, axis by axis, and where in that list each axis begins."""
+        members = [members for _, members in self._members[dimension]]
+        return np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
+
+    def _counts(self, points: np.ndarray, dimension: str) -> np.ndarray:
+        """(n, axes) -> heads or neurons in whole units (n, blocks); see `keep_count`."""
+        sizes: np.ndarray = getattr(self.costs, dimension)
         step = self._round_to if dimension == "neurons" else 1
-        kept = np.floor(sizes * ratios / step + 1e-6) * step
-        return np.where(ratios >= 1, sizes, kept)
+        ratios = np.ones((len(points), len(sizes)))
+        if self._members[dimension]:
+            ratios[:, self._blocks_of(dimension)[0]] = points[
+                :, [a for a, blocks in self._members[dimension] for _ in blocks]
+            ]
+        return np.where(ratios >= 1, sizes, np.floor(sizes * ratios / step + 1e-6) * step)
 
     def _kept(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(n, axes) -> heads (n, blocks), neurons (n, blocks), realised token ratios (n, stages)."""
-        counts = []
-        for dimension, sizes in (("heads", self.costs.heads), ("neurons", self.costs.neurons)):
-            kept = np.repeat(sizes[None].astype(np.float64), len(points), axis=0)
-            for axis, members in self._members[dimension]:
-                kept[:, members] = self._counts(dimension, points[:, [axis]], sizes[members])
-            counts.append(kept)
-        return counts[0], counts[1], self._token_ratios(points)[1]
+        return self._counts(points, "heads"), self._counts(points, "neurons"), self._token_ratios(points)[1]
 
     def _token_ratios(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, axes) -> for each stage the ratio asked for in whole tokens, and the one that is kept: (n, stages) each.

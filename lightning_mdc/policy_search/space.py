@@ -98,8 +98,9 @@ class Space:
         self.step = np.array([axis.step for axis in axes], dtype=np.float64)
         self._log = np.array([axis.log for axis in axes])
         self._choice = np.array([axis.choices is not None for axis in axes])
-        self._floor = np.log(self.low, where=self._log, out=self.low.copy())
-        self._range = np.log(self.high, where=self._log, out=self.high.copy()) - self._floor
+        # On its scale, an axis takes [start, start + width): the whole of a step or a choice gets its share of [0, 1].
+        self._start = np.where(self._choice, -0.5, self._scaled(self.low))
+        self._width = np.where(self._choice, self.high + 1 - 1e-9, self._scaled(self.high + self.step) - self._start)
 
     def __len__(self) -> int:
         return len(self.axes)
@@ -150,29 +151,30 @@ class Space:
 
         Points that mean the same become equal; no number grows where that would cost more than it says.
         """
+        points = np.clip(points, self.low, self.high)
         steps = np.where(self.step > 0, self.step, 1.0)
         # The 1e-6 is that of keep_count: 0.3 / 0.1 must be 3.
         on_step = self.low + np.floor((points - self.low) / steps + 1e-6) * steps
         points = np.where(self._choice, np.rint(points), np.where(self.step > 0, on_step, points))
         return np.clip(points, self.low, self.high)
 
+    def _scaled(self, points: np.ndarray) -> np.ndarray:
+        return np.log(points, where=self._log, out=np.array(points, dtype=np.float64))
+
     def from_unit(self, unit: np.ndarray) -> np.ndarray:
         """(n, axes) in [0, 1] -> points, not snapped; the whole of a step or a choice gets its share of [0, 1]."""
-        spread = np.where(self._choice, -0.5 + unit * (self._range + 1 - 1e-9), unit * (self._range + self.step))
-        points = self._floor + np.where(self._log, unit * self._range, spread)
-        return np.where(self._log, np.exp(points, where=self._log, out=points.copy()), points)
+        points = self._start + unit * self._width
+        return np.exp(points, where=self._log, out=points)
 
     def to_unit(self, points: np.ndarray) -> np.ndarray:
         """Points -> (n, axes) in [0, 1], the inverse of `from_unit` up to snapping."""
-        logged = np.log(points, where=self._log, out=points.astype(np.float64))
-        width = self._range + np.where(self._choice, 1.0, np.where(self._log, 0.0, self.step))
-        shifted = logged - self._floor + np.where(self._choice, 0.5, 0.0)
-        return np.clip(shifted / np.where(width > 0, width, 1.0), 0.0, 1.0)
+        width = np.where(self._width > 0, self._width, 1.0)
+        return np.clip((self._scaled(points) - self._start) / width, 0.0, 1.0)
 
     def encode(self, points: np.ndarray) -> np.ndarray:
         """Points as a Gaussian process sees them: numbers scaled to [0, 1], a choice as one column per value."""
-        logged = np.log(points, where=self._log, out=points.astype(np.float64))
-        scaled = (logged - self._floor) / np.where(self._range > 0, self._range, 1.0)
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        scaled = (self._scaled(points) - low) / np.where(high > low, high - low, 1.0)
         columns = [
             scaled[:, [i]] if axis.choices is None else np.eye(len(axis.choices))[points[:, i].astype(int)]
             for i, axis in enumerate(self.axes)
@@ -181,4 +183,4 @@ class Space:
 
     def keys(self, points: np.ndarray) -> list[bytes]:
         """One hashable per point, equal for equal points."""
-        return [row.tobytes() for row in np.round(points, 10) + 0.0]
+        return [row.tobytes() for row in np.round(self.to_unit(points), 10) + 0.0]

@@ -63,6 +63,7 @@ class _Journal:
     header: dict[str, Any] | None = None
     prior: list[tuple[dict[str, Any], float]] = field(default_factory=list)
     rows: dict[int, Row] = field(default_factory=dict)
+    remembered: dict[str, Any] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     readable: list[bytes] = field(default_factory=list)
     torn: bool = False
@@ -83,6 +84,7 @@ class Study:
 
     def __init__(self, search: GpEi, path: str | Path | None = None, about: Mapping[str, Any] | None = None) -> None:
         self.search, self.path = search, None if path is None else Path(path)
+        self.remembered: dict[str, Any] = {}
         self._rows: dict[int, Row] = {}
         self._file: Any = None
         prior = [(search.space.params(o.point), o.value) for o in search.prior]
@@ -177,6 +179,11 @@ class Study:
         self.search.tell(self.search.space.point(row.params)[None], [value])
         return row
 
+    def remember(self, **facts: Any) -> None:
+        """Keep something JSON-ready that is worth knowing when the search goes on; of a name the latest holds."""
+        self._append({"remember": facts})
+        self.remembered |= facts
+
     def close(self) -> None:
         """Let go of the file."""
         if self._file is not None:
@@ -216,12 +223,13 @@ class Study:
         except BaseException:
             self.close()
             raise
-        self._rows = journal.rows
+        self._rows, self.remembered = journal.rows, journal.remembered
         self.search.prior = tuple(
             Observation(self.search.space.point_anywhere(params), value) for params, value in journal.prior
         )
-        for row in self.finished:
-            self.search.tell(self.search.space.point(row.params)[None], [row.value])
+        for row in journal.rows.values():
+            if row.status != "running":
+                self.search.tell(self.search.space.point(row.params)[None], [row.value])
 
     def _lock(self) -> None:
         if fcntl is None:
@@ -320,6 +328,8 @@ def _take(record: dict[str, Any], journal: _Journal, space: Space) -> None:
     elif "prior" in record:
         space.point_anywhere(record["prior"])
         journal.prior.append((record["prior"], float(record["value"])))
+    elif "remember" in record:
+        journal.remembered |= record["remember"]
     elif "asked" in record:
         number, cost = record["asked"], record["cost"]
         if journal.header is not None and journal.header["space"] == space.describe():
@@ -331,6 +341,7 @@ def _take(record: dict[str, Any], journal: _Journal, space: Space) -> None:
         row, value, seconds = journal.rows[record["told"]], record["value"], record["seconds"]
         if record["status"] not in STATUSES[1:] or (value is None) != (record["status"] == "failed"):
             raise ValueError(f"status {record['status']!r} with value {value!r}")
+        del journal.rows[row.number]  # and back at the end: finished trials are in the order they were told
         journal.rows[row.number] = replace(
             row,
             value=None if value is None else float(value),
@@ -338,6 +349,27 @@ def _take(record: dict[str, Any], journal: _Journal, space: Space) -> None:
             seconds=None if seconds is None else float(seconds),
             note=str(record.get("note", "")),
         )
+
+
+def recall(path: str | Path) -> dict[str, Any]:
+    """What a study file remembers (see `Study.remember`), without opening it as a study; nothing if there is no file.
+
+    Raises:
+        SearchError: it is there and cannot be read.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SearchError(f"study file {path} cannot be read: {error}; give another path") from error
+    remembered: dict[str, Any] = {}
+    for line in lines[:-1]:
+        try:
+            remembered |= json.loads(line)["remember"]
+        except (ValueError, KeyError, TypeError):
+            continue  # another kind of line; whether it can be read is asked when the study is opened
+    return remembered
 
 
 def _differences(theirs: Any, ours: Any, where: str = "") -> list[str]:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_mdc.policy import Plan, kept_tokens
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy, default_stages, kept_tokens
 
 _DENSE, _INK = "#e3e3e3", "#333333"
 _COLOURS = {"heads": "#0072B2", "neurons": "#E69F00", "tokens": "#009E73"}
@@ -59,6 +59,36 @@ def kept_figure(units: tuple[Kept, ...], title: str) -> Figure:
         _draw(panel, dimension)
     panels[-1].set_xlabel("block")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title, color=_INK, fontsize=12)
+    return figure
+
+
+def policy_figure(policy: Policy, uniform: Policy, title: str) -> Figure:
+    """Keep ratios per block (per stage for tokens) of a policy, as bars, with the uniform policy's as a line."""
+    names = [name for name in DIMENSIONS if any(r < 1 for p in (policy, uniform) for r in getattr(p, name))]
+    names = names or list(DIMENSIONS)
+    depth = max(len(getattr(policy, name)) for name in names)
+    figure = Figure(figsize=(max(6.4, 0.4 * depth + 2), 1.7 * len(names) + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.atleast_1d(np.asarray(figure.subplots(len(names), 1)))
+    for panel, name in zip(panels, names, strict=True):
+        ratios, even = (np.asarray(getattr(p, name)) for p in (policy, uniform))
+        places = np.arange(len(ratios))
+        even = np.broadcast_to(even, ratios.shape) if len(even) == 1 else even
+        panel.bar(places, np.ones(len(ratios)), width=0.8, color=_DENSE)
+        panel.bar(places, ratios, width=0.8, color=_COLOURS[name], label="this policy")
+        for place, ratio in zip(places, even, strict=True):
+            label = "uniform" if place == 0 else None
+            panel.plot([place - 0.4, place + 0.4], [ratio, ratio], color=_INK, linewidth=1.6, label=label)
+        stages = policy.stages or default_stages(depth)
+        blocks = stages if name == "tokens" and len(stages) == len(ratios) else places
+        panel.set_xticks(places, [str(block) for block in blocks])
+        panel.set_xlabel("token stage after the attention of block" if name == "tokens" else "block", color=_INK)
+        panel.set_title(f"{_LABELS[name] if name != 'tokens' else 'tokens'} kept", loc="left", fontsize=10, color=_INK)
+        panel.set_ylim(0, 1.02)
+        panel.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=8, frameon=False, ncols=2, borderaxespad=0.2)
     figure.suptitle(title, color=_INK, fontsize=12)
     return figure
 

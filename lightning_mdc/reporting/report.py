@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_mdc.reporting.results import DENSE, FINETUNED, REFERENCE, Results, mean_correct
@@ -53,13 +54,15 @@ def overhead_line(results: Results) -> str | None:
     )
 
 
-def markdown(results: Results, places: list[Place], commands: list[tuple[str, str]], figure: str) -> str:
+def markdown(
+    results: Results, places: list[Place], commands: list[tuple[str, str]], pictures: Mapping[str, str]
+) -> str:
     """The whole of ``report.md``.
 
     Args:
         places: where things lie.
         commands: (what it does, what to type).
-        figure: path of the picture of what was kept, relative to the report.
+        pictures: path of each, relative to the report, and what it shows.
     """
     seeds = by_seed(results)
     parts = [
@@ -67,7 +70,7 @@ def markdown(results: Results, places: list[Place], commands: list[tuple[str, st
         comparison(results).markdown(),
         "\n".join(f"- {line}" for line in findings(results)),
         f"Measured on {results.device}. Latency: median of interleaved readings.",
-        f"![What each block kept]({figure})",
+        *(f"![{caption}]({path})\n\n*{caption}.*" for path, caption in pictures.items()),
     ]
     if seeds.rows:
         parts += ["## Every finetuning seed", seeds.markdown()]

@@ -1,0 +1,367 @@
+"""The README's search table, measured: the best of 25 keep ratios on a budget, found by us and by others.
+
+    .venv/bin/python benchmarks/search.py                                     # everything, about an hour on one core
+    .venv/bin/python benchmarks/search.py --methods ours random --seeds 3
+    .venv/bin/python benchmarks/search.py --best-known                        # how much there is to be found: minutes
+    .venv/bin/python benchmarks/search.py --speed
+
+Every run is in ``benchmarks/results/search.json`` as soon as it is over; started again, this goes on from there.
+``search.png`` shows how fast each search gets how far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from matplotlib.figure import Figure
+from synthetic import Problem
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from lightning_mdc.policy_search.gp_ei import GpEi
+from lightning_mdc.policy_search.on_budget import Projection
+from lightning_mdc.reporting.figures import save_figure
+from lightning_mdc.reporting.tables import Table
+from lightning_mdc.run_folder import write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- search:begin -->", "<!-- search:end -->"
+BATCH = 4
+# Of the box, 0.7 % costs this little less than the budget or nothing: what rejection sampling can live on.
+LEAST_COST, SKOPT_CANDIDATES = 0.98, 20
+
+
+class Evaluations:
+    """What one run has evaluated: calling it with points (n, 25) gives values (n,), None for one above the budget."""
+
+    def __init__(self, problem: Problem, count: int, bar: tqdm) -> None:
+        self.problem, self.count, self.bar = problem, count, bar
+        self.values: list[float | None] = []
+
+    @property
+    def left(self) -> int:
+        return self.count - len(self.values)
+
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        points = self.problem.space.snap(points)
+        values = self.problem.value(points)
+        for value, cost in zip(values, self.problem.space.load(points), strict=True):
+            self.values.append(float(value) if cost <= 1 else None)
+        self.bar.update(len(points))
+        return values
+
+
+# --- the searches -----------------------------------------------------------------------------------------------------
+
+
+def ours(evaluate: Evaluations, seed: int, batch: int = 1) -> None:
+    problem = evaluate.problem
+    search = GpEi(problem.space, problem.space.constraint, seed=seed, first=problem.uniform)
+    while evaluate.left:
+        points = search.ask(min(batch, evaluate.left))
+        search.tell(points, evaluate(points))
+
+
+def ours_in_batches(evaluate: Evaluations, seed: int) -> None:
+    ours(evaluate, seed, BATCH)
+
+
+def at_random(evaluate: Evaluations, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    on_budget = projection(evaluate.problem, seed)
+    evaluate(evaluate.problem.uniform)
+    while evaluate.left:
+        evaluate(on_budget(rng.random((1, len(evaluate.problem.space)))))
+
+
+def skopt_rejecting(evaluate: Evaluations, seed: int) -> None:
+    from skopt import Optimizer
+
+    space = evaluate.problem.space
+
+    def costs_enough(point: list[float]) -> bool:
+        return LEAST_COST <= space.load(np.array([point]))[0] <= 1
+
+    optimizer = Optimizer(
+        list(zip(space.low, space.high, strict=True)),
+        "GP",
+        acq_func="EI",
+        acq_optimizer="sampling",
+        acq_optimizer_kwargs={"n_points": SKOPT_CANDIDATES},
+        space_constraint=costs_enough,
+        random_state=seed,
+    )
+    point = evaluate.problem.uniform[0].tolist()
+    while evaluate.left:
+        optimizer.tell(point, -evaluate(np.array([point]))[0])
+        point = optimizer.ask()
+
+
+def optuna_projected(evaluate: Evaluations, seed: int, sampler: Any) -> None:
+    """Optuna suggests in the unit cube; what is evaluated is that point on the budget."""
+    problem, on_budget = evaluate.problem, projection(evaluate.problem, seed)
+    names = [axis.name for axis in problem.space.axes]
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial(dict(zip(names, problem.space.to_unit(problem.uniform)[0].tolist(), strict=True)))
+    while evaluate.left:
+        trial = study.ask()
+        unit = np.array([[trial.suggest_float(name, 0.0, 1.0) for name in names]])
+        study.tell(trial, evaluate(on_budget(unit) if trial.number else problem.uniform)[0])
+
+
+def tpe_projected(evaluate: Evaluations, seed: int) -> None:
+    optuna_projected(evaluate, seed, optuna.samplers.TPESampler(seed=seed))
+
+
+def gp_projected(evaluate: Evaluations, seed: int) -> None:
+    optuna_projected(evaluate, seed, optuna.samplers.GPSampler(seed=seed))
+
+
+def tpe_with_constraints(evaluate: Evaluations, seed: int) -> None:
+    """Optuna's own way: it suggests ratios and is told by how much they are above the budget."""
+    space = evaluate.problem.space
+
+    def above(trial: optuna.trial.FrozenTrial) -> tuple[float]:
+        return (float(space.load(np.array([[trial.params[axis.name] for axis in space.axes]]))[0]) - 1,)
+
+    sampler = optuna.samplers.TPESampler(seed=seed, constraints_func=above)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial(space.params(evaluate.problem.uniform[0]))
+    while evaluate.left:
+        trial = study.ask()
+        point = [trial.suggest_float(axis.name, axis.low, axis.high) for axis in space.axes]
+        study.tell(trial, evaluate(np.array([point]))[0])
+
+
+METHODS: dict[str, tuple[str, Callable[[Evaluations, int], None]]] = {
+    "ours": ("ours, one at a time", ours),
+    "ours-4": (f"ours, {BATCH} at a time", ours_in_batches),
+    "random": ("random, projected", at_random),
+    "skopt": ("scikit-optimize, rejection", skopt_rejecting),
+    "tpe": ("Optuna TPE, projected", tpe_projected),
+    "gp": ("Optuna GP, projected", gp_projected),
+    "tpe-constraints": ("Optuna TPE, constraints", tpe_with_constraints),
+}
+# Okabe and Ito's colours, told apart by the colour-blind too.
+COLOURS = dict(zip(METHODS, ("#D55E00", "#E69F00", "#999999", "#56B4E9", "#009E73", "#0072B2", "#CC79A7"), strict=True))
+
+
+def projection(problem: Problem, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """(n, 25) in [0, 1] -> points on the budget, filled up: what others need to search where we do."""
+    project, rng = Projection(problem.space, problem.space.constraint), np.random.default_rng(seed)
+    return lambda unit: project.fill(project(unit), rng)
+
+
+def run(problem: Problem, methods: list[str], seeds: int, evaluations: int, results: dict[str, Any]) -> None:
+    """Add the runs that `results` lacks."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    stored = {method: results.setdefault("runs", {}).setdefault(method, {}) for method in methods}
+    # Seed by seed, so that a run broken off has something of every method.
+    missing = [
+        (method, seed)
+        for seed in range(seeds)
+        for method in methods
+        if len(stored[method].get(str(seed), {"values": []})["values"]) < evaluations
+    ]
+    with tqdm(total=len(missing) * evaluations, unit="evaluation", mininterval=1) as bar:
+        for method, seed in missing:
+            bar.set_description(f"{method}, seed {seed}")
+            evaluate, started = Evaluations(problem, evaluations, bar), time.process_time()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other libraries, about experimental parts and bounds met
+                METHODS[method][1](evaluate, seed)
+            seconds = time.process_time() - started
+            stored[method][str(seed)] = {"values": evaluate.values, "cpu_seconds": round(seconds, 2)}
+            write_json(RESULTS / "search.json", results)
+
+
+# --- what there is to be found ----------------------------------------------------------------------------------------
+
+
+def best_known(
+    problem: Problem, results: dict[str, Any], starts: int = 3, rounds: int = 400, moves: int = 256
+) -> float:
+    """The best value of long local searches: many small moves from the best points so far, again and again."""
+    space, best = problem.space, -np.inf
+    for start in range(starts):
+        rng, on_budget = np.random.default_rng(start), projection(problem, start)
+        points = on_budget(rng.random((moves, len(space))))
+        for number in tqdm(range(rounds), desc=f"local search {start + 1} of {starts}"):
+            points = points[np.argsort(-problem.value(points))[:16]]
+            unit = space.to_unit(points)[rng.integers(len(points), size=moves)]
+            moved = rng.random(unit.shape) < rng.choice([0.08, 0.2, 0.5], size=(moves, 1))
+            scale = 0.2 * 0.985**number
+            points = np.unique(
+                np.concatenate([points, on_budget(unit + moved * scale * rng.standard_normal(unit.shape))]), axis=0
+            )
+        best = max(best, float(problem.value(points).max()))
+    results["best_known"] = best
+    return best
+
+
+def measure_speed(problem: Problem, results: dict[str, Any]) -> None:
+    """Milliseconds to price 10 000 policies; CPU seconds of ask and tell where 190 points are known."""
+    space, on_budget = problem.space, projection(problem, 0)
+    rng = np.random.default_rng(0)
+    points = space.snap(space.from_unit(rng.random((10_000, len(space)))))
+    known = on_budget(rng.random((190, len(space))))
+    speed: dict[str, Any] = {"threads_by_default": os.cpu_count(), "ask_and_tell_cpu_seconds": {}}
+    started = time.perf_counter()
+    for _ in range(20):
+        space.load(points)
+    speed["pricing_10000_ms"] = round((time.perf_counter() - started) / 20 * 1e3, 2)
+    for name, threads in (("one thread", 1), ("default threads", None)):
+        search = GpEi(space, space.constraint)
+        search.tell(known, problem.value(known).tolist())
+        with threadpool_limits(threads):
+            started = time.process_time()
+            for _ in range(10):
+                asked = search.ask()
+                search.tell(asked, problem.value(asked).tolist())
+            speed["ask_and_tell_cpu_seconds"][name] = round((time.process_time() - started) / 10, 3)
+    results["speed"] = speed
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def best_so_far(results: dict[str, Any], method: str, evaluations: int, seeds: int) -> np.ndarray:
+    """(runs, evaluations): the best value by then, of each finished run."""
+    runs = results["runs"].get(method, {})
+    values = [runs[str(seed)]["values"][:evaluations] for seed in range(seeds) if str(seed) in runs]
+    found = np.array([[-np.inf if v is None else v for v in run] for run in values if len(run) == evaluations])
+    return np.maximum.accumulate(found, axis=1) if len(found) else np.empty((0, evaluations))
+
+
+def table(results: dict[str, Any], evaluations: int, seeds: int) -> Table:
+    """A row per search, the best first: mean ± standard deviation over runs of the best value by then."""
+    marks = [mark for mark in (20, 50) if mark < evaluations] + [evaluations]
+    curves = {method: best_so_far(results, method, evaluations, seeds) for method in METHODS}
+    rows = []
+    for method in sorted((m for m in METHODS if len(curves[m])), key=lambda m: -curves[m][:, -1].mean()):
+        runs = results["runs"][method].values()
+        cells = [f"{curves[method][:, m - 1].mean():.2f} ± {curves[method][:, m - 1].std():.2f}" for m in marks]
+        seconds = np.mean([run["cpu_seconds"] for run in runs])
+        rows.append((METHODS[method][0], *cells, str(len(curves[method])), f"{seconds:.0f} s"))
+    header = ("search", *(f"after {mark}" for mark in marks), "seeds", "its CPU time")
+    return Table(header=header, rows=tuple(rows))
+
+
+def note(results: dict[str, Any]) -> str:
+    """What a reader of the table has to know."""
+    parts = [
+        "Best value found after so many evaluations (mean ± standard deviation over seeds) of the synthetic problem "
+        f"in `benchmarks/synthetic.py`: 25 keep ratios of DeiT-S at {Problem.budget:.0%} of its MACs. "
+        f"The uniform policy, where every search begins, has {results['uniform']:.2f}"
+    ]
+    if "best_known" in results:
+        parts.append(f", the best point known {results['best_known']:.2f}")
+    parts.append(
+        f". *Projected*: points in the unit cube, put on the budget by our projection. *Rejection*: `space_constraint`, "
+        f"cost within {1 - LEAST_COST:.0%} of the budget, {SKOPT_CANDIDATES} candidates per step, which take it about "
+        "a second to draw. *Constraints*: Optuna's `constraints_func`; points above the budget do not count as found. "
+        "Measured by `python benchmarks/search.py`."
+    )
+    if "speed" in results:
+        speed, seconds = results["speed"], results["speed"]["ask_and_tell_cpu_seconds"]
+        parts.append(
+            f"\n\nPricing 10 000 policies takes {speed['pricing_10000_ms']:.0f} ms; one ask and tell between 190 and "
+            f"200 points {seconds['one thread']:.2f} s of CPU time on one thread, {seconds['default threads']:.2f} s "
+            f"on {speed['threads_by_default']}."
+        )
+    return "".join(parts)
+
+
+def picture(results: dict[str, Any], evaluations: int, seeds: int) -> Figure:
+    """Best so far against evaluations: means, with a band of one standard deviation."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    number = np.arange(1, evaluations + 1)
+    ends = {}
+    for method in METHODS:
+        curves = best_so_far(results, method, evaluations, seeds)
+        if not len(curves):
+            continue
+        mean, std = curves.mean(axis=0), curves.std(axis=0)
+        axes.plot(number, mean, color=COLOURS[method], lw=2.2 if method.startswith("ours") else 1.4)
+        axes.fill_between(number, mean - std, mean + std, color=COLOURS[method], alpha=0.12, lw=0)
+        ends[method] = mean[-1]
+    if "best_known" in results:
+        axes.axhline(results["best_known"], color="#333333", lw=0.8, ls=":")
+        axes.annotate("best known", (1, results["best_known"]), (2, 3), textcoords="offset points", color="#333333")
+    low, high = results["uniform"], results.get("best_known", max(ends.values()))
+    axes.set_ylim(low - 0.2, high + 0.07 * (high - low))
+    at, gap = np.inf, 0.055 * (high - low)  # labels, best first, pushed down where they would touch
+    for method, end in sorted(ends.items(), key=lambda item: -item[1]):
+        at = min(end, at - gap)
+        axes.annotate(
+            METHODS[method][0],
+            (evaluations, end),
+            (evaluations * 1.02, at),
+            color=COLOURS[method],
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_xlim(0, evaluations)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("best value so far")
+    return figure
+
+
+def write_readme(text: str) -> None:
+    readme = (ROOT / "README.md").read_text()
+    if BEGIN in readme and END in readme:
+        head, rest = readme.split(BEGIN)
+        write_text(ROOT / "README.md", f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}; default: all",
+    )
+    parser.add_argument("--seeds", type=int, default=10, help="runs of each (default: %(default)s)")
+    parser.add_argument("--evaluations", type=int, default=100, help="in one run (default: %(default)s)")
+    parser.add_argument("--best-known", action="store_true", help="only search for the best value there is")
+    parser.add_argument("--speed", action="store_true", help="only measure how long pricing and asking take")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.evaluations < 2:
+        parser.error("give at least 1 seed and 2 evaluations")
+    RESULTS.mkdir(exist_ok=True)
+    stored = RESULTS / "search.json"
+    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {"runs": {}}
+    problem = Problem()
+    results["uniform"] = float(problem.value(problem.uniform)[0])
+    if args.best_known:
+        best_known(problem, results)
+    if args.speed:
+        measure_speed(problem, results)
+    if not (args.best_known or args.speed):
+        run(problem, args.methods, args.seeds, args.evaluations, results)
+    write_json(stored, results)
+    text = note(results)
+    if any(results["runs"].values()):
+        text = f"{table(results, args.evaluations, args.seeds).markdown()}\n{text}"
+        save_figure(picture(results, args.evaluations, args.seeds), RESULTS / "search.png")
+    write_readme(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Is the searched policy better than the uniform one, and than the best of as many random ones? On trained models.
+
+    .venv/bin/python benchmarks/search_models.py --run runs/digits/… --run runs/cifar10/…
+
+Takes runs of ``train.py`` that have a dense model and its scores (``stage=[dense,score]``). Per run and seed: 60 trials
+of the search at budget 0.5, and the uniform policy with 60 random ones on the same budget, all without finetuning, on
+the same held-out training images; then what each policy chosen so is worth in finer measures, and on the test images,
+which nothing was chosen on. Also times a trial against an evaluation of the dense model.
+
+Searches are kept in the run's folder and gone on with. Leaves ``benchmarks/results/search_models.json`` and ``.png``,
+and the table in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_mdc as mdc
+from lightning_mdc import assembly, reporting
+from lightning_mdc.policy_search.held_out import HeldOut
+from lightning_mdc.run_folder import write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- search_models:begin -->", "<!-- search_models:end -->"
+METHODS = {"uniform": "uniform", "random": "best of 60 random", "searched": "searched, 60 trials"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, action="append", default=[], help="a run of train.py; may be given twice")
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=2000, help="held-out images at most")
+    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
+    arguments = parser.parse_args()
+    path = RESULTS / "search_models.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for run in [] if arguments.table_only else arguments.run:
+        settings = json.loads((run / "settings.json").read_text())
+        found[settings["name"]] = measured(run, settings, arguments)
+        write_json(path, found)
+    if not found:
+        parser.error("--run: give the folder of at least one run of train.py with a dense model and scores")
+    reporting.save_figure(figure(found), RESULTS / "search_models.png")
+    text = table(found)
+    print(text)
+    readme = (ROOT / "README.md").read_text()
+    if BEGIN in readme:
+        head, rest = readme.split(BEGIN)
+        write_text(ROOT / "README.md", f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def measured(run: Path, settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """All numbers of one model."""
+    data = assembly.build_data(settings)
+    dense = mdc.load(run / "dense")
+    scores = mdc.Scores.load(run / "scores.safetensors")
+
+    def batches(loader: DataLoader[Any], most: int | None) -> HeldOut:
+        return HeldOut(loader, "accuracy", max_images=most)
+
+    held_out = batches(data.val_dataloader(), arguments.images)
+    images = [(held_out.images, held_out.labels)]
+    finer = {name: HeldOut(images, name, dense=dense) for name in ("loss", "kl")}
+    test = batches(data.test_dataloader(), None)
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        for method, initial in (("searched", 10), ("random", arguments.trials + 1)):
+            state = run / "benchmark" / f"{method}-{arguments.budget}-{held_out.num_images}-seed{seed}.jsonl"
+            result = mdc.search(
+                dense,
+                scores,
+                held_out,
+                arguments.budget,
+                n_trials=arguments.trials + (method == "random"),
+                n_initial_points=initial,
+                seed=seed,
+                state=state,
+            )
+            values = [trial.value for trial in result.history]
+            # The random ones stand alone: the uniform policy, trial 0, is a row of its own.
+            chosen = (
+                {"uniform": 0, "random": 1 + int(np.argmax(values[1:]))}
+                if method == "random"
+                else {"searched": result.best.number}
+            )
+            for name, number in chosen.items():
+                model = slim_of(dense, scores, result.history[number].policy)
+                rows.append(
+                    {
+                        "method": name,
+                        "seed": seed,
+                        "correct": round(held_out.accuracy(held_out(model)) * held_out.num_images),
+                        "loss": -finer["loss"](model),
+                        "kl": -finer["kl"](model),
+                        "test_correct": round(test.accuracy(test(model)) * test.num_images),
+                        "macs": mdc.macs(model),
+                        "values": values if name != "uniform" else None,
+                    }
+                )
+    return {
+        "model": f"{type(dense).__name__}, {len(dense.blocks)} blocks, {mdc.macs(dense) / 1e6:.1f} MMACs",
+        "budget": arguments.budget,
+        "images": held_out.num_images,
+        "test_images": test.num_images,
+        "dense": {
+            "correct": round(held_out.accuracy(held_out(dense)) * held_out.num_images),
+            "test_correct": round(test.accuracy(test(dense)) * test.num_images),
+            "loss": -finer["loss"](dense),
+            "macs": mdc.macs(dense),
+        },
+        "rows": rows,
+        "trial_cost": trial_cost(dense, scores, held_out),
+    }
+
+
+def slim_of(dense: nn.Module, scores: mdc.Scores, policy: mdc.Policy) -> nn.Module:
+    return mdc.slim(dense, mdc.make_plan(dense, scores, policy)).eval()
+
+
+def trial_cost(dense: nn.Module, scores: mdc.Scores, held_out: HeldOut, rounds: int = 5) -> dict[str, float]:
+    """Seconds of a trial at budget 0.6, slicing included, and of evaluating the dense model; medians, in turn."""
+    policy = mdc.Policy.uniform(dense, 0.6)
+    seconds: dict[str, list[float]] = {"dense": [], "trial": [], "slicing": []}
+    held_out(dense)
+    for _ in range(rounds):
+        start = time.perf_counter()
+        held_out(dense)
+        between = time.perf_counter()
+        model = slim_of(dense, scores, policy)
+        sliced = time.perf_counter()
+        held_out(model)
+        seconds["dense"].append(between - start)
+        seconds["slicing"].append(sliced - between)
+        seconds["trial"].append(time.perf_counter() - between)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {**medians, "ratio": medians["trial"] / medians["dense"], "threads": torch.get_num_threads()}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The README's table and the line below it."""
+    lines = [
+        "| model | policy | held-out top-1 of each seed | cross-entropy | KL to dense | test top-1 |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    notes = []
+    for name, result in found.items():
+        dense, images, test = result["dense"], result["images"], result["test_images"]
+        lines.append(
+            f"| {name} | dense | {dense['correct'] / images:.2%} | {dense['loss']:.4f} | 0 | "
+            f"{dense['test_correct'] / test:.2%} |"
+        )
+        for method, label in METHODS.items():
+            rows = [row for row in result["rows"] if row["method"] == method]
+            shown = [f"{row['correct'] / images:.2%}" for row in rows]
+            shown = shown[:1] if method == "uniform" else shown
+            mean = {key: statistics.mean(row[key] for row in rows) for key in ("loss", "kl", "test_correct")}
+            lines.append(
+                f"| {name} | {label} | {', '.join(shown)} | {mean['loss']:.4f} | {mean['kl']:.4f} | "
+                f"{mean['test_correct'] / test:.2%} |"
+            )
+        cost = result["trial_cost"]
+        notes.append(
+            f"{name}: {result['model']}, {images} held-out and {test} test images, {result['budget']:.0%} of the MACs; "
+            f"a trial at 60 % of the MACs takes {cost['ratio']:.2f} of an evaluation of the dense model "
+            f"({cost['trial']:.2f} s, of which slicing {cost['slicing']:.3f} s)."
+        )
+    lines += ["", *(f"- {note}" for note in notes), ""]
+    lines += [
+        "Not finetuned, so far below dense. Cross-entropy (held-out), KL (held-out) and test top-1 are means over the "
+        "seeds of the search. Measured by `python benchmarks/search_models.py`."
+    ]
+    return "\n".join(lines).replace("%", " %").replace("  %", " %")
+
+
+def figure(found: dict[str, Any]) -> Figure:
+    """The best value so far by trial, mean and range over seeds, searched and random."""
+    picture = Figure(figsize=(4.6 * len(found) + 0.6, 3.4), layout="constrained")
+    FigureCanvasAgg(picture)
+    panels = np.atleast_1d(np.asarray(picture.subplots(1, len(found))))
+    for panel, (name, result) in zip(panels, found.items(), strict=True):
+        for method, colour in (("random", "#E69F00"), ("searched", "#0072B2")):
+            values = [row["values"] for row in result["rows"] if row["method"] == method]
+            best = 100 * np.maximum.accumulate(np.array(values, dtype=float), axis=1)
+            trials = np.arange(best.shape[1])
+            panel.fill_between(trials, best.min(axis=0), best.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+            panel.plot(trials, best.mean(axis=0), color=colour)
+            panel.annotate(
+                method,
+                (trials[-1], best.mean(axis=0)[-1]),
+                (4, 0),
+                textcoords="offset points",
+                color=colour,
+                va="center",
+            )
+        panel.set_title(f"{name}, {result['budget']:.0%} of the MACs", loc="left", fontsize=10, color="#333333")
+        panel.set_xlabel("trial")
+        panel.set_ylabel("best held-out top-1 so far, %")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.02)
+    return picture
+
+
+if __name__ == "__main__":
+    main()

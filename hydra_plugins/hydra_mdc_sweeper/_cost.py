@@ -1,0 +1,204 @@
+"""What a trial costs, asked of a function or class of the app."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.policy_search.on_budget import Constraint
+from lightning_mdc.policy_search.space import Axis, Space
+
+from ._params import Params
+from ._recorded import number, words
+from .mdc_sweeper import ConstraintConf
+
+
+def locate(path: str, setting: str) -> Callable[..., Any]:
+    """The function or class at a dotted path.
+
+    Raises:
+        SearchError: there is none.
+    """
+    try:
+        found = pkgutil.resolve_name(path)
+    except Exception as error:
+        raise SearchError(
+            f"{setting}={path!r} cannot be imported ({words(error)}); give the dotted path of a function, "
+            "package.module.name, importable from where the app starts"
+        ) from error
+    if not callable(found):
+        raise SearchError(f"{setting}={path!r} is no function or class, but {type(found).__name__}")
+    return found
+
+
+def build(settings: ConstraintConf | None, params: Params, config: DictConfig) -> tuple[Space, Constraint | None]:
+    """The space of the sweep, and the constraint on it, if there is one.
+
+    Args:
+        config: the app's, for a class that is made from it.
+
+    Raises:
+        SearchError: the settings contradict each other, or the callable cannot be had.
+    """
+    if settings is None or settings.callable is None:
+        if settings is not None and (settings.target is not None or settings.tolerance is not None):
+            raise SearchError("constraint.target is given, but no constraint.callable that says what a trial costs")
+        return Space(params.axes), None
+    if settings.target is None:
+        raise SearchError(f"constraint.callable={settings.callable!r} needs constraint.target: the most it may return")
+    if settings.tolerance is not None and settings.tolerance < 0:
+        raise SearchError(f"constraint.tolerance={settings.tolerance}: expected a number of at least 0, or null")
+    function = locate(settings.callable, "hydra.sweeper.constraint.callable")
+    if inspect.isclass(function):
+        function = _made(function, settings.callable, config)
+    prices = _Prices(function, settings.callable, params, settings.vectorized)
+    space = _CanonicalSpace(prices) if hasattr(function, "snap") else Space(params.axes)
+    return space, Constraint(prices.cost, settings.target, settings.tolerance)
+
+
+def _made(kind: Callable[..., Any], path: str, config: DictConfig) -> Callable[..., Any]:
+    try:
+        function = kind(config)
+    except Exception as error:
+        raise SearchError(f"constraint.callable: {path}(config) raised {words(error)}") from error
+    if not callable(function):
+        raise SearchError(f"constraint.callable: instances of {path} cannot be called; give it __call__(self, params)")
+    return function
+
+
+class _Prices:
+    """The app's function, on points."""
+
+    def __init__(self, function: Callable[..., Any], path: str, params: Params, vectorized: bool) -> None:
+        self.function, self.path, self.params, self.vectorized = function, path, params, vectorized
+        self.space = Space(params.axes)
+
+    def cost(self, points: np.ndarray) -> np.ndarray:
+        """(n, axes) -> (n,)."""
+        if self.vectorized:
+            return self._costs(self._call(self.function, "", self._columns(points)), points)
+        # Neighbouring points are often the same one, once snapped.
+        unique, places = np.unique(points, axis=0, return_inverse=True)
+        return np.array([self._number(self._dict(point)) for point in unique])[places.reshape(-1)]
+
+    def snap(self, points: np.ndarray) -> np.ndarray:
+        """(n, axes) -> (n, axes), points that mean the same made equal."""
+        snap = self.function.snap  # type: ignore[attr-defined]
+        if self.vectorized:
+            return self._points(self._call(snap, ".snap", self._columns(points)), len(points))
+        unique, places = np.unique(points, axis=0, return_inverse=True)
+        snapped = [self._points(self._call(snap, ".snap", self._dict(point)), 1) for point in unique]
+        return np.concatenate(snapped)[places.reshape(-1)]
+
+    # --- one at a time --------------------------------------------------------------------------------------------
+
+    def _dict(self, point: np.ndarray) -> dict[str, Any]:
+        return {**self.params.fixed, **self.params.values(self.space.params(point))}
+
+    def _number(self, params: dict[str, Any]) -> float:
+        value = self._call(self.function, "", params)
+        cost = number(value)
+        if cost is None or np.isnan(cost):
+            raise SearchError(f"constraint.callable: {self.path} returned {value!r}, no number, for {_shown(params)}")
+        return cost
+
+    # --- all at once ----------------------------------------------------------------------------------------------
+
+    def _columns(self, points: np.ndarray) -> dict[str, Any]:
+        columns, start = dict(self.params.fixed), 0
+        for parameter in self.params.searched:
+            own = points[:, start : start + len(parameter.axes)]
+            start += len(parameter.axes)
+            columns[parameter.name] = _values(parameter.axes[0], own if parameter.is_list else own[:, 0])
+        return columns
+
+    def _costs(self, values: Any, points: np.ndarray) -> np.ndarray:
+        try:
+            costs = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError):
+            costs = np.empty(0)
+        if costs.shape != (len(points),) or np.isnan(costs).any():
+            raise SearchError(
+                f"constraint.callable: {self.path} was given {len(points)} trials at once and returned "
+                f"{' '.join(repr(values).split())[:100]}; expected {len(points)} numbers (constraint.vectorized=true)"
+            )
+        return costs
+
+    # --- both -----------------------------------------------------------------------------------------------------
+
+    def _call(self, function: Callable[..., Any], method: str, params: dict[str, Any]) -> Any:
+        try:
+            return function(params)
+        except (SearchError, BudgetError):
+            raise
+        except Exception as error:
+            called = f"{self.path}{method}"
+            raise SearchError(f"constraint.callable: {called} raised {words(error)} for {_shown(params)}") from error
+
+    def _points(self, params: Any, n: int) -> np.ndarray:
+        """What a snap returned, for one point or for many, as points (n, axes)."""
+        parts = []
+        for parameter in self.params.searched:
+            if not isinstance(params, Mapping) or parameter.name not in params:
+                raise SearchError(
+                    f"constraint.callable: {self.path}.snap returned no {parameter.name!r}; it returns all it is given"
+                )
+            try:
+                parts.append(_numbers(parameter.axes[0], params[parameter.name]).reshape(n, len(parameter.axes)))
+            except (TypeError, ValueError) as error:
+                raise SearchError(
+                    f"constraint.callable: {self.path}.snap returned {_short(params[parameter.name])} for "
+                    f"{parameter.name!r}: {words(error)}"
+                ) from error
+        return np.concatenate(parts, axis=1)
+
+
+class _CanonicalSpace(Space):
+    """A space of which the app knows what means the same."""
+
+    def __init__(self, prices: _Prices) -> None:
+        super().__init__(prices.params.axes)
+        self._prices = prices
+
+    def snap(self, points: np.ndarray) -> np.ndarray:
+        """See `Space.snap`."""
+        snapped = super().snap(points)
+        return np.clip(self._prices.snap(snapped), self.low, self.high) if len(snapped) else snapped
+
+
+def _shown(params: Mapping[str, Any]) -> str:
+    shown = {key: _short(value) for key, value in params.items()}
+    return "{" + ", ".join(f"{key!r}: {value}" for key, value in shown.items()) + "}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"array {value.shape}"
+    return " ".join(repr(value).split())[:200]
+
+
+def _values(axis: Axis, numbers: np.ndarray) -> np.ndarray:
+    """Coordinates of like axes as values, in an array of the same shape."""
+    if axis.choices is None:
+        return numbers.astype(np.int64) if axis.integer else numbers
+    values = np.empty(numbers.shape, dtype=object)
+    for place in np.ndindex(numbers.shape):
+        values[place] = axis.value(float(numbers[place]))
+    return values
+
+
+def _numbers(axis: Axis, values: Any) -> np.ndarray:
+    """The inverse of `_values`."""
+    if axis.choices is None:
+        numbers = np.asarray(values, dtype=np.float64)
+        if not np.isfinite(numbers).all():
+            raise ValueError("not finite")
+        return numbers
+    flat = np.ravel(values).tolist() if isinstance(values, (np.ndarray, list)) else [values]
+    return np.array([axis.number(value) for value in flat])

@@ -1,0 +1,120 @@
+"""Where trials write, and what they left there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_mdc.policy_search.study import Row
+
+from . import _recorded
+from ._params import Params
+
+log = logging.getLogger(__name__)
+
+_POLL = 0.5  # seconds between looks at a trial that somebody else still runs
+
+
+class Folders:
+    """The folders of a sweep's trials.
+
+    Args:
+        loader, config: Hydra's, of the sweep.
+        params: of the sweep.
+        study: the mark of its study, see `Recorded`.
+    """
+
+    def __init__(self, loader: ConfigLoader, config: DictConfig, params: Params, study: str) -> None:
+        self.loader, self.config, self.params, self.study = loader, config, params, study
+        self.root = Path(config.hydra.sweep.dir).absolute()
+        sweep: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+        self._numbered = sweep["subdir"] == "${hydra.job.num}" and not any(
+            parameter.name.startswith("hydra.") for parameter in params.parameters
+        )
+        self._known: dict[int, Path | None] = {}
+
+    def composed(self, overrides: Sequence[str]) -> DictConfig:
+        """The config of a job, as Hydra's launchers compose it."""
+        return self.loader.load_sweep_config(self.config, list(overrides))
+
+    def of(self, row: Row) -> Path | None:
+        """The folder of a trial; None if that depends on what only the job knows."""
+        if row.number not in self._known:
+            self._known[row.number] = self.root / str(row.number) if self._numbered else self._asked_of_hydra(row)
+        return self._known[row.number]
+
+    def inside(self, row: Row) -> str | None:
+        """The folder of a trial as seen from that of the sweep."""
+        folder = self.of(row)
+        return None if folder is None else os.path.relpath(folder, self.root)
+
+    def record(self, row: Row) -> dict[str, Any] | None:
+        """What the trial has written about itself; nothing that another study, or another trial, left there."""
+        path = self._record_path(row)
+        record = None if path is None else _recorded.read(path)
+        ours = record is not None and (record.get("study"), record.get("trial")) == (self.study, row.number)
+        return record if ours else None
+
+    def final_record(self, row: Row) -> dict[str, Any] | None:
+        """The trial's record once no process runs it any more: jobs on other machines outlive a launcher."""
+        path, waiting = self._record_path(row), False
+        while (record := self.record(row)) is not None and not _recorded.is_over(record):
+            assert path is not None
+            if not _recorded.is_alive(path):
+                return self.record(row)  # it may have ended between both looks
+            if not waiting:
+                who = f"process {record.get('pid')} on {record.get('host')}"
+                log.info("trial %d is still being run by %s: waiting for it", row.number, who)
+            waiting = True
+            time.sleep(_POLL)
+        return record
+
+    def forget(self, row: Row) -> None:
+        """Delete the record of an earlier attempt."""
+        if (path := self._record_path(row)) is not None:
+            path.unlink(missing_ok=True)
+
+    def _record_path(self, row: Row) -> Path | None:
+        folder = self.of(row)
+        return None if folder is None else folder / _recorded.FILE
+
+    def _asked_of_hydra(self, row: Row) -> Path | None:
+        config = self.composed(self.params.overrides(row.params))
+        with read_write(config), open_dict(config):
+            config.hydra.job.num = row.number
+        with in_context_of(config):
+            try:
+                return Path(config.hydra.sweep.dir).absolute() / str(config.hydra.sweep.subdir)
+            except OmegaConfBaseException as error:
+                log.debug("the folder of trial %d is not known beforehand: %s", row.number, error)
+                return None
+
+
+@contextmanager
+def in_context_of(config: DictConfig) -> Iterator[None]:
+    """``${hydra:...}`` and `HydraConfig` mean this config, as they do in a job."""
+    hydra: Any = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(config)
+    try:
+        yield
+    finally:
+        hydra.cfg = before
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A job's config as the app's function gets it."""
+    copy = config.copy()
+    with read_write(copy), open_dict(copy):
+        del copy["hydra"]
+    return copy

@@ -1,0 +1,141 @@
+"""The worker's side: the app's function, which leaves in the folder of each trial how it ended.
+
+From these files the sweep learns about trials whose results never came back, because a worker, the launcher or the
+sweep itself died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import TaskFunction
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there a trial that has begun and not ended counts as dead
+    fcntl = None  # type: ignore[assignment]
+
+FILE = ".mdc_result.json"
+
+
+class Recorded:
+    """The app's function, recorded. Can be pickled if the function can.
+
+    Args:
+        task_function: of the app.
+        study: a mark of the study the trials belong to.
+    """
+
+    def __init__(self, task_function: TaskFunction, study: str) -> None:
+        self.task_function, self.study = task_function, study
+
+    def __call__(self, config: Any) -> Any:
+        hydra = HydraConfig.get()
+        path = Path(hydra.runtime.output_dir) / FILE
+        who = {"trial": hydra.job.num, "study": self.study, "host": socket.gethostname(), "pid": os.getpid()}
+        begun = _write(path, who, lock=True)
+        start = time.perf_counter()
+        try:
+            value = self._call(config)
+        except Exception as error:
+            seconds = time.perf_counter() - start
+            _write(path, {**who, "seconds": seconds, "error": words(error), "traceback": traceback.format_exc()})
+            raise
+        else:
+            _write(path, {**who, "seconds": time.perf_counter() - start, **_returned(value)})
+        finally:
+            if begun is not None:
+                os.close(begun)
+        return value
+
+    def _call(self, config: Any) -> Any:
+        try:
+            return self.task_function(config)
+        except SystemExit as error:  # would end the sweep, not the trial
+            raise RuntimeError(f"the app called sys.exit({error.code!r})") from error
+
+
+def number(value: Any) -> float | None:
+    """What a trial returned as a float; None if it is no number. Scalars of numpy and torch are numbers."""
+    if isinstance(value, (str, bytes)) or type(value).__name__ in ("bool", "bool_") or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except Exception:  # a tensor of many numbers, say
+        return None
+
+
+def words(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def described(value: Any) -> str:
+    """Something that is no number, for an error message."""
+    return "None" if value is None else f"{' '.join(repr(value).split())[:100]} ({type(value).__name__})"
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The record of a trial; None if it has not begun."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def is_over(record: dict[str, Any]) -> bool:
+    """Whether the trial has ended, and not by the death of its process."""
+    return "seconds" in record
+
+
+def is_alive(path: Path) -> bool:
+    """Whether a process, on any machine that shares this file system's locks, is running the trial of this record."""
+    if fcntl is None:
+        return False
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+    return False
+
+
+def _returned(value: Any) -> dict[str, Any]:
+    result = number(value)
+    return {"returned": described(value)} if result is None else {"value": result}
+
+
+def _write(path: Path, record: dict[str, Any], *, lock: bool = False) -> int | None:
+    """Write the file so that it is there whole or not at all. With `lock`, return it open and locked.
+
+    The lock says that this process lives: it is gone with the process, however that ends. It belongs to the file, not
+    to the name, so that the next record does not have it.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    except OSError:  # a full disk is no reason to lose the trial as well
+        return None
+    try:
+        if lock and fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(handle, json.dumps(record).encode())
+        os.replace(beside, path)
+    except OSError:
+        os.close(handle)
+        return None
+    if lock:
+        return handle
+    os.close(handle)
+    return None

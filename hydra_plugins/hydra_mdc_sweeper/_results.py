@@ -1,0 +1,107 @@
+"""What a sweep leaves in its folder beside the folders of its trials."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lightning_mdc.policy_search.study import Study
+
+from ._folders import Folders
+from ._params import Params
+
+log = logging.getLogger(__name__)
+
+RESULTS, TRIALS = "optimization_results.yaml", "trials.csv"
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def results(study: Study, params: Params, folders: Folders) -> dict[str, Any]:
+    """The best trial, as Hydra's other sweepers tell it; its folder as seen from the sweep's."""
+    best = study.best
+    return {
+        "name": "mdc_gp_ei",
+        "best_params": params.values(best.params) if best else None,
+        "best_value": best.value if best else None,
+        "best_trial": best.number if best else None,
+        "best_dir": folders.inside(best) if best else None,
+    }
+
+
+def trials(study: Study, params: Params, folders: Folders) -> list[dict[str, Any]]:
+    """All trials as plain dicts."""
+    return [
+        {
+            "number": row.number,
+            "params": params.values(row.params),
+            "cost": row.cost,
+            "value": row.value,
+            "status": row.status,
+            "seconds": row.seconds,
+            "note": row.note,
+            "folder": folders.inside(row),
+        }
+        for row in study.rows
+    ]
+
+
+def table(study: Study, folders: Folders) -> str:
+    """All trials as CSV: a line each, a column for each number that was searched."""
+    names = [axis.name for axis in study.search.space.axes]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["number", *names, "cost", "value", "status", "seconds", "note", "folder"])
+    for row in study.rows:
+        values = [row.params[name] for name in names]
+        lines.writerow(
+            [row.number, *values, row.cost, row.value, row.status, _short(row.seconds), row.note, folders.inside(row)]
+        )
+    return text.getvalue()
+
+
+def save(study: Study, params: Params, folders: Folders) -> None:
+    """Write both files."""
+    best = OmegaConf.create(results(study, params, folders))
+    write_text(folders.root / RESULTS, OmegaConf.to_yaml(best))
+    write_text(folders.root / TRIALS, table(study, folders))
+
+
+def draw(study: Study, directory: Path) -> None:
+    """Draw what can be drawn; a picture that fails is not worth a sweep."""
+    try:
+        from lightning_mdc.reporting import search_figures
+        from lightning_mdc.reporting.figures import save_figure
+    except ImportError as error:
+        log.info("pictures are left out: %s", error)
+        return
+    search, rows = study.search, study.rows
+    pictures: Mapping[str, Callable[[], Any]] = {
+        "progress": lambda: search_figures.progress_figure(rows, search.direction),
+        "cost": lambda: (
+            search.constraint and search_figures.cost_figure(rows, search.direction, search.constraint.target)
+        ),
+        "dependence": lambda: search_figures.dependence_figure(search),
+    }
+    for name, picture in pictures.items():
+        try:
+            if figure := picture():
+                save_figure(figure, directory / f"{name}.png")
+        except Exception:
+            log.warning("%s.png could not be drawn", name, exc_info=True)
+
+
+def _short(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3f}"

@@ -1,0 +1,189 @@
+"""What a policy is worth: a slim model's predictions on held-out training images, which are prepared once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_mdc.errors import SearchError
+from lightning_mdc.models import evaluating
+
+METRICS = ("accuracy", "loss", "kl")
+# A trial is not judged on fewer images: a variance estimated from less says little.
+_FEWEST = 100
+
+
+class HeldOut:
+    """``evaluate`` for `search`: a slim model in, a number out, higher is better.
+
+    The images are decoded and moved once, and visited in a random but fixed order. In a distributed run every rank
+    takes its share of the images, and all get the same number.
+
+    Args:
+        batches: ``(images, labels)`` batches, as a DataLoader yields them, on every rank the same. Use a held-out part
+            of the *training* data: what the policy is chosen on cannot be reported.
+        metric: ``"accuracy"``: top-1, ties broken by the mean probability of the true class, which counts for less than
+            one image. ``"loss"``: minus the cross-entropy. ``"kl"``: minus KL(dense ‖ slim), for which labels do not
+            matter. Or a torchmetrics `Metric` of (predictions, labels), negated if lower is better.
+        dense: the dense model, for ``"kl"``.
+        batch_size: images per forward pass.
+        device: where to; None: where the first batch is.
+        max_images: use the first so many.
+        seed: of the order.
+
+    Raises:
+        SearchError: no images, no labels where they are needed, or an unknown metric.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        metric: str | Metric = "accuracy",
+        *,
+        dense: nn.Module | None = None,
+        batch_size: int = 256,
+        device: torch.device | str | None = None,
+        max_images: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        # By name, or not: a torchmetrics Metric answers == with a Metric.
+        name = None if isinstance(metric, Metric) else metric
+        if name is not None and name not in METRICS:
+            raise SearchError(f"metric={metric!r}: expected one of {METRICS} or a torchmetrics Metric")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise SearchError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+        if name == "kl" and dense is None:
+            raise SearchError("metric='kl' compares with the dense model; pass dense=")
+        images, labels = _gathered(batches, max_images)
+        if labels is None and name != "kl":
+            raise SearchError(f"metric={metric!r} needs labels; batches must be (images, labels)")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+        mine = order[rank::ranks]
+        self.metric, self.batch_size, self.num_images = metric, batch_size, len(images)
+        self.images = images[mine].to(device or images.device)
+        self.labels = None if labels is None else labels[mine].to(self.images.device)
+        if name is not None and self.labels is not None:
+            self.labels = self.labels.long()
+        self._dense: Tensor | None = None
+        if name == "kl":
+            assert dense is not None
+            self._dense = torch.cat(list(self._log_probabilities(dense)))
+
+    def __call__(self, model: nn.Module) -> float:
+        """The metric of `model` on all images."""
+        return self.judge(model)[0]
+
+    def judge(self, model: nn.Module, best: float | None = None, confidence: float = 0.99) -> tuple[float, bool]:
+        """(value, whether it was given up before all images were seen).
+
+        With `best`, a model is given up as soon as the images seen say, with this confidence, that it will not come up
+        to it; its value is then an estimate. The bound is Student's for the mean of a sample drawn without replacement,
+        at a level shared out over all looks, so a trial that would have won is given up with a chance of at most
+        ``1 - confidence``.
+
+        Raises:
+            SearchError: with a torchmetrics metric, which cannot be judged image by image.
+        """
+        if isinstance(self.metric, Metric):
+            if best is not None:
+                raise SearchError(f"early_stop: {type(self.metric).__name__} has no value per image; use {METRICS}")
+            return self._of_metric(model, self.metric), False
+        looks = max(1, math.ceil(len(self.images) / self.batch_size) - 1)
+        sums = torch.zeros(3, dtype=torch.float64)  # images, their values, squares
+        for values in self._values(model):
+            sums += torch.tensor([len(values), values.sum(), values.square().sum()], dtype=torch.float64)
+            if best is not None and self._is_hopeless(_over_ranks(sums), best, (1 - confidence) / looks):
+                count, total, _ = _over_ranks(sums).tolist()
+                return total / count, True
+        count, total, _ = _over_ranks(sums).tolist()
+        return total / count, False
+
+    def accuracy(self, value: float) -> float:
+        """The top-1 in a value of metric ``"accuracy"``, without what breaks ties."""
+        return math.floor(value * self.num_images + 1e-9) / self.num_images
+
+    def _is_hopeless(self, sums: Tensor, best: float, risk: float) -> bool:
+        count, total, squares = sums.tolist()
+        if count < _FEWEST or count >= self.num_images:
+            return False
+        mean = total / count
+        variance = max(0.0, squares / count - mean * mean) * count / (count - 1)
+        if self.metric == "accuracy":  # all seen right, or all wrong, does not make the rest certain
+            variance = max(variance, 1 / count)
+        unseen = 1 - count / self.num_images
+        bound = float(stats.t.isf(risk, count - 1)) * math.sqrt(variance / count * unseen)
+        return mean + bound < best
+
+    def _values(self, model: nn.Module) -> Iterator[Tensor]:
+        """Per batch the value of every image, float64 (batch,)."""
+        for number, log_probabilities in enumerate(self._log_probabilities(model)):
+            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            if self.metric == "kl":
+                assert self._dense is not None
+                dense = self._dense[part]
+                yield -F.kl_div(log_probabilities, dense, reduction="none", log_target=True).sum(dim=1).double()
+                continue
+            assert self.labels is not None
+            true = log_probabilities.gather(1, self.labels[part, None])[:, 0].double()
+            if self.metric == "loss":
+                yield true
+            else:
+                right = (log_probabilities.argmax(dim=1) == self.labels[part]).double()
+                yield right + true.exp() / (self.num_images + 1)
+
+    def _log_probabilities(self, model: nn.Module) -> Iterator[Tensor]:
+        with torch.inference_mode(), evaluating(model):
+            for images in self.images.split(self.batch_size):
+                yield F.log_softmax(model(images).float(), dim=-1)
+
+    def _of_metric(self, model: nn.Module, metric: Metric) -> float:
+        assert self.labels is not None
+        metric = metric.to(self.images.device)
+        metric.reset()
+        for number, log_probabilities in enumerate(self._log_probabilities(model)):
+            metric.update(log_probabilities.exp(), self.labels[number * self.batch_size :][: self.batch_size])
+        value = float(metric.compute())
+        return -value if metric.higher_is_better is False else value
+
+
+def _gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:
+    """All images (n, ...) and labels (n,) of the batches."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = 0
+    for batch in batches:
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        images.append(parts[0])
+        if len(parts) > 1:
+            labels.append(torch.as_tensor(parts[1]))
+        count += len(parts[0])
+        if max_images is not None and count >= max_images:
+            break
+    if not count:
+        raise SearchError("there are no held-out images to judge policies on; give batches of some")
+    if labels and len(labels) != len(images):
+        raise SearchError("some batches have labels and some have none; give all of them labels")
+    return torch.cat(images)[:max_images], torch.cat(labels)[:max_images] if labels else None
+
+
+def is_distributed() -> bool:
+    """Whether several processes share the work."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    if not is_distributed():
+        return sums
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = sums.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()

@@ -1,0 +1,180 @@
+"""The policy search as a Hydra sweep of ``train.py``: what a trial does, what it costs, what comes after the last one.
+
+``python train.py -m hydra/sweeper=mdc_gp_ei budget=0.6`` starts one; see ``conf/hydra/sweeper/mdc_gp_ei.yaml``. Every
+trial is a job of its own, on this machine or another one; the dense model, its scores and the prepared images lie in
+``<runs>/cache``, keyed by what they were made from, and are made by the trial that comes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_mdc import assembly, pipeline, reporting
+from lightning_mdc.errors import ConfigError
+from lightning_mdc.importance import Scores, make_plan
+from lightning_mdc.policy_search.driver import uniform_point
+from lightning_mdc.policy_search.held_out import HeldOut
+from lightning_mdc.policy_search.policy_space import PolicySpace
+from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
+from lightning_mdc.stages import Run
+from lightning_mdc.surgery import slim
+
+log = logging.getLogger(__name__)
+
+_KEEP = "policy.keep."
+
+
+# --- one trial --------------------------------------------------------------------------------------------------------
+
+
+def trial(settings: assembly.Settings, folder: Path) -> float:
+    """What the policy that the settings give is worth on the held-out images; leaves ``policy.json`` in `folder`.
+
+    Raises:
+        ConfigError: the settings give no policy.
+        MdcError: see `pipeline.check`.
+    """
+    run = prepared(settings)
+    model = run.model("dense").to(run.device)
+    policy = assembly.given_policy(settings, model)
+    if policy is None:
+        raise ConfigError("stage=trial judges a policy that is given; give policy.keep.heads=..., or policy.file")
+    surgery = settings["surgery"]
+    scores = Scores.load(run.folder / "scores.safetensors")
+    start = time.perf_counter()
+    plan = make_plan(model, scores, policy, token_score=surgery["token_score"], fuse_tokens=surgery["fuse_tokens"])
+    value = _held_out(run, model)(slim(model, plan))
+    write_text(folder / "policy.json", policy.to_json())
+    log.info("trial: %s %.4f in %.1f s", settings["search"]["metric"], value, time.perf_counter() - start)
+    return value
+
+
+def prepared(settings: assembly.Settings) -> Run:
+    """The cached run that all trials of these settings share, with its dense model and scores."""
+    marks = pipeline.fingerprints(settings, frozenset())
+    run = Run(settings, RunFolder(pipeline.cache_folder(settings, marks)), marks)
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    run.folder.create()
+    # Of trials that start together one makes what is missing, the others wait for it.
+    with FileLock(run.folder / ".lock"):
+        missing = [name for name in pipeline.CACHED if not pipeline.is_done(run, name)]
+        if missing:
+            pipeline.check(settings, tuple(missing))
+        for name in missing:
+            pipeline.run_stage(run, name)
+    return run
+
+
+def _held_out(run: Run, model: nn.Module) -> HeldOut:
+    options = run.settings["search"]
+    mark = fingerprint({"images": options["images"]}, {"dense": run.marks["dense"]})
+    path = run.folder / f"held_out-{mark[:12]}.safetensors"
+    with FileLock(run.folder / ".lock"):
+        if not path.exists():
+            images, labels = _gathered(run, options["images"])
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            save_file({"images": images, "labels": labels}, beside)
+            os.replace(beside, path)
+    tensors = load_file(path)
+    return assembly.build_held_out(run.settings, [(tensors["images"], tensors["labels"])], model, run.device)
+
+
+def _gathered(run: Run, most: int) -> tuple[Tensor, Tensor]:
+    images, labels, count = [], [], 0
+    for batch, targets in run.data.val_dataloader():
+        images.append(batch)
+        labels.append(torch.as_tensor(targets))
+        count += len(batch)
+        if count >= most:
+            break
+    return torch.cat(images)[:most].contiguous(), torch.cat(labels)[:most].contiguous()
+
+
+# --- what a trial costs -----------------------------------------------------------------------------------------------
+
+
+class PolicyLoad:
+    """Prices trials by their ``policy.keep.*``: cost as a fraction of the budget, affordable up to 1. For
+    ``hydra.sweeper.constraint``, vectorised: every parameter is an array (n,), or (n, count) for a list.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.settings = assembly.plain(config)
+        data = assembly.build_data(self.settings)
+        data.setup()
+        with torch.device("meta"):
+            self.model = assembly.build_model(self.settings, data, weights=False)
+        self._spaces: dict[tuple[Any, ...], PolicySpace] = {}
+
+    def __call__(self, params: Mapping[str, Any]) -> np.ndarray:
+        """(n,) costs."""
+        space, points, _ = self._points(params)
+        return space.load(points)
+
+    def snap(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """`params` with every ratio the smallest that keeps the same units."""
+        space, points, columns = self._points(params)
+        return _replaced(params, columns, space.snap(points))
+
+    def first(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The uniform policy in the shape of `params`."""
+        space, points, columns = self._points(params)
+        return _replaced(params, columns, np.repeat(uniform_point(space, 0), len(points), axis=0))
+
+    def _points(self, params: Mapping[str, Any]) -> tuple[PolicySpace, np.ndarray, dict[str, slice]]:
+        """The space that these parameters span, their points (n, axes), and which columns belong to which."""
+        names = [name for name in ("heads", "neurons", "tokens") if f"{_KEEP}{name}" in params]
+        if not names:
+            raise ConfigError(f"the sweep moves no keep ratio; give it a parameter such as {_KEEP}heads")
+        arrays = {name: np.asarray(params[f"{_KEEP}{name}"], dtype=np.float64) for name in names}
+        shape = tuple((name, array.shape[1] if array.ndim == 2 else None) for name, array in arrays.items())
+        if shape not in self._spaces:
+            keep = {name: 1.0 if count is None else [1.0] * count for name, count in shape}
+            budget = assembly.build_budget(self.settings)
+            self._spaces[shape] = assembly.keep_space(self.settings, self.model, keep, budget)
+        columns, parts, start = {}, [], 0
+        for name, array in arrays.items():
+            part = array if array.ndim == 2 else array[:, None]
+            columns[f"{_KEEP}{name}"] = slice(start, start + part.shape[1])
+            parts.append(part)
+            start += part.shape[1]
+        return self._spaces[shape], np.concatenate(parts, axis=1), columns
+
+
+def _replaced(params: Mapping[str, Any], columns: Mapping[str, slice], points: np.ndarray) -> dict[str, Any]:
+    """`params` with the ratios of `points` (n, axes)."""
+    ratios = {key: points[:, place] for key, place in columns.items()}
+    return {**params, **{key: r if np.ndim(params[key]) == 2 else r[:, 0] for key, r in ratios.items()}}
+
+
+# --- after the last trial ---------------------------------------------------------------------------------------------
+
+
+def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> None:
+    """Write the best policy as ``best_policy.json``, draw it beside the uniform one, say how to finetune with it."""
+    load = PolicyLoad(config)
+    keep = {key.removeprefix(_KEEP): value for key, value in results["best_params"].items() if key.startswith(_KEEP)}
+    space = assembly.keep_space(load.settings, load.model, keep, assembly.build_budget(load.settings))
+    best = space.policy(space.point(assembly.keep_params(keep)))
+    path = sweep_dir / "best_policy.json"
+    write_text(path, best.to_json())
+    figure = reporting.policy_figure(best, space.uniform, f"{load.settings['name']}: trial {results['best_trial']}")
+    reporting.save_figure(figure, sweep_dir / "policy.png")
+    given = [text for text in config.hydra.overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
+    command = ["python", "train.py", f"policy.file={path}", *given]
+    print(f"Finetune with the best policy (trial {results['best_trial']}; the dense model is in the cache):")
+    print("  " + shlex.join(command))

@@ -1,0 +1,204 @@
+"""The policy search as a sweep of train.py: trials, what they cost, the cache they share, and what comes after."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import lightning_mdc as mdc
+from lightning_mdc import assembly, pipeline, policy_sweep, stages
+from lightning_mdc.errors import ConfigError, PolicyError, SearchError
+from tests.test_train import ROOT, TINY, settings
+
+KEEP = ("policy.keep.heads=[0.5,1]", "policy.keep.neurons=[0.5,0.25]", "policy.keep.tokens=0.7")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs in which one trial has left its cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    policy_sweep.trial(settings(folder, "stage=trial", *KEEP), folder / "0")
+    return folder
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained again"))
+
+
+# --- policies that are given ------------------------------------------------------------------------------------------
+
+
+def given(tmp_path, *overrides):
+    composed = settings(tmp_path, *overrides)
+    data = assembly.build_data(composed)
+    return assembly.given_policy(composed, assembly.build_model(composed, data))
+
+
+def test_keep_ratios_are_spread_over_the_blocks(tmp_path):
+    policy = given(tmp_path, *KEEP)
+    assert policy.heads == (0.5, 0.5, 1.0, 1.0)
+    assert policy.neurons == (0.5, 0.5, 0.25, 0.25)
+    assert policy.tokens[0] == pytest.approx(0.7, abs=1 / 17)
+    assert given(tmp_path, "policy.keep.heads=[1,0.5,1,1]").heads == (1.0, 0.5, 1.0, 1.0)
+    assert given(tmp_path, "policy.keep.neurons=0.5").neurons == (0.5,) * 4
+    assert given(tmp_path, "policy.keep.neurons=0.5").heads == (1.0,) * 4
+    assert len(set(given(tmp_path, "policy.keep.tokens=[0.9,0.8,0.5]").tokens)) == 3
+
+
+def test_without_one_it_is_searched_for_unless_uniform(tmp_path):
+    assert given(tmp_path) is None
+    composed = settings(tmp_path, "policy.kind=uniform")
+    model = assembly.build_model(composed, assembly.build_data(composed))
+    assert given(tmp_path, "policy.kind=uniform") == mdc.Policy.uniform(model, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "words"),
+    [
+        ("policy.keep.heads=[1,1,1,1,1]", SearchError, "4 blocks"),
+        ("policy.keep.heads=1.5", SearchError, r"heads\.0=1\.5 is no number in"),
+        ("policy.keep.tokens=[1,1]", SearchError, "tokens"),
+        ("+policy.keep.wings=0.5", PolicyError, "wings"),
+        ("policy.kind=best", ConfigError, "policy.kind='best'"),
+    ],
+)
+def test_wrong_policies_are_refused_before_anything_is_trained(override, kind, words, tmp_path, no_training):
+    with pytest.raises(kind, match=words):
+        pipeline.run(settings(tmp_path, override))
+    assert not list(tmp_path.glob("tiny/*"))
+
+
+def test_two_policies_at_once_are_refused(tmp_path):
+    (tmp_path / "p.json").write_text(mdc.Policy().to_json())
+    with pytest.raises(ConfigError, match="give one of them"):
+        pipeline.run(settings(tmp_path, "policy.keep.heads=0.5", f"policy.file={tmp_path / 'p.json'}"))
+
+
+# --- one trial --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_training):
+    composed = settings(runs, "stage=trial", *KEEP)
+    value = policy_sweep.trial(composed, tmp_path)
+    run = policy_sweep.prepared(composed)
+    policy = mdc.Policy.load(tmp_path / "policy.json")
+    scores = mdc.Scores.load(run.folder / "scores.safetensors")
+    slim = mdc.slim(run.model("dense"), mdc.make_plan(run.model("dense"), scores, policy))
+    images, labels = map(torch.cat, zip(*run.data.val_dataloader(), strict=True))
+    right = (slim(images).argmax(dim=1) == labels).sum().item()
+    assert int(value * len(labels)) == right
+    assert policy.heads == (0.5, 0.5, 1.0, 1.0)
+
+
+def test_other_settings_have_a_cache_of_their_own(runs, tmp_path):
+    caches = set((runs / ".cache").iterdir())
+    policy_sweep.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)
+    assert len(set((runs / ".cache").iterdir()) - caches) == 1
+
+
+def test_a_run_takes_dense_model_and_scores_from_the_cache(runs, no_training):
+    composed = settings(runs, "stage=[dense,score]")
+    folder, cached = pipeline.run(composed), policy_sweep.prepared(composed).folder
+    for name in ("dense/model.safetensors", "dense/config.json", "scores.safetensors"):
+        assert (folder / name).read_bytes() == (cached / name).read_bytes()
+
+
+def test_a_trial_without_a_policy_says_what_to_give(runs, tmp_path):
+    with pytest.raises(ConfigError, match="policy.keep.heads"):
+        policy_sweep.trial(settings(runs, "stage=trial"), tmp_path)
+
+
+# --- what trials cost -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def load(runs):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return policy_sweep.PolicyLoad(compose("train", [*TINY, f"runs={runs}", "budget=0.5"]))
+
+
+def columns(rng, n: int) -> dict[str, np.ndarray]:
+    return {
+        "policy.keep.heads": rng.uniform(0.1, 1, (n, 2)),
+        "policy.keep.neurons": rng.uniform(0.1, 1, (n, 4)),
+        "policy.keep.tokens": rng.uniform(0.3, 1, n),
+        "stage": "trial",
+    }
+
+
+def test_the_price_of_a_trial_is_that_of_the_model_it_makes(load, tmp_path):
+    params = columns(np.random.default_rng(0), 20)
+    prices = load(params)
+    dense = mdc.macs(load.model)
+    for i in range(20):
+        keep = {k.removeprefix("policy.keep."): v[i].tolist() for k, v in params.items() if k != "stage"}
+        overrides = [f"policy.keep.{k}={v}" for k, v in keep.items()]
+        policy = given(tmp_path, *overrides)
+        assert prices[i] == pytest.approx(mdc.policy_macs(load.model, policy) / (0.5 * dense), rel=1e-12)
+
+
+def test_snapped_trials_cost_and_keep_the_same(load):
+    params = columns(np.random.default_rng(1), 50)
+    snapped = load.snap(params)
+    assert np.array_equal(load(snapped), load(params))
+    assert {key: np.shape(value) for key, value in snapped.items()} == {k: np.shape(v) for k, v in params.items()}
+    again = load.snap(snapped)
+    assert all(np.array_equal(again[key], snapped[key]) for key in params if key != "stage")
+
+
+def test_the_first_trial_is_nearly_uniform_and_on_the_budget(load):
+    first = load.first(columns(np.random.default_rng(0), 1))
+    assert 0.95 < load(first)[0] <= 1
+
+
+# --- a whole sweep ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_and_the_command_it_ends_with(runs):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    sweep = ["hydra/sweeper=mdc_gp_ei", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_initial_points=2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-m", *sweep, *TINY, f"runs={runs}", "budget=0.5"],
+        cwd=runs,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (runs / "sweeps").iterdir()
+    results = OmegaConf.load(folder / "optimization_results.yaml")
+    assert {"name", "best_params", "best_value", "best_trial", "best_dir"} <= set(results)
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["0", "1", "2", "3"]
+    dense = mdc.load(next((runs / ".cache").glob("*/dense")))
+    for number in range(4):
+        policy = mdc.Policy.load(folder / str(number) / "policy.json")
+        assert mdc.policy_macs(dense, policy) <= 0.5 * mdc.macs(dense)
+    best = mdc.Policy.load(folder / "best_policy.json")
+    assert best == mdc.Policy.load(folder / str(results.best_trial) / "policy.json")
+    for picture in ("policy.png",):
+        assert (folder / picture).stat().st_size > 10_000
+    command = shlex.split(done.stdout.strip().splitlines()[-1])
+    assert command[:2] == ["python", "train.py"]
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *command[2:], "skip=[distill,test,report]"],
+        cwd=runs,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert "picked up from the cache" in made.stdout
+    newest = max((runs / "tiny").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert json.loads((newest / "policy.json").read_text()) == json.loads(best.to_json())
+    assert mdc.macs(mdc.load(newest / "slim")) == mdc.policy_macs(dense, best)

@@ -1,0 +1,434 @@
+"""The search in one process: what a trial is, going on after anything, judging on held-out images, two processes."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import BudgetError, CalibrationError, PolicyError, SearchError
+from lightning_mdc.models import find_sites
+from lightning_mdc.policy_search.held_out import HeldOut
+from lightning_mdc.surgery import plan_of
+from tests import search_program
+from tests.kinds import CLASSES, images, make
+from tests.search_program import TRIALS, history, pictures
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def scores(model) -> mdc.Scores:
+    return mdc.score(model, [images(16)], "magnitude")
+
+
+def worth(slim: nn.Module) -> float:
+    """Something that depends on what is kept, quick."""
+    plan = plan_of(slim)
+    kept = [len(k) * (i + 1) for i, k in enumerate(plan.heads)] + [len(k) / (i + 9) for i, k in enumerate(plan.neurons)]
+    return float(np.sqrt(kept).sum())
+
+
+def quick(model, scores, evaluate=worth, **options):
+    return mdc.search(model, scores, evaluate, **({"n_trials": 5, "n_initial_points": 3, "progress": False} | options))
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_promised_signature_and_result(model, scores):
+    result = mdc.search(model, scores, worth, budget=0.6, n_trials=4, seed=0)
+    assert [trial.number for trial in result.history] == [0, 1, 2, 3]
+    assert result.value == max(trial.value for trial in result.history)
+    assert result.policy == result.best.policy
+    assert all(trial.status == "done" and trial.seconds > 0 for trial in result.history)
+    assert result.history[0].policy == mdc.Policy.uniform(model, 0.6)
+
+
+def test_every_trial_is_a_slim_model_on_the_budget(model, scores):
+    seen = []
+
+    def evaluate(slim):
+        assert not any(module.training for module in slim.modules())
+        assert not torch.is_grad_enabled()
+        seen.append((mdc.macs(slim), plan_of(slim)))
+        return worth(slim)
+
+    model.train()
+    result = quick(model, scores, evaluate, budget=0.55)
+    assert model.training
+    model.eval()
+    for trial, (macs, plan) in zip(result.history, seen, strict=True):
+        assert trial.macs == macs == mdc.policy_macs(model, trial.policy) <= 0.55 * mdc.macs(model)
+        assert trial.cost == pytest.approx(macs / (0.55 * mdc.macs(model)))
+        assert plan == mdc.make_plan(model, scores, trial.policy)
+    assert len({json.dumps(plan.to_json()) for _, plan in seen}) == len(seen)
+
+
+def test_it_leaves_model_random_states_and_disk_alone(model, scores, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    expected = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    quick(model, scores, lambda slim: worth(slim) + torch.rand(1).item())
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_reach_the_trials(model, scores):
+    options = {"dimensions": ["neurons"], "round_to": 16, "groups": 2, "budget": 0.8}
+    for trial in quick(model, scores, **options).history:
+        kept = [round(r * 192) for r in trial.policy.neurons]
+        assert all(k % 16 == 0 for k in kept)
+        assert kept[0] == kept[1]
+        assert kept[2] == kept[3]
+        assert set(trial.policy.heads) == {1.0} == set(trial.policy.tokens)
+
+
+def test_it_finds_better_than_it_started_with(model, scores):
+    result = quick(model, scores, n_trials=25, n_initial_points=8)
+    initial = [trial.value for trial in result.history[:8]]
+    assert result.value > max(initial)
+
+
+def test_a_small_space_is_tried_out_and_then_it_ends(model, scores, caplog):
+    caplog.set_level("INFO")
+    bounds = {"heads": [(1, 1), (1, 1), (1, 1), (0.25, 1)]}
+    result = quick(model, scores, dimensions=["heads"], bounds=bounds, budget=0.97, n_trials=50)
+    assert 1 <= len(result.history) <= 4
+    assert "have been tried" in caplog.text
+
+
+# --- when things go wrong ---------------------------------------------------------------------------------------------
+
+
+def fails_at(numbers, how, evaluate=worth):
+    calls = iter(range(1000))
+
+    def failing(slim):
+        return how() if next(calls) in numbers else evaluate(slim)
+
+    return failing
+
+
+def raises():
+    raise RuntimeError("out of memory")
+
+
+def test_nan_and_errors_are_failed_trials_and_the_search_goes_on(model, scores):
+    for how, note in ((lambda: math.nan, "nan"), (raises, "RuntimeError: out of memory")):
+        result = quick(model, scores, fails_at({1, 3}, how), n_trials=7)
+        assert [trial.status for trial in result.history] == ["done", "failed", "done", "failed", *["done"] * 3]
+        assert note in result.history[1].note
+        assert result.history[1].value is None
+        assert result.best.status == "done"
+
+
+def test_a_mistake_in_evaluate_is_shown_as_it_is(model, scores, tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quick(model, scores, fails_at({0}, raises), state=tmp_path / "trials.jsonl")
+    assert [t.status for t in quick(model, scores, state=tmp_path / "trials.jsonl").history] == ["done"] * 5
+
+
+@pytest.mark.parametrize("answer", ["0.9", None, True, torch.zeros(2), [0.5]])
+def test_no_number_is_refused_and_nothing_is_lost(answer, model, scores, tmp_path):
+    state = tmp_path / "trials.jsonl"
+    with pytest.raises(SearchError, match="for trial 2; it has to return a number"):
+        quick(model, scores, fails_at({2}, lambda: answer), state=state)
+    assert history(quick(model, scores, state=state)) == history(quick(model, scores))
+
+
+def test_numbers_of_other_libraries_are_numbers(model, scores):
+    for kind in (torch.tensor, np.float32, lambda value: torch.tensor([value])):
+        assert quick(model, scores, lambda slim, kind=kind: kind(worth(slim)), n_trials=1).history[0].status == "done"
+
+
+def test_if_no_trial_works_it_says_so(model, scores):
+    with pytest.raises(SearchError, match=r"none of the 5 trials gave a value \(its value is nan\)"):
+        quick(model, scores, lambda slim: math.nan)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"n_trials": 0}, SearchError, "n_trials=0"),
+        ({"evaluate": 0.9}, SearchError, "evaluate=0.9"),
+        ({"seed": -1}, SearchError, "seed=-1"),
+        ({"xi": math.nan}, SearchError, "xi=nan"),
+        ({"early_stop": 0.99}, SearchError, "HeldOut"),
+        ({"budget": 0.01}, BudgetError, "smallest reachable"),
+        ({"budget": 0.3, "bounds": {"neurons": (0.9, 1)}}, BudgetError, "inside the bounds"),
+        ({"bounds": {"neurons": (0.9, 0.1)}}, SearchError, "the smaller first"),
+        ({"bounds": {"wings": (0, 1)}}, SearchError, "wings"),
+        ({"groups": 9}, SearchError, "4 blocks"),
+        ({"token_ratio": "all"}, SearchError, "token_ratio='all'"),
+        ({"dimensions": ["wings"]}, PolicyError, "wings"),
+        ({"warm_start": "nowhere"}, SearchError, "nowhere"),
+        ({"token_score": "dependence", "scores": None}, SearchError, "scores=None"),
+    ],
+)
+def test_wrong_arguments(options, kind, words, model, scores):
+    options = {"evaluate": worth, "scores": scores} | options
+    with pytest.raises(kind, match=words):
+        quick(model, **options)
+
+
+def test_scores_of_another_model_are_refused(model, scores):
+    with pytest.raises(CalibrationError, match="does not fit"):
+        quick(make("vit"), mdc.Scores(heads=[], neurons=[], tokens=[]))
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1, 4, 7])
+def test_interrupted_and_resumed_is_as_if_it_had_not_been(stopped_at, model, scores, tmp_path):
+    def noisy(slim):
+        return worth(slim) + 0.1 * torch.rand(1).item()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    options = {"n_trials": 8, "state": tmp_path / "trials.jsonl"}
+    with pytest.raises(KeyboardInterrupt):
+        quick(model, scores, fails_at({stopped_at}, interrupt, noisy), **options)
+    asked = []
+    resumed = quick(model, scores, lambda slim: asked.append(slim) or noisy(slim), **options)
+    assert len(asked) == 8 - stopped_at
+    assert history(resumed) == history(quick(model, scores, noisy, n_trials=8))
+
+
+def test_a_finished_search_goes_on_with_more_trials(model, scores, tmp_path):
+    state = tmp_path / "trials.jsonl"
+    quick(model, scores, n_trials=4, state=state)
+    assert history(quick(model, scores, n_trials=8, state=state)) == history(quick(model, scores, n_trials=8))
+    again = quick(model, scores, lambda slim: pytest.fail("tried again"), n_trials=8, state=state)
+    assert len(again.history) == 8
+
+
+def test_a_search_of_another_budget_is_not_gone_on_with_but_can_be_learnt_from(model, scores, tmp_path):
+    state = tmp_path / "trials.jsonl"
+    earlier = quick(model, scores, n_trials=10, state=state)
+    with pytest.raises(SearchError, match=r"another search: about.budget.macs was 0.6, now 0.5"):
+        quick(model, scores, budget=0.5, state=state)
+    warm = quick(model, scores, budget=0.5, n_trials=4, warm_start=state)
+    assert all(trial.macs <= 0.5 * mdc.macs(model) for trial in warm.history)
+    assert len(warm.history) == 4
+    assert len(warm.search.prior) == len(earlier.history)
+    assert history(warm) != history(quick(model, scores, budget=0.5, n_trials=4))
+
+
+def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
+    """The search, killed at `kills` random moments, then left to finish."""
+    moments = random.Random(seed)
+    command = [sys.executable, "-m", "tests.search_program", "slow", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    state = folder / "trials.jsonl"
+    for _ in range(kills):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        lines = state.read_bytes().count(b"\n") if state.exists() else 0
+        wanted = lines + moments.randrange(1, 8)
+        while process.poll() is None and (not state.exists() or state.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.005)
+        time.sleep(0.06 * moments.random())
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills, tmp_path):
+    killed_again_and_again(tmp_path, kills, seed=kills)
+    lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    asked, told = ([line[key] for line in lines if key in line] for key in ("asked", "told"))
+    assert asked == told == list(range(TRIALS))  # none lost, none doubled, in order
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        uninterrupted = history(search_program.run(None))
+        resumed = history(search_program.run(tmp_path / "trials.jsonl"))
+    finally:
+        torch.set_num_threads(threads)
+    assert resumed == uninterrupted
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_share_the_work_and_agree(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.search_program", str(rank), str(tmp_path)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert len(first) == TRIALS
+    alone = history(search_program.run(None))
+    # The mean over two shares is rounded otherwise than that over all images: the last digits may differ.
+    assert [trial[0] for trial in alone] == [trial[0] for trial in first]
+    assert alone[:4] == [pytest.approx(trial) if isinstance(trial, float) else trial for trial in alone[:4]]
+    for mine, theirs in zip(alone[:4], first[:4], strict=True):  # the random ones: not yet chosen by values
+        assert mine[1] == theirs[1]
+        assert mine[2] == pytest.approx(theirs[2], rel=1e-5)
+
+
+# --- held-out images --------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_what_they_say(model):
+    x, y = pictures(50)
+    small = mdc.slim(model, mdc.make_plan(model, mdc.score(model, [x[:16]], "magnitude"), mdc.Policy(neurons=0.3)))
+    with torch.no_grad():
+        logits, dense = small(x), model(x)
+    batches = [(x[:20], y[:20]), (x[20:], y[20:])]
+    right = (logits.argmax(1) == y).sum().item()
+    judge = HeldOut(batches, "accuracy", batch_size=7)
+    assert judge.accuracy(judge(small)) == right / 50
+    assert 0 < judge(small) - right / 50 < 1 / 50  # what breaks ties is less than one image
+    assert HeldOut(batches, "loss", batch_size=7)(small) == pytest.approx(-F.cross_entropy(logits, y).item(), rel=1e-5)
+    p, q = dense.softmax(1).double(), logits.softmax(1).double()
+    expected = -(p * (p.log() - q.log())).sum(1).mean().item()
+    assert HeldOut(batches, "kl", dense=model)(small) == pytest.approx(expected, rel=1e-4)
+    assert HeldOut([x], "kl", dense=model)(model) == pytest.approx(0, abs=1e-6)  # without labels
+    metric = MulticlassAccuracy(CLASSES, average="micro")
+    assert HeldOut(batches, metric)(small) == pytest.approx(right / 50)
+    error = HeldOut(batches, MulticlassCalibrationError(CLASSES))(small)
+    assert error == pytest.approx(-MulticlassCalibrationError(CLASSES)(logits.softmax(1), y).item(), rel=1e-4)
+
+
+def test_ties_in_accuracy_go_to_the_more_certain():
+    class Certain(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return self.by * F.one_hot(torch.zeros(len(x), dtype=torch.long), 3).float()
+
+    judge = HeldOut([(torch.zeros(10, 1), torch.tensor([0] * 6 + [1] * 4))])
+    assert judge(Certain(2.0)) > judge(Certain(0.5)) + 1e-4
+    assert judge.accuracy(judge(Certain(2.0))) == judge.accuracy(judge(Certain(0.5))) == 0.6
+
+
+def test_it_leaves_the_mode_of_the_model_alone(model):
+    model.train()
+    HeldOut([pictures(12)])(model)
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([],), "no held-out images"),
+        (([torch.zeros(4, 3, 32, 32)],), "needs labels"),
+        (([torch.zeros(4, 1), (torch.zeros(4, 1), torch.zeros(4))], "kl"), "pass dense="),
+        (([(torch.zeros(4, 1), torch.zeros(4))], "f1"), "metric='f1'"),
+    ],
+)
+def test_wrong_held_out_images(arguments, words):
+    with pytest.raises(SearchError, match=words):
+        HeldOut(*arguments)
+    with pytest.raises(SearchError, match="batch_size=0"):
+        HeldOut([(torch.zeros(4, 1), torch.zeros(4))], batch_size=0)
+
+
+class Answers(nn.Module):
+    """Right on the images whose number is in `right`, which are the images' only pixel."""
+
+    def __init__(self, right: torch.Tensor) -> None:
+        super().__init__()
+        self.right, self.seen = right, 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        return 5.0 * F.one_hot(self.right[x[:, 0].long()].long(), 2).float()
+
+
+def test_hopeless_trials_end_early_and_winners_rarely():
+    """The stated confidence is kept: against many models that would just win, hardly any is given up."""
+    count, confidence = 1000, 0.9
+    held_out = HeldOut([(torch.arange(count, dtype=torch.float32)[:, None], torch.ones(count))], batch_size=125)
+    generator = torch.Generator().manual_seed(0)
+    best = 0.70 + 0.5 / count
+    given_up, seen = [], []
+    for _ in range(400):
+        right = torch.zeros(count)
+        right[torch.randperm(count, generator=generator)[:702]] = 1
+        value, stopped = held_out.judge(Answers(right), best, confidence)
+        given_up.append(stopped)
+        if not stopped:
+            assert held_out.accuracy(value) == 0.702
+        right = torch.zeros(count)
+        right[torch.randperm(count, generator=generator)[:500]] = 1
+        hopeless = Answers(right)
+        value, stopped = held_out.judge(hopeless, best, confidence)
+        assert stopped
+        assert value == pytest.approx(0.5, abs=0.2)
+        seen.append(hopeless.seen)
+    assert np.mean(given_up) <= 1 - confidence
+    assert np.mean(seen) < 400
+
+
+def test_all_wrong_at_first_is_no_certainty():
+    count = 300
+    held_out = HeldOut([(torch.arange(count, dtype=torch.float32)[:, None], torch.ones(count))], batch_size=100)
+    wrong = Answers(torch.zeros(count))
+    assert held_out.judge(wrong, 2 / 300, 0.99)[1] is False  # 0 of 200 does not exclude 2 of 300: 1 in 9
+    assert held_out.judge(wrong, 0.9, 0.99)[1] is True
+
+
+def test_early_stops_are_marked_and_never_win(model, scores):
+    x, y = pictures(400)
+    with torch.no_grad():
+        y = model(x).argmax(1)  # dense is always right, so trials differ
+    judge = HeldOut([(x, y)], batch_size=100)
+    result = quick(model, scores, judge, n_trials=12, early_stop=0.6, budget=0.5)
+    stopped = [trial for trial in result.history if trial.status == "stopped"]
+    assert stopped
+    assert all(trial.value is not None for trial in stopped)
+    assert result.best.status == "done"
+    with pytest.raises(SearchError, match="MeanSquaredError has no value per image"):
+        HeldOut([(x, y)], MeanSquaredError()).judge(model, 0.5)
+
+
+def test_deit_small_is_priced_by_the_thousands():
+    """All of 10 000 policies in one call, equal to one at a time (how fast is benchmarks/search.py's to say)."""
+    from lightning_mdc.policy_search.policy_space import PolicySpace
+
+    space = PolicySpace(make(), 0.6)
+    points = space.snap(space.from_unit(np.random.default_rng(0).random((10_000, len(space)))))
+    at_once = space.macs(points)
+    for i in range(0, 10_000, 999):
+        assert at_once[i] == mdc.policy_macs(find_sites(space.sites.model).model, space.policy(points[i]))
