@@ -309,6 +309,8 @@ def test_nothing_but_failures_and_nothing_but_ties() -> None:
     searched(search, 8, lambda points: [None] * len(points))
     assert search.best is None
     assert search.model() is None
+    informed = small(prior=[Observation(np.zeros(3), 1.0), Observation(np.ones(3), 2.0)], n_initial_points=1)
+    assert len({tuple(row) for row in searched(informed, 5, lambda points: [None] * len(points))}) == 5
     ties = small()
     history = searched(ties, 12, lambda points: [3.0] * len(points))
     assert len({tuple(row) for row in history}) == 12

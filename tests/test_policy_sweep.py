@@ -113,7 +113,7 @@ def test_a_run_takes_dense_model_and_scores_from_the_cache(runs, no_training):
 
 
 def test_a_trial_without_a_policy_says_what_to_give(runs, tmp_path):
-    with pytest.raises(ConfigError, match="policy.keep.heads"):
+    with pytest.raises(ConfigError, match=r"policy\.keep\.heads"):
         policy_sweep.trial(settings(runs, "stage=trial"), tmp_path)
 
 

@@ -15,7 +15,16 @@ import lightning_mdc as mdc
 import train
 from lightning_mdc import pipeline, stages
 from lightning_mdc.distillation import DistillationModule
-from lightning_mdc.errors import BudgetError, ConfigError, DataError, DistillationError, MdcError, PolicyError
+from lightning_mdc.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    DistillationError,
+    MdcError,
+    PolicyError,
+    SearchError,
+)
+from lightning_mdc.policy_search.held_out import HeldOut
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -223,6 +232,51 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(tmp_path, monkey
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
 
 
+def trials(folder: Path) -> list[dict]:
+    (state,) = folder.glob("search/trials-*.jsonl")
+    return [line for line in map(json.loads, state.read_text().splitlines()) if "told" in line]
+
+
+def test_the_search_leaves_its_trials_and_pictures(finished):
+    assert [line["told"] for line in trials(finished)] == [0, 1, 2]
+    for name in ("policy", "value", "cost", "dependence"):
+        assert (finished / "search" / f"{name}.png").stat().st_size > 10_000
+    assert "(search/policy.png)" in (finished / "report.md").read_text()
+
+
+def test_a_search_that_was_killed_goes_on(tmp_path, finished, monkeypatch):
+    chosen = ("stage=[dense,score,search]", "resume=true")
+    judge, calls = HeldOut.__call__, iter(range(100))
+
+    def dies_in_the_third_trial(self, model):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return judge(self, model)
+
+    monkeypatch.setattr(HeldOut, "__call__", dies_in_the_third_trial)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(settings(tmp_path, *chosen))
+    monkeypatch.setattr(HeldOut, "__call__", lambda self, model: (next(calls), judge(self, model))[1])
+    folder = pipeline.run(settings(tmp_path, *chosen)).path
+    assert next(calls) == 4  # one more trial, not three
+    values = [[line["value"] for line in trials(run)] for run in (folder, finished)]
+    assert values[0] == values[1]
+    assert (folder / "policy.json").read_bytes() == (finished / "policy.json").read_bytes()
+
+
+def test_more_trials_go_on_with_the_search_that_is_there(copied):
+    before = trials(copied)
+    pipeline.run(settings(copied.parent.parent, "resume=true", "stage=search", "search.n_trials=5"))
+    assert trials(copied)[:3] == before
+    assert len(trials(copied)) == 5
+
+
+def test_the_uniform_policy_needs_no_search(copied):
+    pipeline.run(settings(copied.parent.parent, "resume=true", "stage=search", "policy.kind=uniform"))
+    policy = mdc.Policy.load(copied / "policy.json")
+    assert policy == mdc.Policy.uniform(mdc.load(copied / "dense"), 0.6)
+
+
 def test_a_kill_between_seeds_keeps_the_finished_one(copied, monkeypatch):
     root = copied.parent.parent
     change = ("resume=true", "distillation.temperature=3.0")
@@ -291,6 +345,13 @@ WRONG = [
     ("budget={flops:1}", ConfigError, "limits named macs or params"),
     ("policy.file=nowhere.json", PolicyError, "nowhere.json"),
     ("policy.dimensions=[wings]", PolicyError, "wings"),
+    ("search.n_trials=0", ConfigError, "search.n_trials=0"),
+    ("search.metric=f1", ConfigError, "search.metric='f1'"),
+    ("search.early_stop=2", ConfigError, "search.early_stop=2"),
+    ("search.groups=9", SearchError, "4 blocks"),
+    ("search.bounds.heads=[0.9,0.1]", SearchError, "the smaller first"),
+    ("search.token_ratio=all", SearchError, "token_ratio='all'"),
+    ("search.warm_start=nowhere", SearchError, "nowhere"),
     ("surgery.stages=[99]", MdcError, "99"),
     ("surgery.token_score=looks", MdcError, "token_score='looks'"),
     ("dense.epochs=0", ConfigError, "leaves the model untrained"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +16,9 @@ from typing import Any
 import numpy as np
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, ConfigCompositionException
 from hydra.types import TaskFunction
-from omegaconf import OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightning_mdc.errors import MdcError, SearchError
 from lightning_mdc.policy_search.gp_ei import GpEi
@@ -83,7 +81,7 @@ class Sweep:
     def _go_on_in(self, folder: Path) -> None:
         """Make `folder` the one of this sweep; of its jobs too, which compose their config from overrides."""
         folder = Path(os.path.normpath(folder))
-        with read_write(self.config), open_dict(self.config):
+        with read_write(self.config.hydra), open_dict(self.config.hydra):
             self.config.hydra.sweep.dir = str(folder)
             self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir={text(str(folder))}")
 
@@ -99,14 +97,14 @@ class Sweep:
             self._check_settings()
             self.params = read_params(self.settings.params, arguments)
             self.folders = Folders(self.loader, self.config, self.params, self.mark)
-            # As a trial gets it, but for what is searched.
-            config = self.folders.composed(self.params.fixed_lines)
+            samples = self._samples()
+            self.sweeper.validate_batch_is_legal(samples)
+            config = self._app_config(samples[0])
             with in_context_of(config):
                 app_config = without_hydra(config)
-                space, constraint = _cost.build(self.settings.constraint, self.params, app_config)
-                self._check_composition(space)
+                space, constraint, first = _cost.build(self.settings.constraint, self.params, app_config)
                 on_end = self.settings.on_end and _cost.locate(self.settings.on_end, "hydra.sweeper.on_end")
-                with Study(self._search(space, constraint), self.study_path, self._about()) as self.study:
+                with Study(self._search(space, constraint, first), self.study_path, self._about()) as self.study:
                     self._open_folder()
                     self._run_trials()
                 results = self._finish()
@@ -126,8 +124,9 @@ class Sweep:
                     self._report(told, (time.perf_counter() - began) / (len(self.study.finished) - before))
                 _results.save(self.study, self.params, self.folders)
                 self._judge()
-        except KeyboardInterrupt:
-            log.warning("interrupted: %s; %s", self._counts(), self._how_to_go_on())
+        except KeyboardInterrupt as stop:
+            # Python prints notes last, below the traceback.
+            stop.add_note(f"The sweep was interrupted: {self._counts()}; {self._how_to_go_on()}.")
             raise
 
     def _next(self) -> tuple[Row, ...]:
@@ -164,17 +163,25 @@ class Sweep:
         if not 0 <= rate <= 1:
             raise SearchError(f"max_failure_rate={rate}: expected a share between 0 and 1")
 
-    def _check_composition(self, space: Space) -> None:
-        """Have Hydra compose trials before any is run, so that a parameter it does not know is found out now.
+    def _samples(self) -> list[list[str]]:
+        """Overrides of trials for Hydra to compose before any is run, so that a parameter it does not know shows now.
 
         One trial with each value of every choice; numbers from the middle.
         """
+        space = Space(self.params.axes)
         most = max((len(axis.choices) for axis in space.axes if axis.choices is not None), default=1)
         points = np.where(space.numeric, (space.low + space.high) / 2, np.arange(most)[:, None])
         points = np.clip(points, space.low, space.high)
-        self.sweeper.validate_batch_is_legal([self.params.overrides(space.params(point)) for point in points])
+        return [self.params.overrides(space.params(point)) for point in points]
 
-    def _search(self, space: Space, constraint: Constraint | None) -> GpEi:
+    def _app_config(self, sample: list[str]) -> DictConfig:
+        """The config of a trial, but for what is searched: that is as the app's config has it."""
+        try:
+            return self.folders.composed(self.params.fixed_lines)
+        except ConfigCompositionException:  # a group that has no default is searched
+            return self.folders.composed(sample)
+
+    def _search(self, space: Space, constraint: Constraint | None, first: np.ndarray | None) -> GpEi:
         settings = self.settings
         at_once = constraint is None or (settings.constraint is not None and settings.constraint.vectorized)
         return GpEi(
@@ -183,6 +190,7 @@ class Sweep:
             direction=settings.direction,
             seed=settings.seed,
             n_initial_points=settings.n_initial_points,
+            first=first,
             prior=() if settings.warm_start is None else self._warm_start(settings.warm_start, space),
             n_candidates=(2000 if at_once else 200) if settings.n_candidates is None else settings.n_candidates,
             xi=settings.xi,
@@ -201,7 +209,7 @@ class Sweep:
         constraint, about = self.settings.constraint, None
         if constraint is not None and constraint.callable is not None:
             about = {"callable": constraint.callable, "target": constraint.target, "tolerance": constraint.tolerance}
-        fixed = {parameter.key: parameter.line for parameter in self.params.parameters if not parameter.axes}
+        fixed = {parameter.key: text(parameter.fixed) for parameter in self.params.parameters if not parameter.axes}
         return {"sweeper": "mdc_gp_ei", "constraint": about, "fixed": fixed}
 
     def _open_folder(self) -> None:
@@ -315,9 +323,7 @@ class Sweep:
         return f"{len(rows) - running} trials{more}"
 
     def _how_to_go_on(self) -> str:
-        setting = f"hydra.sweeper.study={text(str(self.study_path))}"
-        given = [argument for argument in sys.argv if not argument.startswith("hydra.sweeper.study=")]
-        return f"to go on: {shlex.join(['python', *given, setting])}"
+        return f"to go on, add hydra.sweeper.study={text(str(self.study_path))} to the same command"
 
 
 @contextmanager

@@ -37,8 +37,10 @@ def locate(path: str, setting: str) -> Callable[..., Any]:
     return found
 
 
-def build(settings: ConstraintConf | None, params: Params, config: DictConfig) -> tuple[Space, Constraint | None]:
-    """The space of the sweep, and the constraint on it, if there is one.
+def build(
+    settings: ConstraintConf | None, params: Params, config: DictConfig
+) -> tuple[Space, Constraint | None, np.ndarray | None]:
+    """The space of the sweep, the constraint on it, and points (n, axes) to try first; None where there is none.
 
     Args:
         config: the app's, for a class that is made from it.
@@ -49,7 +51,7 @@ def build(settings: ConstraintConf | None, params: Params, config: DictConfig) -
     if settings is None or settings.callable is None:
         if settings is not None and (settings.target is not None or settings.tolerance is not None):
             raise SearchError("constraint.target is given, but no constraint.callable that says what a trial costs")
-        return Space(params.axes), None
+        return Space(params.axes), None, None
     if settings.target is None:
         raise SearchError(f"constraint.callable={settings.callable!r} needs constraint.target: the most it may return")
     if settings.tolerance is not None and settings.tolerance < 0:
@@ -59,7 +61,8 @@ def build(settings: ConstraintConf | None, params: Params, config: DictConfig) -
         function = _made(function, settings.callable, config)
     prices = _Prices(function, settings.callable, params, settings.vectorized)
     space = _CanonicalSpace(prices) if hasattr(function, "snap") else Space(params.axes)
-    return space, Constraint(prices.cost, settings.target, settings.tolerance)
+    first = prices.first() if hasattr(function, "first") else None
+    return space, Constraint(prices.cost, settings.target, settings.tolerance), first
 
 
 def _made(kind: Callable[..., Any], path: str, config: DictConfig) -> Callable[..., Any]:
@@ -89,12 +92,14 @@ class _Prices:
 
     def snap(self, points: np.ndarray) -> np.ndarray:
         """(n, axes) -> (n, axes), points that mean the same made equal."""
-        snap = self.function.snap  # type: ignore[attr-defined]
         if self.vectorized:
-            return self._points(self._call(snap, ".snap", self._columns(points)), len(points))
+            return self._changed("snap", points)
         unique, places = np.unique(points, axis=0, return_inverse=True)
-        snapped = [self._points(self._call(snap, ".snap", self._dict(point)), 1) for point in unique]
-        return np.concatenate(snapped)[places.reshape(-1)]
+        return np.concatenate([self._changed("snap", point[None]) for point in unique])[places.reshape(-1)]
+
+    def first(self) -> np.ndarray:
+        """(1, axes): what to try first."""
+        return self._changed("first", ((self.space.low + self.space.high) / 2)[None])
 
     # --- one at a time --------------------------------------------------------------------------------------------
 
@@ -141,21 +146,21 @@ class _Prices:
             called = f"{self.path}{method}"
             raise SearchError(f"constraint.callable: {called} raised {words(error)} for {_shown(params)}") from error
 
-    def _points(self, params: Any, n: int) -> np.ndarray:
-        """What a snap returned, for one point or for many, as points (n, axes)."""
-        parts = []
+    def _changed(self, method: str, points: np.ndarray) -> np.ndarray:
+        """What a method makes of parameters: of one point (1, axes), or, vectorised, of points (n, axes)."""
+        given = self._columns(points) if self.vectorized else self._dict(points[0])
+        params, parts = self._call(getattr(self.function, method), f".{method}", given), []
+        called = f"constraint.callable: {self.path}.{method}"
         for parameter in self.params.searched:
             if not isinstance(params, Mapping) or parameter.name not in params:
-                raise SearchError(
-                    f"constraint.callable: {self.path}.snap returned no {parameter.name!r}; it returns all it is given"
-                )
+                raise SearchError(f"{called} returned no {parameter.name!r}; it has to return all that it is given")
             try:
-                parts.append(_numbers(parameter.axes[0], params[parameter.name]).reshape(n, len(parameter.axes)))
+                parts.append(
+                    _numbers(parameter.axes[0], params[parameter.name]).reshape(len(points), len(parameter.axes))
+                )
             except (TypeError, ValueError) as error:
-                raise SearchError(
-                    f"constraint.callable: {self.path}.snap returned {_short(params[parameter.name])} for "
-                    f"{parameter.name!r}: {words(error)}"
-                ) from error
+                value = _short(params[parameter.name])
+                raise SearchError(f"{called} returned {value} for {parameter.name!r}: {words(error)}") from error
         return np.concatenate(parts, axis=1)
 
 

@@ -90,7 +90,7 @@ class Folders:
 
     def _asked_of_hydra(self, row: Row) -> Path | None:
         config = self.composed(self.params.overrides(row.params))
-        with read_write(config), open_dict(config):
+        with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.num = row.number
         with in_context_of(config):
             try:

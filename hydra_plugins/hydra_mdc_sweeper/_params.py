@@ -26,7 +26,7 @@ _MOST_VALUES = 100_000
 _TAG, _QUOTES = re.compile(r"\btag\s*\("), re.compile(r"'[^']*'|\"[^\"]*\"")
 _LIST_TAG = re.compile(r"x([1-9][0-9]*)")
 # What Hydra's grammar reads as this very text, if it is no word for something else.
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 _RESERVED = {"true", "false", "null", "nan", "inf"}
 
 
@@ -183,8 +183,10 @@ def _axis(override: Override, sweep: Any, name: str, log: bool) -> Axis:
             return Axis(name, low, high, step=1, log=log, integer=True)
         return Axis(name, low, high, log=log)
     if override.is_range_sweep():
-        # No further than we would take: it may be range(1e12).
-        return _range_axis(override, name, sorted(set(islice(override.sweep_iterator(), _MOST_VALUES + 1))), log)
+        # No further than we would take: it may be range(1e12). Hydra 1.3 counts 0.4 in range(0.1, 0.4, 0.1): rounding.
+        values: Any = islice(override.sweep_iterator(), _MOST_VALUES + 1)
+        end, nothing = float(sweep.stop), 1e-6 * abs(float(sweep.step))
+        return _range_axis(override, name, sorted({value for value in values if abs(value - end) > nothing}), log)
     if log:
         raise SearchError(f"{override.input_line}: tag log: a choice has no scale; give an interval or a range")
     return Axis(name, choices=tuple(_choice(override, value) for value in sweep.list))

@@ -18,8 +18,9 @@ class ConstraintConf:
     """What a trial may cost: at most `target`, and at least `target` - `tolerance` if there is a tolerance."""
 
     # Dotted path of a function ``params -> cost``: the parameters by name, fixed ones too, as a dict. Or of a class
-    # that is made once, from the app's config, and whose instance is such a function; it may have a method ``snap``
-    # that takes and returns such a dict, and makes parameters equal that mean the same. null: no constraint.
+    # that is made once, from the app's config, and whose instance is such a function. The instance may have methods
+    # that take and return such a dict: ``snap`` makes parameters equal that mean the same, ``first`` says which are to
+    # be tried first. null: no constraint.
     callable: str | None = None
     # The most a trial may cost.
     target: float | None = None
@@ -67,7 +68,9 @@ class MdcGpEiConf:
     on_end: str | None = None
 
 
-ConfigStore.instance().store(group="hydra/sweeper", name="mdc_gp_ei", node=MdcGpEiConf, provider="mdc_sweeper")
+# The second name is for an app with a hydra/sweeper/mdc_gp_ei.yaml of its own, which begins with it as its default.
+for _name in ("mdc_gp_ei", "mdc_gp_ei_defaults"):
+    ConfigStore.instance().store(group="hydra/sweeper", name=_name, node=MdcGpEiConf, provider="mdc_sweeper")
 
 
 class MdcGpEiSweeper(Sweeper):

@@ -228,6 +228,7 @@ def _run(
         )
 
     finished, row, best = _on_first_rank(following)
+    before, begun = finished, time.perf_counter()
     bar = tqdm(total=n_trials, initial=finished, desc="Searching", unit="trial", disable=None if progress else True)
     try:
         with bar, isolated_rng():
@@ -240,7 +241,16 @@ def _run(
                 bar.set_postfix_str(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
                 bar.update()
                 if _is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
-                    log.info("  trial %d of %d: %s, best %s", finished, n_trials, _shown(over.value), _shown(best))
+                    left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
+                    log.info(
+                        "  trial %d of %d: %s at %.2f %% of the budget, best %s, about %.0f s left",
+                        finished,
+                        n_trials,
+                        _shown(over.value),
+                        100 * (over.cost or 0),
+                        _shown(best),
+                        left,
+                    )
         if finished < n_trials and _is_first():
             log.info("  all %d policies there are have been tried", finished)
         return _on_first_rank(lambda: study.finished)  # type: ignore[union-attr]

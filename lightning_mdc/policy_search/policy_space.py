@@ -137,19 +137,22 @@ class PolicySpace(Space):
         )
 
     def nearest(self, policy: Policy) -> np.ndarray:
-        """The point (axes,) of `policy`, or where blocks are tied that do not keep the same the one just below it."""
+        """The point (axes,) of `policy`, or one just below it: tied blocks and stages cannot keep what differs."""
         counts = self.sites.counts(policy)
         by_dimension = {
             "heads": _ratios(counts.heads, self.costs.heads) if counts.heads.size else [1.0] * self.sites.depth,
             "neurons": _ratios(counts.neurons, self.costs.neurons) if counts.neurons.size else [1.0] * self.sites.depth,
-            "tokens": counts.tokens.tolist(),
         }
         point = self.high.copy()
-        for dimension, axes in self._members.items():
-            for axis, members in axes:
-                ratios = [by_dimension[dimension][member] for member in members]
-                # Tokens: the smallest common ratio that keeps as many; it counts from what reaches each stage.
-                point[axis] = max(ratios) if dimension == "tokens" else min(ratios)
+        for dimension, ratios in by_dimension.items():
+            for axis, members in self._members[dimension]:
+                point[axis] = min(ratios[member] for member in members)
+        if self._members["tokens"]:
+            kept, _ = self._tokens(counts.tokens[None])
+            self._set_tokens(point[None], kept)
+            if (self._tokens(self._stage_ratios(point[None]))[0] != kept).any():  # no one ratio keeps just that
+                for axis, members in self._members["tokens"]:
+                    point[axis] = kept[0, members].min()
         return self.snap(point[None])[0]
 
     def snap(self, points: np.ndarray) -> np.ndarray:
@@ -162,12 +165,7 @@ class PolicySpace(Space):
                 sizes = getattr(self.costs, dimension)
                 ratios = (self._counts(points, dimension) / np.maximum(sizes, 1))[:, blocks]
                 snapped[:, axes] = np.maximum(np.maximum.reduceat(ratios, first, axis=1), self.low[axes])
-        if self._members["tokens"]:
-            counted, kept = self._token_ratios(points)
-            for axis, members in self._members["tokens"]:
-                all_stay = (kept[:, members] == 1).all(axis=1) & (self.high[axis] == 1)
-                smallest = np.where(all_stay, 1.0, counted[:, members].max(axis=1))
-                snapped[:, axis] = np.clip(smallest, self.low[axis], self.high[axis])
+        self._set_tokens(snapped, self._stage_ratios(points))
         return snapped
 
     def _blocks_of(self, dimension: str) -> tuple[np.ndarray, np.ndarray]:
@@ -188,28 +186,43 @@ class PolicySpace(Space):
 
     def _kept(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(n, axes) -> heads (n, blocks), neurons (n, blocks), realised token ratios (n, stages)."""
-        return self._counts(points, "heads"), self._counts(points, "neurons"), self._token_ratios(points)[1]
+        return (
+            self._counts(points, "heads"),
+            self._counts(points, "neurons"),
+            self._tokens(self._stage_ratios(points))[0],
+        )
 
-    def _token_ratios(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n, axes) -> for each stage the ratio asked for in whole tokens, and the one that is kept: (n, stages) each.
+    def _stage_ratios(self, points: np.ndarray) -> np.ndarray:
+        """(n, axes) -> keep ratio asked of each token stage, (n, stages)."""
+        ratios = np.ones((len(points), len(self._blocks)))
+        for axis, members in self._members["tokens"]:
+            ratios[:, members] = points[:, [axis]]
+        return ratios
+
+    def _tokens(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ratios (n, stages) -> the ratios that are kept, and the smallest that keep as much: (n, stages) each.
 
         They differ at the ends: the prefix tokens and one patch stay, and to drop a single token, which the fused one
         then takes the place of, would only cost.
         """
-        asked = np.ones((len(points), len(self._blocks)))
-        kept = asked.copy()
-        by_stage = {int(member): axis for axis, members in self._members["tokens"] for member in members}
-        tokens = np.full(len(points), float(self.costs.num_tokens))
-        for stage in range(len(self._blocks)):
-            if stage not in by_stage:
-                continue
-            ratio = points[:, by_stage[stage]]
-            left = self.costs.tokens_left(tokens, ratio)
+        kept, smallest = np.ones_like(ratios), np.ones_like(ratios)
+        tokens = np.full(len(ratios), float(self.costs.num_tokens))
+        for stage in range(ratios.shape[1]) if self._members["tokens"] else ():
+            left = self.costs.tokens_left(tokens, ratios[:, stage])
             left = np.where(left > tokens - 1 - self.fuse, tokens, left)
-            asked[:, stage] = np.floor(tokens * ratio + 1e-6) / tokens
+            needed = np.minimum(left, tokens - self.fuse)
             kept[:, stage] = left / tokens
+            smallest[:, stage] = np.where(needed <= self.costs.num_prefix + 1, 0.0, needed / tokens)
             tokens = np.where(left < tokens, left + self.fuse, tokens)
-        return asked, kept
+        return kept, smallest
+
+    def _set_tokens(self, points: np.ndarray, ratios: np.ndarray) -> None:
+        """Write ratios (n, stages) into points (n, axes): the smallest that keep as many tokens, or 1 if all stay."""
+        kept, smallest = self._tokens(ratios)
+        for axis, members in self._members["tokens"]:
+            all_stay = (kept[:, members] == 1).all(axis=1) & (self.high[axis] == 1)
+            needed = np.where(all_stay, 1.0, smallest[:, members].max(axis=1))
+            points[:, axis] = np.clip(needed, self.low[axis], self.high[axis])
 
     # --- what points cost -----------------------------------------------------------------------------------------
 

@@ -137,11 +137,18 @@ class Space:
         return np.array([axis.number(params[axis.name]) for axis in self.axes])
 
     def point_anywhere(self, params: Mapping[str, Any]) -> np.ndarray:
-        """As `point`, but numbers may be out of range: those of another search, with other bounds."""
+        """As `point`, but numbers may be out of range: those of another search, with other bounds.
+
+        Raises:
+            SearchError: a choice this search does not have, or a number that its scale does not have.
+        """
         numbers = [
             axis.number(params[axis.name]) if axis.choices is not None else float(params[axis.name])
             for axis in self.axes
         ]
+        for axis, number in zip(self.axes, numbers, strict=True):
+            if axis.log and number <= 0:
+                raise SearchError(f"{axis.name}={number}: a log scale needs numbers above 0")
         return np.array(numbers)
 
     # --- many points ----------------------------------------------------------------------------------------------

@@ -209,13 +209,16 @@ class Study:
         try:
             self._lock()
             self._file.seek(0)
-            journal = _parse(self._file.read(), self.search.space)
-            if not journal.readable:
-                if journal.unreadable:
-                    raise SearchError(f"{self.path} is no study file: no line of it can be read; give another path")
+            data = self._file.read()
+            journal = _parse(data, self.search.space)
+            if journal.header is None and not journal.rows:
+                # The header comes last: without it, this is a file that was being begun, and safe to begin again.
+                begin = [{"prior": dict(params), "value": value} for params, value in prior if value is not None]
+                begin.append(self.header)
+                if not b"".join(map(_line, begin)).startswith(data):
+                    raise SearchError(f"{self.path} is no study file: it has no header; give another path")
                 self._file.truncate(0)
-                priors = [{"prior": dict(params), "value": value} for params, value in prior]
-                self._append(self.header, *priors)
+                self._append(*begin)
                 return
             self._compare(journal.header)
             if journal.unreadable or journal.torn:

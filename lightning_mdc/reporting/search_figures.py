@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_mdc.policy_search.gp_ei import GpEi
-from lightning_mdc.policy_search.study import Row
 
 _PALE, _INK = "#b8b8b8", "#333333"
 _TRIAL, _BEST, _FAILED = "#0072B2", "#009E73", "#D55E00"  # as in figures.py: Okabe-Ito
@@ -19,7 +19,20 @@ _TRIAL, _BEST, _FAILED = "#0072B2", "#009E73", "#D55E00"  # as in figures.py: Ok
 _PANELS, _GRID, _BACKGROUND = 8, 30, 100
 
 
-def progress_figure(rows: Sequence[Row], direction: str) -> Figure:
+class Tried(Protocol):
+    """A trial as the pictures see it: a `Row` of a study or a `Trial` of the policy search."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def value(self) -> float | None: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def cost(self) -> float | None: ...
+
+
+def progress_figure(rows: Sequence[Tried], direction: str) -> Figure:
     """Values by trial number: dots as they came, a line for the best so far, crosses for trials that failed."""
     figure, panel = _figure(6.4, 3.8)
     done = [row for row in rows if row.status == "done"]
@@ -44,7 +57,7 @@ def progress_figure(rows: Sequence[Row], direction: str) -> Figure:
     return figure
 
 
-def cost_figure(rows: Sequence[Row], direction: str, target: float) -> Figure:
+def cost_figure(rows: Sequence[Tried], direction: str, target: float) -> Figure:
     """What trials cost against what they are worth, with a line at the target."""
     figure, panel = _figure(6.4, 3.8)
     priced = [row for row in rows if row.cost is not None]
@@ -163,7 +176,7 @@ def _limits(values: Sequence[float], direction: str) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5 * max(abs(low), 1e-9), high + 0.5 * max(abs(high), 1e-9))
 
 
-def _dots(panel: Axes, rows: Sequence[Row], places: Sequence[float], low: float, high: float) -> None:
+def _dots(panel: Axes, rows: Sequence[Tried], places: Sequence[float], low: float, high: float) -> None:
     values, where = np.array([row.value for row in rows], dtype=float), np.array(places, dtype=float)
     inside = (values >= low) & (values <= high)
     panel.scatter(where[inside], values[inside], s=22, color=_TRIAL, alpha=0.75, linewidths=0, label="trial")
@@ -174,7 +187,7 @@ def _dots(panel: Axes, rows: Sequence[Row], places: Sequence[float], low: float,
             panel.scatter(where[outside], at, s=26, marker=marker, color=_TRIAL, alpha=0.75, linewidths=0, label=far)
 
 
-def _crosses(panel: Axes, rows: Sequence[Row], places: Sequence[float]) -> None:
+def _crosses(panel: Axes, rows: Sequence[Tried], places: Sequence[float]) -> None:
     """Trials without a value, along the bottom."""
     if len(places):
         at, bottom = np.asarray(places), np.full(len(places), 0.03)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -21,10 +22,16 @@ def unguard_intermediates(model: nn.Module) -> None:
 
 
 class _GuardedIntermediates:
-    """Stands in for the method on one instance. An object, not a bound method: pickle and deepcopy keep it right."""
+    """Stands in for the method on one instance. An object, not a bound method: pickle and deepcopy keep it right.
+
+    It holds the model weakly. With a cycle, slim models nobody needs any more, a search's, would pile up in memory.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> Any:
+        return _GuardedIntermediates, (self._model(),)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output_fmt = args[5] if len(args) > 5 else kwargs.get("output_fmt", "NCHW")
@@ -33,5 +40,6 @@ class _GuardedIntermediates:
                 "forward_intermediates(output_fmt='NCHW'): tokens leave inside this model, so there is no full feature "
                 "map to return; ask for output_fmt='NLC', or prune with tokens=1.0"
             )
-        method: Any = type(self.model).forward_intermediates  # type: ignore[attr-defined]
-        return method(self.model, *args, **kwargs)
+        model = self._model()
+        method: Any = type(model).forward_intermediates  # type: ignore[union-attr]
+        return method(model, *args, **kwargs)
