@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     write_text(path, best.to_json())
     figure = reporting.policy_figure(best, space.uniform, f"{load.settings['name']}: trial {results['best_trial']}")
     reporting.save_figure(figure, sweep_dir / "policy.png")
-    given = [text for text in config.hydra.overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
+    given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     command = ["python", "train.py", f"policy.file={path}", *given]
     print(f"Finetune with the best policy (trial {results['best_trial']}; the dense model is in the cache):")
     print("  " + shlex.join(command))

@@ -196,6 +196,16 @@ def test_points_are_keep_ratios_by_block() -> None:
     assert [axis.name for axis in PolicySpace(model, 0.9).axes][-1] == "tokens"
 
 
+def test_whole_units_stay_whole() -> None:
+    assert 49 * (1 / 49) < 1
+    model = randomised(VisionTransformer(**(BASE | {"mlp_ratio": 49.5 / 48})))
+    space = PolicySpace(model, 0.9, ("neurons",), bounds={"neurons": (0, 1)})
+    for count in range(1, 50):
+        point = np.full((1, 4), count / 49)
+        assert units(model, space.policy(point[0]))[4:8] == (count,) * 4
+        assert (space.snap(point) == point).all()
+
+
 # --- what may be moved, and how far -----------------------------------------------------------------------------------
 
 
