@@ -7,7 +7,9 @@ Choose it with ``python app.py -m hydra/sweeper=mdc_gp_ei 'x=interval(0, 1)'``. 
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -68,9 +70,16 @@ class MdcGpEiConf:
     on_end: str | None = None
 
 
-# The second name is for an app with a hydra/sweeper/mdc_gp_ei.yaml of its own, which begins with it as its default.
-for _name in ("mdc_gp_ei", "mdc_gp_ei_defaults"):
-    ConfigStore.instance().store(group="hydra/sweeper", name=_name, node=MdcGpEiConf, provider="mdc_sweeper")
+# conf/hydra/sweeper/mdc_gp_ei.yaml begins with it, and so may an app's own file of that name.
+ConfigStore.instance().store(group="hydra/sweeper", name="mdc_gp_ei_defaults", node=MdcGpEiConf, provider="mdc_sweeper")
+
+
+class MdcSweeperSearchPath(SearchPathPlugin):
+    """Puts this package's ``conf`` last on Hydra's search path: an app's own file comes first."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """See Hydra."""
+        search_path.append(provider="mdc_sweeper", path="pkg://hydra_plugins.hydra_mdc_sweeper.conf")
 
 
 class MdcGpEiSweeper(Sweeper):

@@ -69,7 +69,7 @@ class Projection:
         """Points (n, axes) with units added while another one fits.
 
         All axes with room rise together as far as they can; those of which one unit more is too much (a head, mostly)
-        drop out; until none is left.
+        drop out; until none is left. Axes without steps then take up what is left, one after the other.
         """
         points, space = points.copy(), self.space
         stepped = (space.step > 0) & (self.slope != 0)
@@ -92,7 +92,11 @@ class Projection:
                 shifted[stuck] = raised[np.arange(len(points)), first][stuck]
             points = shifted
             if not fits.any():
-                return points
+                break
+        # Without steps of its own, an axis stops the others where a snap of the app's makes one of it: each by itself.
+        for axis in rng.permutation(np.flatnonzero((space.step == 0) & (self.slope != 0))):
+            points = self._shift_free(points, np.tile(np.arange(len(space)) == axis, (len(points), 1)))
+        return points
 
     def _shift_free(self, points: np.ndarray, free: np.ndarray) -> np.ndarray:
         unit, slope = self.space.to_unit(points), free * self.slope

@@ -1,0 +1,1 @@
+"""Configs that Hydra finds on its search path."""
