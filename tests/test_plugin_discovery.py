@@ -94,7 +94,8 @@ def test_what_hydra_imports_at_every_start_is_light():
         "heavy = {'torch', 'skopt', 'sklearn', 'numpy', 'matplotlib', 'lightning_mdc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "own = sorted(name for name in sys.modules if name.startswith('hydra_plugins.hydra_mdc'))\n"
-        "assert own == ['hydra_plugins.hydra_mdc_sweeper', 'hydra_plugins.hydra_mdc_sweeper.mdc_sweeper'], own\n"
+        "assert own == ['hydra_plugins.hydra_mdc_sweeper', 'hydra_plugins.hydra_mdc_sweeper.conf', '"
+        "hydra_plugins.hydra_mdc_sweeper.mdc_sweeper'], own\n"
     )
     run(sys.executable, "-c", script, cwd=ROOT)
 

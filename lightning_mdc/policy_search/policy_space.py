@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,39 +89,44 @@ class PolicySpace(Space):
         self.fuse, self._round_to = fuse_tokens, round_to
         if token_ratio not in ("shared", "stages"):
             raise SearchError(f"token_ratio={token_ratio!r}: expected 'shared' or 'stages'")
+        least = {"heads": min_heads, "neurons": -(-min_neurons // round_to) * round_to, "tokens": 0}
+        bounds, tied = _checked_bounds(bounds, self.dimensions), _checked_groups(groups, self.dimensions)
+        tied["tokens"] = 1 if token_ratio == "shared" else None
+        # Which blocks (stages for tokens) each axis moves, by dimension.
+        self._members: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in DIMENSIONS}
+        axes: list[Axis] = []
+        for name in self.dimensions:
+            for axis, members in self._axes(name, bounds.get(name), tied.get(name), least[name]):
+                self._members[name].append((len(axes), members))
+                axes.append(axis)
+        super().__init__(axes)
+        self.constraint = Constraint(self.load, 1.0)
+        self._check_reachable(budget)
+
+    def _axes(self, dimension: str, bounds: Any, count: int | None, least: int) -> Iterator[tuple[Axis, np.ndarray]]:
+        """The axes of one dimension, and the blocks that each moves."""
+        step = self._round_to if dimension == "neurons" else 1
         sizes = {
             "heads": self.costs.heads,
             "neurons": self.costs.neurons,
             "tokens": np.full(len(self._blocks), self.costs.num_tokens),
-        }
-        least = {"heads": min_heads, "neurons": -(-min_neurons // round_to) * round_to, "tokens": 0}
-        step = {"heads": 1, "neurons": round_to, "tokens": 1}
-        bounds, tied = _checked_bounds(bounds, self.dimensions), _checked_groups(groups, self.dimensions)
-        tied["tokens"] = 1 if token_ratio == "shared" else None
-        axes: list[Axis] = []
-        self._members: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in DIMENSIONS}
-        for dimension in self.dimensions:
-            size, count = sizes[dimension], tied.get(dimension)
-            low, high = _bounds_of(dimension, bounds.get(dimension), size, getattr(self.uniform, dimension))
-            if dimension != "tokens":  # whole units inside the bounds
-                groups_of = np.maximum(np.ceil(size * low / step[dimension] - 1e-6), 0) * step[dimension]
-                low = np.minimum(np.maximum(groups_of, np.minimum(size, least[dimension])), size) / np.maximum(size, 1)
-            for number, members in enumerate(_tied(dimension, count, len(size))):
-                members = members[size[members] > 0]
-                if not len(members):
-                    continue
-                name = dimension if count == 1 and dimension == "tokens" else f"{dimension}.{number}"
-                bottom, top = float(low[members].max()), float(high[members].min())
-                if bottom > top:
-                    raise SearchError(
-                        f"bounds of {name}: no whole number of {dimension} is between {bottom:.4g} and {top:.4g}; "
-                        "widen them"
-                    )
-                self._members[dimension].append((len(axes), members))
-                axes.append(Axis(name, bottom, top, step=step[dimension] / int(size[members].max())))
-        super().__init__(axes)
-        self.constraint = Constraint(self.load, 1.0)
-        self._check_reachable(budget)
+        }[dimension]
+        low, high = _bounds_of(dimension, bounds, sizes, getattr(self.uniform, dimension))
+        if dimension != "tokens":  # whole units inside the bounds
+            fewest = np.maximum(np.ceil(sizes * low / step - 1e-6) * step, np.minimum(sizes, least))
+            low = np.minimum(fewest, sizes) / np.maximum(sizes, 1)
+        for number, members in enumerate(_tied(dimension, count, len(sizes))):
+            members = members[sizes[members] > 0]
+            if not len(members):
+                continue
+            name = "tokens" if dimension == "tokens" and count == 1 else f"{dimension}.{number}"
+            bottom, top = float(low[members].max()), float(high[members].min())
+            if bottom > top:
+                raise SearchError(
+                    f"bounds of {name}: no whole number of {dimension} is between {bottom:.4g} and {top:.4g}; "
+                    "widen them"
+                )
+            yield Axis(name, bottom, top, step=step / int(sizes[members].max())), members
 
     # --- points and policies --------------------------------------------------------------------------------------
 
