@@ -88,10 +88,10 @@ def at_random(evaluate: Evaluations, seed: int) -> None:
 def skopt_rejecting(evaluate: Evaluations, seed: int) -> None:
     from skopt import Optimizer
 
-    space = evaluate.problem.space
+    space, load = evaluate.problem.space, evaluate.problem.load
 
     def costs_enough(point: list[float]) -> bool:
-        return LEAST_COST <= space.load(np.array([point]))[0] <= 1
+        return LEAST_COST <= load(point) <= 1
 
     optimizer = Optimizer(
         list(zip(space.low, space.high, strict=True)),

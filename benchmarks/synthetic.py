@@ -6,11 +6,14 @@ where it also lost neurons: as in real sensitivity curves. The budget is priced 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import timm
 
+from lightning_mdc.policy import default_stages
 from lightning_mdc.policy_search.policy_space import PolicySpace
 
 BLOCKS = 12
@@ -34,6 +37,12 @@ class Problem:
     def space(self) -> PolicySpace:
         return PolicySpace(timm.create_model("deit_small_patch16_224"), self.budget)
 
+    @cached_property
+    def _scalars(self) -> tuple[list[list[int]], tuple[int, ...], dict[float, float]]:
+        costs = self.space.costs
+        arrays = (costs.heads, costs.neurons, costs.head_dims, costs.head_weights, costs.neuron_weights)
+        return [array.tolist() for array in arrays], default_stages(BLOCKS), {}
+
     @property
     def uniform(self) -> np.ndarray:
         """The point (1, 25) where every search that can be told where to begin begins."""
@@ -48,3 +57,22 @@ class Problem:
         )
         loss += (self.both * heads * neurons).sum(axis=1) + self.tokens * tokens**self.token_power
         return 80.0 - 2.0 * loss
+
+    def load(self, point: Sequence[float]) -> float:
+        """The cost of one point (25,): `PolicySpace.load` in plain numbers, for those who ask a million times."""
+        (all_heads, all_neurons, head_dims, head_weights, neuron_weights), stages, fixed = self._scalars
+        costs, tokens, total = self.space.costs, float(self.space.costs.num_tokens), 0.0
+        for block in range(BLOCKS):
+            heads = math.floor(all_heads[block] * point[block] + 1e-6)
+            neurons = math.floor(all_neurons[block] * point[BLOCKS + block] + 1e-6)
+            width = heads * head_dims[block]
+            total += tokens * heads * head_weights[block] + 2 * tokens * tokens * width
+            if block in stages:
+                kept = max(math.floor(tokens * point[-1] + 1e-6), costs.num_prefix + 1)
+                if kept < tokens - 1:  # else nothing is saved, and nothing dropped
+                    total += costs.num_rows * tokens * width
+                    tokens = kept + 1.0
+            total += tokens * neurons * neuron_weights[block]
+        if tokens not in fixed:
+            fixed[tokens] = float(costs.sites.fixed_macs(costs.size, tokens))
+        return (total + fixed[tokens]) / self.space.limits["macs"]

@@ -49,7 +49,7 @@ class HeldOut:
         metric: str | Metric = "accuracy",
         *,
         dense: nn.Module | None = None,
-        batch_size: int = 256,
+        batch_size: int = 128,
         device: torch.device | str | None = None,
         max_images: int | None = None,
         seed: int = 0,
