@@ -35,7 +35,7 @@ from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.importance import Criterion
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import Policy, check_dimensions
+from lightning_mdc.policy import DIMENSIONS, Policy, check_dimensions
 from lightning_mdc.policy_search.held_out import METRICS, HeldOut
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.policy_search.study import observations
@@ -241,7 +241,8 @@ def given_policy(settings: Settings, model: nn.Module) -> Policy | None:
         return policy
     if keep:
         space = keep_space(settings, model, keep, 1.0)
-        return space.policy(space.point(keep_params(keep)))
+        Policy(**{name: keep.get(name, 1.0) for name in DIMENSIONS})  # says which ratio is none
+        return space.policy(space.snap(space.point_anywhere(keep_params(keep))[None])[0])
     if options["kind"] == "searched":
         return None
     names = ("dimensions", "min_heads", "min_neurons", "round_to")
@@ -264,9 +265,8 @@ def keep_space(settings: Settings, model: nn.Module, keep: Mapping[str, Any], bu
         bounds=dict.fromkeys(keep, (0.0, 1.0)),
         groups={name: counts[name] for name in ("heads", "neurons") if name in keep},
         token_ratio="stages" if isinstance(keep.get("tokens"), list) else "shared",
-        min_heads=0,
-        min_neurons=0,
         stages=settings["surgery"]["stages"],
+        **{name: settings["policy"][name] for name in ("min_heads", "min_neurons", "round_to")},
         fuse_tokens=settings["surgery"]["fuse_tokens"],
     )
 
@@ -300,7 +300,7 @@ def check_search(settings: Settings, model: nn.Module) -> None:
         ConfigError, SearchError, BudgetError: what is wrong.
     """
     options = settings["search"]
-    for name in ("n_trials", "n_initial_points", "images"):
+    for name in ("n_trials", "n_initial_points", "images", "batch_size"):
         if type(options[name]) is not int or options[name] < 1:
             raise ConfigError(f"search.{name}={options[name]!r}: expected a whole number of at least 1")
     if options["metric"] not in METRICS:
@@ -312,7 +312,7 @@ def check_search(settings: Settings, model: nn.Module) -> None:
         model, build_budget(settings), fuse_tokens=settings["surgery"]["fuse_tokens"], **space_options(settings)
     )
     if options["warm_start"] is not None:
-        observations(options["warm_start"], space)
+        observations(options["warm_start"], space, "maximize")
 
 
 def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lightning_mdc import assembly, pipeline, reporting
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.importance import Scores, make_plan
+from lightning_mdc.policy import DIMENSIONS
 from lightning_mdc.policy_search.driver import uniform_point
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.policy_search.policy_space import PolicySpace
@@ -125,7 +126,7 @@ class PolicyLoad:
     def __call__(self, params: Mapping[str, Any]) -> np.ndarray:
         """(n,) costs."""
         space, points, _ = self._points(params)
-        return space.load(points)
+        return space.load(space.snap(points))  # no less than the fewest units
 
     def snap(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` with every ratio the smallest that keeps the same units."""
@@ -138,28 +139,40 @@ class PolicyLoad:
         return _replaced(params, columns, np.repeat(uniform_point(space, 0), len(points), axis=0))
 
     def _points(self, params: Mapping[str, Any]) -> tuple[PolicySpace, np.ndarray, dict[str, slice]]:
-        """The space that these parameters span, their points (n, axes), and which columns belong to which."""
-        names = [name for name in ("heads", "neurons", "tokens") if f"{_KEEP}{name}" in params]
-        if not names:
+        """The space that these parameters span, their points (n, axes), and which columns belong to which.
+
+        What is not searched (no array) is the same for all.
+        """
+        given = {f"{_KEEP}{name}": ratios for name, ratios in self.settings["policy"]["keep"].items()}
+        given |= {key: value for key, value in params.items() if key.startswith(_KEEP)}
+        given = {key: value for key, value in given.items() if value is not None}
+        if not given:
             raise ConfigError(f"the sweep moves no keep ratio; give it a parameter such as {_KEEP}heads")
-        arrays = {name: np.asarray(params[f"{_KEEP}{name}"], dtype=np.float64) for name in names}
-        shape = tuple((name, array.shape[1] if array.ndim == 2 else None) for name, array in arrays.items())
-        if shape not in self._spaces:
-            keep = {name: 1.0 if count is None else [1.0] * count for name, count in shape}
-            budget = assembly.build_budget(self.settings)
-            self._spaces[shape] = assembly.keep_space(self.settings, self.model, keep, budget)
+        n = max((len(value) for value in given.values() if isinstance(value, np.ndarray)), default=1)
+        keep: dict[str, Any] = {}
         columns, parts, start = {}, [], 0
-        for name, array in arrays.items():
-            part = array if array.ndim == 2 else array[:, None]
-            columns[f"{_KEEP}{name}"] = slice(start, start + part.shape[1])
+        for name in sorted(given, key=[f"{_KEEP}{d}" for d in DIMENSIONS].index):
+            value = given[name]
+            part = np.asarray(value, dtype=np.float64)
+            if not isinstance(value, np.ndarray):
+                part = np.broadcast_to(part, (n, *part.shape))
+            is_list = part.ndim == 2
+            part = part if is_list else part[:, None]
+            keep[name.removeprefix(_KEEP)] = [1.0] * part.shape[1] if is_list else 1.0
+            columns[name] = slice(start, start + part.shape[1])
             parts.append(part)
             start += part.shape[1]
+        shape = tuple((name, len(ones) if isinstance(ones, list) else None) for name, ones in keep.items())
+        if shape not in self._spaces:
+            budget = assembly.build_budget(self.settings)
+            self._spaces[shape] = assembly.keep_space(self.settings, self.model, keep, budget)
         return self._spaces[shape], np.concatenate(parts, axis=1), columns
 
 
 def _replaced(params: Mapping[str, Any], columns: Mapping[str, slice], points: np.ndarray) -> dict[str, Any]:
-    """`params` with the ratios of `points` (n, axes)."""
-    ratios = {key: points[:, place] for key, place in columns.items()}
+    """`params` with the ratios of `points` (n, axes), where they are searched."""
+    searched = {key: place for key, place in columns.items() if isinstance(params.get(key), np.ndarray)}
+    ratios = {key: points[:, place] for key, place in searched.items()}
     return {**params, **{key: r if np.ndim(params[key]) == 2 else r[:, 0] for key, r in ratios.items()}}
 
 
@@ -168,8 +181,13 @@ def _replaced(params: Mapping[str, Any], columns: Mapping[str, slice], points: n
 
 def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> None:
     """Write the best policy as ``best_policy.json``, draw it beside the uniform one, say how to finetune with it."""
+    if results["best_params"] is None:
+        print("No trial succeeded, so there is no policy to finetune with.")
+        return
     load = PolicyLoad(config)
-    keep = {key.removeprefix(_KEEP): value for key, value in results["best_params"].items() if key.startswith(_KEEP)}
+    found = dict(results["best_params"])
+    given_keep = {name: ratios for name, ratios in load.settings["policy"]["keep"].items() if ratios is not None}
+    keep = given_keep | {key.removeprefix(_KEEP): value for key, value in found.items() if key.startswith(_KEEP)}
     space = assembly.keep_space(load.settings, load.model, keep, assembly.build_budget(load.settings))
     best = space.policy(space.point(assembly.keep_params(keep)))
     path = sweep_dir / "best_policy.json"
@@ -177,6 +195,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     figure = reporting.policy_figure(best, space.uniform, f"{load.settings['name']}: trial {results['best_trial']}")
     reporting.save_figure(figure, sweep_dir / "policy.png")
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
-    command = ["python", "train.py", f"policy.file={path}", *given]
+    others = [f"{key}={value}" for key, value in found.items() if not key.startswith(_KEEP)]
+    command = ["python", "train.py", f"policy.file={path}", *given, *others]
     print(f"Finetune with the best policy (trial {results['best_trial']}; the dense model is in the cache):")
     print("  " + shlex.join(command))

@@ -65,7 +65,7 @@ def test_without_one_it_is_searched_for_unless_uniform(tmp_path):
     ("override", "kind", "words"),
     [
         ("policy.keep.heads=[1,1,1,1,1]", SearchError, "4 blocks"),
-        ("policy.keep.heads=1.5", SearchError, r"heads\.0=1\.5 is no number in"),
+        ("policy.keep.heads=1.5", PolicyError, r"heads\[0\]=1\.5"),
         ("policy.keep.tokens=[1,1]", SearchError, "tokens"),
         ("+policy.keep.wings=0.5", PolicyError, "wings"),
         ("policy.kind=best", ConfigError, "policy.kind='best'"),

@@ -333,12 +333,14 @@ def test_a_file_in_use_is_refused_until_its_user_is_gone(tmp_path: Path) -> None
     process = fork.Process(target=_hold, args=(path, ready), daemon=True)
     process.start()
     assert ready.wait(30)
-    with pytest.raises(SearchError, match=r"in use by another process; wait for it, stop it"):
+    with pytest.raises(SearchError, match=r"in use by another search; wait for it, stop it"):
         Study(search(), path, ABOUT)
     process.kill()
     process.join()
     with Study(search(), path, ABOUT) as study:
         assert len(study.finished) == 4
+        with pytest.raises(SearchError, match="in use by another search"):  # of this process
+            Study(search(), path, ABOUT)
     assert path.read_bytes() == data
 
 
@@ -348,7 +350,7 @@ def test_a_file_in_use_is_refused_until_its_user_is_gone(tmp_path: Path) -> None
 def test_warm_start(tmp_path: Path) -> None:
     study_file(tmp_path / "wide.jsonl")
     narrow = Space([Axis("a", 0, 0.2, step=0.05), *SPACE.axes[1:]])
-    found = observations(tmp_path / "wide.jsonl", narrow)
+    found = observations(tmp_path / "wide.jsonl", narrow, "maximize")
     with Study(search(), tmp_path / "wide.jsonl", ABOUT) as wide:
         expected = [(SPACE.point(row.params).tolist(), row.value) for row in wide.rows if row.value is not None]
     assert [(o.point.tolist(), o.value) for o in found] == expected
@@ -373,12 +375,14 @@ def test_warm_start_from_what_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     study_file(path)
     with pytest.raises(SearchError, match=r"warm_start='.*study.jsonl' searched 3 parameters \(a, n, kind, ...\)"):
-        observations(path, Space(SPACE.axes[:2]))
+        observations(path, Space(SPACE.axes[:2]), "maximize")
     with pytest.raises(SearchError, match=r"warm_start=.*cannot be read"):
-        observations(tmp_path / "none.jsonl", SPACE)
+        observations(tmp_path / "none.jsonl", SPACE, "maximize")
+    with pytest.raises(SearchError, match="was to maximize, this search is to minimize"):
+        observations(path, SPACE, "minimize")
     (tmp_path / "other.txt").write_text("hello\n")
     with pytest.raises(SearchError, match="is no study file"):
-        observations(tmp_path / "other.txt", SPACE)
+        observations(tmp_path / "other.txt", SPACE, "maximize")
     logged = Space([dataclasses.replace(SPACE.axes[0], low=0.1, log=True), *SPACE.axes[1:]])
     with pytest.raises(SearchError, match=r"a=0\.0: a log scale needs numbers above 0"):
         logged.point_anywhere({"a": 0.0, "n": 2, "kind": "x"})

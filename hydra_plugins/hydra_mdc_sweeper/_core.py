@@ -24,7 +24,7 @@ from lightning_mdc.errors import MdcError, SearchError
 from lightning_mdc.policy_search.gp_ei import GpEi
 from lightning_mdc.policy_search.on_budget import Constraint
 from lightning_mdc.policy_search.space import Space
-from lightning_mdc.policy_search.study import Row, Study, observations, recall
+from lightning_mdc.policy_search.study import Row, Study, has_begun, observations, recall
 
 from . import _cost, _recorded, _results
 from ._folders import Folders, in_context_of, without_hydra
@@ -197,10 +197,10 @@ class Sweep:
         )
 
     def _warm_start(self, path: str, space: Space) -> Any:
-        if self.study_path.exists():
+        if has_begun(self.study_path):
             log.info("warm_start is not read again: %s goes on with what it began with", self.study_path)
             return ()
-        prior = observations(path, space)
+        prior = observations(path, space, self.settings.direction)
         log.info("warm start: %d trials of %s inform this sweep", len(prior), path)
         return prior
 

@@ -58,6 +58,7 @@ class Budget:
                 raise BudgetError(
                     f"{name}={limit!r:.80}: expected a fraction of dense in (0, 1] or an absolute number like 1.84e9"
                 )
+            object.__setattr__(self, name, number)  # a tensor's value, say
 
     def limits(self, dense_macs: float, dense_params: float) -> dict[str, float]:
         """Absolute limits by name, MACs and parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import numbers
 import time
@@ -15,17 +16,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from lightning_mdc.budget import Budget
 from lightning_mdc.errors import SearchError
 from lightning_mdc.importance import Scores, make_plan
 from lightning_mdc.policy import Policy
-from lightning_mdc.policy_search.gp_ei import GpEi
-from lightning_mdc.policy_search.held_out import HeldOut, is_distributed
+from lightning_mdc.policy_search.gp_ei import GpEi, Observation
+from lightning_mdc.policy_search.held_out import METRICS, HeldOut, is_distributed
 from lightning_mdc.policy_search.on_budget import Projection
 from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
-from lightning_mdc.policy_search.study import Row, Study, observations
+from lightning_mdc.policy_search.study import Row, Study, has_begun, observations
 from lightning_mdc.randomness import isolated_rng, seed_all
 from lightning_mdc.surgery import slim
 
@@ -39,7 +41,7 @@ class Trial:
     """One policy that was tried.
 
     Attributes:
-        number: from 0; trial 0 is the uniform policy.
+        number: from 0; trial 0 is the uniform policy, or where bounds or ties exclude it one near it.
         policy: its realised keep ratios.
         macs: multiply-accumulates of its slim model for one image.
         value: what `evaluate` gave; None if it failed.
@@ -117,8 +119,9 @@ def search(
     Args:
         model: the dense model (or a module that holds it); unchanged.
         scores: from `score`.
-        evaluate: given a slim model in eval mode, how good it is; higher is better. It has to do so on held-out
-            *training* images: see `HeldOut`, which is one.
+        evaluate: given a slim vision transformer (itself, not the module that holds it) in eval mode and without
+            gradients, how good it is; higher is better. It has to do so on held-out *training* images: see `HeldOut`,
+            which is one.
         budget: fraction of the dense MACs in (0, 1], or a `Budget`.
         n_trials: how many in all, those of an earlier run in `state` counted.
         seed: of the search; `evaluate` runs under a seed of its own per trial, so that a resumed search equals an
@@ -141,10 +144,11 @@ def search(
         raise SearchError(f"n_trials={n_trials!r}: expected a whole number of at least 1")
     if not isinstance(scores, Scores):
         raise SearchError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
-    if early_stop is not None and not (isinstance(evaluate, HeldOut) and 0.5 <= early_stop < 1):
+    by_image = isinstance(evaluate, HeldOut) and not isinstance(evaluate.metric, Metric)
+    if early_stop is not None and not (by_image and 0.5 <= early_stop < 1):
         raise SearchError(
-            f"early_stop={early_stop!r}: expected a confidence in [0.5, 1), and evaluate=HeldOut(...), which can be "
-            "asked image by image"
+            f"early_stop={early_stop!r}: expected a confidence in [0.5, 1), and evaluate=HeldOut(...) of a metric that "
+            f"has a value per image, one of {METRICS}"
         )
     if not callable(evaluate):
         raise SearchError(f"evaluate={evaluate!r:.80}: expected a function of a slim model that returns a number")
@@ -167,13 +171,15 @@ def search(
         seed=seed,
         n_initial_points=n_initial_points,
         first=uniform_point(space, seed),
-        prior=() if warm_start is None else observations(warm_start, space),
+        prior=_prior(warm_start, space, state),
         xi=xi,
     )
     about = {
         "budget": asdict(space.budget),
         "dense_macs": space.dense_macs,
-        "criterion": scores.criterion,
+        "stages": list(space.stage_blocks),
+        "scores": _digest(scores),
+        "xi": float(xi),
         "token_score": token_score,
         "fuse_tokens": fuse_tokens,
         "early_stop": early_stop,
@@ -229,7 +235,8 @@ def _run(
 
     finished, row, best = _on_first_rank(following)
     before, begun = finished, time.perf_counter()
-    bar = tqdm(total=n_trials, initial=finished, desc="Searching", unit="trial", disable=None if progress else True)
+    hidden = None if progress and _is_first() else True  # None: where there is no terminal
+    bar = tqdm(total=n_trials, initial=finished, desc="Searching", unit="trial", disable=hidden)
     try:
         with bar, isolated_rng():
             while row is not None:
@@ -268,13 +275,15 @@ def _value(
 ) -> tuple[float | None, bool, str]:
     """(value, whether it was given up early, why it failed)."""
     seed_all(seed + row.number)
+    value, stopped, error = None, False, None
     try:
         value, stopped = tried(space.policy(space.point(row.params)), best)
-    except SearchError:
-        raise
-    except Exception as error:
-        if best is None:  # nothing has worked yet: a mistake in `evaluate`, for its author to see whole
-            raise
+    except Exception as raised:
+        error = raised
+    if (error := _first_of_ranks(error)) is not None:
+        # Nothing has worked yet: a mistake in `evaluate`, for its author to see whole.
+        if best is None or isinstance(error, SearchError):
+            raise error
         log.warning("  trial %d failed: %s: %s", row.number, type(error).__name__, error)
         return None, False, f"{type(error).__name__}: {error}"
     number = _number(value)
@@ -286,7 +295,9 @@ def _value(
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool | str) or not (isinstance(value, numbers.Real) or hasattr(value, "__float__")):
+    if isinstance(value, bool | str | np.bool_) or getattr(value, "dtype", None) is torch.bool:
+        return None
+    if not (isinstance(value, numbers.Real) or hasattr(value, "__float__")):
         return None
     try:
         return float(value)
@@ -310,6 +321,15 @@ def _is_first() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
+def _first_of_ranks(error: Exception | None) -> Exception | None:
+    """The error of the first rank that has one, on all ranks: a trial fails on all of them, or on none."""
+    if not is_distributed():
+        return error
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return error if error is not None else next((other for other in errors if other is not None), None)
+
+
 def _on_first_rank(work: Callable[[], T], *, share: bool = True) -> T:
     """What `work` gives on rank 0, on all ranks; its error too, so that none waits for ever.
 
@@ -330,6 +350,23 @@ def _on_first_rank(work: Callable[[], T], *, share: bool = True) -> T:
     if error is not None:
         raise error
     return cast(T, shared if share else result)
+
+
+def _digest(scores: Scores) -> str:
+    """Short hash: other scores make other plans of the same policy."""
+    sha = hashlib.sha256(scores.criterion.encode())
+    for name, tensor in sorted(scores.tensors().items()):
+        sha.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _prior(warm_start: str | Path | None, space: PolicySpace, state: str | Path | None) -> tuple[Observation, ...]:
+    if warm_start is None:
+        return ()
+    if state is not None and has_begun(state):  # it holds what it was begun with
+        log.info("  warm_start is not read again: %s goes on with what it began with", state)
+        return ()
+    return observations(warm_start, space, "maximize")
 
 
 def uniform_point(space: PolicySpace, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ where hardly any point is on the budget, and refit the process for every point o
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,17 +74,20 @@ class GpEi:
     ) -> None:
         if direction not in DIRECTIONS:
             raise SearchError(f"direction={direction!r}: expected one of {DIRECTIONS}")
-        for name, count, least in (
-            ("seed", seed, 0),
-            ("n_initial_points", n_initial_points, 1),
-            ("n_candidates", n_candidates, 2),
-        ):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise SearchError(f"{name}={count!r}: expected a whole number of at least {least}")
-        if not math.isfinite(xi) or xi < 0:
+        counts: dict[str, tuple[Any, int]] = {
+            "seed": (seed, 0),
+            "n_initial_points": (n_initial_points, 1),
+            "n_candidates": (n_candidates, 2),
+        }
+        for name, (count, least) in counts.items():
+            if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not least <= int(count) < 2**32:
+                raise SearchError(f"{name}={count!r}: expected a whole number of at least {least} (and below 2^32)")
+        margin: Any = xi
+        if not isinstance(margin, numbers.Real) or not math.isfinite(margin) or margin < 0:
             raise SearchError(f"xi={xi!r}: expected a number of at least 0, in units of the value")
         self.space, self.constraint, self.direction = space, constraint, direction
-        self.seed, self.n_initial_points, self.n_candidates, self.xi = seed, n_initial_points, n_candidates, xi
+        self.seed, self.n_initial_points, self.n_candidates = int(seed), int(n_initial_points), int(n_candidates)
+        self.xi = float(xi)
         self._project = None if constraint is None else Projection(space, constraint, seed)
         self._first = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
         self.prior = tuple(prior)  # not scaled down to this space's bounds
@@ -221,8 +225,11 @@ class GpEi:
         from skopt.acquisition import gaussian_ei
 
         encoded = self.space.encode(points)
+        # To be improved on is what this search found, not what another one did on a larger budget.
+        own = losses[sum(o.value is not None for o in self.prior) :]
         with _quiet():
-            improvement = gaussian_ei(encoded, process, losses.min(), self.xi)
+            best = own.min() if len(own) else process.predict(encoded).min()
+            improvement = gaussian_ei(encoded, process, best, self.xi)
         if all(o.value is not None for o in self._history):
             return improvement
         # Another process has learnt where trials fail: from 1 (worked) and 0.

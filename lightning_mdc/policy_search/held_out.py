@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -62,6 +63,8 @@ class HeldOut:
             raise SearchError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
         if name == "kl" and dense is None:
             raise SearchError("metric='kl' compares with the dense model; pass dense=")
+        if max_images is not None and (type(max_images) is not int or max_images < 1):
+            raise SearchError(f"max_images={max_images!r}: expected a whole number of at least 1, or None for all")
         images, labels = _gathered(batches, max_images)
         if labels is None and name != "kl":
             raise SearchError(f"metric={metric!r} needs labels; batches must be (images, labels)")
@@ -69,6 +72,7 @@ class HeldOut:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         mine = order[rank::ranks]
         self.metric, self.batch_size, self.num_images = metric, batch_size, len(images)
+        self._batches = math.ceil(math.ceil(len(images) / ranks) / batch_size)  # of the rank with most images
         self.images = images[mine].to(device or images.device)
         self.labels = None if labels is None else labels[mine].to(self.images.device)
         if name is not None and self.labels is not None:
@@ -97,15 +101,19 @@ class HeldOut:
             if best is not None:
                 raise SearchError(f"early_stop: {type(self.metric).__name__} has no value per image; use {METRICS}")
             return self._of_metric(model, self.metric), False
-        looks = max(1, math.ceil(len(self.images) / self.batch_size) - 1)
         sums = torch.zeros(3, dtype=torch.float64)  # images, their values, squares
-        for values in self._values(model):
-            sums += torch.tensor([len(values), values.sum(), values.square().sum()], dtype=torch.float64)
-            if best is not None and self._is_hopeless(_over_ranks(sums), best, (1 - confidence) / looks):
-                count, total, _ = _over_ranks(sums).tolist()
-                return total / count, True
-        count, total, _ = _over_ranks(sums).tolist()
-        return total / count, False
+        looks = self._batches - 1
+        batches = self._values(model)
+        for look in range(self._batches):
+            # A rank with an image less may have a batch less: it looks all the same, so that all look as often.
+            for values in itertools.islice(batches, 1):
+                sums += torch.tensor([len(values), values.sum(), values.square().sum()], dtype=torch.float64)
+            if best is not None and look < looks:
+                together = _over_ranks(sums)
+                if self._is_hopeless(together, best, (1 - confidence) / looks):
+                    return (together[1] / together[0]).item(), True
+        together = _over_ranks(sums)
+        return (together[1] / together[0]).item(), False
 
     def accuracy(self, value: float) -> float:
         """The top-1 in a value of metric ``"accuracy"``, without what breaks ties."""
@@ -142,8 +150,10 @@ class HeldOut:
 
     def _log_probabilities(self, model: nn.Module) -> Iterator[Tensor]:
         with torch.inference_mode(), evaluating(model):
+            parameter = next(model.parameters(), self.images)
             for images in self.images.split(self.batch_size):
-                yield F.log_softmax(model(images).float(), dim=-1)
+                images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
+                yield F.log_softmax(model(images).float(), dim=-1).to(self.images.device)
 
     def _of_metric(self, model: nn.Module, metric: Metric) -> float:
         assert self.labels is not None
@@ -162,6 +172,8 @@ def _gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, T
     count = 0
     for batch in batches:
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        if not isinstance(parts[0], Tensor):
+            raise SearchError(f"batches of {type(batch).__name__}: expected (images, labels), tensors both")
         images.append(parts[0])
         if len(parts) > 1:
             labels.append(torch.as_tensor(parts[1]))

@@ -85,7 +85,7 @@ class PolicySpace(Space):
         # Dropping tokens saves no parameter; under a parameter budget it would only hurt.
         self.dimensions = tuple(name for name in names if name != "tokens" or "macs" in self.limits)
         self.stages = stages
-        self._blocks = default_stages(self.sites.depth) if stages is None else tuple(stages)
+        self.stage_blocks = default_stages(self.sites.depth) if stages is None else tuple(stages)
         self.fuse, self._round_to = fuse_tokens, round_to
         if token_ratio not in ("shared", "stages"):
             raise SearchError(f"token_ratio={token_ratio!r}: expected 'shared' or 'stages'")
@@ -109,7 +109,7 @@ class PolicySpace(Space):
         sizes = {
             "heads": self.costs.heads,
             "neurons": self.costs.neurons,
-            "tokens": np.full(len(self._blocks), self.costs.num_tokens),
+            "tokens": np.full(len(self.stage_blocks), self.costs.num_tokens),
         }[dimension]
         low, high = _bounds_of(dimension, bounds, sizes, getattr(self.uniform, dimension))
         if dimension != "tokens":  # whole units inside the bounds
@@ -199,7 +199,7 @@ class PolicySpace(Space):
 
     def _stage_ratios(self, points: np.ndarray) -> np.ndarray:
         """(n, axes) -> keep ratio asked of each token stage, (n, stages)."""
-        ratios = np.ones((len(points), len(self._blocks)))
+        ratios = np.ones((len(points), len(self.stage_blocks)))
         for axis, members in self._members["tokens"]:
             ratios[:, members] = points[:, [axis]]
         return ratios
@@ -247,7 +247,7 @@ class PolicySpace(Space):
 
     def _macs(self, heads: np.ndarray, neurons: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         can_drop = bool(self._members["tokens"])
-        drops = [TokenDrop(block, tokens[:, stage]) for stage, block in enumerate(self._blocks) if can_drop]
+        drops = [TokenDrop(block, tokens[:, stage]) for stage, block in enumerate(self.stage_blocks) if can_drop]
         return np.asarray(self.costs.macs(heads, neurons, drops, fuse=self.fuse))
 
     def _check_reachable(self, budget: float | Budget) -> None:
@@ -281,9 +281,10 @@ def _checked_bounds(bounds: Any, dimensions: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _checked_groups(groups: Any, dimensions: tuple[str, ...]) -> dict[str, int | None]:
-    if groups is None or (isinstance(groups, int) and not isinstance(groups, bool)):
+    wrong = isinstance(groups, Mapping) and any(type(count) not in (int, type(None)) for count in groups.values())
+    if groups is None or type(groups) is int:
         return {name: groups for name in ("heads", "neurons") if name in dimensions}
-    if not isinstance(groups, Mapping) or set(groups) - {"heads", "neurons"}:
+    if wrong or not isinstance(groups, Mapping) or set(groups) - {"heads", "neurons"}:
         raise SearchError(
             f"groups={groups!r}: expected a number of groups, or one by dimension such as {{'heads': 3}} (tokens have "
             "token_ratio)"

@@ -131,9 +131,7 @@ class Space:
         Raises:
             SearchError: a parameter is missing, unknown, or out of range.
         """
-        names = {axis.name for axis in self.axes}
-        if set(params) != names:
-            raise SearchError(f"parameters {sorted(params)} are not those of the search, {sorted(names)}")
+        self._check_names(params)
         return np.array([axis.number(params[axis.name]) for axis in self.axes])
 
     def point_anywhere(self, params: Mapping[str, Any]) -> np.ndarray:
@@ -142,6 +140,7 @@ class Space:
         Raises:
             SearchError: a choice this search does not have, or a number that its scale does not have.
         """
+        self._check_names(params)
         numbers = [
             axis.number(params[axis.name]) if axis.choices is not None else float(params[axis.name])
             for axis in self.axes
@@ -150,6 +149,11 @@ class Space:
             if axis.log and number <= 0:
                 raise SearchError(f"{axis.name}={number}: a log scale needs numbers above 0")
         return np.array(numbers)
+
+    def _check_names(self, params: Mapping[str, Any]) -> None:
+        names = {axis.name for axis in self.axes}
+        if set(params) != names:
+            raise SearchError(f"parameters {sorted(params)} are not those of the search, {sorted(names)}")
 
     # --- many points ----------------------------------------------------------------------------------------------
 

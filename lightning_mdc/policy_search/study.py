@@ -28,6 +28,9 @@ except ImportError:  # not on Windows: two searches on one file are not noticed 
 
 log = logging.getLogger(__name__)
 
+# Device and inode of the files that searches of this process have open.
+_OPEN: set[tuple[int, int]] = set()
+
 _FORMAT = "lightning_mdc.search.1"
 # running: asked, not told. stopped: given up early; its value is an estimate and never the best.
 STATUSES = ("running", "done", "failed", "stopped")
@@ -87,6 +90,7 @@ class Study:
         self.remembered: dict[str, Any] = {}
         self._rows: dict[int, Row] = {}
         self._file: Any = None
+        self._identity: tuple[int, int] = (-1, -1)
         prior = [(search.space.params(o.point), o.value) for o in search.prior]
         header = {
             "format": _FORMAT,
@@ -189,6 +193,7 @@ class Study:
         if self._file is not None:
             self._file.close()
             self._file = None
+        _OPEN.discard(self._identity)
 
     def __enter__(self) -> Study:
         return self
@@ -235,15 +240,24 @@ class Study:
                 self.search.tell(self.search.space.point(row.params)[None], [row.value])
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
+        in_use = SearchError(
+            f"study file {self.path} is in use by another search; wait for it, stop it, or give another path"
+        )
+        stat = os.fstat(self._file.fileno())
+        identity = (stat.st_dev, stat.st_ino)
+        if identity in _OPEN:  # record locks do not hold within a process
+            raise in_use
+        if fcntl is not None:
+            self._lock_against_others(in_use)
+        _OPEN.add(identity)
+        self._identity = identity
+
+    def _lock_against_others(self, in_use: SearchError) -> None:
         try:
             # Not flock: a forked data loader would go on holding that after we are killed.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise SearchError(
-                f"study file {self.path} is in use by another process; wait for it, stop it, or give another path"
-            ) from error
+            raise in_use from error
         except OSError as error:  # a file system without locks
             log.debug("study file %s cannot be locked: %s", self.path, error)
 
@@ -279,7 +293,7 @@ class Study:
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         beside.write_bytes(b"".join(lines))
         os.replace(beside, self.path)
-        self._file.close()
+        self.close()
         self._file = self.path.open("a+b", buffering=0)
         self._lock()
 
@@ -388,11 +402,20 @@ def _differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
     return [] if theirs == ours else [f"{where} was {theirs!r}, now {ours!r}"]
 
 
-def observations(path: str | Path, space: Space) -> tuple[Observation, ...]:
+def has_begun(path: str | Path) -> bool:
+    """Whether the file at `path` is one that a search goes on with; one killed while it began it begins again."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError:
+        return False
+    return any(b'"format": ' in line for line in lines[:-1])
+
+
+def observations(path: str | Path, space: Space, direction: str) -> tuple[Observation, ...]:
     """What an earlier search found, for another one over the same parameters (of another budget, say).
 
     Raises:
-        SearchError: the file cannot be read, or its parameters are others.
+        SearchError: the file cannot be read, or its parameters or its direction are others.
     """
     try:
         data = Path(path).read_bytes()
@@ -401,6 +424,11 @@ def observations(path: str | Path, space: Space) -> tuple[Observation, ...]:
     journal = _parse(data, space)
     if journal.header is None:
         raise SearchError(f"warm_start={str(path)!r} is no study file; give one that an earlier search has written")
+    if journal.header["direction"] != direction:
+        raise SearchError(
+            f"warm_start={str(path)!r} was to {journal.header['direction']}, this search is to {direction}: its values "
+            "mean the opposite"
+        )
     theirs, ours = [axis["name"] for axis in journal.header["space"]], [axis.name for axis in space.axes]
     if theirs != ours:
         raise SearchError(
