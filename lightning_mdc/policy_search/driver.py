@@ -195,7 +195,11 @@ def search(
 
     # Only the first rank asks, tells and writes; on the others there is nothing to be asked.
     study = _on_first_rank(lambda: None if not _is_first() else Study(process, state, about), share=False)
-    rows = _run(space, study, tried, n_trials, seed, progress)
+    try:
+        rows = _run(space, study, tried, n_trials, seed, progress)
+    finally:
+        if study is not None:
+            study.close()
     if not _is_first():
         for row in rows:
             process.tell(space.point(row.params)[None], [row.value])
@@ -237,33 +241,29 @@ def _run(
     before, begun = finished, time.perf_counter()
     hidden = None if progress and _is_first() else True  # None: where there is no terminal
     bar = tqdm(total=n_trials, initial=finished, desc="Searching", unit="trial", disable=hidden)
-    try:
-        with bar, isolated_rng():
-            while row is not None:
-                started = time.perf_counter()
-                value, stopped, note = _value(space, row, tried, best, seed)
-                seconds = time.perf_counter() - started
-                over = _on_first_rank(partial(finish, row, value, stopped, seconds, note))
-                finished, row, best = _on_first_rank(following)
-                bar.set_postfix_str(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
-                bar.update()
-                if _is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
-                    left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
-                    log.info(
-                        "  trial %d of %d: %s at %.2f %% of the budget, best %s, about %.0f s left",
-                        finished,
-                        n_trials,
-                        _shown(over.value),
-                        100 * (over.cost or 0),
-                        _shown(best),
-                        left,
-                    )
-        if finished < n_trials and _is_first():
-            log.info("  all %d policies there are have been tried", finished)
-        return _on_first_rank(lambda: study.finished)  # type: ignore[union-attr]
-    finally:
-        if study is not None:
-            study.close()
+    with bar, isolated_rng():
+        while row is not None:
+            started = time.perf_counter()
+            value, stopped, note = _value(space, row, tried, best, seed)
+            seconds = time.perf_counter() - started
+            over = _on_first_rank(partial(finish, row, value, stopped, seconds, note))
+            finished, row, best = _on_first_rank(following)
+            bar.set_postfix_str(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
+            bar.update()
+            if _is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
+                left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
+                log.info(
+                    "  trial %d of %d: %s at %.2f %% of the budget, best %s, about %.0f s left",
+                    finished,
+                    n_trials,
+                    _shown(over.value),
+                    100 * (over.cost or 0),
+                    _shown(best),
+                    left,
+                )
+    if finished < n_trials and _is_first():
+        log.info("  all %d policies there are have been tried", finished)
+    return _on_first_rank(lambda: study.finished)  # type: ignore[union-attr]
 
 
 def _value(
