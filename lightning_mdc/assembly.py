@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 Settings = Mapping[str, Any]
 
+# With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
+_ENOUGH_FOR_TOP1 = 1000
+
 # What timm and torch raise at arguments they cannot use.
 _REFUSALS = (
     TypeError,
@@ -303,8 +306,8 @@ def check_search(settings: Settings, model: nn.Module) -> None:
     for name in ("n_trials", "n_initial_points", "images", "batch_size"):
         if type(options[name]) is not int or options[name] < 1:
             raise ConfigError(f"search.{name}={options[name]!r}: expected a whole number of at least 1")
-    if options["metric"] not in METRICS:
-        raise ConfigError(f"search.metric={options['metric']!r}: expected one of {', '.join(METRICS)}")
+    if options["metric"] not in ("auto", *METRICS):
+        raise ConfigError(f"search.metric={options['metric']!r}: expected auto or one of {', '.join(METRICS)}")
     confidence = options["early_stop"]
     if confidence is not None and not (isinstance(confidence, float) and 0.5 <= confidence < 1):
         raise ConfigError(f"search.early_stop={confidence!r}: expected a confidence in [0.5, 1), or null")
@@ -318,14 +321,13 @@ def check_search(settings: Settings, model: nn.Module) -> None:
 def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
     """What trials are judged on: the first ``search.images`` of the held-out training images."""
     options = settings["search"]
-    return HeldOut(
-        batches,
-        options["metric"],
-        dense=model if options["metric"] == "kl" else None,
-        batch_size=options["batch_size"],
-        device=device,
-        max_images=options["images"],
-    )
+    more = {"dense": model, "batch_size": options["batch_size"], "device": device}
+    if options["metric"] != "auto":
+        return HeldOut(batches, options["metric"], max_images=options["images"], **more)
+    held_out = HeldOut(batches, "accuracy", max_images=options["images"], **more)
+    if held_out.num_images >= _ENOUGH_FOR_TOP1:
+        return held_out
+    return HeldOut([(held_out.images, held_out.labels)], "kl", **more)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -57,11 +57,12 @@ def trial(settings: assembly.Settings, folder: Path) -> float:
     surgery = settings["surgery"]
     scores = Scores.load(run.folder / "scores.safetensors")
     plan = make_plan(model, scores, policy, token_score=surgery["token_score"], fuse_tokens=surgery["fuse_tokens"])
-    value = _held_out(run, model)(slim(model, plan))
+    held_out = _held_out(run, model)
+    value = held_out(slim(model, plan))
     write_text(folder / "policy.json", policy.to_json())
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper says it
         return value
-    log.info("trial: %s %.4f", settings["search"]["metric"], value)
+    log.info("trial: %s %.4f", held_out.metric, value)
     return value
 
 

@@ -287,7 +287,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     )
     first, best = result.history[0], result.best
     if first.value is not None and first.policy == result.space.uniform:
-        log.info("  %s: uniform %.4f, best %.4f (trial %d)", options["metric"], first.value, best.value, best.number)
+        log.info("  %s: uniform %.4f, best %.4f (trial %d)", held_out.metric, first.value, best.value, best.number)
     figures = {
         "policy": reporting.policy_figure(result.policy, result.space.uniform, "What each block keeps"),
         "value": reporting.progress_figure(result.history, "maximize"),

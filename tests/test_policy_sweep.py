@@ -99,6 +99,15 @@ def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_trai
     assert policy.heads == (0.5, 0.5, 1.0, 1.0)
 
 
+def test_few_images_are_judged_by_more_than_top1(runs):
+    run = policy_sweep.prepared(settings(runs, "search.metric=auto"))
+    model, images, labels = run.model("dense"), torch.rand(1000, 1, 8, 8), torch.zeros(1000)
+    for count, metric in ((999, "kl"), (1000, "accuracy")):
+        held_out = assembly.build_held_out(run.settings, [(images[:count], labels[:count])], model, run.device)
+        assert held_out.metric == metric
+        assert held_out.num_images == count
+
+
 def test_other_settings_have_a_cache_of_their_own(runs, tmp_path):
     caches = set((runs / ".cache").iterdir())
     policy_sweep.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)

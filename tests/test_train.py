@@ -44,6 +44,7 @@ TINY = (
     "dense.epochs=1",
     "distillation.epochs=1",
     "distillation.seeds=[0,1]",
+    "search.metric=accuracy",
     "search.n_trials=3",
     "search.n_initial_points=2",
     "calibration.images=32",
