@@ -21,14 +21,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mdc import assembly, pipeline, reporting
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.importance import Scores, make_plan
 from lightning_mdc.policy import DIMENSIONS
 from lightning_mdc.policy_search.driver import uniform_point
-from lightning_mdc.policy_search.held_out import HeldOut
+from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.stages import Run
@@ -89,23 +89,13 @@ def _held_out(run: Run, model: nn.Module) -> HeldOut:
     path = run.folder / f"held_out-{mark[:12]}.safetensors"
     with FileLock(run.folder / ".lock"):
         if not path.exists():
-            images, labels = _gathered(run, options["images"])
+            images, labels = gathered(run.data.val_dataloader(), options["images"])
+            assert labels is not None  # our data modules have them
             beside = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file({"images": images, "labels": labels}, beside)
+            save_file({"images": images.contiguous(), "labels": labels.contiguous()}, beside)
             os.replace(beside, path)
     tensors = load_file(path)
     return assembly.build_held_out(run.settings, [(tensors["images"], tensors["labels"])], model, run.device)
-
-
-def _gathered(run: Run, most: int) -> tuple[Tensor, Tensor]:
-    images, labels, count = [], [], 0
-    for batch, targets in run.data.val_dataloader():
-        images.append(batch)
-        labels.append(torch.as_tensor(targets))
-        count += len(batch)
-        if count >= most:
-            break
-    return torch.cat(images)[:most].contiguous(), torch.cat(labels)[:most].contiguous()
 
 
 # --- what a trial costs -----------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class HeldOut:
             raise SearchError("metric='kl' compares with the dense model; pass dense=")
         if max_images is not None and (type(max_images) is not int or max_images < 1):
             raise SearchError(f"max_images={max_images!r}: expected a whole number of at least 1, or None for all")
-        images, labels = _gathered(batches, max_images)
+        images, labels = gathered(batches, max_images)
         if labels is None and name != "kl":
             raise SearchError(f"metric={metric!r} needs labels; batches must be (images, labels)")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -165,8 +165,12 @@ class HeldOut:
         return -value if metric.higher_is_better is False else value
 
 
-def _gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:
-    """All images (n, ...) and labels (n,) of the batches."""
+def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:
+    """The first `max_images` images (n, ...) and labels (n,) of the batches, or all.
+
+    Raises:
+        SearchError: there are none, or labels for some only.
+    """
     images: list[Tensor] = []
     labels: list[Tensor] = []
     count = 0
