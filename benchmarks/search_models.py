@@ -35,7 +35,7 @@ from lightning_mdc.run_folder import write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- search_models:begin -->", "<!-- search_models:end -->"
-METHODS = {"uniform": "uniform", "random": "best of 60 random", "searched": "searched, 60 trials"}
+METHODS = {"uniform": "uniform", "random": "best of {} random", "searched": "searched, {} trials"}
 
 
 def main() -> None:
@@ -164,13 +164,14 @@ def table(found: dict[str, Any]) -> str:
             f"| {name} | dense | {dense['correct'] / images:.2%} | {dense['loss']:.4f} | 0 | "
             f"{dense['test_correct'] / test:.2%} |"
         )
+        trials = next(len(row["values"]) for row in result["rows"] if row["method"] == "searched")
         for method, label in METHODS.items():
             rows = [row for row in result["rows"] if row["method"] == method]
             shown = [f"{row['correct'] / images:.2%}" for row in rows]
             shown = shown[:1] if method == "uniform" else shown
             mean = {key: statistics.mean(row[key] for row in rows) for key in ("loss", "kl", "test_correct")}
             lines.append(
-                f"| {name} | {label} | {', '.join(shown)} | {mean['loss']:.4f} | {mean['kl']:.4f} | "
+                f"| {name} | {label.format(trials)} | {', '.join(shown)} | {mean['loss']:.4f} | {mean['kl']:.4f} | "
                 f"{mean['test_correct'] / test:.2%} |"
             )
         cost = result["trial_cost"]
