@@ -377,10 +377,8 @@ class MultiDimPruneCallback(Callback):
             return scorer
         batches = CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
         mine = range(trainer.global_rank, len(batches), trainer.world_size)
-        # More ranks than batches: this one looks at the first for the shapes of its sums, and counts it as nothing.
-        idle = not mine
         bar = tqdm(
-            list(mine) or [0],
+            mine,
             desc="Scoring",
             unit="batch",
             leave=False,
@@ -391,8 +389,6 @@ class MultiDimPruneCallback(Callback):
                 seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
                 batch = batches[index]
                 self._observe(trainer, pl_module, scorer, _to_device(trainer, pl_module, batch))
-        if idle:
-            scorer.sums = {name: torch.zeros_like(value) for name, value in scorer.sums.items()}
         return scorer
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
@@ -432,10 +428,7 @@ class MultiDimPruneCallback(Callback):
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer) -> None:
         """Average over ranks, decide on rank 0, tell the others, make sure they heard."""
-        if trainer.world_size > 1:
-            scorer.sums = {
-                name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in sorted(scorer.sums.items())
-            }
+        scorer.sum_over_ranks()
         scores = scorer.scores()
         policy = self._uniform_or_given(pl_module)
         _, model = find_model(pl_module, self.model_path)

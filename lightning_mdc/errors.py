@@ -50,3 +50,7 @@ class ConfigError(MdcError, ValueError):
 
 class CallbackError(MdcError, ValueError):
     """The callback's settings contradict each other or the Trainer it was given to."""
+
+
+class DistributedError(MdcError, RuntimeError):
+    """The processes of a distributed run cannot be started, or one of them went away."""

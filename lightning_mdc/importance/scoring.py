@@ -19,6 +19,7 @@ from lightning_mdc.importance.scores import Scores, finite
 from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites
 from lightning_mdc.policy import Policy, default_stages
 from lightning_mdc.randomness import isolated_rng
+from lightning_mdc.ranks import everyones, summed
 
 # Above this, the prediction is computed by a pass of its own, so that nothing has to be remembered until it is known.
 _MEMORY_LIMIT = 2 * 2**30
@@ -33,6 +34,7 @@ def score(
     stages: Sequence[int] | None = None,
     prediction: Callable[[Any], Tensor] | None = None,
     progress: bool = True,
+    over_ranks: bool = False,
 ) -> Scores:
     """How much every head, neuron and token position of the vision transformer in `model` matters.
 
@@ -45,6 +47,8 @@ def score(
         stages: blocks of the token stages; None means quarters of the depth.
         prediction: turns the model's output into probabilities (images, classes); None means softmax.
         progress: show a bar (on a terminal).
+        over_ranks: in a distributed run, every rank gives its own share of the batches, or none; the scores are of all
+            of them and the same on all ranks, which all have to call this.
 
     Raises:
         CalibrationError: no batches, batches the criterion cannot use, or NaN scores.
@@ -63,6 +67,8 @@ def score(
             for images, labels in _as_tensors(batches, criterion):
                 scorer.update(partial(_predict, model, _on(sites, images), prediction), labels)
                 bar.update()
+    if over_ranks:
+        scorer.sum_over_ranks()
     return scorer.scores()
 
 
@@ -73,7 +79,7 @@ def _predict(model: nn.Module, images: Tensor, prediction: Callable[[Any], Tenso
 class Scorer:
     """Adds up a criterion's sums over forward passes. A context manager: the probes are on inside.
 
-    `sums` may be added up over ranks before `scores` is called: every entry is a plain sum.
+    Every entry of `sums` is a plain sum over batches, so that ranks can share them out.
     """
 
     def __init__(
@@ -166,6 +172,15 @@ class Scorer:
                 change = torch.zeros_like(gate) if gradient is None else gradient
                 self._add(name, self.criterion.observe(_dimension(name), change.flatten(1)), prediction.detach())
         self._count(len(prediction))
+
+    def sum_over_ranks(self) -> None:
+        """From here on `sums` are those of all ranks; one that saw no batch adds nothing."""
+        mine = {name: (tuple(value.shape), value.dtype) for name, value in self.sums.items()}
+        known = {name: kind for kinds in everyones(mine) for name, kind in kinds.items()}
+        device = self.sums["batches"].device
+        for name, (shape, dtype) in sorted(known.items()):
+            value = self.sums.get(name)
+            self.sums[name] = summed(torch.zeros(shape, dtype=dtype, device=device) if value is None else value)
 
     def scores(self) -> Scores:
         """Scores from the sums so far, on the CPU.

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchmetrics import Metric
 from tqdm.auto import tqdm
@@ -24,16 +23,15 @@ from lightning_mdc.errors import SearchError
 from lightning_mdc.importance import Scores, make_plan
 from lightning_mdc.policy import Policy
 from lightning_mdc.policy_search.gp_ei import GpEi, Observation
-from lightning_mdc.policy_search.held_out import METRICS, HeldOut, is_distributed
+from lightning_mdc.policy_search.held_out import METRICS, HeldOut
 from lightning_mdc.policy_search.on_budget import Projection
 from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
 from lightning_mdc.policy_search.study import Row, Study, has_begun, observations
 from lightning_mdc.randomness import isolated_rng, seed_all
+from lightning_mdc.ranks import first_error, is_first, on_first_rank
 from lightning_mdc.surgery import slim
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -194,13 +192,13 @@ def search(
             return evaluate(small), False
 
     # Only the first rank asks, tells and writes; on the others there is nothing to be asked.
-    study = _on_first_rank(lambda: None if not _is_first() else Study(process, state, about), share=False)
+    study = on_first_rank(lambda: None if not is_first() else Study(process, state, about), share=False)
     try:
         rows = _run(space, study, tried, n_trials, seed, progress)
     finally:
         if study is not None:
             study.close()
-    if not _is_first():
+    if not is_first():
         for row in rows:
             process.tell(space.point(row.params)[None], [row.value])
     history = [_trial(space, row) for row in rows]
@@ -237,20 +235,20 @@ def _run(
             row.number, value, status="stopped" if stopped else None, seconds=round(seconds, 4), note=note
         )
 
-    finished, row, best = _on_first_rank(following)
+    finished, row, best = on_first_rank(following)
     before, begun = finished, time.perf_counter()
-    hidden = None if progress and _is_first() else True  # None: where there is no terminal
+    hidden = None if progress and is_first() else True  # None: where there is no terminal
     bar = tqdm(total=n_trials, initial=finished, desc="Searching", unit="trial", disable=hidden)
     with bar, isolated_rng():
         while row is not None:
             started = time.perf_counter()
             value, stopped, note = _value(space, row, tried, best, seed)
             seconds = time.perf_counter() - started
-            over = _on_first_rank(partial(finish, row, value, stopped, seconds, note))
-            finished, row, best = _on_first_rank(following)
+            over = on_first_rank(partial(finish, row, value, stopped, seconds, note))
+            finished, row, best = on_first_rank(following)
             bar.set_postfix_str(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
             bar.update()
-            if _is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
+            if is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
                 left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
                 log.info(
                     "  trial %d of %d: %s at %.2f %% of the budget, best %s, about %.0f s left",
@@ -261,9 +259,9 @@ def _run(
                     _shown(best),
                     left,
                 )
-    if finished < n_trials and _is_first():
+    if finished < n_trials and is_first():
         log.info("  all %d policies there are have been tried", finished)
-    return _on_first_rank(lambda: study.finished)  # type: ignore[union-attr]
+    return on_first_rank(lambda: study.finished)  # type: ignore[union-attr]
 
 
 def _value(
@@ -280,7 +278,7 @@ def _value(
         value, stopped = tried(space.policy(space.point(row.params)), best)
     except Exception as raised:
         error = raised
-    if (error := _first_of_ranks(error)) is not None:
+    if (error := first_error(error)) is not None:
         # Nothing has worked yet: a mistake in `evaluate`, for its author to see whole.
         if best is None or isinstance(error, SearchError):
             raise error
@@ -315,41 +313,6 @@ def _trial(space: PolicySpace, row: Row) -> Trial:
 
 def _shown(value: float | None) -> str:
     return "failed" if value is None else f"{value:.4f}"
-
-
-def _is_first() -> bool:
-    return not is_distributed() or dist.get_rank() == 0
-
-
-def _first_of_ranks(error: Exception | None) -> Exception | None:
-    """The error of the first rank that has one, on all ranks: a trial fails on all of them, or on none."""
-    if not is_distributed():
-        return error
-    errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return error if error is not None else next((other for other in errors if other is not None), None)
-
-
-def _on_first_rank(work: Callable[[], T], *, share: bool = True) -> T:
-    """What `work` gives on rank 0, on all ranks; its error too, so that none waits for ever.
-
-    With ``share=False`` the result stays where it is, and only errors are passed on.
-    """
-    if not is_distributed():
-        return work()
-    result: Any = None
-    error: Exception | None = None
-    if _is_first() or not share:
-        try:
-            result = work()
-        except Exception as raised:
-            error = raised
-    box = [(result if share else None, error)]
-    dist.broadcast_object_list(box, src=0)
-    shared, error = box[0]
-    if error is not None:
-        raise error
-    return cast(T, shared if share else result)
 
 
 def _digest(scores: Scores) -> str:

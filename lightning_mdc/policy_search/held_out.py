@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_mdc.errors import SearchError
 from lightning_mdc.models import evaluating
+from lightning_mdc.ranks import rank, summed, world_size
 
 METRICS = ("accuracy", "loss", "kl")
 # A trial is not judged on fewer images: a variance estimated from less says little.
@@ -69,8 +69,8 @@ class HeldOut:
         if labels is None and name != "kl":
             raise SearchError(f"metric={metric!r} needs labels; batches must be (images, labels)")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-        mine = order[rank::ranks]
+        ranks = world_size()
+        mine = order[rank() :: ranks]
         self.metric, self.batch_size, self.num_images = metric, batch_size, len(images)
         self._batches = math.ceil(math.ceil(len(images) / ranks) / batch_size)  # of the rank with most images
         self.images = images[mine].to(device or images.device)
@@ -109,10 +109,10 @@ class HeldOut:
             for values in itertools.islice(batches, 1):
                 sums += torch.tensor([len(values), values.sum(), values.square().sum()], dtype=torch.float64)
             if best is not None and look < looks:
-                together = _over_ranks(sums)
+                together = summed(sums)
                 if self._is_hopeless(together, best, (1 - confidence) / looks):
                     return (together[1] / together[0]).item(), True
-        together = _over_ranks(sums)
+        together = summed(sums)
         return (together[1] / together[0]).item(), False
 
     def accuracy(self, value: float) -> float:
@@ -189,17 +189,3 @@ def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Te
     if labels and len(labels) != len(images):
         raise SearchError("some batches have labels and some have none; give all of them labels")
     return torch.cat(images)[:max_images], torch.cat(labels)[:max_images] if labels else None
-
-
-def is_distributed() -> bool:
-    """Whether several processes share the work."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _over_ranks(sums: Tensor) -> Tensor:
-    if not is_distributed():
-        return sums
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = sums.to(device, copy=True)
-    dist.all_reduce(total)
-    return total.cpu()
