@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import IterableImageDataset
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_mdc.data import DigitsDataModule, ImageFolderDataModule, split_indices
 from lightning_mdc.errors import DataError
@@ -125,7 +125,10 @@ def test_only_training_images_are_augmented():
 
 def test_loaders_shuffle_training_only_and_keep_every_image_to_report_on():
     data = DigitsDataModule(batch_size=64)
-    assert isinstance(data.train_dataloader().sampler, RandomSampler)
+    shuffled = data.train_dataloader().sampler
+    assert isinstance(shuffled, DistributedSampler)  # which Lightning leaves in place
+    assert list(shuffled) != sorted(shuffled)
+    assert sorted(shuffled) == list(range(1197))
     assert len(data.train_dataloader()) == 1197 // 64
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert isinstance(loader.sampler, SequentialSampler)

@@ -38,6 +38,7 @@ class DigitsDataModule(ImageDataModule):
         scaling: float = 0.1,
         split_seed: int = 0,
         num_workers: int = 0,
+        **loading: Any,
     ) -> None:
         """
         Args:
@@ -51,11 +52,12 @@ class DigitsDataModule(ImageDataModule):
             rotation: largest angle, degrees.
             translation: largest shift, as a fraction of the side.
             scaling: largest change of scale, as a fraction.
+            loading: further keyword arguments of `ImageDataModule`: ``pin_memory``, ``repeated_augmentation``, ...
 
         Raises:
             DataError: a count or fraction is out of range.
         """
-        super().__init__(in_chans=in_chans, img_size=img_size, batch_size=batch_size, num_workers=num_workers)
+        super().__init__(in_chans, img_size, batch_size, num_workers, **loading)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.max_train_images = max_train_images

@@ -1,18 +1,19 @@
 """Any data set that ``timm.data.create_dataset`` reads, under timm's own transforms."""
 
 import inspect
+import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
-from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch.utils.data import IterableDataset
 
-from lightning_mdc.data.module import ImageDataModule, Splits
+from lightning_mdc.data.image_view import ImageView
+from lightning_mdc.data.module import ImageDataModule, Splits, check_count
 from lightning_mdc.data.splits import SplitIndices, cap_indices, check_fraction, split_indices
 from lightning_mdc.errors import DataError
 
@@ -21,6 +22,31 @@ _TEST_FOLDERS = ("test", "val", "valid", "validation", "eval")
 # What data_config and the arguments beside it settle; the rest of create_transform's keywords are augmentation.
 _GEOMETRY = {"input_size", "is_training", "mean", "std", "crop_pct", "crop_mode", "separate", "use_prefetcher"}
 _AUGMENTATION_KEYS = set(inspect.signature(create_transform).parameters) - _GEOMETRY
+
+
+def _is_number(value: Any, least: float, most: float = float("inf")) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_range(value: Any, most: float = float("inf")) -> bool:
+    pair = isinstance(value, tuple) and len(value) == 2 and all(_is_number(bound, 0, most) for bound in value)
+    return pair and 0 < value[0] <= value[1]
+
+
+# What timm would take without a word, or fail at with the first image: name -> (check, what is expected).
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("hflip", "vflip", "re_prob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"),
+        (lambda value: _is_number(value, 0, 1), "a probability in [0, 1]"),
+    ),
+    "scale": (lambda value: _is_range(value, most=1), "[smallest, largest] part of the image, such as [0.08, 1]"),
+    "ratio": (_is_range, "[smallest, largest] ratio of width to height, such as [0.75, 1.33]"),
+    "color_jitter": (
+        lambda value: _is_number(value, 0) or (isinstance(value, tuple) and all(_is_number(v, 0) for v in value)),
+        "a fraction, such as 0.4, or one for each of brightness, contrast and saturation",
+    ),
+    "re_count": (lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
+}
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -52,6 +78,8 @@ class ImageFolderDataModule(ImageDataModule):
         class_names: Sequence[str] | None = None,
         dataset_options: Mapping[str, Any] | None = None,
         split_seed: int = 0,
+        max_corrupt_images: int = 10,
+        **loading: Any,
     ) -> None:
         """
         Args:
@@ -72,11 +100,15 @@ class ImageFolderDataModule(ImageDataModule):
                 ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``; other keys are ignored.
             augmentation: keyword arguments of ``timm.data.create_transform`` for training images: ``auto_augment``
                 (such as ``rand-m9-mstd0.5-inc1``), ``re_prob``, ``color_jitter``, ``scale``, ``ratio``, ``hflip``,
-                ``no_aug``, ...
+                ``no_aug``, ...; ``None`` as a value: timm's default.
             max_train_images: use fewer, chosen with ``split_seed``, each class in proportion; likewise the other two.
             class_names: needed only where the data set doesn't tell its classes.
             dataset_options: further keyword arguments of ``timm.data.create_dataset``, such as ``download``.
             split_seed: of the held-out splits and the caps; independent of the seed of the run.
+            max_corrupt_images: training images that may turn out undecodable in an epoch (of each process); the next
+                one that can be decoded is trained on instead. Anywhere else the first one is an error. Streams do as
+                timm's reader does.
+            loading: further keyword arguments of `ImageDataModule`: ``pin_memory``, ``repeated_augmentation``, ...
 
         Raises:
             DataError: an argument is out of range or unknown, or ``root`` is missing or not readable as images.
@@ -84,7 +116,8 @@ class ImageFolderDataModule(ImageDataModule):
         """
         config = _resolve_config(data_config, img_size, in_chans)
         chans, height, width = config["input_size"]
-        super().__init__(in_chans=chans, img_size=max(height, width), batch_size=batch_size, num_workers=num_workers)
+        super().__init__(chans, max(height, width), batch_size, num_workers, **loading)
+        check_count("max_corrupt_images", max_corrupt_images, 0)
         check_fraction("val_fraction", val_fraction)
         check_fraction("test_fraction", test_fraction)
         for argument, path in (("root", root), ("test_root", test_root)):
@@ -101,6 +134,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.given_class_names = None if class_names is None else tuple(class_names)
         self.dataset_options = _plain(dataset_options)
         self.split_seed = split_seed
+        self.max_corrupt_images = max_corrupt_images
         self.data_config = config
         self.train_transform = _train_transform(config, augmentation)
         self.eval_transform = create_transform(**config, is_training=False)
@@ -130,7 +164,7 @@ class ImageFolderDataModule(ImageDataModule):
         val, test = self._cap("val", val, val_labels), self._cap("test", test, test_labels)
         mode = "L" if self.in_chans == 1 else "RGB"
         return Splits(
-            train=ImageView(source, train, labels, self.train_transform, mode),
+            train=ImageView(source, train, labels, self.train_transform, mode, self.max_corrupt_images),
             val=ImageView(val_source, val, val_labels, self.eval_transform, mode),
             test=ImageView(test_source, test, test_labels, self.eval_transform, mode),
             calibration=ImageView(source, train, labels, self.eval_transform, mode),
@@ -156,9 +190,10 @@ class ImageFolderDataModule(ImageDataModule):
             # A tar kept open is shared by forked workers, which then move one another's file position.
             options["cache_tarfiles"] = False
         path = cast(str, None if root is None else str(root))  # timm takes None where a name needs no root
+        images = max(1, self.batch_size // self.place()[1])  # of a batch, by which readers of streams round
         try:
-            return create_dataset(
-                self.name, root=path, split=split, is_training=is_training, batch_size=self.batch_size, **options
+            dataset = create_dataset(
+                self.name, root=path, split=split, is_training=is_training, batch_size=images, **options
             )
         except (RuntimeError, ValueError, AssertionError, TypeError, KeyError, OSError, ImportError) as error:
             raise DataError(
@@ -171,6 +206,9 @@ class ImageFolderDataModule(ImageDataModule):
                 f"{argument}={path!r} can't be read as a tar: {error}; it is damaged or compressed - pack the class"
                 " folders again, uncompressed (tar -cf)"
             ) from error
+        if "class_map" not in self.dataset_options:  # which may leave out folders on purpose
+            _check_class_folders(argument, dataset)
+        return dataset
 
     def _class_names(self, dataset: Any, argument: str, root: str | Path | None) -> tuple[str, ...]:
         names = self.given_class_names or _names_of(dataset)
@@ -208,6 +246,11 @@ class ImageFolderDataModule(ImageDataModule):
                 f"name={self.name!r} is read as a stream, which can't be cut into splits; name two more of its splits"
                 " as val_split=... (for the search, never reported) and test_split=... (for reporting)"
             )
+        if self.repeated_augmentation > 1:
+            raise DataError(
+                f"repeated_augmentation={self.repeated_augmentation}: name={self.name!r} is read as a stream, whose"
+                " images come once; give repeated_augmentation=1"
+            )
         limited = [f"max_{split}_images" for split, cap in self.caps.items() if cap is not None]
         if limited:
             raise DataError(
@@ -224,33 +267,6 @@ class ImageFolderDataModule(ImageDataModule):
         for stream, transform in streams.values():
             stream.transform = transform
         return Splits(class_names=names, **{split: stream for split, (stream, _) in streams.items()})
-
-
-class ImageView(Dataset[tuple[Tensor, int]]):
-    """Some images of a data set under one transform, with labels that are known without decoding."""
-
-    def __init__(self, source: Any, indices: np.ndarray, labels: np.ndarray, transform: Any, mode: str) -> None:
-        """
-        Args:
-            source: yields ``(PIL image, label)``; read without a transform of its own.
-            indices: positions in ``source``, (n,).
-            labels: class of every image of ``source``.
-            mode: PIL's name of the pixel format the model reads.
-        """
-        self.source = source
-        self.indices = indices
-        self.labels = labels[indices].tolist()
-        self.transform = transform
-        self.mode = mode
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image: Image.Image = self.source[int(self.indices[index])][0]
-        if image.mode != self.mode:  # torchvision's data sets keep the format of the file
-            image = image.convert(self.mode)
-        return self.transform(image), self.labels[index]
 
 
 def _names_of(dataset: Any) -> tuple[str, ...] | None:
@@ -293,6 +309,11 @@ def _check_path(argument: str, path: str | Path | None, named: bool) -> None:
             f"{argument}={str(path)!r} is a file but no uncompressed .tar; give a folder of class folders or pack them"
             " with tar -cf NAME.tar"
         )
+    if place.is_file() and not _is_whole_tar(place):
+        raise DataError(
+            f"{argument}={str(path)!r} can't be read as a tar: it ends without the mark of a tar's end, so it was cut"
+            " off (an interrupted copy?); copy it again, or pack the class folders again (tar -cf)"
+        )
 
 
 def _is_plain_tar(path: Path) -> bool:
@@ -301,6 +322,33 @@ def _is_plain_tar(path: Path) -> bool:
     except (tarfile.TarError, OSError):
         return False
     return True
+
+
+def _is_whole_tar(path: Path) -> bool:
+    """Whether it ends in the empty blocks that every tar ends in; one cut between two images would read as complete."""
+    with path.open("rb") as file:
+        file.seek(-min(tarfile.BLOCKSIZE * 2, path.stat().st_size), os.SEEK_END)
+        return not any(file.read())
+
+
+def _check_class_folders(argument: str, dataset: Any) -> None:
+    """A class folder without images is no class to timm: the labels of all that follow would move up.
+
+    Raises:
+        DataError: there is one, of the folders that are not hidden.
+    """
+    reader = getattr(dataset, "reader", None)
+    if not isinstance(reader, ReaderImageFolder):
+        return
+    root = os.path.join(reader.root, "")
+    folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith((".", "_"))}
+    filled = {path[len(root) :].partition(os.sep)[0] for path, _ in reader.samples}
+    empty = sorted(folders - filled)
+    if empty:
+        raise DataError(
+            f"{argument}={reader.root!r} has folders without any image: {empty[:5]}; fill them (an interrupted"
+            " copy?), or remove them"
+        )
 
 
 def _find_test_folder(root: str | Path | None, name: str, split: str, test_root: str | Path | None) -> str | None:
@@ -338,16 +386,19 @@ def _resolve_config(
 
 
 def _train_transform(config: Mapping[str, Any], augmentation: Mapping[str, Any] | None) -> Any:
-    options = _plain(augmentation)
+    options = {key: value for key, value in _plain(augmentation).items() if value is not None}
     unknown = sorted(set(options) - _AUGMENTATION_KEYS)
     if unknown:
         raise DataError(
             f"augmentation={options!r} has unknown keys {unknown}; known are {sorted(_AUGMENTATION_KEYS)}"
             " (size, mean, std and crop belong into data_config)"
         )
+    for name, (accepts, expected) in _VALUES.items():
+        if name in options and not accepts(options[name]):
+            raise DataError(f"augmentation.{name}={options[name]!r}: expected {expected}")
     try:
         return create_transform(**{**config, **options}, is_training=True)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, KeyError, IndexError) as error:
         raise DataError(
             f"augmentation={options!r} is refused by timm: {error or type(error).__name__}; correct that value"
         ) from error
