@@ -5,14 +5,20 @@ import copy
 import lightning as L
 import numpy as np
 import pytest
+import timm.data
+import timm.optim
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from omegaconf import OmegaConf
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_mdc as mdc
 from lightning_mdc.distillation import DistillationModule, hard_distillation_loss, soft_distillation_loss
+from lightning_mdc.distillation.mixing import Mixing
+from lightning_mdc.distillation.optimization import create_optimizer, named_groups
 from lightning_mdc.errors import DistillationError, MdcError
 
 TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -51,6 +57,14 @@ def trainer(tmp_path, **kwargs) -> L.Trainer:
 def softmax(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
+
+
+def slimmed(kind=VisionTransformer, depth: int = 4) -> nn.Module:
+    """Half the heads and neurons, and fewer tokens from block to block."""
+    torch.manual_seed(0)
+    dense = kind(**{**TINY, "patch_size": 2, "depth": depth}, num_classes=3)
+    plan = mdc.make_plan(dense, mdc.score(dense, [batch(8)]), mdc.Policy(heads=0.5, neurons=0.5, tokens=0.6))
+    return mdc.slim(dense, plan).train()
 
 
 # --- losses --------------------------------------------------------------------------------------------------------
@@ -279,14 +293,29 @@ def test_schedule_none_keeps_the_rate(tmp_path):
 
 def test_checkpoint_loads_with_the_networks_given_again(tmp_path):
     given = OmegaConf.create({"optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}, "schedule": {"warmup_epochs": 2}})
-    module = DistillationModule(tiny(0), tiny(1), kd="hard", kd_weight=0.25, **given)
+    more = OmegaConf.create(
+        {
+            "mixup": {"mixup_alpha": 0.8, "cutmix_minmax": [0.2, 0.5]},
+            "teacher_normalization": {"mean": 0.5, "std": 0.5},
+            "compile": {"backend": "eager"},
+            "teacher_precision": 32,
+        }
+    )
+    student = tiny(0)
+    student.pretrained_cfg = {"mean": (0.1,), "std": (0.2,)}
+    module = DistillationModule(student, tiny(1), kd="hard", kd_weight=0.25, **given, **more)
     run = trainer(tmp_path)
     run.fit(module, loader())
     path = tmp_path / "a.ckpt"
     run.save_checkpoint(path)
-    loaded = DistillationModule.load_from_checkpoint(path, student=tiny(5), teacher=tiny(1))
+    loaded = DistillationModule.load_from_checkpoint(path, student=student, teacher=tiny(1))
     assert loaded.kd == "hard"
     assert loaded.kd_weight == 0.25
+    hparams = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert hparams["mixup"] == {"mixup_alpha": 0.8, "cutmix_minmax": [0.2, 0.5]}
+    assert hparams["teacher_normalization"] == {"mean": 0.5, "std": 0.5}
+    assert hparams["compile"] == {"backend": "eager"}
+    assert not {"student", "teacher", "teacher_checkpoint", "teacher_args"} & set(hparams)
     assert loaded.optimizer_kwargs == {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]}
     images, _ = batch()
     torch.testing.assert_close(loaded(images), module(images))
@@ -301,7 +330,319 @@ def test_two_processes_train_one_student(tmp_path):
     assert run.callback_metrics["train/kd"].isfinite()
 
 
+# --- mixing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("n", [6, 7, 1])
+def test_mixed_labels_say_how_much_of_which_image_there_is(mode, n):
+    # Image i is all i + 1: a mixed image then tells its own shares, image for image with its partner n - 1 - i.
+    images = torch.arange(1.0, n + 1)[:, None, None, None].expand(n, 1, 8, 8).contiguous()
+    before, labels = images.clone(), torch.arange(n)
+    np.random.seed(0)
+    mixed, targets = Mixing({"mixup_alpha": 1.0, "mode": mode}, num_classes=n)(images, labels)
+    assert torch.equal(images, before)
+    even = n // 2 * 2
+    for i in range(n):
+        shares = torch.zeros(n)
+        if i == even:
+            shares[i] = 1
+        else:
+            j = even - 1 - i
+            share = ((mixed[i].mean() - (j + 1)) / (i - j)).item()
+            shares[i], shares[j] = share, 1 - share
+            torch.testing.assert_close(mixed[i], torch.full_like(mixed[i], mixed[i, 0, 0, 0].item()))
+        torch.testing.assert_close(targets[i], shares, rtol=1e-4, atol=1e-5)
+    assert n == 1 or not torch.equal(mixed[:even], before[:even])
+
+
+def test_cutmix_pastes_and_counts_pixels():
+    images = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
+    np.random.seed(1)
+    options = {"mixup_alpha": 0.0, "cutmix_alpha": 1.0, "cutmix_minmax": [0.3, 0.7]}
+    mixed, targets = Mixing(options, num_classes=2)(images, torch.tensor([0, 1]))
+    pasted = mixed[0].mean().item()
+    assert 0 < pasted < 1
+    torch.testing.assert_close(targets, torch.tensor([[1 - pasted, pasted], [pasted, 1 - pasted]]))
+
+
+def test_student_and_teacher_see_the_same_mixed_images_and_smoothing_is_applied_once():
+    seen = {}
+    student, teacher = tiny(0), tiny(1)
+    for name, network in (("student", student), ("teacher", teacher)):
+        network.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].clone()}))
+    module = DistillationModule(student, teacher, kd_weight=0.0, label_smoothing=0.2, mixup={"mixup_alpha": 0.8})
+    module.log = lambda *args, **kwargs: None
+    images, labels = batch(7)
+    np.random.seed(3)
+    loss = module.training_step((images, labels), 0)
+    assert torch.equal(seen["student"], seen["teacher"])
+    assert not torch.equal(seen["student"], images)
+    assert torch.equal(seen["student"][6], images[6])
+    # timm's own mixing of smoothed labels, and the sum by hand.
+    np.random.seed(3)
+    timms = timm.data.Mixup(mixup_alpha=0.8, label_smoothing=0.2, num_classes=3)
+    mixed, targets = timms(images[:6].clone(), labels[:6])
+    last = torch.full((1, 3), 0.2 / 3)
+    last[0, labels[6]] += 0.8
+    logits = student(torch.cat([mixed, images[6:]])).detach().double().numpy()
+    expected = -np.mean((torch.cat([targets, last]).double().numpy() * np.log(softmax(logits))).sum(axis=1))
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mixup", [None, {"mixup_alpha": 0, "cutmix_alpha": 0.0, "cutmix_minmax": None, "prob": 1.0}])
+def test_nothing_to_mix(mixup):
+    assert DistillationModule(tiny(), mixup=mixup).mixing is None
+
+
+def test_mixing_in_low_precision(tmp_path):
+    module = DistillationModule(tiny(0), tiny(1), mixup={"mixup_alpha": 0.8, "mode": "elem"}, label_smoothing=0.1)
+    run = trainer(tmp_path, precision="bf16-true")
+    run.fit(module, loader(n=23, size=5))
+    assert run.callback_metrics["train/loss"].isfinite()
+
+
+def test_mixed_labels_are_not_mixed_again():
+    module = DistillationModule(tiny(), mixup={"mixup_alpha": 0.8})
+    with pytest.raises(DistillationError, match=r"labels of shape \(6, 3\)"):
+        module.training_step((batch()[0], torch.full((6, 3), 1 / 3)), 0)
+
+
+# --- a student's two heads -----------------------------------------------------------------------------------------
+
+
+class InFit(L.Callback):
+    """What the student is like in mid-fit."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        student = pl_module.student
+        self.distilled = getattr(student, "distilled_training", None)
+        self.checkpointing = student.grad_checkpointing
+        self.compiled = student._compiled_call_impl is not None
+
+
+class Failing(DistillationModule):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("given", "with_teacher", "expected"),
+    [(None, True, True), (True, True, True), (False, True, False), (None, False, None)],
+)
+def test_the_token_is_distilled_during_fit_and_the_students_own_mode_is_back_after(
+    tmp_path, own, given, with_teacher, expected
+):
+    student = tiny(0, kind=VisionTransformerDistilled)
+    student.set_distilled_training(own)
+    module = DistillationModule(student, tiny(1) if with_teacher else None, distill_token=given)
+    look = InFit()
+    trainer(tmp_path, callbacks=[look]).fit(module, loader(), loader())
+    assert look.distilled is (own if expected is None else expected)
+    assert student.distilled_training is own
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path).fit(Failing(student, tiny(1), distill_token=given), loader())
+    assert student.distilled_training is own
+
+
+def test_labels_teach_the_class_head_and_the_teacher_the_other():
+    student, teacher = slimmed(VisionTransformerDistilled), tiny(1).eval()
+    images, labels = batch()
+    module = DistillationModule(student, teacher, kd="hard")
+    with module.training_form():
+        parts = module.loss_parts(images, labels)
+    tokens = student.forward_features(images)
+    class_logits, distilled_logits = student.head(tokens[:, 0]), student.head_dist(tokens[:, 1])
+    torch.testing.assert_close(parts["task"], nn.functional.cross_entropy(class_logits, labels))
+    answers = teacher(images).argmax(1)
+    torch.testing.assert_close(parts["kd"], nn.functional.cross_entropy(distilled_logits, answers))
+    with module.training_form():
+        torch.testing.assert_close(module.eval()(images), (class_logits + distilled_logits) / 2)
+
+
+# --- the student while it is trained -------------------------------------------------------------------------------
+
+
+def weights_after(tmp_path, student: nn.Module, **arguments) -> tuple[dict[str, torch.Tensor], InFit]:
+    look, run = InFit(), trainer(tmp_path / "run", max_epochs=2)
+    run.callbacks.append(look)
+    torch.manual_seed(0)
+    run.fit(DistillationModule(student, tiny(1), optimizer={"lr": 1e-2}, **arguments), loader(), loader())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    keys = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    assert set(keys) == {f"student.{name}" for name in student.state_dict()}
+    return student.state_dict(), look
+
+
+def test_compiled_and_checkpointed_training_gives_the_same_weights_and_is_undone(tmp_path):
+    start = slimmed()
+    plain, look = weights_after(tmp_path, copy.deepcopy(start))
+    assert not look.compiled
+    assert not look.checkpointing
+    ways = {
+        "compiled": {"compile": {"backend": "aot_eager"}},
+        "checkpointing": {"grad_checkpointing": True},
+    }
+    for name, arguments in ways.items():
+        student = copy.deepcopy(start)
+        got, look = weights_after(tmp_path, student, **arguments)
+        assert getattr(look, name)
+        for key, value in plain.items():
+            torch.testing.assert_close(got[key], value, msg=f"{name}: {key}")
+        assert student._compiled_call_impl is None
+        assert student.grad_checkpointing is False
+
+
+def test_the_students_own_form_is_kept(tmp_path):
+    student = slimmed()
+    student.set_grad_checkpointing(True)
+    student.compile(backend="aot_eager")
+    own = student._compiled_call_impl
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path).fit(Failing(student, compile={"backend": "eager"}, grad_checkpointing=True), loader())
+    assert student._compiled_call_impl is own
+    assert student.grad_checkpointing is True
+
+
+def test_the_average_of_the_weights_is_validated_saved_and_left(tmp_path):
+    decay, steps = 0.9, []
+    student, teacher = slimmed(), tiny(1)
+
+    class Steps(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            steps.append({name: value.detach().clone() for name, value in student.named_parameters()})
+
+        def on_validation_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "ema.ckpt")
+
+    validated = []
+
+    class Module(DistillationModule):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            validated.append({name: value.detach().clone() for name, value in self.student.named_parameters()})
+
+    average = EMAWeightAveraging(decay=decay)
+    module = Module(
+        student,
+        teacher,
+        optimizer={"lr": 1e-2},
+        schedule={"warmup_epochs": 0},
+        compile={"backend": "aot_eager"},
+        mixup={"mixup_alpha": 0.5},
+    )
+    trainer(tmp_path, callbacks=[Steps(), average], num_sanity_val_steps=0).fit(module, loader(), loader(6))
+    assert average._average_model.module.teacher is module.teacher
+    expected = steps[0]  # the average starts with the weights after the first step
+    for step in steps[1:]:
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in step.items()}
+    checkpoint = torch.load(tmp_path / "ema.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {f"student.{name}" for name in student.state_dict()}
+    for name, value in student.named_parameters():
+        torch.testing.assert_close(value, expected[name], msg=name)
+        torch.testing.assert_close(validated[0][name], expected[name], msg=name)
+        torch.testing.assert_close(checkpoint["state_dict"][f"student.{name}"], expected[name], msg=name)
+        torch.testing.assert_close(checkpoint["current_model_state"][f"student.{name}"], steps[-1][name], msg=name)
+
+
+# --- parameter groups ----------------------------------------------------------------------------------------------
+
+OPTIMIZERS = [
+    {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05},
+    {"opt": "muon", "lr": 4e-3, "weight_decay": 0.05},
+    {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.75},
+    {"opt": "muon", "lr": 1e-3, "weight_decay": 0.05, "fallback_list": ["head.*"], "fallback_no_weight_decay": True},
+    {"opt": "sgd", "lr": 0.1, "weight_decay": 0.0, "momentum": 0.8},
+    {"opt": "lookahead_adamw", "lr": 1e-3, "weight_decay": 0.05},
+]
+
+
+@pytest.mark.parametrize("kwargs", OPTIMIZERS)
+def test_groups_are_those_timm_makes(kwargs):
+    student = slimmed(VisionTransformerDistilled)
+    student.blocks[0].requires_grad_(False)
+    timms = timm.optim.create_optimizer_v2(student, **kwargs)
+    ours = create_optimizer(student, kwargs, named_groups(student, kwargs))
+    assert type(ours) is type(timms)
+    assert len(ours.param_groups) == len(timms.param_groups)
+    for mine, theirs in zip(ours.param_groups, timms.param_groups, strict=True):
+        assert [id(p) for p in mine["params"]] == [id(p) for p in theirs["params"]]
+        assert {k: v for k, v in mine.items() if k != "params"} == {k: v for k, v in theirs.items() if k != "params"}
+    grouped = {id(p) for group in ours.param_groups for p in group["params"]}
+    assert grouped == {id(p) for p in student.parameters() if p.requires_grad}
+
+
+class Wrapped(nn.Module):
+    """As FSDP: parameters are flat, and have other names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+        for child in list(module.modules()):
+            for name, parameter in list(child._parameters.items()):
+                if parameter is not None:
+                    child._parameters[name] = nn.Parameter(parameter.detach().flatten())
+
+
+def test_groups_survive_sharding():
+    student = slimmed(VisionTransformerDistilled)
+    kwargs = OPTIMIZERS[2]
+    groups = named_groups(student, kwargs)
+    decayed = {name for options, names in groups if options["weight_decay"] for name in names}
+    spared = {name for name, p in student.named_parameters() if p.ndim == 1} | {"pos_embed", "cls_token", "dist_token"}
+    assert decayed == {name for name, _ in student.named_parameters()} - spared
+    student.blocks[1] = Wrapped(student.blocks[1])
+    optimizer = create_optimizer(Wrapped(student), kwargs, groups)
+    for group, (options, names) in zip(optimizer.param_groups, groups, strict=True):
+        assert group["weight_decay"] == options["weight_decay"]
+        assert group["lr_scale"] == options["lr_scale"]
+        assert len(group["params"]) == len(names)
+        assert all(parameter.ndim == 1 for parameter in group["params"])
+
+
+def test_a_student_that_has_changed_is_grouped_anew():
+    student = slimmed()
+    kwargs = OPTIMIZERS[0]
+    groups = named_groups(student, kwargs)
+    student.blocks[0].requires_grad_(False)
+    student.head = nn.Sequential(student.head)
+    optimizer = create_optimizer(student, kwargs, groups)
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert grouped == {id(p) for p in student.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("sched", ["cosine", "none"])
+def test_early_layers_get_a_smaller_rate(tmp_path, sched):
+    student = slimmed()
+    module = DistillationModule(
+        student, optimizer={"lr": 1e-2, "layer_decay": 0.5}, schedule={"sched": sched, "warmup_epochs": 0}
+    )
+    rates = {}
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if not rates:
+                groups = trainer.optimizers[0].param_groups
+                rates.update({id(p): group["lr"] for group in groups for p in group["params"]})
+
+    trainer(tmp_path, callbacks=[Look()]).fit(module, loader())
+    of = {name: rates[id(parameter)] for name, parameter in student.named_parameters()}
+    # patch embedding, four blocks, head: 0.5 to the power of how far from the end.
+    for name, power in {"patch_embed.proj.weight": 5, "blocks.0.mlp.fc1.weight": 4, "blocks.3.norm1.bias": 1}.items():
+        assert of[name] == pytest.approx(1e-2 * 0.5**power), name
+    assert of["head.weight"] == pytest.approx(1e-2)
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
+
+
+class NoCheckpointing(nn.Linear):
+    num_classes = 3
+
+    def __init__(self) -> None:
+        super().__init__(2, 3)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +659,21 @@ def test_two_processes_train_one_student(tmp_path):
         ({"num_classes": 1}, "num_classes=1"),
         ({"student": nn.Linear(2, 3), "teacher": None}, "num_classes=None"),
         ({"student": "vit"}, "student='vit'"),
-        ({"teacher": "vit"}, "teacher='vit'"),
+        ({"teacher": 5}, "teacher=5 is no network"),
+        ({"teacher": "vit"}, "teacher='vit' is neither a folder nor a model of timm"),
+        ({"distill_token": True}, "distill_token=True, but student=VisionTransformer has no distillation head"),
+        ({"distill_token": "yes"}, "distill_token='yes'"),
+        ({"distill_token": True, "teacher": None}, "distill_token=True needs a teacher"),
+        ({"mixup": {"alpha": 1.0}}, r"mixup=.*unknown keys \['alpha'\]"),
+        ({"mixup": {"mixup_alpha": -1.0}}, "mixup_alpha=-1.0"),
+        ({"mixup": {"prob": 1.5}}, "prob=1.5"),
+        ({"mixup": {"mode": "half"}}, "mode='half'"),
+        ({"mixup": {"cutmix_minmax": [0.8, 0.2]}}, r"cutmix_minmax=\[0.8, 0.2\]"),
+        ({"mixup": 0.8}, "mixup=0.8"),
+        ({"compile": {"backed": "inductor"}}, r"compile=.*unknown keys \['backed'\]"),
+        ({"compile": "inductor"}, "compile='inductor'"),
+        ({"grad_checkpointing": 1}, "grad_checkpointing=1"),
+        ({"student": NoCheckpointing(), "grad_checkpointing": True}, "student=NoCheckpointing has no set_grad_check"),
         ({"optimizer": {"opt": "adamwx"}}, "opt='adamwx'"),
         ({"optimizer": {"lr": -1.0}}, "lr=-1.0"),
         ({"optimizer": 5}, "optimizer=5"),

@@ -1,0 +1,124 @@
+"""What the blocks of student and teacher put out, caught by hooks while both run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mdc.distillation.losses import hidden_state_loss
+from lightning_mdc.errors import DistillationError, UnsupportedModelError
+from lightning_mdc.models import Sites, find_sites, hide_hooks, show_hooks
+
+
+class HiddenStates:
+    """The hidden states of the blocks that are compared, while somebody is `watching`."""
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        self.num_prefix_tokens = num_prefix_tokens
+        self.student: dict[int, Tensor] = {}
+        self.teacher: dict[int, Tensor] = {}
+        self.wanted = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, what forward passes put out is kept. Outside, and in a backward pass that computes blocks again,
+        hooks let it go: nothing outlives the step."""
+        self.wanted = True
+        try:
+            yield
+        finally:
+            self.wanted = False
+            self.student.clear()
+            self.teacher.clear()
+
+    def loss(self) -> Tensor:
+        """See `hidden_state_loss`; of the last forward passes.
+
+        Raises:
+            DistillationError: no gradient would come from it.
+        """
+        blocks = sorted(self.student)
+        if torch.is_grad_enabled() and not any(hidden.requires_grad for hidden in self.student.values()):
+            raise DistillationError(
+                "hidden_weight > 0 trains nothing: the student's blocks are frozen; pass hidden_weight=0"
+            )
+        student, teacher = [self.student[i] for i in blocks], [self.teacher[i] for i in blocks]
+        return hidden_state_loss(student, teacher, self.num_prefix_tokens)
+
+
+@contextmanager
+def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStates]:
+    """Hooks on both networks inside, gone after. To be entered before the first compiled forward pass.
+
+    Compared are the blocks in which the student still has heads or neurons.
+
+    Raises:
+        DistillationError: see `comparable`.
+    """
+    sites, of_teacher = comparable(student, teacher)
+    caught = HiddenStates(sites.num_prefix_tokens)
+    handles = []
+    for index in kept_blocks(sites):
+        for kind, block in (("student", sites.blocks[index]), ("teacher", of_teacher.blocks[index])):
+            handles.append(block.module.register_forward_hook(_Keep(caught, kind, index)))
+    for network in (student, teacher):
+        show_hooks(network)
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+        for network in (student, teacher):
+            hide_hooks(network)
+
+
+class _Keep:
+    """A forward hook."""
+
+    def __init__(self, caught: HiddenStates, kind: str, index: int) -> None:
+        self.caught, self.kind, self.index = caught, kind, index
+
+    def __call__(self, block: nn.Module, args: object, output: Tensor) -> None:
+        if self.caught.wanted:
+            (self.caught.student if self.kind == "student" else self.caught.teacher)[self.index] = output
+
+
+def kept_blocks(sites: Sites) -> list[int]:
+    """Blocks that still have heads or neurons."""
+    return [
+        index
+        for index, block in enumerate(sites.blocks)
+        if any(site is None or site.num_units for site in (block.heads, block.neurons))
+    ]
+
+
+def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Sites, Sites]:
+    """The sites of both, if their hidden states can be compared block by block.
+
+    Raises:
+        DistillationError: they cannot; says why.
+    """
+    found = []
+    for name, network in (("student", student), ("teacher", teacher)):
+        try:
+            found.append(find_sites(network))
+        except UnsupportedModelError as error:
+            raise DistillationError(
+                f"hidden_weight > 0 compares blocks, but {name}={type(network).__name__} has none that are known:"
+                f" {error} Pass hidden_weight=0"
+            ) from error
+    sites, of_teacher = found
+    facts = {"blocks": "depth", "channels": "dim", "prefix tokens": "num_prefix_tokens"}
+    for what, attribute in facts.items():
+        mine, theirs = getattr(sites, attribute), getattr(of_teacher, attribute)
+        if mine != theirs:
+            raise DistillationError(
+                f"hidden_weight > 0 compares blocks, but teacher={of_teacher.name} has {theirs} {what} and"
+                f" student={sites.name} has {mine}; pass hidden_weight=0, or the dense model the student was cut from"
+            )
+    if not kept_blocks(sites):
+        raise DistillationError(f"hidden_weight > 0 compares blocks, but student={sites.name} has kept none")
+    return sites, of_teacher

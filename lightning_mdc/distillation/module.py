@@ -1,0 +1,535 @@
+"""The LightningModule that trains a student under a teacher."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import lightning
+import timm.scheduler
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_mdc.distillation.hidden_states import HiddenStates, comparable, hidden_states
+from lightning_mdc.distillation.losses import at_least_float32, hard_distillation_loss, soft_distillation_loss
+from lightning_mdc.distillation.mixing import Mixing, check_mixup
+from lightning_mdc.distillation.optimization import (
+    DEFAULT_OPTIMIZER,
+    DEFAULT_SCHEDULE,
+    Groups,
+    check_optimizer,
+    check_schedule,
+    create,
+    create_optimizer,
+    named_groups,
+)
+from lightning_mdc.distillation.teacher import PRECISIONS, FrozenTeacher, build_teacher, renormalization
+from lightning_mdc.errors import DistillationError
+
+Batch = tuple[Tensor, Tensor]
+
+_COMPILE_KEYS = set(inspect.signature(torch.compile).parameters) - {"model"}
+
+
+class DistillationModule(LightningModule):
+    """Trains ``student`` on ``(1 − kd_weight) · task + kd_weight · kd + hidden_weight · hidden``.
+
+    *task* is cross entropy to the labels, *kd* the distance to the teacher's prediction, *hidden* the distance of the
+    blocks' outputs (`hidden_state_loss`). They are logged as ``train/task``, ``train/kd``, ``train/hidden`` and
+    ``train/loss``; with no teacher the loss is *task*. ``val/top1`` and ``test/top1`` are fractions of images; with a
+    teacher, ``test/agreement`` is the fraction on which both predict the same class.
+
+    A distilled timm student returns two logits while it is trained: the labels teach the first and the teacher the
+    second, as in DeiT (Touvron et al., arXiv 2012.12877). Without a teacher their mean is trained.
+
+    The teacher stays in eval mode, gets no gradient, and is in no checkpoint:
+    ``DistillationModule.load_from_checkpoint(path, student=..., teacher=...)`` takes both networks again.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | str | Path | None = None,
+        kd: Literal["soft", "hard"] = "soft",
+        kd_weight: float = 0.5,
+        temperature: float = 2.0,
+        label_smoothing: float = 0.0,
+        optimizer: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        num_classes: int | None = None,
+        *,
+        teacher_checkpoint: str | Path | None = None,
+        teacher_args: Mapping[str, Any] | None = None,
+        teacher_precision: Literal["32", "bf16", "fp16"] | None = None,
+        teacher_compile: bool | Mapping[str, Any] = False,
+        teacher_normalization: str | Mapping[str, Any] | None = "auto",
+        distill_token: bool | None = None,
+        hidden_weight: float = 0.0,
+        mixup: Mapping[str, Any] | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            student: images (n, in_chans, H, W) -> logits (n, classes).
+            teacher: the same; or a timm model name, with its pretrained weights (``"regnety_160.deit_in1k"`` is
+                DeiT's); or a folder that ``mdc.save`` wrote; ``None`` for plain supervised training.
+            kd: ``soft`` compares distributions, ``hard`` uses the teacher's class as a label.
+            kd_weight: share of *kd* in the loss, in [0, 1].
+            temperature: of the soft kind; has no effect on the hard one.
+            label_smoothing: of the task loss, in [0, 1).
+            optimizer: keyword arguments of ``timm.optim.create_optimizer_v2``, over ``DEFAULT_OPTIMIZER``. Norms,
+                biases and what ``student.no_weight_decay()`` names get no weight decay; ``layer_decay`` works.
+            schedule: keyword arguments of ``timm.scheduler.create_scheduler_v2``, over ``DEFAULT_SCHEDULE``; in epochs,
+                stepped after every update. Its length is the Trainer's. ``{"sched": "none"}`` keeps the rate constant.
+            num_classes: asked of the student when not given.
+            teacher_checkpoint: file of weights for the timm architecture that `teacher` names, instead of timm's own.
+            teacher_args: keyword arguments of ``timm.create_model`` for a teacher by name, e.g. ``{"img_size": 384}``.
+            teacher_precision: of the teacher's parameters (of a copy of them, where they differ) and arithmetic,
+                whatever the Trainer's; ``None`` leaves it as it is, under the Trainer's autocast.
+            teacher_compile: whether to compile the teacher, or keyword arguments of ``torch.compile``.
+            teacher_normalization: ``auto`` normalises the images anew for the teacher where the ``pretrained_cfg`` of
+                student and teacher name different means or standard deviations; or the teacher's, ``{"mean": ...,
+                "std": ...}``; ``None``: the teacher gets the student's images as they are.
+            distill_token: whether the distillation head of a distilled student learns from the teacher, and the other
+                from the labels alone; ``None``: if it has one and there is a teacher.
+            hidden_weight: factor of *hidden* in the loss, at least 0; needs a teacher of the same depth and width.
+            mixup: keyword arguments of ``timm.data.Mixup``; all alphas 0, or ``None``: images are not mixed.
+            compile: whether to compile the student while it is trained, or keyword arguments of ``torch.compile``.
+            grad_checkpointing: whether blocks are computed again in the backward pass, which saves memory.
+
+        Raises:
+            DistillationError: a setting is out of range or unknown, the teacher cannot be had, or student and teacher
+                do not fit together.
+        """
+        super().__init__()
+        _check_loss_settings(kd, kd_weight, temperature, label_smoothing, hidden_weight)
+        if teacher_precision is not None:
+            teacher_precision = cast(Any, str(teacher_precision))  # on a command line, 32 is a number
+        _check_choice("teacher_precision", teacher_precision, (None, *PRECISIONS))
+        _check_choice("distill_token", distill_token, (None, True, False))
+        _check_choice("grad_checkpointing", grad_checkpointing, (True, False))
+        optimizer = {**DEFAULT_OPTIMIZER, **_plain(optimizer, "optimizer")}
+        schedule = {**DEFAULT_SCHEDULE, **_plain(schedule, "schedule")}
+        check_optimizer(optimizer)
+        check_schedule(schedule)
+        mixup = None if mixup is None else check_mixup(_plain(mixup, "mixup"))
+        compile = _compile_options(compile, "compile")
+        teacher_compile = _compile_options(teacher_compile, "teacher_compile")
+        if isinstance(teacher_normalization, Mapping):
+            teacher_normalization = _plain(teacher_normalization, "teacher_normalization")
+        network = _teacher_network(
+            teacher,
+            teacher_checkpoint,
+            _plain(teacher_args, "teacher_args"),
+            num_classes or getattr(student, "num_classes", None),
+        )
+        _check_networks(student, network)
+        num_classes = _num_classes(num_classes, student, network)
+        _check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
+        # After the defaults are filled in: the checkpoint then says what was in force.
+        self.save_hyperparameters(ignore=["student", "teacher", "teacher_checkpoint", "teacher_args"])
+
+        self.student = student
+        self.teacher = None
+        if network is not None:
+            normalization = renormalization(student, network, teacher_normalization)
+            self.teacher = FrozenTeacher(network, teacher_precision, teacher_compile, normalization)
+        self.kd = kd
+        self.kd_weight = kd_weight
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.hidden_weight = hidden_weight
+        self.distill_token = distill_token
+        self.compile_options = compile
+        self.grad_checkpointing = grad_checkpointing
+        self.optimizer_kwargs = optimizer
+        self.schedule_kwargs = schedule
+        self.mixing = None if mixup is None else Mixing(mixup, num_classes)
+        self._groups: Groups | None = None
+        self._hidden_states: HiddenStates | None = None
+        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.test_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.test_agreement = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Student logits, (n, classes)."""
+        for_labels, for_teacher = self._student_logits(images)
+        return for_labels if for_labels is for_teacher else (for_labels + for_teacher) / 2
+
+    def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The scalars ``task``, ``loss`` and, with a teacher, ``kd`` and (``hidden_weight > 0``) ``hidden``.
+
+        Args:
+            images: (n, in_chans, H, W).
+            labels: classes (n,), or class probabilities (n, classes) as Mixup makes them.
+
+        Raises:
+            DistillationError: the teacher's logits have another shape than the student's, or it takes no such images.
+        """
+        with self._watching():
+            for_labels, for_teacher = self._student_logits(images)
+            if self.teacher is None:
+                logits = for_labels if for_labels is for_teacher else (for_labels + for_teacher) / 2
+                task = self._task_loss(logits, labels)
+                return {"task": task, "loss": task}
+            teacher_logits = self._teacher_logits(images, for_teacher)
+            parts = {"task": self._task_loss(for_labels, labels)}
+            if self.kd == "soft":
+                parts["kd"] = soft_distillation_loss(for_teacher, teacher_logits, self.temperature)
+            else:
+                parts["kd"] = hard_distillation_loss(for_teacher, teacher_logits)
+            loss = (1 - self.kd_weight) * parts["task"] + self.kd_weight * parts["kd"]
+            if self._hidden_states is not None:
+                parts["hidden"] = self._hidden_states.loss()
+                loss = loss + self.hidden_weight * parts["hidden"]
+            return {**parts, "loss": loss}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.mixing is not None:
+            images, labels = self.mixing(images, labels)
+        parts = self.loss_parts(images, labels)
+        for name, value in parts.items():
+            self._log(f"train/{name}", value.detach(), len(images), prog_bar=name == "loss")
+        return parts["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_top1)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        logits = self._evaluate(batch, "test", self.test_top1)
+        if self.teacher is not None:
+            images, _ = batch
+            self.test_agreement(logits, self._teacher_logits(images, logits).argmax(dim=-1))
+            self._log("test/agreement", self.test_agreement, len(images))
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Logits, (n, classes)."""
+        return cast(Tensor, self(batch if isinstance(batch, Tensor) else batch[0]))
+
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        """One that keeps the student in its `training_form` during fit; only callbacks hear of exceptions."""
+        return [_TrainingForm()]
+
+    @contextmanager
+    def training_form(self) -> Iterator[None]:
+        """The student as it is trained: two logits, hooks, checkpointing, compiled; as it was before, after.
+
+        ``fit`` is all inside.
+        """
+        student = self.student  # a strategy may wrap it meanwhile
+        with ExitStack() as stack:
+            if self._teaches_the_token() is not None:
+                stack.enter_context(_distilled_training(student, bool(self._teaches_the_token())))
+            if self.grad_checkpointing:
+                stack.enter_context(_grad_checkpointing(student))
+            if self.hidden_weight and self.teacher is not None:
+                self._hidden_states = stack.enter_context(hidden_states(student, self.teacher.network))
+                stack.callback(setattr, self, "_hidden_states", None)
+            if self.compile_options is not False:
+                stack.enter_context(_compiled(student, self.compile_options))
+            yield
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # the strategy has not wrapped the student yet
+            self._groups = named_groups(self.student, self.optimizer_kwargs)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = create_optimizer(self.student, self.optimizer_kwargs, self._groups)
+        total = self.trainer.estimated_stepping_batches  # optimizer updates, over all ranks' epochs
+        if total == float("inf"):
+            raise DistillationError(
+                "max_epochs=-1 gives the schedule no end; give the Trainer max_epochs or max_steps,"
+                ' or pass schedule={"sched": "none"}'
+            )
+        per_epoch = self._updates_per_epoch(int(total))
+        # num_epochs may be a fraction (max_steps ends the run in mid-epoch): the schedule is exactly `total` long.
+        length = {"num_epochs": total / per_epoch, "updates_per_epoch": per_epoch, "step_on_epochs": False}
+        scheduler, _ = create(
+            "schedule", timm.scheduler.create_scheduler_v2, optimizer, {**self.schedule_kwargs, **length}
+        )
+        if scheduler is None:
+            for group in optimizer.param_groups:  # else timm's schedule applies it
+                group["lr"] *= group.get("lr_scale", 1.0)
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # timm's rate is a function of the update count, which a resumed Trainer knows.
+        scheduler.step_update(num_updates=self.trainer.global_step)
+
+    def teardown(self, stage: str) -> None:
+        # Lightning takes the student off the device; a teacher left behind would hold its memory.
+        if self.teacher is not None:
+            self.teacher.to("cpu")
+
+    def _teaches_the_token(self) -> bool | None:
+        """Whether a distilled student is put into distilled training; None: it is left as it is."""
+        if not hasattr(self.student, "set_distilled_training"):
+            return None
+        return (True if self.teacher is not None else None) if self.distill_token is None else self.distill_token
+
+    def _watching(self) -> AbstractContextManager[None]:
+        if self._hidden_states is not None:
+            return self._hidden_states.watching()
+        if self.hidden_weight:
+            raise DistillationError(
+                f"hidden_weight={self.hidden_weight} needs hooks on both networks, which are there during fit; outside"
+                " it, call this inside `with module.training_form():`"
+            )
+        return nullcontext()
+
+    def _student_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits for the labels to teach and logits for the teacher to teach; the same tensor if there is one head."""
+        output = self.student(images)
+        if isinstance(output, Tensor):
+            return output, output
+        if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(o, Tensor) for o in output):
+            return output[0], output[1]
+        raise DistillationError(
+            f"student={type(self.student).__name__} returned {type(output).__name__}, not logits (n, classes) or the"
+            " two logits of a distilled model; wrap it in a module that returns its logits"
+        )
+
+    def _teacher_logits(self, images: Tensor, student_logits: Tensor) -> Tensor:
+        assert self.teacher is not None  # both callers ask first
+        logits = self.teacher(images)
+        if not isinstance(logits, Tensor) or logits.shape != student_logits.shape:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise DistillationError(
+                f"teacher={type(self.teacher.network).__name__} returned {got} where the student's logits are"
+                f" {tuple(student_logits.shape)}; both need one logit per class, over the same classes"
+            )
+        return logits
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = at_least_float32(logits)
+        if labels.is_floating_point():
+            labels = labels.to(logits.dtype)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def _evaluate(self, batch: Batch, split: str, top1: Metric) -> Tensor:
+        images, labels = batch
+        logits = cast(Tensor, self(images))
+        top1(logits, labels)
+        self._log(f"{split}/top1", top1, len(images), prog_bar=True)
+        # Without smoothing, so that runs with different smoothing can be compared.
+        self._log(f"{split}/task", F.cross_entropy(at_least_float32(logits), labels), len(images))
+        return logits
+
+    def _log(self, name: str, value: Tensor | Metric, num_images: int, prog_bar: bool = False) -> None:
+        # One number per epoch under exactly this name: with on_step as well Lightning appends "_step" and "_epoch".
+        self.log(
+            name,
+            value,
+            batch_size=num_images,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=prog_bar,
+            sync_dist=not isinstance(value, Metric),  # a torchmetric reduces over ranks itself
+        )
+
+    def _updates_per_epoch(self, total: int) -> int:
+        batches = self.trainer.num_training_batches
+        if batches == float("inf"):  # a stream of unknown length: the whole run is one epoch
+            return max(1, total)
+        return max(1, -(-int(batches) // self.trainer.accumulate_grad_batches))
+
+
+# --- the student while it is trained ----------------------------------------------------------------------------------
+
+
+class _TrainingForm(lightning.Callback):
+    """Enters the `training_form` when fit begins, and leaves it however fit ends."""
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+
+    def setup(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.stack.enter_context(cast(DistillationModule, pl_module).training_form())
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.stack.close()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.stack.close()
+
+
+@contextmanager
+def _distilled_training(student: Any, enable: bool) -> Iterator[None]:
+    before = student.distilled_training
+    student.set_distilled_training(enable)
+    try:
+        yield
+    finally:
+        student.set_distilled_training(before)
+
+
+@contextmanager
+def _grad_checkpointing(student: Any) -> Iterator[None]:
+    before = bool(getattr(student, "grad_checkpointing", False))
+    try:
+        student.set_grad_checkpointing(True)
+    except AssertionError as error:  # timm's way of saying that this model can't
+        raise DistillationError(
+            f"grad_checkpointing=True, but student={type(student).__name__} refuses it ({error}); pass False"
+        ) from error
+    try:
+        yield
+    finally:
+        student.set_grad_checkpointing(before)
+
+
+@contextmanager
+def _compiled(student: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
+    """In place: the keys of the state dict are the same, and copies and checkpoints know nothing of it."""
+    before = student._compiled_call_impl
+    student.compile(**options)
+    try:
+        yield
+    finally:
+        student._compiled_call_impl = before
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _plain(mapping: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """A dict of plain values: what goes into a checkpoint must load without OmegaConf's classes."""
+    if mapping is None:
+        return {}
+    if OmegaConf.is_config(mapping):
+        mapping = cast(Mapping[str, Any], OmegaConf.to_container(cast(Any, mapping), resolve=True))
+    if not isinstance(mapping, Mapping):
+        raise DistillationError(f"{name}={mapping!r} is no mapping; give keyword arguments, such as {_EXAMPLES[name]}")
+    return dict(mapping)
+
+
+_EXAMPLES = {
+    "optimizer": {"lr": 5e-4},
+    "schedule": {"warmup_epochs": 5},
+    "mixup": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    "teacher_args": {"img_size": 384},
+    "teacher_normalization": {"mean": [0.5], "std": [0.5]},
+    "compile": {"mode": "max-autotune"},
+    "teacher_compile": {"mode": "max-autotune"},
+}
+
+
+def _compile_options(compile: bool | Mapping[str, Any], name: str) -> Literal[False] | dict[str, Any]:
+    if isinstance(compile, bool):
+        return {} if compile else False
+    options = _plain(compile, name)
+    if unknown := sorted(set(options) - _COMPILE_KEYS):
+        raise DistillationError(
+            f"{name}={options!r} has unknown keys {unknown}; torch.compile takes {sorted(_COMPILE_KEYS)}"
+        )
+    return options
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+        raise DistillationError(f"{name}={value!r} is no such setting; give one of {', '.join(map(repr, choices))}")
+
+
+def _check_loss_settings(
+    kd: str, kd_weight: float, temperature: float, label_smoothing: float, hidden_weight: float
+) -> None:
+    if kd not in ("soft", "hard"):
+        raise DistillationError(f"kd={kd!r} is no kind of distillation; give 'soft' or 'hard'")
+    if not _is_number(kd_weight) or not 0 <= kd_weight <= 1:
+        raise DistillationError(f"kd_weight={kd_weight!r} is no share of the loss; give a number in [0, 1]")
+    if not _is_number(temperature) or not 0 < temperature < float("inf"):
+        raise DistillationError(f"temperature={temperature!r} can't divide logits; give a number > 0, usually 1 to 4")
+    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
+        raise DistillationError(f"label_smoothing={label_smoothing!r} is no share of a label; give a number in [0, 1)")
+    if not _is_number(hidden_weight) or not 0 <= hidden_weight < float("inf"):
+        raise DistillationError(f"hidden_weight={hidden_weight!r} is no factor of a loss; give a number >= 0")
+
+
+def _teacher_network(
+    teacher: nn.Module | str | Path | None,
+    checkpoint: str | Path | None,
+    args: dict[str, Any],
+    num_classes: int | None,
+) -> nn.Module | None:
+    """The teacher given, or built."""
+    if isinstance(teacher, (str, Path)):
+        return build_teacher(teacher, checkpoint, args, num_classes)
+    for name, value in (("teacher_checkpoint", checkpoint), ("teacher_args", args)):
+        if value:
+            given = "None" if teacher is None else type(teacher).__name__
+            raise DistillationError(
+                f"{name}={value!r} is for a timm model name, but teacher={given}; give that name as teacher, or leave"
+                f" {name} out"
+            )
+    return teacher
+
+
+def _check_networks(student: nn.Module, teacher: nn.Module | None) -> None:
+    for name, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
+            more = ", a timm model name or a folder" if name == "teacher" else ""
+            raise DistillationError(f"{name}={network!r} is no network; give an nn.Module{more}")
+    if student is teacher:
+        raise DistillationError(
+            f"teacher={type(teacher).__name__} is the student itself, which would learn from its own changing answers;"
+            " pass copy.deepcopy(student)"
+        )
+
+
+def _check_student_can(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    distill_token: bool | None,
+    hidden_weight: float,
+    grad_checkpointing: bool,
+) -> None:
+    """What a run would find out too late."""
+    kind = type(student).__name__
+    for name, value in (("distill_token", distill_token), ("hidden_weight", hidden_weight)):
+        if value and teacher is None:
+            raise DistillationError(f"{name}={value!r} needs a teacher to learn from, but teacher=None; give one")
+    if distill_token and not hasattr(student, "set_distilled_training"):
+        raise DistillationError(
+            f"distill_token=True, but student={kind} has no distillation head (no set_distilled_training method); pass"
+            " distill_token=None, or a distilled model such as deit_small_distilled_patch16_224"
+        )
+    if grad_checkpointing and not hasattr(student, "set_grad_checkpointing"):
+        raise DistillationError(
+            f"grad_checkpointing=True, but student={kind} has no set_grad_checkpointing method; pass False"
+        )
+    if hidden_weight and teacher is not None:
+        comparable(student, teacher)
+
+
+def _num_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None) -> int:
+    of_student, of_teacher = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
+    if num_classes is None:
+        num_classes = of_student if of_student is not None else of_teacher
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise DistillationError(
+            f"num_classes={num_classes!r} is no number of classes, and the student has no attribute that tells it;"
+            " give an integer of at least 2"
+        )
+    for name, network, count in (("student", student, of_student), ("teacher", teacher, of_teacher)):
+        if isinstance(count, int) and count != num_classes:
+            raise DistillationError(
+                f"{name}={type(network).__name__} has {count} classes where {num_classes} are asked for;"
+                " student, teacher and num_classes must count the same classes"
+            )
+    return num_classes

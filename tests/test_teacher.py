@@ -1,0 +1,242 @@
+"""The teacher: found by name, folder and file; its own precision and normalisation; it stays as its owner left it."""
+
+import copy
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import lightning_mdc as mdc
+from lightning_mdc.distillation import DistillationModule, FrozenTeacher
+from lightning_mdc.distillation.teacher import Renormalization
+from lightning_mdc.errors import DistillationError
+from tests.test_distillation import batch, loader, tiny, trainer
+
+NAME, ARGS = "test_vit", {"in_chans": 1, "img_size": 8, "patch_size": 4}
+
+
+def named(seed: int = 0, num_classes: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model(NAME, num_classes=num_classes, **ARGS).eval()
+
+
+def rgb_batch() -> torch.Tensor:
+    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def plain(mean=None, std=None, in_chans: int = 3) -> nn.Module:
+    """A network that says what its images are normalised by."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(in_chans * 64, 3))
+    network.num_classes = 3
+    if mean is not None:
+        network.pretrained_cfg = {"mean": mean, "std": std}
+    return network
+
+
+# --- where it comes from ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_loaded(tmp_path):
+    teacher = tiny(1).eval()
+    mdc.save(teacher, tmp_path / "dense")
+    images, _ = batch()
+    for place in (tmp_path / "dense", str(tmp_path / "dense")):
+        module = DistillationModule(tiny(0), place)
+        torch.testing.assert_close(module.teacher(images), teacher(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_name_with_a_file_of_weights(tmp_path, suffix):
+    teacher = named(7)
+    path = tmp_path / f"teacher{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": {f"module.{name}": value for name, value in teacher.state_dict().items()}}, path)
+    else:
+        mdc.save(teacher, tmp_path / "folder")
+        (tmp_path / "folder" / "model.safetensors").rename(path)
+    images, _ = batch()
+    module = DistillationModule(tiny(0), NAME, teacher_checkpoint=path, teacher_args=ARGS)
+    torch.testing.assert_close(module.teacher(images), teacher(images), rtol=0, atol=0)
+
+
+def test_a_name_has_timms_pretrained_weights(tmp_path):
+    path = tmp_path / "pretrained.pth"
+    teacher = named(7)
+    torch.save(teacher.state_dict(), path)
+    overlay = {"file": str(path), "num_classes": 3, "hf_hub_id": None, "first_conv": None}
+    args = {**ARGS, "pretrained_cfg_overlay": overlay}
+    module = DistillationModule(tiny(0), NAME, teacher_args=args)
+    images, _ = batch()
+    torch.testing.assert_close(module.teacher(images), teacher(images), rtol=0, atol=0)
+
+
+def test_no_network_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        DistillationError, match=r"teacher='test_vit.r160_in1k': its pretrained weights can't be fetched"
+    ):
+        DistillationModule(tiny(0), "test_vit.r160_in1k")
+
+
+class Malicious:
+    """What a pickle could run."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+def test_wrong_teachers_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other.pth"
+    torch.save(tiny(1).state_dict(), other)
+    malicious = tmp_path / "malicious.pth"
+    torch.save({"state_dict": Malicious()}, malicious)
+    (tmp_path / "damaged.safetensors").write_bytes(b"no weights")
+    hundred = tmp_path / "hundred.pth"
+    torch.save(named(num_classes=100).state_dict(), hundred)
+    by_name, hundred_args = {"teacher": NAME, "teacher_args": ARGS}, {**ARGS, "num_classes": 100}
+    cases = [
+        ({"teacher": "deit_smal_patch16_224"}, "teacher='deit_smal_patch16_224' .*did you mean deit_small_patch16_224"),
+        ({"teacher": "runs/digits/dense"}, "teacher='runs/digits/dense' is neither a folder nor a model"),
+        ({"teacher": "deit_tiny_patch16_224.nope"}, "teacher='deit_tiny_patch16_224.nope'.*fb_in1k"),
+        ({"teacher": tmp_path / "empty"}, "teacher='.*empty' is a folder, but no saved model"),
+        ({"teacher": tmp_path / "empty", "teacher_args": ARGS}, "teacher_args=.* has no effect on teacher='.*empty'"),
+        ({"teacher_checkpoint": tmp_path / "no.pth"}, "teacher_checkpoint='.*no.pth' is no file"),
+        (
+            {"teacher_checkpoint": other},
+            r"other.pth' does not fit teacher='test_vit': (Missing|Unexpected) key.*; give",
+        ),
+        ({"teacher_checkpoint": malicious}, "malicious.pth' does not fit"),
+        ({"teacher_checkpoint": tmp_path / "damaged.safetensors"}, "damaged.safetensors' does not fit"),
+        ({"teacher_checkpoint": hundred}, r"hundred.pth' does not fit .*size mismatch for head.weight.*100"),
+        (by_name | {"teacher_checkpoint": hundred, "teacher_args": hundred_args}, "has 100 classes where 3"),
+        (by_name | {"teacher_checkpoint": other, "teacher_args": {"no_such": 1}}, "teacher_args=.*no_such"),
+        ({"teacher": tiny(1), "teacher_checkpoint": other}, "teacher_checkpoint=.*but teacher=VisionTransformer"),
+        ({"teacher": None, "teacher_args": ARGS}, "teacher_args=.*but teacher=None"),
+        ({"teacher": tiny(1), "teacher_precision": "bf8"}, "teacher_precision='bf8'"),
+        ({"teacher": tiny(1), "teacher_compile": {"backed": "inductor"}}, r"unknown keys \['backed'\]"),
+        ({"teacher": tiny(1), "teacher_normalization": "imagenet"}, "teacher_normalization='imagenet'"),
+        ({"teacher": tiny(1), "teacher_normalization": {"mean": 0.5}}, "teacher_normalization={'mean': 0.5}"),
+        ({"teacher": tiny(1), "teacher_normalization": {"mean": 0.5, "std": 0}}, "teacher_normalization std=0"),
+        (
+            {"teacher": tiny(1), "teacher_normalization": {"mean": 0.5, "std": 1}},
+            "student=VisionTransformer does not say",
+        ),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(DistillationError, match=words):
+            DistillationModule(tiny(0), **({} if "teacher" in arguments else by_name), **arguments)
+
+
+def test_a_teacher_for_another_image_size_is_refused_in_words():
+    torch.manual_seed(0)
+    teacher = VisionTransformer(
+        img_size=16, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=3
+    )
+    with pytest.raises(
+        DistillationError, match=r"teacher=VisionTransformer does not take images of \(1, 8, 8\): .*img_size"
+    ):
+        DistillationModule(tiny(0), teacher).loss_parts(*batch())
+
+
+# --- how it answers ---------------------------------------------------------------------------------------------------
+
+
+def test_own_precision_under_autocast():
+    teacher = tiny(1).eval()
+    images, _ = batch()
+    expected = teacher(images).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        as_is, own = FrozenTeacher(teacher)(images), FrozenTeacher(teacher, "32")(images)
+    assert as_is.dtype == torch.bfloat16
+    torch.testing.assert_close(own, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_another_precision_works_with_a_copy(precision, dtype):
+    teacher = tiny(1)
+    before = copy.deepcopy(teacher.state_dict())
+    images, labels = batch()
+    module = DistillationModule(tiny(0), teacher, teacher_precision=precision)
+    expected = copy.deepcopy(teacher).to(dtype).eval()(images.to(dtype))
+    torch.testing.assert_close(module.teacher(images), expected, rtol=0, atol=0)
+    assert module.loss_parts(images, labels)["loss"].dtype == torch.float32
+    for name, value in teacher.state_dict().items():
+        assert value.dtype == torch.float32, name
+        assert torch.equal(value, before[name]), name
+    assert FrozenTeacher(teacher, "32").network is teacher
+
+
+def test_precision_of_a_run_is_not_the_teachers(tmp_path):
+    module = DistillationModule(tiny(0), tiny(1), teacher_precision="32")
+    seen = []
+    answer = module.teacher._answer
+    module.teacher._answer = lambda images: seen.append(answer(images)) or seen[-1]
+    trainer(tmp_path, precision="bf16-mixed").fit(module, loader())
+    assert {logits.dtype for logits in seen} == {torch.float32}
+
+
+def test_a_compiled_teacher_answers_the_same():
+    teacher = tiny(1).eval()
+    images, _ = batch()
+    compiled = FrozenTeacher(teacher, compile={"backend": "aot_eager"})
+    torch.testing.assert_close(compiled(images), teacher(images).detach())
+    assert teacher._compiled_call_impl is None
+
+
+# --- what its images look like ----------------------------------------------------------------------------------------
+
+MEANS = (0.1, 0.2, 0.3), (0.5, 0.4, 0.6)
+STDS = (0.25, 0.5, 0.75), (0.3, 0.2, 0.1)
+
+
+@pytest.mark.parametrize("setting", ["auto", {"mean": MEANS[1], "std": STDS[1]}])
+def test_images_are_normalised_as_the_teacher_knows_them(setting):
+    raw = rgb_batch()
+    as_student, as_teacher = (
+        (raw - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        for mean, std in zip(MEANS, STDS, strict=True)
+    )
+    teacher = plain(MEANS[1], STDS[1])
+    module = DistillationModule(plain(MEANS[0], STDS[0]), teacher, teacher_normalization=setting)
+    torch.testing.assert_close(module.teacher(as_student), teacher(as_teacher).detach(), rtol=1e-5, atol=1e-6)
+    raw_module = DistillationModule(plain(MEANS[0], STDS[0]), teacher, teacher_normalization=None)
+    torch.testing.assert_close(raw_module.teacher(as_student), teacher(as_student).detach(), rtol=0, atol=0)
+
+
+def test_auto_does_nothing_where_there_is_nothing_to_do():
+    with_cfg, same, without = plain(MEANS[0], STDS[0]), plain(list(MEANS[0]), list(STDS[0])), plain()
+    for student, teacher in ((with_cfg, same), (with_cfg, without), (without, with_cfg)):
+        assert DistillationModule(student, teacher).teacher.normalization is None
+
+
+def test_a_slim_student_still_says_what_its_images_are():
+    dense = named()
+    dense.pretrained_cfg = {**dense.pretrained_cfg, "mean": (0.2,), "std": (0.4,)}
+    scores = mdc.score(dense, [batch(8)])
+    student = mdc.slim(dense, mdc.make_plan(dense, scores, mdc.Policy(heads=0.5, neurons=0.5, tokens=1.0)))
+    module = DistillationModule(student, plain((0.5,), (0.5,), in_chans=1))
+    x = torch.zeros(1, 1, 8, 8)  # a grey of 0.2
+    torch.testing.assert_close(module.teacher.normalization(x), torch.full_like(x, (0.2 - 0.5) / 0.5))
+
+
+def test_one_number_does_for_all_channels():
+    images = rgb_batch()
+    got = Renormalization(((0.5,), (0.5,)), MEANS[:1] + STDS[:1])(images)
+    for channel in range(3):
+        expected = (images[:, channel] * 0.5 + 0.5 - MEANS[0][channel]) / STDS[0][channel]
+        torch.testing.assert_close(got[:, channel], expected)
+    assert Renormalization(((0.5,), (0.5,)), ((0.0,), (1.0,)))(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_other_channels_are_refused():
+    module = DistillationModule(plain(*([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])), plain(MEANS[1], STDS[1], in_chans=1))
+    with pytest.raises(DistillationError, match="teacher_normalization is of 3 channels, the images have 1"):
+        module.teacher(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(DistillationError, match="of 2 and 3 channels"):
+        DistillationModule(plain((0.0, 0.0), (1.0, 1.0)), plain(MEANS[1], STDS[1]))
