@@ -28,8 +28,9 @@ def show_hooks(model: nn.Module) -> None:
 
 
 def hide_hooks(model: nn.Module) -> None:
-    """Have compiled code see that the hooks are gone."""
-    _hooked.discard(model)
+    """Have compiled code see that the hooks on `model`, or on a model inside, are gone."""
+    for module in model.modules():
+        _hooked.discard(module)
     _compile_again()
 
 

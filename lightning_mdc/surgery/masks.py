@@ -72,9 +72,9 @@ def remove_masks(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
                 dropped_tokens |= isinstance(hooks.pop(key), _ReturnReduced)
-    for module in model.modules():
-        hide_hooks(module)
-        if dropped_tokens:  # else the guard, if there is one, is a slim model's own
+    hide_hooks(model)
+    if dropped_tokens:  # else the guard, if there is one, is a slim model's own
+        for module in model.modules():
             unguard_intermediates(module)
 
 

@@ -1,0 +1,397 @@
+"""Weight sharing: the loss against slim models, the draws against the budget, and one run however it is cut up."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.strategies import FSDPStrategy
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_mdc as mdc
+from lightning_mdc.data import DigitsDataModule
+from lightning_mdc.errors import BudgetError, CalibrationError, DistillationError, MdcError, SearchError
+from lightning_mdc.surgery.masks import is_masked
+from lightning_mdc.weight_sharing import WeightSharingModule
+from tests.kinds import CLASSES, make
+from tests.kinds import images as pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+CONSTANT_SGD = {"optimizer": {"opt": "sgd", "lr": 0.01, "weight_decay": 0.0}, "schedule": {"sched": "none"}}
+
+
+def random_scores(model: nn.Module, seed: int = 0) -> mdc.Scores:
+    """Of a model of `tests.kinds`, with the default token stages."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def scores(counts: list[int]) -> list[Tensor]:
+        return [torch.rand(count, generator=generator) for count in counts]
+
+    heads = [block.attn.num_heads for block in model.blocks]
+    neurons = [block.mlp.fc2.in_features for block in model.blocks]
+    return mdc.Scores(scores(heads), scores(neurons), scores([16] * 3), (1, 2, 3))
+
+
+def sharing(model: nn.Module, budget: Any = 0.5, **options: Any) -> WeightSharingModule:
+    return WeightSharingModule(model, random_scores(model), budget, **options)
+
+
+def labelled(count: int = 6) -> tuple[Tensor, Tensor]:
+    return pictures(count), torch.arange(count) % CLASSES
+
+
+def loader(count: int = 24, size: int = 4) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*labelled(count)), batch_size=size)
+
+
+def trainer(root: Path, **options: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    plain = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "default_root_dir": root}
+    return L.Trainer(**(quiet | plain | options))
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms"])
+def test_loss_is_that_of_the_dense_and_the_slim_model(kind: str) -> None:
+    model = make(kind)
+    module = sharing(model, temperature=2.0, shared_weight=0.7, label_smoothing=0.1, seed=3)
+    images, labels = labelled()
+    plan = module.plan(0)
+    assert plan.drops_tokens
+    dense = model(images).double()
+    log_p, log_q = ((logits.double() / 2).log_softmax(dim=1) for logits in (dense, mdc.slim(model, plan)(images)))
+    shared = 4 * (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+    smoothed = 0.9 * F.one_hot(labels, CLASSES) + 0.1 / CLASSES
+    task = -(smoothed * dense.log_softmax(dim=1)).sum(dim=1).mean()
+    parts = module.loss_parts(images, labels)
+    assert set(parts) == {"task", "shared", "loss"}
+    assert shared > 1e-3  # a masked model that is no other model would prove nothing
+    for name, expected in (("task", task), ("shared", shared), ("loss", task + 0.7 * shared)):
+        torch.testing.assert_close(parts[name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_may_be_probabilities() -> None:
+    module = sharing(make())
+    images, labels = labelled()
+    mixed = 0.3 * F.one_hot(labels, CLASSES) + 0.7 * F.one_hot(labels.flip(0), CLASSES)
+    expected = 0.3 * F.cross_entropy(module(images), labels) + 0.7 * F.cross_entropy(module(images), labels.flip(0))
+    torch.testing.assert_close(module.loss_parts(images, mixed)["task"], expected)
+
+
+def test_masked_pass_trains_what_the_slim_model_has() -> None:
+    model = make()
+    module = sharing(model)
+    plan, (images, labels) = module.plan(0), labelled()
+    slim = mdc.slim(model, plan)
+    module.loss_parts(images, labels)["shared"].backward()
+    with torch.no_grad():
+        dense = model(images)
+    F.kl_div(slim(images).log_softmax(1), dense.log_softmax(1), log_target=True, reduction="batchmean").backward()
+    for block, narrow, kept in zip(model.blocks, slim.blocks, plan.neurons, strict=True):
+        dropped = [unit for unit in range(block.mlp.fc1.out_features) if unit not in kept]
+        for whole, part in (
+            (block.mlp.fc1.weight.grad, narrow.mlp.fc1.weight.grad),
+            (block.mlp.fc2.weight.grad.T, narrow.mlp.fc2.weight.grad.T),
+        ):
+            assert part.abs().sum() > 0
+            torch.testing.assert_close(whole[list(kept)], part, rtol=1e-3, atol=1e-6)
+            assert not whole[dropped].any()
+    for block, kept in zip(model.blocks, plan.heads, strict=True):
+        by_head = block.attn.proj.weight.grad.T.reshape(block.attn.num_heads, -1).abs().sum(dim=1)
+        assert set(by_head.nonzero()[:, 0].tolist()) == set(kept)
+
+
+def test_dense_model_is_left_as_an_ordinary_one(tmp_path: Path) -> None:
+    model = make()
+    keys, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    run = trainer(tmp_path)
+    run.fit(sharing(model.train(), **CONSTANT_SGD), loader())
+    assert list(model.state_dict()) == keys
+    assert all(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not is_masked(model)
+    assert {"train/task", "train/shared", "train/loss"} <= set(run.callback_metrics)
+    mdc.save(model.eval(), tmp_path / "shared")
+    torch.testing.assert_close(mdc.load(tmp_path / "shared")(pictures()), model(pictures()))
+
+
+def test_masks_come_off_when_the_masked_pass_fails() -> None:
+    model = make()
+    module = sharing(model)
+    passes: list[bool] = []
+
+    def fails_when_masked(block: nn.Module, args: Any) -> None:
+        passes.append(is_masked(model))
+        if is_masked(model):
+            raise RuntimeError("out of memory")
+
+    model.blocks[-1].register_forward_pre_hook(fails_when_masked)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module.loss_parts(*labelled())
+    assert passes == [False, True]
+    assert not is_masked(model)
+
+
+def test_sharing_makes_masked_models_better_where_dense_training_does_not() -> None:
+    data = DigitsDataModule(augment=False, max_train_images=128).splits
+    images, labels = data.train.images, torch.tensor(data.train.labels)
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=12, patch_size=4, in_chans=1, num_classes=10, embed_dim=32, depth=4, num_heads=4)
+    fit(model, lambda step: F.cross_entropy(model(images), labels), steps=80)
+    scores = mdc.score(model.eval(), [(images, labels)])
+    alone = copy.deepcopy(model)
+    module = WeightSharingModule(model, scores, 0.5)
+
+    def masked_loss(model: nn.Module) -> float:
+        plans = [module.plan(step) for step in range(1000, 1008)]  # none of them is trained
+        with torch.no_grad():
+            return float(np.mean([F.cross_entropy(mdc.slim(model, plan)(images), labels) for plan in plans]))
+
+    def loss(step: int) -> Tensor:
+        module._trainer = type("At", (), {"global_step": step})()  # all that loss_parts asks of a Trainer
+        return module.loss_parts(images, labels)["loss"]
+
+    before = masked_loss(model)
+    fit(model, loss, steps=60)
+    fit(alone, lambda step: F.cross_entropy(alone(images), labels), steps=60)
+    print(before, masked_loss(model), masked_loss(alone))
+    assert masked_loss(model) < 0.5 * min(before, masked_loss(alone))
+
+
+def fit(model: nn.Module, loss: Any, steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+
+
+# --- the policies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups": 2}, {"token_ratio": "stages"}, {"dimensions": ["neurons"]}, {"round_to": 8, "min_heads": 2}],
+    ids=str,
+)
+def test_policies_meet_the_budget(options: dict[str, Any]) -> None:
+    model = make()
+    module = sharing(model, 0.6, **options)
+    costs = [mdc.policy_macs(model, module.policy(step)) / mdc.macs(model) for step in range(150)]
+    assert max(costs) <= 0.6
+    assert np.median(costs) > 0.58
+    plan = module.plan(7)
+    assert mdc.plan_macs(model, plan) == mdc.policy_macs(model, module.policy(7))
+    assert all(len(kept) >= options.get("min_heads", 1) for kept in plan.heads)
+    assert all(len(kept) % options.get("round_to", 1) == 0 for kept in plan.neurons)
+
+
+def test_no_policy_could_keep_another_neuron() -> None:
+    model = make()
+    module = sharing(model, 0.6)
+    for step in range(10):
+        policy = module.policy(step)
+        kept = [round(ratio * 192) for ratio in policy.neurons]
+        for block in [block for block, count in enumerate(kept) if count < 192]:
+            neurons = [(count + (number == block)) / 192 for number, count in enumerate(kept)]
+            more = mdc.Policy(policy.heads, neurons, policy.tokens)
+            assert mdc.policy_macs(model, more) > 0.6 * mdc.macs(model) >= mdc.policy_macs(model, policy)
+
+
+def test_policies_depend_on_seed_and_step_alone() -> None:
+    first, second = sharing(make(), seed=5), sharing(make(seed=1), seed=5)
+    steps = [0, 1, 63, 64, 200, 5]
+    drawn = {step: first.policy(step) for step in steps}
+    assert [second.policy(step) for step in reversed(steps)] == [drawn[step] for step in reversed(steps)]
+    assert len({policy.to_json() for policy in drawn.values()}) == len(steps)
+    assert all(sharing(make(), seed=6).policy(step) != drawn[step] for step in steps)
+
+
+def test_policies_are_spread_over_the_space() -> None:
+    module = sharing(make(), 0.6)
+    heads = np.array([module.policy(step).heads for step in range(200)])
+    for block in heads.T:  # four heads each
+        assert set(np.rint(4 * block)) == {1, 2, 3, 4}
+    tokens = [module.policy(step).tokens[0] for step in range(200)]
+    assert max(tokens) - min(tokens) > 0.3
+
+
+def test_global_random_states_are_left_alone() -> None:
+    module = sharing(make())
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    module.loss_parts(*labelled())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+# --- under a Trainer --------------------------------------------------------------------------------------------------
+
+
+class Recording(WeightSharingModule):
+    """Notes the plan of each pass."""
+
+    def on_fit_start(self) -> None:
+        self.seen: list[tuple[int, str]] = []
+
+    def plan(self, step: int) -> mdc.Plan:
+        plan = super().plan(step)
+        if hasattr(self, "seen"):
+            self.seen.append((step, plan.hash))
+        return plan
+
+
+def recording(seed: int = 0, **options: Any) -> Recording:
+    model = make()
+    return Recording(model.train(), random_scores(model), 0.5, seed=seed, **CONSTANT_SGD, **options)
+
+
+def test_images_may_be_mixed(tmp_path: Path) -> None:
+    module = recording(mixup={"mixup_alpha": 0.8, "cutmix_alpha": 1.0})
+    run = trainer(tmp_path)
+    run.fit(module, loader())
+    assert run.callback_metrics["train/shared"].isfinite()
+    assert [step for step, _ in module.seen] == list(range(6))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = recording()
+    trainer(tmp_path, max_epochs=2).fit(whole, loader())
+    start = recording()
+    run = trainer(tmp_path, max_epochs=2, max_steps=6)
+    run.fit(start, loader())
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    rest = recording()
+    trainer(tmp_path, max_epochs=2).fit(rest, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert start.seen + rest.seen == whole.seen
+    assert [step for step, _ in whole.seen] == list(range(12))
+    for key, value in whole.student.state_dict().items():
+        assert torch.equal(rest.student.state_dict()[key], value)
+
+
+def test_checkpoint_loads_with_model_and_scores_given_again(tmp_path: Path) -> None:
+    model = make()
+    options = {
+        "min_heads": 2,
+        "shared_weight": 0.5,
+        "temperature": 3.0,
+        "label_smoothing": 0.1,
+        "token_ratio": "stages",
+    }
+    module = sharing(model, mdc.Budget(macs=0.5, params=0.9), seed=4, **options)
+    run = trainer(tmp_path, fast_dev_run=True)
+    run.fit(module, loader())
+    path = tmp_path / "a.ckpt"
+    run.save_checkpoint(path)
+    held = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert {"model", "scores", "student", "teacher", "kd", "teacher_args"}.isdisjoint(held)
+    again = WeightSharingModule.load_from_checkpoint(path, model=make(seed=9), scores=random_scores(model))
+    for name in ("seed", "shared_weight", "temperature", "label_smoothing"):
+        assert getattr(again, name) == getattr(module, name)
+    assert again.plan(11) == module.plan(11)
+    torch.testing.assert_close(again(pictures()), module(pictures()))
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
+def test_trainer_options(options: dict[str, Any], tmp_path: Path) -> None:
+    module = recording()
+    run = trainer(tmp_path, **options)
+    run.fit(module, loader(), loader())
+    assert run.callback_metrics["train/shared"].isfinite()
+    updates = 6 // options.get("accumulate_grad_batches", 1)
+    assert {step for step, _ in module.seen} == set(range(updates))
+    assert len(set(module.seen)) == updates  # the batches of one update share its plan
+
+
+def test_a_copy_draws_and_trains_by_itself() -> None:
+    module = sharing(make())
+    twin = copy.deepcopy(module)
+    assert twin.plan(3) == module.plan(3)
+    twin.loss_parts(*labelled())["loss"].backward()
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_two_processes_train_the_same_policies(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.test_weight_sharing", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["seen"] == second["seen"]
+    assert first["weights"] == second["weights"]
+    assert first["images"] != second["images"]
+    module = sharing(make(), seed=2)
+    assert first["seen"] == [[step, module.plan(step).hash] for step in range(3)]
+
+
+def train_ddp(root: Path) -> None:
+    """Three steps on two processes; each writes down what it saw and has."""
+    module, images = recording(seed=2), []
+    module.student.register_forward_pre_hook(lambda model, args: images.append(args[0].sum().item()))
+    run = trainer(root, strategy="ddp", devices=2)
+    run.fit(module, loader())
+    weights = [value.double().sum().item() for value in module.student.state_dict().values()]
+    found = {"seen": module.seen, "weights": weights, "images": images}
+    (root / f"rank{run.global_rank}.json").write_text(json.dumps(found))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"kd_weight": 0.5}, DistillationError, "kd_weight: no such setting"),
+        ({"teacher": make()}, DistillationError, "teacher: no such setting"),
+        ({"teacher_args": {}, "hidden_weight": 1.0}, DistillationError, "hidden_weight, teacher_args: no such setting"),
+        ({"seed": -1}, DistillationError, "seed=-1"),
+        ({"seed": 0.5}, DistillationError, "seed=0.5"),
+        ({"shared_weight": -1.0}, DistillationError, "shared_weight=-1.0"),
+        ({"shared_weight": float("nan")}, DistillationError, "shared_weight=nan"),
+        ({"temperature": 0}, DistillationError, "temperature=0"),
+        ({"budget": 0.01}, BudgetError, "budget=0.01"),
+        ({"token_ratio": "one"}, SearchError, "token_ratio='one'"),
+        ({"token_score": "best"}, MdcError, "token_score='best'"),
+        ({"scores": "random"}, CalibrationError, "scores='random'"),
+        ({"scores": mdc.Scores([], [], [])}, CalibrationError, "scores.heads does not fit"),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    model = make()
+    assert issubclass(error, MdcError)
+    with pytest.raises(error, match=words):
+        WeightSharingModule(model, **({"scores": random_scores(model), "budget": 0.5} | options))
+
+
+def test_models_that_masks_cannot_train_are_refused(tmp_path: Path) -> None:
+    compiled = make()
+    compiled.compile(backend="aot_eager")
+    with pytest.raises(DistillationError, match="is compiled"):
+        sharing(compiled)
+    checkpointing = make()
+    checkpointing.set_grad_checkpointing()
+    with pytest.raises(DistillationError, match="gradient checkpointing"):
+        sharing(checkpointing)
+    for option, words in (("compile", "is compiled"), ("grad_checkpointing", "gradient checkpointing")):
+        with pytest.raises(DistillationError, match=words):
+            sharing(make(), **{option: True})
+    module = sharing(make())
+    module._trainer = type("Sharded", (), {"strategy": FSDPStrategy()})()
+    with pytest.raises(DistillationError, match="strategy=FSDPStrategy shards parameters"):
+        module.setup("fit")
+
+
+if __name__ == "__main__":
+    train_ddp(Path(sys.argv[1]))
