@@ -6,9 +6,12 @@ After Hou & Kung, "Multi-Dimensional Model Compression of Vision Transformer" (a
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from lightning_mdc import errors
     from lightning_mdc.artifact import load, save
     from lightning_mdc.budget import Budget, macs, plan_macs, policy_macs
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_mdc.policy_search.driver import SearchResult, Trial, search
     from lightning_mdc.policy_search.held_out import HeldOut
     from lightning_mdc.surgery import masked, slim
+    from lightning_mdc.weight_sharing import WeightSharingModule
 
 # Where each public name lives. Looked up when asked for: a Hydra sweep needs no more than `policy_search`, and starts
 # without torch, also where there is none.
@@ -34,6 +38,7 @@ _HOMES = {
     "policy_search.driver": ("SearchResult", "Trial", "search"),
     "policy_search.held_out": ("HeldOut",),
     "surgery": ("masked", "slim"),
+    "weight_sharing": ("WeightSharingModule",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("data", "errors", "models", "policy_search", "reporting")
@@ -49,6 +54,7 @@ __all__ = [
     "Scores",
     "SearchResult",
     "Trial",
+    "WeightSharingModule",
     "errors",
     "hsic",
     "load",
@@ -78,3 +84,33 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _WithTimm:
+    """Puts our model families into timm's registry as soon as somebody imports timm.
+
+    After ``import lightning_mdc`` timm's names have to include T2T-ViT, but to import timm here would import torch too:
+    seconds at the start of every sweep, and no start at all where there is no torch.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != "timm":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((s for finder in others if (s := finder.find_spec(fullname, path, target)) is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                # Importing it registers. If it is what imports timm just now, it is left to come to that by itself.
+                importlib.import_module(f"{__name__}.models")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module(f"{__name__}.models")
+else:
+    sys.meta_path.insert(0, _WithTimm())

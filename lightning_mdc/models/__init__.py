@@ -18,6 +18,7 @@ from lightning_mdc.models.sites import (
     UnitSite,
     unit_channels,
 )
+from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
     "unwrap",
 ]
 
-FAMILIES: tuple[Family, ...] = (TimmVisionTransformer(),)
+FAMILIES: tuple[Family, ...] = (T2TViT(), TimmVisionTransformer())  # the first to accept a model has it
 
 
 def find_sites(model: nn.Module, path: str | None = None) -> Sites:

@@ -43,16 +43,29 @@ def qualified_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def describe(model: VisionTransformer, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
+def in_chans(model: Any) -> int:
+    """Channels of the images; older timm keeps them in the patch embedding only."""
+    return getattr(model, "in_chans", None) or model.patch_embed.proj.in_channels
+
+
+def describe(
+    model: VisionTransformer,
+    num_heads: tuple[int, ...],
+    num_neurons: tuple[int, ...],
+    embedding: type[Any] = PatchEmbed,
+) -> dict[str, Any]:
     """JSON-ready constructor arguments of the dense model, with blocks of those sizes, that `model` comes from.
+
+    `embedding` is the only class of patch embedding that `build`, as the caller uses it, makes.
 
     Raises:
         ArtifactError: a part that no constructor argument expresses; names it.
     """
     block: Any = unwrap(model.blocks[0])
-    embed = model.patch_embed
+    embed: Any = model.patch_embed
     attn, mlp, is_post_norm = block.attn, block.mlp, isinstance(block, ResPostBlock)
-    if type(embed) is not PatchEmbed:
+    embed_norm = getattr(embed, "norm", nn.Identity())
+    if type(embed) is not embedding:
         raise ArtifactError(
             f"patch_embed is a {qualified_name(embed)}, which no constructor argument of ours expresses"
         )
@@ -65,14 +78,14 @@ def describe(model: VisionTransformer, num_heads: tuple[int, ...], num_neurons: 
         "mlp": next(name for name, kind in MLPS.items() if isinstance(mlp, kind)),
         "glu_gate_last": bool(getattr(mlp, "gate_last", False)),
         "norm": _norm_spec(block.norm1, "blocks.0.norm1"),
-        "embed_norm": None if isinstance(embed.norm, nn.Identity) else _norm_spec(embed.norm, "patch_embed.norm"),
+        "embed_norm": None if isinstance(embed_norm, nn.Identity) else _norm_spec(embed_norm, "patch_embed.norm"),
         "act": {"class": _name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")} | _own(mlp.act, "approximate"),
         "gated": getattr(attn, "gate", None) is not None,
         "head_dim": attn.head_dim,
         "args": {
             "img_size": list(embed.img_size),
             "patch_size": list(embed.patch_size),
-            "in_chans": model.patch_embed.proj.in_channels,
+            "in_chans": in_chans(model),
             "num_classes": model.num_classes,
             "global_pool": model.global_pool,
             "embed_dim": model.embed_dim,
@@ -120,8 +133,8 @@ _ARG_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def build(spec: Mapping[str, Any]) -> VisionTransformer:
-    """The dense model that `describe` described.
+def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> VisionTransformer:
+    """The dense model that `describe` described, made by that one of `models` (name -> constructor) it names.
 
     Raises:
         ArtifactError: a field is missing, unknown or of the wrong type.
@@ -137,7 +150,7 @@ def build(spec: Mapping[str, Any]) -> VisionTransformer:
     if mlp is layers.GluMlp:
         mlp = partial(mlp, gate_last=spec["glu_gate_last"])
     norm = _norm_from(spec["norm"])
-    model: VisionTransformer = _look_up(_MODELS, spec["class"], "class")(
+    model: VisionTransformer = _look_up(models, spec["class"], "class")(
         **args,
         block_fn=_look_up(_BLOCKS, spec["block"], "block"),
         mlp_layer=mlp,

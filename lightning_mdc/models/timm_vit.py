@@ -7,7 +7,7 @@ attention has no idea of a position. Only the timm_* files know timm's attribute
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.sites import AttentionSite, BlockSite, Producer, Sites, TokenSite, UnitSite
 from lightning_mdc.models.timm_block import TokenStageBlock
-from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, describe, qualified_name
+from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, describe, in_chans, qualified_name
 from lightning_mdc.policy import TokenStage
 
 _WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
@@ -72,17 +72,25 @@ class TimmVisionTransformer:
             num_prefix_tokens=model.num_prefix_tokens,
             class_rows=((0, 1) if distilled else (0,)) if model.global_pool == "token" else (),
             grid=tuple(model.patch_embed.grid_size),
-            input_size=(_in_chans(model), height, width),
+            input_size=(in_chans(model), height, width),
             fuse=stages[0].fuse if stages else True,
             drops_patches_at_random=not isinstance(model.patch_drop, nn.Identity),
             reasons=reasons,
             grid_of=partial(_grid_of, model),
-            fixed_macs=partial(_fixed_macs, model),
+            fixed_macs=partial(_fixed_macs, model, self.embedding_macs),
         )
 
     def token_stage_block(self, sites: Sites, index: int, stage: TokenStage, fuse: bool) -> nn.Module:
         """The block as a `TokenStageBlock` sharing its children."""
         return TokenStageBlock(sites.blocks[index].module, stage, sites.num_prefix_tokens, sites.class_rows, fuse)
+
+    def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
+        """MACs of the patch embedding for images of that (height, width)."""
+        embed = model.patch_embed
+        if type(embed) is PatchEmbed:
+            height, width = _grid_of(model, size)
+            return height * width * embed.proj.weight.numel()
+        return _counted_macs(embed, (1, in_chans(model), *size), "patch_embed")
 
     def describe(self, model: nn.Module, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
         """Constructor arguments read off the modules.
@@ -202,10 +210,6 @@ def _spanning_norm(name: str, norm: nn.Module, dimension: str, reasons: dict[str
 # --- what it costs outside the blocks ---------------------------------------------------------------------------------
 
 
-def _in_chans(model: VisionTransformer) -> int:
-    return getattr(model, "in_chans", None) or model.patch_embed.proj.in_channels
-
-
 def _grid_of(model: VisionTransformer, size: tuple[int, int]) -> tuple[int, int]:
     embed = model.patch_embed
     if tuple(size) == tuple(embed.img_size):
@@ -223,15 +227,17 @@ def _grid_of(model: VisionTransformer, size: tuple[int, int]) -> tuple[int, int]
     return grid
 
 
-def _fixed_macs(model: VisionTransformer, size: tuple[int, int], num_tokens: Any) -> Any:
+def _fixed_macs(
+    model: VisionTransformer,
+    embedding_macs: Callable[[Any, tuple[int, int]], int],
+    size: tuple[int, int],
+    num_tokens: Any,
+) -> Any:
     """MACs of patch embedding, pooling and classifier; `num_tokens` (int or array) reach the pooling."""
     height, width = _grid_of(model, size)
-    embed, dim = model.patch_embed, model.embed_dim
+    dim = model.embed_dim
     sequence = (1, height * width + model.num_prefix_tokens, dim)
-    if type(embed) is PatchEmbed:
-        total: Any = height * width * embed.proj.weight.numel()
-    else:
-        total = _counted_macs(embed, (1, _in_chans(model), *size), "patch_embed")
+    total: Any = embedding_macs(model, size)
     pool = model.attn_pool if hasattr(model, "attn_pool") else None
     if pool is not None:
         pooled = num_tokens if model.pool_include_prefix else num_tokens - model.num_prefix_tokens
