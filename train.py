@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from lightning_mdc import pipeline, policy_sweep
@@ -22,10 +23,13 @@ def set_up_messages() -> None:
     """Our lines as they are, on the screen; of Lightning's only warnings, and of those none about what we chose."""
     if not log.handlers:
         log.addHandler(logging.StreamHandler(sys.stdout))
-    log.setLevel(logging.INFO)
+    # Of several processes the first one speaks; the others have warnings only.
+    log.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # This one says which process of a distributed run died.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*GPU available but not used.*")
@@ -47,7 +51,8 @@ def main(cfg: DictConfig) -> float | None:
         wants_traceback = cfg.debug is True or os.environ.get("HYDRA_FULL_ERROR") == "1"
         if wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        whose = f"[rank {rank_zero_only.rank}] " if rank_zero_only.rank else ""
+        print(f"{whose}{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     return None
 

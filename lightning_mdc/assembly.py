@@ -6,40 +6,53 @@ error of the part that refused.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import inspect
 import logging
 import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import timm
 import torch
-from hydra.utils import get_object
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import get_object, instantiate
+from lightning.fabric.strategies import ParallelStrategy
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from safetensors import SafetensorError
 from timm.models import load_checkpoint
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mdc.artifact import load
 from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.data import ImageDataModule
-from lightning_mdc.distillation import DistillationModule
-from lightning_mdc.errors import ConfigError
-from lightning_mdc.importance import Criterion
+from lightning_mdc.distillation import DistillationModule, check_teacher
+from lightning_mdc.errors import ConfigError, DistributedError
+from lightning_mdc.importance import Criterion, Scores
 from lightning_mdc.models import find_sites
+from lightning_mdc.models.timm_block import TokenStageBlock
 from lightning_mdc.policy import DIMENSIONS, Policy, check_dimensions
 from lightning_mdc.policy_search.held_out import METRICS, HeldOut
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.policy_search.study import observations
 from lightning_mdc.randomness import rng_state, set_rng_state
+from lightning_mdc.ranks import is_lost_peer, rank
+from lightning_mdc.weight_sharing import WeightSharingModule
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +60,12 @@ Settings = Mapping[str, Any]
 
 # With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
 _ENOUGH_FOR_TOP1 = 1000
+
+# Keys of a training's settings that say how long, how often and under what, see `stages`.
+_NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "teacher", "ema_decay")
+
+# Of the Trainer's arguments, those that a machine can be without.
+_WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
 # What timm and torch raise at arguments they cannot use.
 _REFUSALS = (
@@ -333,40 +352,69 @@ def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module,
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def build_module(
-    options: Settings, epochs: int, student: nn.Module, teacher: nn.Module | None, num_classes: int | None = None
-) -> DistillationModule:
+def build_module(options: Settings, student: nn.Module, teacher: nn.Module | str | None) -> DistillationModule:
     """The training module of the ``dense`` or ``distillation`` settings.
 
     Raises:
         DistillationError: see `DistillationModule`.
     """
-    ours = {"epochs", "seeds", "reference_seeds"}
-    kwargs = {key: value for key, value in options.items() if key not in ours}
-    schedule = dict(kwargs["schedule"])
+    return DistillationModule(student, teacher, **_module_options(options))
+
+
+def check_training(settings: Settings, model: nn.Module) -> None:
+    """Refuse what the training modules would refuse, before anything is trained. Builds no teacher.
+
+    Raises:
+        DistillationError: what is wrong.
+    """
+    build_module(settings["dense"], model, None)
+    if settings["sharing"]["epochs"]:
+        build_module({k: v for k, v in settings["sharing"].items() if k != "shared_weight"}, model, None)
+    options = settings["distillation"]
+    if options["teacher"] not in (None, "dense"):
+        check_teacher(options["teacher"], options["teacher_checkpoint"], options["teacher_args"])
+        options = {**options, "teacher_checkpoint": None, "teacher_args": {}}
+    build_module(options, model, None if options["teacher"] is None else copy.deepcopy(model))
+
+
+def _module_options(options: Settings) -> dict[str, Any]:
+    """Keyword arguments of a training module, without what is said to the stage or to the Trainer."""
+    kwargs = {key: value for key, value in options.items() if key not in _NOT_THE_MODULES}
+    schedule, epochs = dict(kwargs["schedule"]), options["epochs"]
     if epochs and isinstance(schedule.get("warmup_epochs"), (int, float)):
         # Else one epoch under a recipe for thirty would end before the rate has risen.
         schedule["warmup_epochs"] = min(schedule["warmup_epochs"], epochs / 5)
-    return DistillationModule(student, teacher, **{**kwargs, "schedule": schedule}, num_classes=num_classes)
+    return {**kwargs, "schedule": schedule}
 
 
-def build_trainer(settings: Settings, epochs: int, checkpoints: Path, logger: Logger | bool, title: str) -> L.Trainer:
-    """A Trainer that leaves ``last.ckpt`` in `checkpoints` after every epoch.
+def build_trainer(
+    settings: Settings, options: Settings, checkpoints: Path, logger: Logger | bool, title: str
+) -> L.Trainer:
+    """A Trainer that leaves ``last.ckpt`` in `checkpoints` after every epoch, and now and then in between.
+
+    `options` are those of the training: ``epochs``, and ``ema_decay`` if it has one.
 
     Raises:
-        ConfigError: Lightning refuses the ``trainer`` settings, or they ask for several devices.
+        ConfigError: Lightning refuses the ``trainer`` settings.
     """
     terminal = sys.stderr.isatty()
+    minutes = settings["checkpoint_minutes"]
+    keep: dict[str, Any] = {"dirpath": checkpoints, "filename": "last", "enable_version_counter": False}
     callbacks: list[Callback] = [
-        ModelCheckpoint(checkpoints, filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
+        ModelCheckpoint(**keep, save_on_train_epoch_end=True),
+        *([] if minutes is None else [ModelCheckpoint(**keep, train_time_interval=timedelta(minutes=minutes))]),
         _RandomState(),
         TQDMProgressBar() if terminal else _PlainProgress(title),
     ]
-    options = dict(settings["trainer"])
+    if options.get("ema_decay") is not None:
+        callbacks.append(EMAWeightAveraging(decay=options["ema_decay"]))
+    arguments = dict(settings["trainer"])
     try:
-        trainer = L.Trainer(
-            **options,
-            max_epochs=epochs,
+        if isinstance(arguments["strategy"], Mapping):
+            arguments["strategy"] = instantiate(arguments["strategy"], _convert_="all")
+        return L.Trainer(
+            **arguments,
+            max_epochs=options["epochs"],
             logger=logger,
             callbacks=callbacks,
             default_root_dir=checkpoints,
@@ -374,14 +422,52 @@ def build_trainer(settings: Settings, epochs: int, checkpoints: Path, logger: Lo
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-    except (*_REFUSALS, MisconfigurationException) as error:
-        raise ConfigError(f"trainer={options!r} is refused by Lightning: {error}; correct that key") from error
-    if trainer.world_size > 1:
-        raise ConfigError(
-            f"trainer.devices={options['devices']!r} starts {trainer.world_size} processes, but the stages of train.py "
-            "run in one; use trainer.devices=1, or MultiDimPruneCallback in a script of your own"
-        )
-    return trainer
+    except (*_REFUSALS, MisconfigurationException, InstantiationException) as error:
+        shown = {key: value for key, value in settings["trainer"].items() if key in _WHERE_TO_TRAIN}
+        if isinstance(shown["strategy"], Mapping):
+            shown["strategy"] = shown["strategy"].get("_target_")
+        raise ConfigError(f"trainer={shown!r} is refused by Lightning: {error}; correct trainer.KEY") from error
+
+
+def ddp(**options: Any) -> DDPStrategy:
+    """Lightning's strategy, with the buffers of a module left alone, as torch's release calls it.
+
+    No buffer of a vision transformer changes, and a sync of them before each forward pass would wait for ever where
+    ranks have unequal numbers of batches to validate.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DDPStrategy(**{name: False, **options})
+
+
+def fsdp(**options: Any) -> FSDPStrategy:
+    """Lightning's strategy, with every block as a shard and checkpoints that hold the whole model."""
+    blocks = {Block, ResPostBlock, TokenStageBlock}
+    return FSDPStrategy(**{"auto_wrap_policy": blocks, "state_dict_type": "full", **options})
+
+
+def shards_parameters(settings: Settings) -> bool:
+    """Whether parameters are spread over ranks while training, so that no rank has the whole network."""
+    return isinstance(_any_trainer(settings).strategy, FSDPStrategy)
+
+
+def build_sharing(settings: Settings, model: nn.Module, scores: Scores) -> WeightSharingModule:
+    """The training module of the ``sharing`` settings, over the policies that the search may ask for.
+
+    Raises:
+        DistillationError, SearchError, BudgetError: see `WeightSharingModule`.
+    """
+    surgery = settings["surgery"]
+    return WeightSharingModule(
+        model,
+        scores,
+        build_budget(settings),
+        **_module_options(settings["sharing"]),
+        **space_options(settings),
+        token_score=surgery["token_score"],
+        fuse_tokens=surgery["fuse_tokens"],
+        seed=settings["seed"],
+    )
 
 
 def build_logger(settings: Settings, folder: Path, stage: str) -> Logger | bool:
@@ -394,8 +480,63 @@ def build_logger(settings: Settings, folder: Path, stage: str) -> Logger | bool:
 
 def device(settings: Settings) -> torch.device:
     """Where the Trainer would train: scoring, testing and timing run there too."""
-    trainer = build_trainer(settings, 1, Path("."), False, "")
-    return trainer.strategy.root_device
+    return _any_trainer(settings).strategy.root_device
+
+
+def num_processes(settings: Settings) -> int:
+    """How many processes, on all nodes, the ``trainer`` settings ask for."""
+    return _any_trainer(settings).world_size
+
+
+def _any_trainer(settings: Settings) -> L.Trainer:
+    return build_trainer(settings, {"epochs": 1}, Path("."), False, "")
+
+
+@contextmanager
+def processes(settings: Settings) -> Iterator[None]:
+    """All processes that the ``trainer`` settings ask for are there inside, connected: started by Lightning, or by
+    SLURM or torchrun, which Lightning sees. When one fails, so do the others.
+
+    Raises:
+        ConfigError: they can't be started from here.
+        DistributedError: another process of the run went away.
+    """
+    total = num_processes(settings)
+    if total == 1:
+        yield
+        return
+    options = settings["trainer"]
+    # Lightning starts further processes by the same command line again; a Trainer then finds itself in one of them.
+    fabric = L.Fabric(
+        accelerator=options["accelerator"], devices=options["devices"], num_nodes=options["num_nodes"], strategy="ddp"
+    )
+    assert isinstance(fabric.strategy, ParallelStrategy)
+    environment = fabric.strategy.cluster_environment
+    by_itself = environment is None or not environment.creates_processes_externally
+    if by_itself and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise ConfigError(
+            f"-m with {total} processes: each would start the whole sweep again; use trainer.devices=1, or a launcher "
+            "that starts the processes of a job, such as hydra/launcher=submitit_slurm with tasks_per_node"
+        )
+    try:
+        fabric.launch()
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(
+            f"trainer.devices={options['devices']!r}, trainer.num_nodes={options['num_nodes']!r}: {total} processes "
+            f"can't be started: {error}"
+        ) from error
+    try:
+        yield
+    except BaseException as error:
+        for child in getattr(fabric.strategy.launcher, "procs", ()):
+            child.kill()  # it would wait in vain for this process
+        if is_lost_peer(error):
+            raise DistributedError(
+                f"another of the {total} processes of this run is gone (rank {rank()} noticed); what it printed before "
+                "says why, and nothing means it was killed. The run goes on from its last checkpoint with resume=true, "
+                "with any number of devices that divides data.batch_size"
+            ) from error
+        raise
 
 
 class _RandomState(Callback):

@@ -7,26 +7,25 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import seed_everything
-from torch import nn
 
 from lightning_mdc import assembly
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.policy import TOKEN_SCORES, Policy
+from lightning_mdc.ranks import on_first_rank
 from lightning_mdc.run_folder import RunFolder, fingerprint, open_run, write_text
-from lightning_mdc.stages import STAGES, Run
+from lightning_mdc.stages import STAGES, Run, shares_weights
 
 log = logging.getLogger(__name__)
 
-# Stages whose results the trials of a sweep share, see `cache_folder`.
-CACHED = ("dense", "score")
 # Keys of `data` that do not change what is trained on.
 _TEST_DATA = ("test_root", "test_split", "max_test_images")
-_HOW_DATA_IS_READ = ("num_workers",)
+_HOW_DATA_IS_READ = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "max_corrupt_images")
 
 
 def run(settings: assembly.Settings) -> RunFolder:
@@ -38,8 +37,32 @@ def run(settings: assembly.Settings) -> RunFolder:
     Raises:
         MdcError: a setting is wrong, or an earlier stage is missing. Nothing that was there is lost.
     """
-    selected = select(settings["stage"], settings["skip"])
-    check(settings, selected)
+    selected = select(settings)
+    check(settings, selected)  # by one process, before there are more of them to say it
+    with assembly.processes(settings):
+        return _run(settings, selected)
+
+
+def _run(settings: assembly.Settings, selected: tuple[str, ...]) -> RunFolder:
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    this = on_first_rank(partial(_opened, settings, selected))
+    fresh: set[str] = set()
+    for name in selected:
+        # A stage is picked up only if all it is built on was: its fingerprint holds theirs.
+        if not fresh.intersection(_upstream(settings, name)) and on_first_rank(partial(is_done, this, name)):
+            log.info("%-8s picked up from %s", f"{name}:", this.folder / STAGES[name].output)
+            continue
+        fresh.add(name)
+        if name in cached(settings) and on_first_rank(partial(_take_from_cache, this, name)):
+            log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
+            continue
+        run_stage(this, name)
+    return this.folder
+
+
+def _opened(settings: assembly.Settings, selected: tuple[str, ...]) -> Run:
+    """The run in its folder, with what the selected stages are built on."""
     folder, earlier = open_run(settings["runs"], settings["name"], settings["resume"])
     this = Run(settings, folder)
     this.marks = fingerprints(settings, frozenset())
@@ -54,36 +77,28 @@ def run(settings: assembly.Settings) -> RunFolder:
             folder.path.rmdir()
         raise
     folder.create()
-    if settings["threads"] is not None:
-        torch.set_num_threads(settings["threads"])
     write_text(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
     log.info("%s %s", "resuming" if earlier else "run folder", folder)
     if settings["resume"] is True and not earlier:
         log.info("  (resume=true, but there was no earlier run of the name %r)", settings["name"])
-    fresh: set[str] = set()
-    for name in selected:
-        # A stage is picked up only if all it is built on was: its fingerprint holds theirs.
-        if not fresh.intersection(_upstream(name)) and is_done(this, name):
-            log.info("%-8s picked up from %s", f"{name}:", folder / STAGES[name].output)
-            continue
-        fresh.add(name)
-        if name in CACHED and _take_from_cache(this, name):
-            log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
-            continue
-        run_stage(this, name)
-    return folder
+    return this
+
+
+def cached(settings: assembly.Settings) -> tuple[str, ...]:
+    """Stages whose results the trials of a sweep share, see `cache_folder`."""
+    return ("dense", "score", "share") if shares_weights(settings) else ("dense", "score")
 
 
 def cache_folder(settings: assembly.Settings, marks: Mapping[str, str]) -> Path:
-    """Where sweeps keep the dense model and the scores of these settings."""
-    return Path(settings["runs"]) / ".cache" / marks[CACHED[-1]][:16]
+    """Where sweeps keep the dense model and the scores of these settings, and the shared weights if there are any."""
+    return Path(settings["runs"]) / ".cache" / marks[cached(settings)[-1]][:16]
 
 
 def _take_from_cache(run: Run, name: str) -> bool:
-    cached = Run(run.settings, RunFolder(cache_folder(run.settings, run.marks)), run.marks)
-    if not is_done(cached, name):
+    cache = Run(run.settings, RunFolder(cache_folder(run.settings, run.marks)), run.marks)
+    if not is_done(cache, name):
         return False
-    source, target = (each.folder / STAGES[name].output for each in (cached, run))
+    source, target = (each.folder / STAGES[name].output for each in (cache, run))
     run.folder.start(name)
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
@@ -94,30 +109,41 @@ def _take_from_cache(run: Run, name: str) -> bool:
 
 
 def run_stage(run: Run, name: str) -> None:
-    """Run one stage, whatever was there before."""
+    """Run one stage, whatever was there before; on all ranks, if it has a use for them."""
     stage = STAGES[name]
     log.info("%-8s running", f"{name}:")
-    run.folder.start(name)
+    on_first_rank(partial(run.folder.start, name))
     seed_everything(run.settings["seed"], workers=True, verbose=False)
     start = time.perf_counter()
-    said = stage.work(run)
+    said = stage.work(run) if stage.on_all_ranks else on_first_rank(partial(stage.work, run))
     elapsed = time.perf_counter() - start
-    run.folder.finish(name, run.marks[name], settings=relevant(run.settings, name), seconds=round(elapsed, 2))
+    facts = {"settings": relevant(run.settings, name), "seconds": round(elapsed, 2)}
+    on_first_rank(partial(run.folder.finish, name, run.marks[name], **facts))
     log.info("%-8s done in %.1f s: %s", f"{name}:", elapsed, said)
 
 
-def select(stage: Any, skip: Any) -> tuple[str, ...]:
+def select(settings: assembly.Settings) -> tuple[str, ...]:
     """The stages to run, in order.
 
     Raises:
-        ConfigError: a name that is no stage, or none left.
+        ConfigError: a name that is no stage, one that is switched off, or none left.
     """
-    chosen = list(STAGES) if stage == "all" else [stage] if isinstance(stage, str) else list(stage or ())
+    stage, skip = settings["stage"], settings["skip"]
+    off = () if shares_weights(settings) else ("share",)
+    chosen = (
+        [name for name in STAGES if name not in off]
+        if stage == "all"
+        else [stage]
+        if isinstance(stage, str)
+        else list(stage or ())
+    )
     skipped = [skip] if isinstance(skip, str) else list(skip or ())
     for key, names in (("stage", chosen), ("skip", skipped)):
         unknown = [name for name in names if name not in STAGES]
         if unknown:
             raise ConfigError(f"{key}={unknown[0]!r} is no stage; stages are {', '.join(STAGES)}")
+    if set(off) & set(chosen):
+        raise ConfigError("stage='share' has nothing to do with sharing.epochs=0; give some, e.g. sharing.epochs=5")
     selected = tuple(name for name in STAGES if name in chosen and name not in skipped)
     if not selected:
         raise ConfigError(f"stage={stage!r} with skip={skip!r} leaves nothing to run; name at least one stage")
@@ -141,9 +167,11 @@ def check(settings: assembly.Settings, selected: tuple[str, ...]) -> None:
     if token_score not in TOKEN_SCORES:
         raise ConfigError(f"surgery.token_score={token_score!r}: expected one of {', '.join(TOKEN_SCORES)}")
     assembly.build_budget(settings)
-    for group in ("dense", "distillation"):
-        toy, teacher = nn.Linear(1, 1), nn.Linear(1, 1)
-        assembly.build_module(settings[group], settings[group]["epochs"], toy, teacher, num_classes=2)
+    if "share" in selected and assembly.shards_parameters(settings):
+        raise ConfigError(
+            "trainer=fsdp shards parameters, which the masks of weight sharing need whole; run "
+            "stage=[dense,score,share] with trainer=ddp, then the rest with resume=true trainer=fsdp"
+        )
     run = Run(settings, RunFolder(Path()))
     _ = run.device
     if not any(STAGES[name].uses_data for name in selected):
@@ -155,6 +183,7 @@ def check(settings: assembly.Settings, selected: tuple[str, ...]) -> None:
     run.data.setup()
     with torch.device("meta"):
         model = assembly.build_model(settings, run.data, weights=False)
+    assembly.check_training(settings, model)
     if assembly.given_policy(settings, model) is None:
         assembly.check_search(settings, model)
 
@@ -164,6 +193,7 @@ def _check_values(settings: assembly.Settings) -> None:
     for key, value, least in (
         ("seed", settings["seed"], 0),
         ("dense.epochs", settings["dense"]["epochs"], 0),
+        ("sharing.epochs", settings["sharing"]["epochs"], 0),
         ("distillation.epochs", distillation["epochs"], 0),
         ("calibration.images", calibration["images"], 1),
         ("calibration.batch_size", calibration["batch_size"], 1),
@@ -171,6 +201,11 @@ def _check_values(settings: assembly.Settings) -> None:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}")
+    minutes, ema_decay = settings["checkpoint_minutes"], distillation["ema_decay"]
+    if minutes is not None and not (type(minutes) in (int, float) and minutes > 0):
+        raise ConfigError(f"checkpoint_minutes={minutes!r}: expected a number of minutes above 0, or null")
+    if ema_decay is not None and not (type(ema_decay) is float and 0 < ema_decay < 1):
+        raise ConfigError(f"distillation.ema_decay={ema_decay!r}: expected a number between 0 and 1, or null")
     threads = settings["threads"]
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ConfigError(f"threads={threads!r}: expected a whole number of at least 1, or null for one per core")
@@ -197,8 +232,8 @@ def fingerprints(settings: assembly.Settings, also_tested: frozenset[str]) -> di
         also_tested: stages whose models are tested although testing does not need them.
     """
     marks: dict[str, str] = {}
-    for name, stage in STAGES.items():
-        needs = {*stage.needs, *(also_tested if name == "test" else ())}
+    for name in STAGES:
+        needs = {*_needs(settings, name), *(also_tested if name == "test" else ())}
         marks[name] = fingerprint(relevant(settings, name), {need: marks[need] for need in sorted(needs)})
     return marks
 
@@ -239,15 +274,20 @@ def is_done(run: Run, name: str) -> bool:
     return run.folder.is_done(name, run.marks[name], run.folder / STAGES[name].output)
 
 
-def _upstream(name: str) -> tuple[str, ...]:
-    """The stages that `name` is built on; test and report look at what distilling left, too."""
+def _needs(settings: assembly.Settings, name: str) -> tuple[str, ...]:
+    """The stages that `name` is built on under these settings."""
+    return tuple(need for need in STAGES[name].needs if need != "share" or shares_weights(settings))
+
+
+def _upstream(settings: assembly.Settings, name: str) -> tuple[str, ...]:
+    """The same, and for testing what it looks at if it is there."""
     also = ("distill",) if name == "test" else ()
-    return STAGES[name].needs + also
+    return _needs(settings, name) + also
 
 
 def _require(run: Run, name: str, selected: tuple[str, ...]) -> None:
     """Raises: ConfigError: a stage that `name` is built on is neither selected nor done with these settings."""
-    for need in STAGES[name].needs:
+    for need in _needs(run.settings, name):
         if need in selected or is_done(run, need):
             continue
         record = run.folder.record(need)

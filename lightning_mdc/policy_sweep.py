@@ -31,7 +31,7 @@ from lightning_mdc.policy_search.driver import uniform_point
 from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
-from lightning_mdc.stages import Run
+from lightning_mdc.stages import Run, held_out_batches
 from lightning_mdc.surgery import slim
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,13 @@ def trial(settings: assembly.Settings, folder: Path) -> float:
         ConfigError: the settings give no policy.
         MdcError: see `pipeline.check`.
     """
+    if (count := assembly.num_processes(settings)) > 1:
+        raise ConfigError(
+            f"stage=trial is the work of one process, but trainer.devices={settings['trainer']['devices']!r} makes "
+            f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"
+        )
     run = prepared(settings)
-    model = run.model("dense").to(run.device)
+    model = run.model(run.weights).to(run.device)
     policy = assembly.given_policy(settings, model)
     if policy is None:
         raise ConfigError("stage=trial judges a policy that is given; give policy.keep.heads=..., or policy.file")
@@ -67,7 +72,7 @@ def trial(settings: assembly.Settings, folder: Path) -> float:
 
 
 def prepared(settings: assembly.Settings) -> Run:
-    """The cached run that all trials of these settings share, with its dense model and scores."""
+    """The cached run that all trials of these settings share, with its dense model, scores and shared weights."""
     marks = pipeline.fingerprints(settings, frozenset())
     run = Run(settings, RunFolder(pipeline.cache_folder(settings, marks)), marks)
     if settings["threads"] is not None:
@@ -75,7 +80,7 @@ def prepared(settings: assembly.Settings) -> Run:
     run.folder.create()
     # Of trials that start together one makes what is missing, the others wait for it.
     with FileLock(run.folder / ".lock"):
-        missing = [name for name in pipeline.CACHED if not pipeline.is_done(run, name)]
+        missing = [name for name in pipeline.cached(settings) if not pipeline.is_done(run, name)]
         if missing:
             pipeline.check(settings, tuple(missing))
         for name in missing:
@@ -89,7 +94,7 @@ def _held_out(run: Run, model: nn.Module) -> HeldOut:
     path = run.folder / f"held_out-{mark[:12]}.safetensors"
     with FileLock(run.folder / ".lock"):
         if not path.exists():
-            images, labels = gathered(run.data.val_dataloader(), options["images"])
+            images, labels = gathered(held_out_batches(run), options["images"])
             assert labels is not None  # our data modules have them
             beside = path.with_name(f".{path.name}.{os.getpid()}")
             save_file({"images": images.contiguous(), "labels": labels.contiguous()}, beside)

@@ -1,18 +1,22 @@
-"""What each stage of ``train.py`` does: dense, score, search, slim, distill, test, report.
+"""What each stage of ``train.py`` does: dense, score, share, search, slim, distill, test, report.
 
 Each stage is a function that reads what earlier stages left in the run's folder and writes its own output there. What a
 stage's result depends on is listed in `STAGES`; `lightning_mdc.pipeline` decides from it which stages have to run.
+In a distributed run most stages share their work out over all ranks, and the first one writes.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rich.console
@@ -20,7 +24,7 @@ import torch
 from lightning import seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from lightning_mdc import assembly, reporting
@@ -28,12 +32,14 @@ from lightning_mdc.artifact import WEIGHTS, load, save
 from lightning_mdc.budget import CostModel, macs, num_params
 from lightning_mdc.budget.latency import latencies
 from lightning_mdc.data import ImageDataModule
+from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import DataError
 from lightning_mdc.importance import Scores, make_plan, score
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import Plan, Policy
 from lightning_mdc.policy_search.driver import SearchResult
 from lightning_mdc.policy_search.driver import search as search_policies
+from lightning_mdc.ranks import is_first, on_first_rank, rank, summed, world_size
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.surgery import slim
 
@@ -57,6 +63,11 @@ class Run:
     def device(self) -> torch.device:
         return assembly.device(self.settings)
 
+    @property
+    def weights(self) -> str:
+        """The artifact whose weights are searched over and cut: the dense model, or what sharing made of it."""
+        return "shared" if shares_weights(self.settings) else "dense"
+
     def model(self, name: str) -> nn.Module:
         """The artifact of an earlier stage."""
         return load(self.folder / name)
@@ -64,6 +75,11 @@ class Run:
     @property
     def plan(self) -> Plan:
         return Plan.from_json((self.folder / "plan.json").read_text())
+
+
+def shares_weights(settings: assembly.Settings) -> bool:
+    """Whether there is a stage of weight sharing."""
+    return bool(settings["sharing"]["epochs"])
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -74,8 +90,10 @@ def dense(run: Run) -> str:
     options = run.settings["dense"]
     model = assembly.build_model(run.settings, run.data)
     if options["epochs"]:
-        model = train(run, options, model, None, title="dense", mark=run.marks["dense"])
-    save(model.eval(), run.folder / "dense", class_names=list(run.data.class_names))
+        module = assembly.build_module(options, model, None)
+        train(run, options, module, "dense", run.marks["dense"])
+    else:
+        on_first_rank(lambda: save(model.eval(), run.folder / "dense", class_names=list(run.data.class_names)))
     size = f"{reporting.scaled(macs(model))}MACs, {num_params(model):,} parameters"
     return f"{type(model).__name__} of {size}"
 
@@ -84,27 +102,40 @@ def score_units(run: Run) -> str:
     """Score heads, neurons and token positions; leaves ``scores.safetensors``."""
     model = run.model("dense").to(run.device)
     criterion, stages = assembly.build_criterion(run.settings), run.settings["surgery"]["stages"]
-    scores = score(model, calibration_batches(run), criterion, stages=stages)
-    beside = run.folder / f".scores.{os.getpid()}"
-    scores.save(beside)
-    os.replace(beside, run.folder / "scores.safetensors")
+    scores = score(model, calibration_batches(run), criterion, stages=stages, over_ranks=True)
+    on_first_rank(partial(_write_scores, scores, run.folder / "scores.safetensors"))
     return f"{criterion.name} over {scores.images} images"
+
+
+def _write_scores(scores: Scores, path: Path) -> None:
+    beside = path.with_name(f".scores.{os.getpid()}")
+    scores.save(beside)
+    os.replace(beside, path)
+
+
+def share(run: Run) -> str:
+    """Train the dense weights under many policies at once, which the search then tells apart; leaves ``shared/``."""
+    options = run.settings["sharing"]
+    model = run.model("dense")
+    scores = Scores.load(run.folder / "scores.safetensors")
+    train(run, options, assembly.build_sharing(run.settings, model, scores), "shared", run.marks["share"])
+    return f"{options['epochs']} epochs of weight sharing"
 
 
 def search(run: Run) -> str:
     """Decide how much each block keeps; leaves ``policy.json`` and, if it was searched for, ``search/``."""
-    model = run.model("dense").to(run.device)
+    model = run.model(run.weights).to(run.device)
     policy = assembly.given_policy(run.settings, model)
     if policy is None:
         policy = search_for_policy(run, model).policy
-    write_text(run.folder / "policy.json", policy.to_json())
+    on_first_rank(partial(write_text, run.folder / "policy.json", policy.to_json()))
     ratios = (f"{name} {np.mean(getattr(policy, name)):.2f}" for name in ("heads", "neurons", "tokens"))
     return f"mean keep ratios: {', '.join(ratios)}"
 
 
 def cut(run: Run) -> str:
     """Decide which units stay and make the slim model; leaves ``plan.json`` and ``slim/``."""
-    model, surgery = run.model("dense"), run.settings["surgery"]
+    model, surgery = run.model(run.weights), run.settings["surgery"]
     plan = make_plan(
         model,
         Scores.load(run.folder / "scores.safetensors"),
@@ -136,39 +167,45 @@ def finetune(run: Run, name: str, start: str, seed: int) -> None:
     """One finetuning run from the artifact `start` to the artifact `name`; done once, however often it is asked for."""
     options = {k: v for k, v in run.settings["distillation"].items() if k not in ("seeds", "reference_seeds")}
     mark = fingerprint({"start": start, "seed": seed, "options": options}, {"slim": run.marks["slim"]})
-    if run.folder.is_done(name, mark, run.folder / name):
+    if on_first_rank(partial(run.folder.is_done, name, mark, run.folder / name)):
         log.info("  %s: picked up from %s", name, run.folder / name)
         return
-    run.folder.start(name)
+    on_first_rank(partial(run.folder.start, name))
     seed_everything(seed, workers=True, verbose=False)
     student = run.model(start)
     if options["epochs"]:
-        student = train(run, options, student, run.model("dense"), title=name, mark=mark)
-    save(student.eval(), run.folder / name)
-    run.folder.finish(name, mark)
+        module = assembly.build_module(options, student, _teacher(run, options))
+        train(run, options, module, name, mark)
+    else:
+        on_first_rank(lambda: save(student, run.folder / name))
+    on_first_rank(partial(run.folder.finish, name, mark))
 
 
 def test(run: Run) -> str:
     """Measure every model on the test images; leaves ``results.json``."""
     models = dict(_models_to_test(run))
-    timing = run.settings["latency"]
     dense_model, slim_model = models[reporting.DENSE, None][1], models[reporting.SLIM, None][1]
     # All slim models have one architecture, and so has dense: two are timed, in turn, for all.
-    pair = {"dense": dense_model, "slim": slim_model}
-    size = (run.data.in_chans, run.data.img_size, run.data.img_size)
-    times = {batch: latencies(pair, batch, size, rounds=timing["rounds"]) for batch in timing["batch_sizes"]}
+    times = on_first_rank(partial(_times, run, {"dense": dense_model, "slim": slim_model}))
     labels, dense_classes = predictions(run, dense_model, "dense")
     rows = []
     for (kind, seed), (place, model) in models.items():
         _, classes = predictions(run, model, place)
+        # Every rank has looked at its own share of the images.
+        counts = torch.tensor([len(labels), int((classes == labels).sum()), int((classes == dense_classes).sum())])
+        images, correct, agreeing = summed(counts).tolist()
+        if not images:
+            raise DataError(
+                "the test split is empty: nothing can be reported; raise data.test_fraction or give a test split"
+            )
         which = "dense" if kind in (reporting.DENSE, reporting.REFERENCE) else "slim"
         rows.append(
             reporting.Result(
                 model=kind,
                 seed=seed,
-                correct=int((classes == labels).sum()),
-                agreeing=int((classes == dense_classes).sum()),
-                images=len(labels),
+                correct=correct,
+                agreeing=agreeing,
+                images=images,
                 macs=macs(model),
                 params=num_params(model),
                 size=(run.folder / place / WEIGHTS).stat().st_size,
@@ -176,9 +213,14 @@ def test(run: Run) -> str:
             )
         )
     results = reporting.Results(tuple(rows), run.settings["name"], _describe_device(run.device))
-    write_text(run.folder / "results.json", results.to_json())
+    on_first_rank(partial(write_text, run.folder / "results.json", results.to_json()))
     first, last = results.of(reporting.DENSE)[0], results.slimmest
     return f"dense {first.correct}/{first.images}, {last.model} {last.correct}/{last.images}"
+
+
+def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, Any]:
+    timing, size = run.settings["latency"], (run.data.in_chans, run.data.img_size, run.data.img_size)
+    return {batch: latencies(models, batch, size, rounds=timing["rounds"]) for batch in timing["batch_sizes"]}
 
 
 def report(run: Run) -> str:
@@ -213,11 +255,19 @@ class Stage:
     needs: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()  # dotted keys
     uses_data: bool = True
+    on_all_ranks: bool = True
 
 
 # Of the Trainer's settings, those that change what is learnt; another device or logging interval does not.
 _TRAINING = tuple(
-    f"trainer.{key}" for key in ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches")
+    f"trainer.{key}"
+    for key in ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches", "fast_dev_run")
+)
+# What says which policies there are.
+_SPACE = (
+    *("seed", "budget", "surgery"),
+    *(f"policy.{key}" for key in ("dimensions", "min_heads", "min_neurons", "round_to")),
+    *(f"search.{key}" for key in ("bounds", "groups", "token_ratio")),
 )
 
 STAGES: Mapping[str, Stage] = {
@@ -225,38 +275,51 @@ STAGES: Mapping[str, Stage] = {
     "score": Stage(
         score_units, "scores.safetensors", ("dense",), ("seed", "importance", "calibration", "surgery.stages")
     ),
+    "share": Stage(share, "shared", ("dense", "score"), ("sharing", *_SPACE, *_TRAINING)),
     "search": Stage(
-        search, "policy.json", ("dense", "score"), ("seed", "budget", "policy", "policy_file", "search", "surgery")
+        search,
+        "policy.json",
+        ("dense", "score", "share"),
+        ("seed", "budget", "policy", "policy_file", "search", "surgery"),
     ),
-    "slim": Stage(cut, "slim", ("dense", "score", "search"), ("surgery",), uses_data=False),
+    "slim": Stage(
+        cut, "slim", ("dense", "score", "share", "search"), ("surgery",), uses_data=False, on_all_ranks=False
+    ),
     "distill": Stage(distill, "finetuned", ("slim",), ("distillation", *_TRAINING)),
     "test": Stage(test, "results.json", ("slim",), ("latency", "test_data")),
-    "report": Stage(report, "report.md", ("test",), (), uses_data=False),
+    "report": Stage(report, "report.md", ("test",), (), uses_data=False, on_all_ranks=False),
 }
 
 
 # --- what stages do ---------------------------------------------------------------------------------------------------
 
 
-def train(
-    run: Run, options: assembly.Settings, student: nn.Module, teacher: nn.Module | None, *, title: str, mark: str
-) -> nn.Module:
-    """Train `student`; a run that was killed goes on from its last epoch. Returns the student as it is at the end."""
-    epochs = options["epochs"]
-    module = assembly.build_module(options, epochs, student, teacher)
+def train(run: Run, options: assembly.Settings, module: DistillationModule, name: str, mark: str) -> None:
+    """Train the student in `module` and save it as the artifact `name`; what was killed goes on from its checkpoint."""
     # Named by what they were made with: weights of other settings are never gone on from.
-    checkpoints = run.folder / "checkpoints" / f"{title.replace('/', '-')}-{mark[:12]}"
+    title = name.replace("/", "-")
+    checkpoints = run.folder / "checkpoints" / f"{title}-{mark[:12]}"
     last = checkpoints / "last.ckpt"
-    if last.exists():
-        log.info("  %s: going on from %s", title, last)
-    logger = assembly.build_logger(run.settings, run.folder / "logs", title.replace("/", "-"))
-    trainer = assembly.build_trainer(run.settings, epochs, checkpoints, logger, title)
-    student.train()  # an artifact comes in eval mode
-    trainer.fit(module, datamodule=run.data, ckpt_path=last if last.exists() else None)
+    begun = on_first_rank(last.exists)
+    if begun:
+        log.info("  %s: going on from %s", name, last)
+    logger = assembly.build_logger(run.settings, run.folder / "logs", title)
+    trainer = assembly.build_trainer(run.settings, options, checkpoints, logger, name)
+    module.student.train()  # an artifact comes in eval mode
+    whole = copy.deepcopy(module.student) if assembly.shards_parameters(run.settings) else None
+    trainer.fit(module, datamodule=run.data, ckpt_path=last if begun else None)
+    if whole is not None:  # in the checkpoint the parts of all ranks are together again
+        weights = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
+        whole.load_state_dict({key.removeprefix("student."): value for key, value in weights.items()})
+    on_first_rank(partial(_keep, run, module.student if whole is None else whole, name))
+    # Not before the result is safe.
+    on_first_rank(partial(shutil.rmtree, checkpoints, ignore_errors=True))
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return module.student.cpu()
+
+
+def _keep(run: Run, model: nn.Module, name: str) -> None:
+    save(model.cpu().eval(), run.folder / name, class_names=list(run.data.class_names) if name == "dense" else None)
 
 
 def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
@@ -264,12 +327,13 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     options, surgery = dict(run.settings["search"]), run.settings["surgery"]
     # All but the number of trials makes a search what it is: with more of them it goes on.
     same = {key: run.settings[key] for key in ("seed", "budget", "policy", "surgery")}
-    upstream = {name: run.marks[name] for name in ("dense", "score")}
+    weights = ("share",) if shares_weights(run.settings) else ()
+    upstream = {name: run.marks[name] for name in ("dense", "score", *weights)}
     mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream)
     state = run.folder / "search" / f"trials-{mark[:12]}.jsonl"
     if state.exists():
         log.info("  going on from %s", state)
-    held_out = assembly.build_held_out(run.settings, run.data.val_dataloader(), model, run.device)
+    held_out = assembly.build_held_out(run.settings, held_out_batches(run), model, run.device)
     result = search_policies(
         model,
         Scores.load(run.folder / "scores.safetensors"),
@@ -294,40 +358,53 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
         "cost": reporting.cost_figure(result.history, "maximize", 1.0),
         "dependence": reporting.dependence_figure(result.search),
     }
-    for name, figure in figures.items():
-        reporting.save_figure(figure, run.folder / "search" / f"{name}.png")
+    if is_first():
+        for name, figure in figures.items():
+            reporting.save_figure(figure, run.folder / "search" / f"{name}.png")
     return result
 
 
+def held_out_batches(run: Run) -> DataLoader[Any]:
+    """All search-validation images, on every rank the same: `HeldOut` shares them out.
+
+    Raises:
+        DataError: a stream shares itself out, but not as it should.
+    """
+    dataset = run.data.splits.val
+    if isinstance(dataset, IterableDataset) and world_size() > 1:
+        raise DataError(
+            f"stage='search' on {world_size()} processes: every rank reads another part of this streamed data set; run "
+            "it with trainer.devices=1 and resume=true, the other stages on all devices"
+        )
+    return DataLoader(dataset, run.data.batch_size, num_workers=run.data.num_workers)
+
+
 def calibration_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """A seeded sample of the training images under the evaluation transforms, with labels."""
+    """This rank's share of a seeded sample of the training images under the evaluation transforms, with labels."""
     images, batch_size = run.settings["calibration"]["images"], run.settings["calibration"]["batch_size"]
     dataset = run.data.calibration_dataset()
     workers = run.data.num_workers
     if isinstance(dataset, IterableDataset):
-        return islice(iter(DataLoader(dataset, batch_size, num_workers=workers)), -(-images // batch_size))
+        wanted = -(-images // (batch_size * world_size()))
+        return islice(iter(DataLoader(dataset, batch_size, num_workers=workers)), wanted)
     total = len(dataset)  # type: ignore[arg-type]
-    order = np.random.default_rng(run.settings["seed"]).permutation(total)[:images]
-    return iter(DataLoader(Subset(dataset, order.tolist()), batch_size, num_workers=workers))
+    order = np.random.default_rng(run.settings["seed"]).permutation(total)[:images].tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if len(batches) > 1 and 2 * len(batches[-1]) < batch_size:
+        batches.pop()  # as `score` would, if it saw them all
+    return iter(DataLoader(dataset, batch_sampler=batches[rank() :: world_size()], num_workers=workers))
 
 
 def predictions(run: Run, model: nn.Module, title: str) -> tuple[Tensor, Tensor]:
-    """(labels, predicted classes) of all test images, (n,) each.
-
-    Raises:
-        DataError: there are no test images.
-    """
+    """(labels, predicted classes) of this rank's share of the test images, (n,) each."""
     loader = run.data.test_dataloader()
-    labels, classes = [], []
+    labels, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     model = model.to(run.device).eval()
     with torch.inference_mode():
-        for images, targets in tqdm(loader, desc=f"Testing {title}", unit="batch", disable=None, leave=False):
+        hidden = None if is_first() else True
+        for images, targets in tqdm(loader, desc=f"Testing {title}", unit="batch", disable=hidden, leave=False):
             classes.append(model(images.to(run.device)).argmax(dim=-1).cpu())
             labels.append(torch.as_tensor(targets))
-    if not labels:
-        raise DataError(
-            "the test split is empty: nothing can be reported; raise data.test_fraction or give a test split"
-        )
     return torch.cat(labels), torch.cat(classes)
 
 
@@ -340,6 +417,11 @@ def _models_to_test(run: Run) -> Iterator[tuple[tuple[str, int | None], tuple[st
         found += [(reporting.REFERENCE, seed, f"reference/seed{seed}") for seed in options["reference_seeds"]]
     for kind, seed, place in found:
         yield (kind, seed), (place, run.model(place).to(run.device))
+
+
+def _teacher(run: Run, options: assembly.Settings) -> nn.Module | str | None:
+    """The run's own dense model, or the one that ``distillation.teacher`` names, or none."""
+    return run.model("dense") if options["teacher"] == "dense" else options["teacher"]
 
 
 def _describe_device(device: torch.device) -> str:
@@ -360,6 +442,7 @@ def _places(run: Run) -> list[reporting.Place]:
     known = {
         "dense/": "the dense model, for `lightning_mdc.load`",
         "scores.safetensors": "importance of every head, neuron and token position",
+        "shared/": "the dense model after weight sharing",
         "policy.json": "how much each block keeps",
         "search/": "every policy that was tried, and pictures of the search",
         "plan.json": "which units each block keeps",

@@ -13,6 +13,7 @@ from torchvision.io import write_png
 import train
 from lightning_mdc import assembly, pipeline
 from lightning_mdc.importance import Criterion
+from tests.kinds import make
 
 CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = sorted(
@@ -32,8 +33,7 @@ def test_composes_and_every_stage_finds_its_settings(override):
     for name in pipeline.STAGES:
         pipeline.relevant(composed, name)
     assert isinstance(assembly.build_criterion(composed), Criterion)
-    for group in ("dense", "distillation"):
-        assembly.build_module(composed[group], 5, torch.nn.Linear(1, 1), None, num_classes=2)
+    assembly.check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
 
 
 def test_the_groups_are_those_of_the_package():

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc import pipeline, stages
+from lightning_mdc import assembly, pipeline, stages
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import (
     BudgetError,
@@ -102,8 +102,8 @@ def copied(finished, tmp_path) -> Path:
 
 
 def test_every_stage_leaves_its_output(finished):
-    for stage in pipeline.STAGES.values():
-        assert (finished / stage.output).exists()
+    for name, stage in pipeline.STAGES.items():
+        assert (finished / stage.output).exists() == (name != "share")  # which is switched off
     for name in ("dense", "slim", "finetuned/seed0", "finetuned/seed1", "reference/seed0"):
         assert mdc.load(finished / name)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert (finished / "kept.png").stat().st_size > 10_000
@@ -167,7 +167,7 @@ def test_resuming_picks_everything_up_and_says_so(copied, caplog):
     before = {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
     again = pipeline.run(settings(copied.parent.parent, "resume=true"))
     assert again.path == copied
-    assert picked_up(caplog) == list(pipeline.STAGES)
+    assert picked_up(caplog) == [name for name in pipeline.STAGES if name != "share"]
     assert before == {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
 
 
@@ -189,8 +189,8 @@ def test_another_budget_runs_again_from_the_search_on(copied, caplog):
     ("override", "kept"),
     [
         ("importance=random", ["dense"]),
-        ("distillation.kd_weight=0.1", ["dense", "score", "search", "slim"]),
-        ("latency.rounds=2", ["dense", "score", "search", "slim", "distill"]),
+        ("distillation.kd_weight=0.1", ["dense", "score", "share", "search", "slim"]),
+        ("latency.rounds=2", ["dense", "score", "share", "search", "slim", "distill"]),
         ("data.num_workers=1", list(pipeline.STAGES)),
         ("trainer.log_every_n_steps=7", list(pipeline.STAGES)),
         ("data.max_train_images=60", []),
@@ -301,6 +301,62 @@ def test_a_kill_between_seeds_keeps_the_finished_one(copied, monkeypatch):
 # --- choosing stages --------------------------------------------------------------------------------------------------
 
 
+def test_weights_that_were_shared_are_searched_over_and_cut(copied, caplog):
+    folder = pipeline.run(
+        settings(copied.parent.parent, f"resume={copied}", "sharing.epochs=1", "sharing.optimizer.lr=1e-2")
+    )
+    assert picked_up(caplog) == ["dense", "score"]
+    dense, shared, slim = (mdc.load(folder / name).patch_embed.proj.weight for name in ("dense", "shared", "slim"))
+    assert torch.equal(slim, shared)
+    assert not torch.equal(shared, dense)
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", "sharing.epochs=1", "sharing.optimizer.lr=1e-2"))
+    assert picked_up(caplog) == list(pipeline.STAGES)
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}"))  # without: another search, over the dense weights
+    assert torch.equal(mdc.load(folder / "slim").patch_embed.proj.weight, dense)
+
+
+def test_the_average_of_the_weights_is_what_is_saved(copied):
+    """With a decay of nearly 1 the average stays where the first step led."""
+    steps = ("trainer.check_val_every_n_epoch=1", "distillation.epochs=3", "distillation.seeds=[0]")
+    weights = []
+    for decay in ("null", "0.999999"):
+        folder = pipeline.run(
+            settings(copied.parent.parent, f"resume={copied}", *steps, f"distillation.ema_decay={decay}")
+        )
+        start, end = (mdc.load(folder / name).patch_embed.proj.weight for name in ("slim", "finetuned/seed0"))
+        weights.append(float((end - start).norm()))
+    assert 0 < weights[1] < weights[0] / 3
+
+
+def test_a_checkpoint_in_mid_epoch_is_gone_on_from(tmp_path, monkeypatch, caplog):
+    chosen = settings(tmp_path, "stage=dense", "dense.epochs=2", "checkpoint_minutes=1e-7", "data.batch_size=8")
+    step, steps = DistillationModule.training_step, []
+
+    def interrupted(self, batch, index):
+        steps.append(batch[1])
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DistillationModule, "training_step", interrupted)
+    with pytest.raises(SystemExit):
+        pipeline.run(chosen)
+    monkeypatch.setattr(DistillationModule, "training_step", step)
+    done = torch.load(next(tmp_path.glob("tiny/*/checkpoints/*/last.ckpt")), weights_only=True)["global_step"]
+    assert 0 < done < 8
+    folder = pipeline.run({**chosen, "resume": True}).path
+    assert any("going on from" in record.message for record in caplog.records)
+    assert (folder / "dense").exists()
+
+
+def test_every_block_of_a_slim_model_is_a_shard(finished):
+    """What can be seen of FSDP without a GPU."""
+    strategy = assembly.fsdp()
+    wrapped = strategy.kwargs["auto_wrap_policy"]._module_classes
+    assert {type(block) for block in mdc.load(finished / "slim").blocks} <= wrapped
+    assert strategy._state_dict_type == "full"
+
+
 def test_finetuning_can_be_left_out(copied):
     pipeline.run(settings(copied.parent.parent, "skip=[distill,report]"))
     newest = max(copied.parent.iterdir(), key=lambda path: path.name)
@@ -370,7 +426,12 @@ WRONG = [
     ("model.pretrained=true", ConfigError, "model.name=null"),
     ("model.checkpoint=nowhere", ConfigError, "model.checkpoint='nowhere' does not exist"),
     ("importance.hsic_weight=-1", MdcError, "hsic_weight=-1"),
-    ("trainer.devices=2", ConfigError, "starts 2 processes"),
+    ("stage=share", ConfigError, "sharing.epochs=0"),
+    ("sharing.epochs=-1", ConfigError, "sharing.epochs=-1"),
+    ("checkpoint_minutes=0", ConfigError, "checkpoint_minutes=0"),
+    ("distillation.ema_decay=2", ConfigError, "distillation.ema_decay=2"),
+    ("trainer=fsdp", ConfigError, "accelerator"),
+    ("trainer.strategy=dpp", ConfigError, "dpp"),
     ("trainer.precision=7", ConfigError, "refused by Lightning"),
     ("latency.batch_sizes=[0]", ConfigError, "latency.batch_sizes"),
 ]
