@@ -14,12 +14,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from readme import put
+
 from lightning_mdc import reporting
-from lightning_mdc.run_folder import newest_run, write_text
+from lightning_mdc.run_folder import newest_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- digits:begin -->", "<!-- digits:end -->"
 
 
 def main() -> None:
@@ -40,11 +41,7 @@ def main() -> None:
     measured = (
         f"Measured on {results.device} by `python benchmarks/digits.py`. Latency: median of interleaved readings."
     )
-    readme = (ROOT / "README.md").read_text()
-    head, rest = readme.split(BEGIN)
-    tail = rest.split(END)[1]
-    write_text(ROOT / "README.md", f"{head}{BEGIN}\n{table}\n{lines}\n\n{measured}\n{END}{tail}")
-    print(table, lines, measured, sep="\n")
+    put("digits", f"{table}\n{lines}\n\n{measured}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import optuna
 from matplotlib.figure import Figure
+from readme import put
 from synthetic import Problem
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -31,11 +32,10 @@ from lightning_mdc.policy_search.gp_ei import GpEi
 from lightning_mdc.policy_search.on_budget import Projection
 from lightning_mdc.reporting.figures import save_figure
 from lightning_mdc.reporting.tables import Table
-from lightning_mdc.run_folder import write_json, write_text
+from lightning_mdc.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- search:begin -->", "<!-- search:end -->"
 BATCH = 4
 # Of the box, 0.7 % costs this little less than the budget or nothing: what rejection sampling can live on. With 400
 # candidates it found no more (one seed tried).
@@ -320,13 +320,6 @@ def picture(results: dict[str, Any], evaluations: int, seeds: int) -> Figure:
     return figure
 
 
-def write_readme(text: str) -> None:
-    readme = (ROOT / "README.md").read_text()
-    if BEGIN in readme and END in readme:
-        head, rest = readme.split(BEGIN)
-        write_text(ROOT / "README.md", f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -360,8 +353,7 @@ def main() -> None:
     if any(results["runs"].values()):
         text = f"{table(results, args.evaluations, args.seeds).markdown()}\n{text}"
         save_figure(picture(results, args.evaluations, args.seeds), RESULTS / "search.png")
-    write_readme(text)
-    print(text)
+    put("search", text)
 
 
 if __name__ == "__main__":

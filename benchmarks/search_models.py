@@ -24,17 +24,17 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from readme import put
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_mdc as mdc
 from lightning_mdc import assembly, reporting
 from lightning_mdc.policy_search.held_out import HeldOut
-from lightning_mdc.run_folder import write_json, write_text
+from lightning_mdc.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- search_models:begin -->", "<!-- search_models:end -->"
 METHODS = {"uniform": "uniform", "random": "best of {} random", "searched": "searched, {} trials"}
 
 
@@ -56,12 +56,7 @@ def main() -> None:
     if not found:
         parser.error("--run: give the folder of at least one run of train.py with a dense model and scores")
     reporting.save_figure(figure(found), RESULTS / "search_models.png")
-    text = table(found)
-    print(text)
-    readme = (ROOT / "README.md").read_text()
-    if BEGIN in readme:
-        head, rest = readme.split(BEGIN)
-        write_text(ROOT / "README.md", f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    put("search_models", table(found))
 
 
 def measured(run: Path, settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:

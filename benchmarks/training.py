@@ -23,15 +23,15 @@ from typing import Any
 
 import lightning as L
 import torch
+from readme import put
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc import reporting
-from lightning_mdc.run_folder import write_json, write_text
+from lightning_mdc.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
 WHAT = ("dense", "slim", "slim + teacher")
 HOW = {"fp32": ("32-true", False), "bf16, compiled": ("bf16-mixed", True)}
 WARM_UP = 3  # steps; the first one compiles
@@ -149,12 +149,7 @@ def main() -> None:
         if arguments.run is None or not (arguments.run / "results.json").exists():
             parser.error(f"--run {arguments.run}: give the folder of a finished run of train.py (with results.json)")
         write_json(stored, measure(arguments.run, arguments.batch, arguments.steps, arguments.threads))
-    table = text(json.loads(stored.read_text()))
-    print(table)
-    readme = (ROOT / "README.md").read_text()
-    if BEGIN in readme and END in readme:
-        head, rest = readme.split(BEGIN)
-        write_text(ROOT / "README.md", f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    put("training", text(json.loads(stored.read_text())))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from readme import put
 from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -43,7 +44,6 @@ from lightning_mdc.weight_sharing import WeightSharingModule
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- weight_sharing:begin -->", "<!-- weight_sharing:end -->"
 # What policies are judged by before finetuning, higher is better.
 VALUES = {"top1": "top-1", "loss": "cross-entropy", "kl": "KL to dense"}
 # What they are worth on the test images after it, higher is better. Cross-entropy tells apart what top-1 on few images
@@ -88,12 +88,7 @@ def main() -> None:
     if not found:
         parser.error("--run: give the folder of at least one run of train.py with a dense model and scores")
     reporting.save_figure(figure(found), RESULTS / "weight_sharing.png")
-    text = table(found)
-    print(text)
-    readme = (ROOT / "README.md").read_text()
-    if BEGIN in readme:
-        head, rest = readme.split(BEGIN)
-        write_text(ROOT / "README.md", f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    put("weight_sharing", table(found))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -116,28 +116,17 @@ def child_of(pid: int) -> int:
     return next(int(line.split()[0]) for line in listed.stdout.splitlines() if "train_ddp_process_1" in line)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("stage=dense", "data.batch_size=33"), "batch_size=33 counts the images of a step on all 2 processes"),
+        (("stage=trial", "policy.keep.heads=0.5"), "stage=trial is the work of one process"),
+        (("-m", "seed=1,2"), "-m with 2 processes: each would start the whole sweep again"),
+    ],
+)
+def test_what_two_processes_cannot_do_is_refused(overrides, words, tmp_path):
     done = subprocess.run(
-        command(tmp_path, *TWO, "stage=dense", "data.batch_size=33"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
+        command(tmp_path, *TWO, *overrides), capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
     )
     assert done.returncode != 0
-    assert "batch_size=33" in done.stdout + done.stderr
-
-
-def test_a_trial_is_the_work_of_one_process(tmp_path):
-    done = subprocess.run(
-        command(tmp_path, *TWO, "stage=trial", "policy.keep.heads=0.5"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode != 0
-    assert "stage=trial is the work of one process" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert words in done.stdout + done.stderr
