@@ -121,7 +121,7 @@ def child_of(pid: int) -> int:
     [
         (("stage=dense", "data.batch_size=33"), "batch_size=33 counts the images of a step on all 2 processes"),
         (("stage=trial", "policy.keep.heads=0.5"), "stage=trial is the work of one process"),
-        (("-m", "seed=1,2"), "-m with 2 processes: each would start the whole sweep again"),
+        (("seed=1,2", "-m"), "-m with 2 processes: each would start the whole sweep again"),
     ],
 )
 def test_what_two_processes_cannot_do_is_refused(overrides, words, tmp_path):
