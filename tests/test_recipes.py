@@ -67,7 +67,10 @@ def settings(name: str, tmp_path: Path, images: Path) -> dict:
             model = compose("train", [*overrides, "model.checkpoint=x"]).model.name
         network = timm.create_model(model, num_classes=NUM_CLASSES, **size)
         weights = tmp_path / "weights.pth"
-        torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, weights)
+        state = network.state_dict()
+        if name.startswith("t2t"):  # as the authors' file names them
+            state = {key.replace("patch_embed.", "tokens_to_token."): value for key, value in state.items()}
+        torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, weights)
         overrides += ["model.pretrained=false", f"model.checkpoint={weights}"]
     if name == "deit_small_distilled_40":
         teacher = timm.create_model("vit_tiny_patch16_224", num_classes=NUM_CLASSES, **SMALL)
