@@ -24,6 +24,7 @@ from typing import Any
 import lightning as L
 import torch
 from readme import put
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
@@ -83,7 +84,8 @@ def measured(run: str, what: str, how: str, batch: int, steps: int, threads: int
         callbacks=[times],
     )
     module.student.train()
-    trainer.fit(module, [one] * (WARM_UP + steps))
+    # A list would be taken for several loaders.
+    trainer.fit(module, DataLoader([one] * (WARM_UP + steps), batch_size=None))
     if trainer.strategy.root_device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
