@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mdc.budget.costs import CostModel, TokenDrop, num_params
+from lightning_mdc.budget.costs import BlockMacs, CostModel, TokenDrop, num_params
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import Plan, Policy
 
 __all__ = [
+    "BlockMacs",
     "Budget",
     "CostModel",
     "TokenDrop",

@@ -28,6 +28,25 @@ class TokenDrop:
     scored: bool = True  # False when a prior alone decides, so that no attention row is computed
 
 
+@dataclass(frozen=True)
+class BlockMacs:
+    """Where the MACs of one image go.
+
+    Attributes:
+        attention: of each block's attention and token scores, (blocks,).
+        mlp: of each block's MLP, (blocks,).
+        outside: of patch embedding, head, and whatever else is outside the blocks.
+    """
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    outside: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.attention) + sum(self.mlp) + self.outside
+
+
 class CostModel:
     """Prices counts of heads and neurons and token drops for one model at one input size.
 
@@ -60,22 +79,39 @@ class CostModel:
 
     def macs(self, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True) -> Any:
         """MACs of one image. heads, neurons: (..., blocks). Returns (...). Built-in token stages hold anyway."""
+        attention, mlp, outside = self._parts(heads, neurons, drops, fuse)
+        return sum(attention) + sum(mlp) + outside
+
+    def _parts(
+        self, heads: Any, neurons: Any, drops: Sequence[TokenDrop], fuse: bool
+    ) -> tuple[list[Any], list[Any], Any]:
+        """MACs of each block's attention (token scores included) and MLP, and of all outside the blocks, (...) each."""
         heads, neurons = np.asarray(heads), np.asarray(neurons)
         by_block = {drop.block: drop for drop in (*drops, *self.built_in)}
         tokens: Any = np.asarray(self.num_tokens, dtype=np.float64)
-        total: Any = 0.0
+        attention, mlp = [], []
         for block in range(self.sites.depth):
             width = heads[..., block] * self.head_dims[block]
-            total = total + tokens * heads[..., block] * self.head_weights[block] + 2 * tokens * tokens * width
+            spent = tokens * heads[..., block] * self.head_weights[block] + 2 * tokens * tokens * width
             drop = by_block.get(block)
             if drop is not None:
                 kept = self.tokens_left(tokens, drop.keep)
                 rows = self.num_rows or tokens
                 dropped = kept < tokens
-                total = total + np.where(dropped & drop.scored, rows * tokens * width, 0)
+                spent = spent + np.where(dropped & drop.scored, rows * tokens * width, 0)
                 tokens = np.where(dropped, kept + fuse, tokens)
-            total = total + tokens * neurons[..., block] * self.neuron_weights[block]
-        return total + self.sites.fixed_macs(self.size, tokens)
+            attention.append(spent)
+            mlp.append(tokens * neurons[..., block] * self.neuron_weights[block])
+        return attention, mlp, self.sites.fixed_macs(self.size, tokens)
+
+    def by_block(self, plan: Plan | None = None) -> BlockMacs:
+        """Where the MACs of the slim model of `plan` go; without one, those of the model as it is."""
+        if plan is None:
+            parts = self._parts(self.heads, self.neurons, (), self.sites.fuse)
+        else:
+            parts = self._parts(*self._of_plan(plan))
+        attention, mlp, outside = parts
+        return BlockMacs(tuple(int(n) for n in attention), tuple(int(n) for n in mlp), int(outside))
 
     def params(self, heads: Any, neurons: Any) -> Any:
         """Parameters. heads, neurons: (..., blocks). Returns (...)."""
@@ -88,9 +124,13 @@ class CostModel:
 
     def of_plan(self, plan: Plan) -> int:
         """MACs of the slim model of `plan`, exactly."""
+        return int(self.macs(*self._of_plan(plan)))
+
+    def _of_plan(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, list[TokenDrop], bool]:
+        """A plan as arguments of `macs`."""
         drops = [_drop(stage, len(plan.heads[stage.block]) if plan.heads else None) for stage in plan.tokens]
         heads, neurons = [len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons]
-        return int(self.macs(*self._filled(heads, neurons), drops, self.sites.fuse if self.built_in else plan.fuse))
+        return *self._filled(heads, neurons), drops, self.sites.fuse if self.built_in else plan.fuse
 
     def of_model(self) -> int:
         """MACs of the model as it is, built-in token stages included."""

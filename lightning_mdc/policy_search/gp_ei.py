@@ -141,17 +141,25 @@ class GpEi:
             n: how many, to be tried at the same time.
             pending: points (m, axes) that are being tried.
         """
+        return self.ask_with_improvement(n, pending)[0]
+
+    def ask_with_improvement(
+        self, n: int = 1, pending: np.ndarray | None = None
+    ) -> tuple[np.ndarray, tuple[float | None, ...]]:
+        """`ask`, and the expected improvement of each point, in units of the value; None of one that was drawn."""
         waiting = [] if pending is None else [*self.space.snap(np.atleast_2d(pending))]
         asked: list[np.ndarray] = []
-        while len(asked) < n and (point := self._next([*waiting, *asked])) is not None:
-            asked.append(point)
-        return np.array(asked).reshape(-1, len(self.space))
+        improvements: list[float | None] = []
+        while len(asked) < n and (found := self._next([*waiting, *asked])) is not None:
+            asked.append(found[0])
+            improvements.append(found[1])
+        return np.array(asked).reshape(-1, len(self.space)), tuple(improvements)
 
-    def _next(self, waiting: Sequence[np.ndarray]) -> np.ndarray | None:
-        """One more point while others are under way; None if none is left that is new."""
+    def _next(self, waiting: Sequence[np.ndarray]) -> tuple[np.ndarray, float | None] | None:
+        """One more point while others are under way, and its expected improvement; None if none is left that is new."""
         seen = {*self.space.keys(np.array([*(o.point for o in self._history), *waiting]).reshape(-1, len(self.space)))}
         if len(first := self._unseen(self._first, seen)):
-            return first[0]
+            return first[0], None
         rng = np.random.default_rng([self.seed, len(self._history), len(waiting)])
         process, losses = None, np.empty(0)
         if len(self._known()) >= 2 and len(self._history) + len(waiting) >= self.n_initial_points - len(self.prior):
@@ -160,7 +168,8 @@ class GpEi:
         pool = self._best_first(process, self._unseen(self._on_budget(pool), seen), losses)[:_FINALISTS]
         for finalists in (self._filled(pool, rng), pool):  # filled up, unless those have all been tried
             if len(finalists := self._best_first(process, self._unseen(finalists, seen), losses)):
-                return finalists[0]
+                best = finalists[:1]
+                return best[0], None if process is None else float(self._improvement(process, best, losses)[0])
         return None
 
     def _best_first(self, process: Any, points: np.ndarray, losses: np.ndarray) -> np.ndarray:

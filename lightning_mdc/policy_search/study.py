@@ -44,6 +44,7 @@ class Row:
         number: from 0, in the order they were asked.
         params: values by the names of the axes.
         cost: what the constraint says they cost; None without one.
+        improvement: expected of it when it was asked for, in units of the value; None if it was drawn at random.
         value: of the objective; None while running and if it failed.
         status: ``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``.
         seconds: how long it took.
@@ -57,6 +58,7 @@ class Row:
     status: str = "running"
     seconds: float | None = None
     note: str = ""
+    improvement: float | None = None
 
 
 @dataclass
@@ -136,12 +138,12 @@ class Study:
         pending = np.array([space.point(row.params) for row in rows]) if rows else None
         number = max(self._rows, default=-1) + 1
         lines = []
-        for point in self.search.ask(n - len(rows), pending):
+        for point, improvement in zip(*self.search.ask_with_improvement(n - len(rows), pending), strict=True):
             constraint = self.search.constraint
             cost = None if constraint is None else float(np.asarray(constraint.cost(point[None]))[0])
-            row = Row(number, space.params(point), cost)
+            row = Row(number, space.params(point), cost, improvement=improvement)
             rows.append(row)
-            lines.append({"asked": number, "params": row.params, "cost": cost})
+            lines.append({"asked": number, "params": row.params, "cost": cost, "improvement": improvement})
             number += 1
         self._append(*lines)
         self._rows |= {row.number: row for row in rows}
@@ -318,7 +320,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
-def _parse(data: bytes, space: Space) -> _Journal:
+def _parse(data: bytes, space: Space | None) -> _Journal:
     journal = _Journal()
     lines = data.split(b"\n")
     journal.torn = lines[-1] != b""  # what a kill in the middle of a write leaves; not damage
@@ -332,8 +334,8 @@ def _parse(data: bytes, space: Space) -> _Journal:
     return journal
 
 
-def _take(record: dict[str, Any], journal: _Journal, space: Space) -> None:
-    """Add what one line says.
+def _take(record: dict[str, Any], journal: _Journal, space: Space | None) -> None:
+    """Add what one line says; without a space nothing is checked against it.
 
     Raises:
         ValueError, KeyError, TypeError: it says nothing sensible.
@@ -343,17 +345,24 @@ def _take(record: dict[str, Any], journal: _Journal, space: Space) -> None:
             raise ValueError(f"format {record['format']!r}")
         journal.header = record
     elif "prior" in record:
-        space.point_anywhere(record["prior"])
+        if space is not None:
+            space.point_anywhere(record["prior"])
         journal.prior.append((record["prior"], float(record["value"])))
     elif "remember" in record:
         journal.remembered |= record["remember"]
     elif "asked" in record:
         number, cost = record["asked"], record["cost"]
-        if journal.header is not None and journal.header["space"] == space.describe():
+        if space is not None and journal.header is not None and journal.header["space"] == space.describe():
             space.point(record["params"])  # of another space everything is: that is said once, by the header
         if not isinstance(number, int) or number < 0 or number in journal.rows:
             raise ValueError(f"trial number {number!r}")
-        journal.rows[number] = Row(number, record["params"], None if cost is None else float(cost))
+        improvement = record.get("improvement")  # not in the files of the first release
+        journal.rows[number] = Row(
+            number,
+            record["params"],
+            None if cost is None else float(cost),
+            improvement=None if improvement is None else float(improvement),
+        )
     else:
         row, value, seconds = journal.rows[record["told"]], record["value"], record["seconds"]
         if record["status"] not in STATUSES[1:] or (value is None) != (record["status"] == "failed"):
@@ -366,6 +375,34 @@ def _take(record: dict[str, Any], journal: _Journal, space: Space) -> None:
             seconds=None if seconds is None else float(seconds),
             note=str(record.get("note", "")),
         )
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """What a study file says, to look at.
+
+    Attributes:
+        header: what the search is about: ``space``, ``direction``, ``n_initial_points``, ``about``.
+        rows: all trials by number.
+    """
+
+    header: Mapping[str, Any]
+    rows: tuple[Row, ...]
+
+
+def read_study(path: str | Path) -> StudyFile:
+    """The trials in a study file, also of a search that is under way.
+
+    Raises:
+        SearchError: it cannot be read, or has no header (yet).
+    """
+    try:
+        journal = _parse(Path(path).read_bytes(), None)
+    except OSError as error:
+        raise SearchError(f"study file {path} cannot be read: {error}") from error
+    if journal.header is None:
+        raise SearchError(f"{path} is no study file: it has no header")
+    return StudyFile(journal.header, tuple(journal.rows[number] for number in sorted(journal.rows)))
 
 
 def recall(path: str | Path) -> dict[str, Any]:

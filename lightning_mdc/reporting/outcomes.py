@@ -1,0 +1,69 @@
+"""What every model says of every test image: behind the accuracy of each class."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lightning_mdc.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Labels and predicted classes of the test images, in one order for all models.
+
+    Attributes:
+        labels: (images,) whole numbers.
+        predicted: (images,) by the model's place in the run's folder: ``"dense"``, ``"slim"``, ``"finetuned/seed0"``.
+        class_names: in the order of the labels.
+    """
+
+    labels: np.ndarray
+    predicted: Mapping[str, np.ndarray]
+    class_names: tuple[str, ...]
+
+    @property
+    def images_by_class(self) -> np.ndarray:
+        """Test images of each class, (classes,)."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    def correct_by_class(self, place: str) -> np.ndarray:
+        """Images of each class that the model at `place` gets right, (classes,)."""
+        right = self.labels[self.predicted[place] == self.labels]
+        return np.bincount(right, minlength=len(self.class_names))
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, so that it is there whole or not at all."""
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        tensors = {"labels": self.labels}
+        tensors |= {f"predicted/{place}": classes for place, classes in self.predicted.items()}
+        save_file(
+            {name: np.ascontiguousarray(array, dtype=np.int32) for name, array in tensors.items()},
+            beside,
+            metadata={"class_names": json.dumps(self.class_names)},
+        )
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Outcomes:
+        """What `save` wrote.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                names = json.loads((file.metadata() or {})["class_names"])
+            labels = tensors.pop("labels")
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{path} holds no predictions ({error}); run the stage 'test' again") from error
+        predicted = {name.removeprefix("predicted/"): classes for name, classes in tensors.items()}
+        return cls(labels, predicted, tuple(names))

@@ -1,0 +1,116 @@
+"""A run as it lies in its folder, finished or not: all that a report, a dashboard or a comparison is made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning_mdc.artifact import load
+from lightning_mdc.budget import CostModel
+from lightning_mdc.errors import ConfigError, MdcError
+from lightning_mdc.importance import Scores
+from lightning_mdc.models import find_sites
+from lightning_mdc.policy import Plan, Policy
+from lightning_mdc.policy_search.study import StudyFile, read_study
+from lightning_mdc.reporting.examples import Examples
+from lightning_mdc.reporting.invocations import Invocation, invocations
+from lightning_mdc.reporting.outcomes import Outcomes
+from lightning_mdc.reporting.results import Results
+from lightning_mdc.run_folder import RunFolder
+from lightning_mdc.sensitivity import Sensitivity
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run's folder, read on demand. What is not there (yet), or cannot be read, is None.
+
+    Attributes:
+        folder: of the run.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "stages").is_dir():
+            raise ConfigError(
+                f"{str(self.folder)!r} holds no run (no folder stages/ in it); give a folder that train.py made, such "
+                "as runs/digits/2026-01-31_12-00-00"
+            )
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Of the last start; empty if there are none."""
+        try:
+            settings = json.loads((self.folder / "settings.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return settings if isinstance(settings, dict) else {}
+
+    @cached_property
+    def name(self) -> str:
+        return str(self.settings.get("name", self.folder.resolve().parent.name))
+
+    @cached_property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of every stage that is done: ``seconds``, ``settings``, ``fingerprint``."""
+        names = sorted(path.stem for path in (self.folder / "stages").glob("*.json"))
+        records = {name: RunFolder(self.folder).record(name) for name in names}
+        return {name: record for name, record in records.items() if record is not None}
+
+    @cached_property
+    def invocations(self) -> tuple[Invocation, ...]:
+        return invocations(self.folder)
+
+    @cached_property
+    def dense(self) -> CostModel | None:
+        """The dense model's anatomy and what its parts cost."""
+        return self._read("dense", lambda path: CostModel(find_sites(load(path))))
+
+    @cached_property
+    def scores(self) -> Scores | None:
+        return self._read("scores.safetensors", Scores.load)
+
+    @cached_property
+    def study(self) -> StudyFile | None:
+        """The search that was worked on last, with every trial so far."""
+        files = sorted((self.folder / "search").glob("trials-*.jsonl"), key=lambda path: path.stat().st_mtime)
+        return self._read(str(files[-1].relative_to(self.folder)), read_study) if files else None
+
+    @cached_property
+    def policy(self) -> Policy | None:
+        return self._read("policy.json", Policy.load)
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        return self._read("plan.json", lambda path: Plan.from_json(path.read_text()))
+
+    @cached_property
+    def results(self) -> Results | None:
+        return self._read("results.json", Results.load)
+
+    @cached_property
+    def outcomes(self) -> Outcomes | None:
+        return self._read("predictions.safetensors", Outcomes.load)
+
+    @cached_property
+    def examples(self) -> Examples | None:
+        return self._read("examples.safetensors", Examples.load)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity | None:
+        return self._read("sensitivity.csv", Sensitivity.load)
+
+    def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            return read(path)
+        except (MdcError, OSError, ValueError):  # half of a killed run is still worth a report
+            return None
