@@ -7,20 +7,12 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_mdc as mdc
 from lightning_mdc.budget import CostModel, TokenDrop, num_params
 from lightning_mdc.errors import BudgetError, UnsupportedModelError
 from lightning_mdc.models import find_sites
-from tests.kinds import BASE, KINDS, SIZE, images, make, randomised
-
-
-def counted(model: nn.Module, size: int = SIZE) -> int:
-    """MACs of one image by torch's counter."""
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.randn(1, 3, size, size))
-    return int(counter.get_total_flops() // 2)
+from tests.kinds import BASE, KINDS, counted_macs, images, make, randomised
 
 
 @pytest.mark.parametrize(
@@ -40,7 +32,7 @@ def test_published_models_cost_what_they_cost(name: str, expected: int) -> None:
 def test_random_plans_cost_what_the_counter_says(kind: str) -> None:
     model, rng = make(kind), random.Random(kind)
     scores = mdc.score(model, [images(4)], "activation", progress=False)
-    assert mdc.macs(model) == counted(model)
+    assert mdc.macs(model) == counted_macs(model)
     for _ in range(6):
         policy = mdc.Policy(
             [rng.random() for _ in range(4)],
@@ -49,7 +41,7 @@ def test_random_plans_cost_what_the_counter_says(kind: str) -> None:
         )
         plan = mdc.make_plan(model, scores, policy, token_score="attention")
         slim = mdc.slim(model, plan)
-        assert mdc.macs(slim) == counted(slim) == mdc.policy_macs(model, policy) == mdc.plan_macs(model, plan)
+        assert mdc.macs(slim) == counted_macs(slim) == mdc.policy_macs(model, policy) == mdc.plan_macs(model, plan)
         assert CostModel(find_sites(model)).params_of_plan(plan) == num_params(slim)
 
 
@@ -61,15 +53,15 @@ def test_token_options_are_priced(kind: str, fuse: bool, token_score: str) -> No
     scores = mdc.score(model, [images(8)], progress=False)
     plan = mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.6), token_score=token_score, fuse_tokens=fuse)
     slim = mdc.slim(model, plan)
-    assert mdc.macs(slim) == counted(slim) == mdc.plan_macs(model, plan)
+    assert mdc.macs(slim) == counted_macs(slim) == mdc.plan_macs(model, plan)
 
 
 def test_other_input_sizes() -> None:
     model = make("any_size")
-    assert mdc.macs(model, 64) == mdc.macs(model, (3, 64, 64)) == counted(model, 64)
+    assert mdc.macs(model, 64) == mdc.macs(model, (3, 64, 64)) == counted_macs(model, 64)
     plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5, 0.5, 0.6))
     slim = mdc.slim(model, plan)
-    assert mdc.macs(slim, (64, 64)) == counted(slim, 64) == mdc.plan_macs(model, plan, 64)
+    assert mdc.macs(slim, (64, 64)) == counted_macs(slim, 64) == mdc.plan_macs(model, plan, 64)
     with pytest.raises(UnsupportedModelError, match=r"input_size=\(64, 64\).*dynamic_img_size"):
         mdc.macs(make(), 64)
     with pytest.raises(BudgetError, match="input_size"):
@@ -79,14 +71,14 @@ def test_other_input_sizes() -> None:
 def test_parts_without_a_formula_are_counted() -> None:
     model = make()
     model.head = nn.Sequential(nn.Linear(48, 20), nn.GELU(), nn.Linear(20, 7))
-    assert mdc.macs(model) == counted(model)
+    assert mdc.macs(model) == counted_macs(model)
 
 
 def test_every_token_is_classified_without_pooling() -> None:
     model = randomised(VisionTransformer(**(BASE | {"global_pool": ""})))
-    assert mdc.macs(model) == counted(model)
+    assert mdc.macs(model) == counted_macs(model)
     plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5, 0.5, 0.6))
-    assert mdc.macs(mdc.slim(model, plan)) == counted(mdc.slim(model, plan)) == mdc.plan_macs(model, plan)
+    assert mdc.macs(mdc.slim(model, plan)) == counted_macs(mdc.slim(model, plan)) == mdc.plan_macs(model, plan)
 
 
 def test_many_policies_are_priced_at_once() -> None:

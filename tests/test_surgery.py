@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import PlanError, UnsupportedModelError
-from lightning_mdc.models.token_stage import resample_prior, select_tokens
+from lightning_mdc.models.token_stage import best_and_rest, regroup, resample_prior
 from lightning_mdc.surgery import apply_masks, is_masked, remove_masks
 from tests.kinds import KINDS, POST_NORM, images, make, randomised
 
@@ -90,7 +90,7 @@ def test_keeping_everything_changes_no_bit(kind: str, fused: bool) -> None:
     stages = planned(model, mdc.Policy(tokens=0.5)).tokens
     slim = mdc.slim(model, planned(model, mdc.Policy(tokens=0.5)))
     for stage in stages:
-        slim.blocks[stage.block].stage = type(stage)(stage.block, 1.0)
+        slim.blocks[stage.block].select.stage = type(stage)(stage.block, 1.0)
     assert torch.equal(slim(x), expected)
 
 
@@ -98,9 +98,10 @@ def test_keeping_everything_changes_no_bit(kind: str, fused: bool) -> None:
 def test_token_stages_keep_the_prefix_and_the_best_and_fuse_the_rest() -> None:
     x = torch.arange(2 * 6 * 1, dtype=torch.float32).reshape(2, 6, 1)
     scores = torch.tensor([[0.1, 0.5, 0.2, 0.9], [0.9, 0.1, 0.8, 0.2]])
-    kept = select_tokens(x, scores, num_kept=4, num_prefix_tokens=2, fuse=True)
+    best, rest = best_and_rest(scores, 2)
+    kept = regroup(x, best, rest, num_prefix_tokens=2, fuse=True)
     assert kept[..., 0].tolist() == [[0, 1, 3, 5, 3.0], [6, 7, 8, 10, 10.0]]  # order kept; mean of 2 and 4, of 9 and 11
-    assert torch.equal(select_tokens(x, scores, 4, 2, fuse=False), kept[:, :-1])
+    assert torch.equal(regroup(x, best, rest, 2, fuse=False), kept[:, :-1])
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models import find_sites
 from lightning_mdc.models.t2t_vit import T2TViT, TokensToToken, performer_attention, sinusoid
 from lightning_mdc.policy import default_stages
+from tests.kinds import counted_macs
 
 SIZE = 64
 SMALL: dict[str, Any] = {"img_size": SIZE, "depth": 4, "embed_dim": 48, "num_heads": 4, "num_classes": 7}
@@ -64,13 +64,6 @@ def images(count: int = 4, height: int = SIZE, width: int = SIZE) -> Tensor:
 
 def planned(model: nn.Module) -> mdc.Plan:
     return mdc.make_plan(model, mdc.score(model, [images(8)], progress=False), POLICY)
-
-
-def counted_macs(model: nn.Module, height: int = SIZE, width: int = SIZE) -> int:
-    parameter = next(model.parameters())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, height, width, device=parameter.device))
-    return counter.get_total_flops() // 2
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -422,10 +415,10 @@ def test_masked_equals_slim_and_both_cost_what_is_counted(kind: str) -> None:
     everything = mdc.Policy(heads=[1.0], neurons=[1.0], tokens=POLICY.tokens)
     tokens_only = mdc.make_plan(model, mdc.score(model, criterion="random"), everything)
     with mdc.masked(model, tokens_only):  # masked heads and neurons are computed all the same, tokens do leave
-        assert counted_macs(model) == mdc.plan_macs(model, tokens_only) < mdc.macs(model)
+        assert counted_macs(model, SIZE) == mdc.plan_macs(model, tokens_only) < mdc.macs(model)
     assert torch.equal(model(x), dense)
-    assert mdc.macs(slim) == counted_macs(slim) == mdc.policy_macs(model, POLICY) == mdc.plan_macs(model, plan)
-    assert mdc.macs(model) == counted_macs(model) > mdc.macs(slim)
+    assert mdc.macs(slim) == counted_macs(slim, SIZE) == mdc.policy_macs(model, POLICY) == mdc.plan_macs(model, plan)
+    assert mdc.macs(model) == counted_macs(model, SIZE) > mdc.macs(slim)
     assert [name for name, p in slim.named_parameters() if not p.requires_grad] == FROZEN[kind]
     assert not torch.equal(slim(x), dense)
 
@@ -511,7 +504,7 @@ def test_an_edited_folder_is_refused(damage: Damage, message: str, tmp_path: Pat
 def test_an_exchanged_part_is_priced_and_named(tmp_path: Path) -> None:
     model = make()
     model.patch_embed.project = nn.Sequential(model.patch_embed.project)
-    assert mdc.macs(model) == counted_macs(model)
+    assert mdc.macs(model) == counted_macs(model, SIZE)
     with pytest.raises(ArtifactError, match=r"patch_embed\.project is Sequential"):
         mdc.save(model, tmp_path / "m")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models.token_stage import drop_tokens
+from lightning_mdc.models.token_stage import TokenSelection
 from lightning_mdc.policy import TokenStage
 
 
@@ -30,7 +29,6 @@ class TokenStageBlock(nn.Module):
     mlp: Any
     ls2: Any
     drop_path2: Any
-    prior: Tensor | None
 
     def __init__(
         self, block: nn.Module, stage: TokenStage, num_prefix_tokens: int, class_rows: tuple[int, ...], fuse: bool
@@ -39,13 +37,7 @@ class TokenStageBlock(nn.Module):
         for name, child in block.named_children():
             self.add_module(name, child)
         self.training = block.training
-        self.stage = stage
-        self.num_prefix_tokens = num_prefix_tokens
-        self.class_rows = class_rows
-        self.fuse = fuse
-        # From the plan, not from the weights: the state_dict keeps the dense model's keys.
-        prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device="cpu")
-        self.register_buffer("prior", prior, persistent=False)
+        self.select = TokenSelection(stage, num_prefix_tokens, class_rows, fuse)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x: (batch, tokens, dim) -> (batch, kept tokens + fused token, dim).
@@ -60,17 +52,7 @@ class TokenStageBlock(nn.Module):
             )
         y, q, k = self._attend(self.norm1(x))
         x = x + self.drop_path1(self.ls1(y))
-        x = drop_tokens(
-            x,
-            q,
-            k,
-            self.stage,
-            self.prior,
-            scale=self.attn.scale,
-            class_rows=self.class_rows,
-            num_prefix_tokens=self.num_prefix_tokens,
-            fuse=self.fuse,
-        )
+        x = self.select(x, q, k, self.attn.scale)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +72,3 @@ class TokenStageBlock(nn.Module):
         if gate is not None:
             y = y * gate(x).sigmoid()
         return attn.proj_drop(attn.proj(y)), q, k
-
-    def extra_repr(self) -> str:
-        return f"keep={self.stage.keep:.4g}, score={self.stage.score}, fuse={self.fuse}"

@@ -17,6 +17,7 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mdc.errors import UnsupportedModelError
@@ -73,7 +74,7 @@ class TimmVisionTransformer:
             class_rows=((0, 1) if distilled else (0,)) if model.global_pool == "token" else (),
             grid=tuple(model.patch_embed.grid_size),
             input_size=(in_chans(model), height, width),
-            fuse=stages[0].fuse if stages else True,
+            fuse=stages[0].select.fuse if stages else True,
             drops_patches_at_random=not isinstance(model.patch_drop, nn.Identity),
             reasons=reasons,
             grid_of=partial(_grid_of, model),
@@ -134,7 +135,7 @@ def _is_plain(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
 
 
 def _block_site(name: str, block: Any, reasons: dict[str, str]) -> BlockSite:
-    stage = block.stage if isinstance(block, TokenStageBlock) else None
+    stage = block.select.stage if isinstance(block, TokenStageBlock) else None
     pre_norm = stage is not None or (isinstance(block, Block) and _inherits(type(block), Block, ("forward",)))
     post_norm = isinstance(block, ResPostBlock) and _inherits(type(block), ResPostBlock, ("forward",))
     if not pre_norm and not post_norm:
@@ -276,7 +277,8 @@ def _counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
     """MACs of a part without a formula of its own (a hybrid's CNN stem, a custom head), counted on the meta device."""
     try:
         stand_in = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # torch's counter has no formula for every kernel of fused attention.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             stand_in(torch.empty(shape, device="meta"))
     except Exception as error:
         raise UnsupportedModelError(

@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError
 from lightning_mdc.policy import TokenStage, kept_tokens
@@ -29,15 +29,38 @@ def drop_tokens(
     num_prefix_tokens: int,
     fuse: bool,
 ) -> Tensor:
-    """The whole token stage: `x` itself if nothing is to drop, else what `select_tokens` leaves of it.
+    """The whole token stage: `x` itself if nothing is to drop, else what `regroup` leaves of it.
 
     x: (batch, tokens, dim), the residual stream between attention and MLP. q, k: (batch, heads, tokens, head_dim) of
     that attention, for the heads that are kept (there may be none). prior: (positions,) or None.
     """
+    split = split_patches(
+        x, q, k, stage, prior, scale=scale, class_rows=class_rows, num_prefix_tokens=num_prefix_tokens
+    )
+    if split is None:
+        return x
+    return regroup(x, *split, num_prefix_tokens, fuse)
+
+
+def split_patches(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    stage: TokenStage,
+    prior: Tensor | None,
+    *,
+    scale: float,
+    class_rows: tuple[int, ...],
+    num_prefix_tokens: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Which patches stay, (batch, kept) in their old order, and which go; None if nothing is to drop.
+
+    Indices count the tokens after the prefix. Arguments as of `drop_tokens`.
+    """
     num_tokens = x.shape[1]
     num_kept = kept_tokens(num_tokens, stage.keep, num_prefix_tokens)
     if num_kept == num_tokens:
-        return x
+        return None
     if prior is not None:
         assert stage.grid is not None  # TokenStage checks it
         prior = resample_prior(prior, stage.grid, num_tokens - num_prefix_tokens)[None].expand(x.shape[0], -1)
@@ -49,7 +72,72 @@ def drop_tokens(
         scores = attention_scores(q, k, scale, class_rows)[:, num_prefix_tokens:]
         if prior is not None and stage.score == "attention*dependence":
             scores = scores * prior
-    return select_tokens(x, scores, num_kept, num_prefix_tokens, fuse)
+    return best_and_rest(scores, num_kept - num_prefix_tokens)
+
+
+def best_and_rest(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
+    """Indices of the best, (batch, num_best) in their old order, and of the others, of scores (batch, patches)."""
+    # A stable sort, so that masks and slim model agree even on ties.
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :num_best].sort(dim=1).values, order[:, num_best:]
+
+
+def regroup(x: Tensor, best: Tensor, rest: Tensor, num_prefix_tokens: int, fuse: bool) -> Tensor:
+    """The prefix tokens, the `best` others, and (if `fuse`) the mean of the `rest`: (batch, kept + fuse, dim).
+
+    x: (batch, tokens, dim); best, rest: indices (batch, n) among the tokens after the prefix.
+    """
+    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
+    parts = [prefix, _gather(patches, best)]
+    if fuse:
+        parts.append(_gather(patches, rest).mean(dim=1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+class TokenSelection(nn.Module):
+    """A token stage as a part of a slim model's block: a module, so that what it keeps can be watched."""
+
+    prior: Tensor | None
+
+    def __init__(self, stage: TokenStage, num_prefix_tokens: int, class_rows: tuple[int, ...], fuse: bool) -> None:
+        super().__init__()
+        self.stage = stage
+        self.num_prefix_tokens = num_prefix_tokens
+        self.class_rows = class_rows
+        self.fuse = fuse
+        # From the plan, not from the weights: the state_dict keeps the dense model's keys.
+        prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device="cpu")
+        self.register_buffer("prior", prior, persistent=False)
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """See `drop_tokens`."""
+        return drop_tokens(
+            x,
+            q,
+            k,
+            self.stage,
+            self.prior,
+            scale=scale,
+            class_rows=self.class_rows,
+            num_prefix_tokens=self.num_prefix_tokens,
+            fuse=self.fuse,
+        )
+
+    def split(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+        """See `split_patches`."""
+        return split_patches(
+            x,
+            q,
+            k,
+            self.stage,
+            self.prior,
+            scale=scale,
+            class_rows=self.class_rows,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+
+    def extra_repr(self) -> str:
+        return f"keep={self.stage.keep:.4g}, score={self.stage.score}, fuse={self.fuse}"
 
 
 def attention_scores(q: Tensor, k: Tensor, scale: float, class_rows: tuple[int, ...]) -> Tensor:
@@ -63,22 +151,6 @@ def attention_scores(q: Tensor, k: Tensor, scale: float, class_rows: tuple[int, 
         q = q[:, :, : len(class_rows)]  # class rows come first in every supported model
     logits = (q * scale) @ k.transpose(-2, -1)  # (batch, heads, rows, tokens)
     return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(dim=(1, 2))
-
-
-def select_tokens(x: Tensor, scores: Tensor, num_kept: int, num_prefix_tokens: int, fuse: bool) -> Tensor:
-    """The prefix tokens, the best others in their old order, and (if `fuse`) the mean of the dropped ones.
-
-    x: (batch, tokens, dim); scores: (batch, tokens - prefix); num_kept counts the prefix tokens and is below tokens.
-    Returns (batch, num_kept + fuse, dim).
-    """
-    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
-    # A stable sort, so that masks and slim model agree even on ties.
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    best, rest = order[:, : num_kept - num_prefix_tokens], order[:, num_kept - num_prefix_tokens :]
-    parts = [prefix, _gather(patches, best.sort(dim=1).values)]
-    if fuse:
-        parts.append(_gather(patches, rest).mean(dim=1, keepdim=True))
-    return torch.cat(parts, dim=1)
 
 
 def resample_prior(prior: Tensor, grid: tuple[int, int], num_positions: int) -> Tensor:
