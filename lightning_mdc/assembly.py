@@ -47,7 +47,7 @@ from lightning_mdc.importance import Criterion, Scores
 from lightning_mdc.models import find_sites
 from lightning_mdc.models.timm_block import TokenStageBlock
 from lightning_mdc.policy import DIMENSIONS, Policy, check_dimensions
-from lightning_mdc.policy_search.held_out import METRICS, HeldOut
+from lightning_mdc.policy_search.held_out import METRICS, HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.policy_search.study import observations
 from lightning_mdc.randomness import rng_state, set_rng_state
@@ -340,13 +340,11 @@ def check_search(settings: Settings, model: nn.Module) -> None:
 def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
     """What trials are judged on: the first ``search.images`` of the held-out training images."""
     options = settings["search"]
-    more = {"dense": model, "batch_size": options["batch_size"], "device": device}
-    if options["metric"] != "auto":
-        return HeldOut(batches, options["metric"], max_images=options["images"], **more)
-    held_out = HeldOut(batches, "accuracy", max_images=options["images"], **more)
-    if held_out.num_images >= _ENOUGH_FOR_TOP1:
-        return held_out
-    return HeldOut([(held_out.images, held_out.labels)], "kl", **more)
+    images, labels = gathered(batches, options["images"])
+    metric = options["metric"]
+    if metric == "auto":
+        metric = "accuracy" if len(images) >= _ENOUGH_FOR_TOP1 else "kl"
+    return HeldOut([(images, labels)], metric, dense=model, batch_size=options["batch_size"], device=device)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import lightning_mdc as mdc
 from lightning_mdc.errors import BudgetError, CalibrationError, PolicyError, SearchError
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.held_out import HeldOut
+from lightning_mdc.policy_search.study import read_study
 from lightning_mdc.surgery import plan_of
 from tests import search_program
 from tests.kinds import CLASSES, images, make
@@ -327,6 +328,48 @@ def test_metrics_are_what_they_say(model):
     assert error == pytest.approx(-MulticlassCalibrationError(CLASSES)(logits.softmax(1), y).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "loss", "kl", MulticlassAccuracy(CLASSES, average="micro")])
+def test_one_pass_tells_top1_and_kl_whatever_the_metric(model, metric):
+    x, y = pictures(50)
+    small = mdc.slim(model, mdc.make_plan(model, mdc.score(model, [x[:16]], "magnitude"), mdc.Policy(neurons=0.3)))
+    with torch.no_grad():
+        log_q, p = small(x).double().log_softmax(1), model(x).double().softmax(1)
+    judge = HeldOut([(x, y)], metric, dense=model, batch_size=7)
+    calls = []
+    small.register_forward_hook(lambda *_: calls.append(1))
+    facts = judge.judge(small).facts
+    assert len(calls) == 8  # 50 images, 7 at a time, once
+    assert facts["accuracy"] == (log_q.argmax(1) == y).double().mean().item()
+    assert facts["kl"] == pytest.approx((p * (p.log() - log_q)).sum(1).mean().item(), rel=1e-4)
+    assert list(HeldOut([x], "kl", dense=model).judge(small).facts) == ["kl"]  # no labels, no top-1
+
+
+def test_the_top1_of_every_trial_is_kept_with_the_metrics_name(model, scores, tmp_path):
+    x, y = pictures(50)
+    state = tmp_path / "trials.jsonl"
+    judge = HeldOut([(x, y)], "kl", dense=model)
+    result = quick(model, scores, judge, n_trials=4, state=state)
+    for trial in result.history:
+        with torch.no_grad():
+            logits = mdc.slim(model, mdc.make_plan(model, scores, trial.policy))(x)
+        assert trial.accuracy == (logits.argmax(1) == y).double().mean().item()
+    study = read_study(state)
+    assert study.remembered == {"metric": "kl"}
+    assert [row.facts["accuracy"] for row in study.rows] == [trial.accuracy for trial in result.history]
+    again = quick(model, scores, judge, n_trials=5, state=state).history
+    assert [trial.accuracy for trial in again[:4]] == [trial.accuracy for trial in result.history]
+    assert state.read_text().count('"remember"') == 1
+    assert quick(model, scores, judge.__call__, n_trials=1).history[0].accuracy is None  # any function
+
+
+def test_a_judge_of_ones_own_is_asked_itself(model, scores):
+    class Stern(HeldOut):
+        def __call__(self, model: nn.Module) -> float:
+            return -7.0
+
+    assert quick(model, scores, Stern([pictures(20)]), n_trials=1).value == -7.0
+
+
 def test_ties_in_accuracy_go_to_the_more_certain():
     class Certain(nn.Module):
         def __init__(self, by: float) -> None:
@@ -386,16 +429,16 @@ def test_hopeless_trials_end_early_and_winners_rarely():
     for _ in range(400):
         right = torch.zeros(count)
         right[torch.randperm(count, generator=generator)[:702]] = 1
-        value, stopped = held_out.judge(Answers(right), best, confidence)
-        given_up.append(stopped)
-        if not stopped:
-            assert held_out.accuracy(value) == 0.702
+        judged = held_out.judge(Answers(right), best, confidence)
+        given_up.append(judged.stopped)
+        if not judged.stopped:
+            assert held_out.accuracy(judged.value) == judged.facts["accuracy"] == 0.702
         right = torch.zeros(count)
         right[torch.randperm(count, generator=generator)[:500]] = 1
         hopeless = Answers(right)
-        value, stopped = held_out.judge(hopeless, best, confidence)
-        assert stopped
-        assert value == pytest.approx(0.5, abs=0.2)
+        judged = held_out.judge(hopeless, best, confidence)
+        assert judged.stopped
+        assert judged.value == pytest.approx(0.5, abs=0.2)
         seen.append(hopeless.seen)
     assert np.mean(given_up) <= 1 - confidence
     assert np.mean(seen) < 400
@@ -405,8 +448,8 @@ def test_all_wrong_at_first_is_no_certainty():
     count = 300
     held_out = HeldOut([(torch.arange(count, dtype=torch.float32)[:, None], torch.ones(count))], batch_size=100)
     wrong = Answers(torch.zeros(count))
-    assert held_out.judge(wrong, 2 / 300, 0.99)[1] is False  # 0 of 200 does not exclude 2 of 300: 1 in 9
-    assert held_out.judge(wrong, 0.9, 0.99)[1] is True
+    assert held_out.judge(wrong, 2 / 300, 0.99).stopped is False  # 0 of 200 does not exclude 2 of 300: 1 in 9
+    assert held_out.judge(wrong, 0.9, 0.99).stopped is True
 
 
 def test_early_stops_are_marked_and_never_win(model, scores):

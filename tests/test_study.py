@@ -17,7 +17,7 @@ from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.gp_ei import GpEi, Observation
 from lightning_mdc.policy_search.on_budget import Constraint
 from lightning_mdc.policy_search.space import Axis, Space
-from lightning_mdc.policy_search.study import Row, Study, observations
+from lightning_mdc.policy_search.study import Row, Study, observations, read_study
 
 SPACE = Space(
     [Axis("a", 0, 1, step=0.05), Axis("n", 1, 6, step=1, integer=True), Axis("kind", choices=("x", "y", None))]
@@ -67,6 +67,20 @@ def test_the_lines_of_the_file(tmp_path: Path) -> None:
         assert (told["status"], told["value"], told["seconds"]) == (row.status, row.value, 1.5)
     assert [row.status for row in study.rows] == ["done", "done", "failed", "stopped", "running", "running"]
     assert study.rows[2].note == trials[5]["note"] == "out of memory"
+
+
+def test_facts_are_kept_and_files_without_them_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    with Study(search(), path) as study:
+        study.next(2)
+        study.remember(metric="kl")
+        study.finish(0, 1.0, facts={"accuracy": 0.5, "kl": float("inf")})  # of which JSON knows nothing
+        study.finish(1, 2.0)
+    assert [dict(row.facts) for row in read_study(path).rows] == [{"accuracy": 0.5}, {}]
+    assert read_study(path).remembered == {"metric": "kl"}
+    with Study(search(), path) as study:
+        assert [dict(row.facts) for row in study.rows] == [{"accuracy": 0.5}, {}]
+    assert '"facts"' not in path.read_text().splitlines()[-1]
 
 
 def test_the_best_is_the_first_best_that_is_done() -> None:

@@ -247,17 +247,17 @@ def test_the_search_leaves_its_trials_and_pictures(finished):
 
 def test_a_search_that_was_killed_goes_on(tmp_path, finished, monkeypatch):
     chosen = ("stage=[dense,score,search]", "resume=true")
-    judge, calls = HeldOut.__call__, iter(range(100))
+    judge, calls = HeldOut.judge, iter(range(100))
 
     def dies_in_the_third_trial(self, model):
         if next(calls) == 2:
             raise KeyboardInterrupt
         return judge(self, model)
 
-    monkeypatch.setattr(HeldOut, "__call__", dies_in_the_third_trial)
+    monkeypatch.setattr(HeldOut, "judge", dies_in_the_third_trial)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(settings(tmp_path, *chosen))
-    monkeypatch.setattr(HeldOut, "__call__", lambda self, model: (next(calls), judge(self, model))[1])
+    monkeypatch.setattr(HeldOut, "judge", lambda self, model: (next(calls), judge(self, model))[1])
     folder = pipeline.run(settings(tmp_path, *chosen)).path
     assert next(calls) == 4  # one more trial, not three
     values = [[line["value"] for line in trials(run)] for run in (folder, finished)]

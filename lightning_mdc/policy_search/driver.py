@@ -23,7 +23,7 @@ from lightning_mdc.errors import SearchError
 from lightning_mdc.importance import Scores, make_plan
 from lightning_mdc.policy import Policy
 from lightning_mdc.policy_search.gp_ei import GpEi, Observation
-from lightning_mdc.policy_search.held_out import METRICS, HeldOut
+from lightning_mdc.policy_search.held_out import METRICS, HeldOut, Judgement
 from lightning_mdc.policy_search.on_budget import Projection
 from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
 from lightning_mdc.policy_search.study import Row, Study, has_begun, observations
@@ -48,6 +48,8 @@ class Trial:
         seconds: making the slim model and evaluating it.
         cost: as a fraction of the budget, at most 1.
         note: why it failed.
+        accuracy: its top-1 on the images it was judged on, as a fraction, whatever the metric; None if it failed, or
+            was judged by anything but a `HeldOut` with labels.
     """
 
     number: int
@@ -58,6 +60,7 @@ class Trial:
     seconds: float
     cost: float = 1.0
     note: str = ""
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -183,17 +186,21 @@ def search(
         "early_stop": early_stop,
     }
 
-    def tried(policy: Policy, best: float | None) -> tuple[Any, bool]:
+    # One that was given another __call__ is asked by that.
+    judge = evaluate.judge if isinstance(evaluate, HeldOut) and type(evaluate).__call__ is HeldOut.__call__ else None
+
+    def tried(policy: Policy, best: float | None) -> Any:
         plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
         small = slim(model, plan).eval()
         with torch.no_grad():
             if early_stop is not None and isinstance(evaluate, HeldOut):
                 return evaluate.judge(small, best, early_stop)
-            return evaluate(small), False
+            return evaluate(small) if judge is None else judge(small)
 
     # Only the first rank asks, tells and writes; on the others there is nothing to be asked.
     study = on_first_rank(lambda: None if not is_first() else Study(process, state, about), share=False)
     try:
+        on_first_rank(partial(_remember_metric, study, evaluate))
         rows = _run(space, study, tried, n_trials, seed, progress)
     finally:
         if study is not None:
@@ -213,10 +220,18 @@ def search(
     return SearchResult(best.policy, best.value, history, space, process)
 
 
+def _remember_metric(study: Study | None, evaluate: Any) -> None:
+    """What values mean, for whoever reads the file."""
+    metric = getattr(evaluate, "metric", None)
+    name = metric if isinstance(metric, str) else type(metric).__name__ if isinstance(metric, Metric) else None
+    if study is not None and name is not None and study.remembered.get("metric") != name:
+        study.remember(metric=name)
+
+
 def _run(
     space: PolicySpace,
     study: Study | None,
-    tried: Callable[[Policy, float | None], tuple[Any, bool]],
+    tried: Callable[[Policy, float | None], Any],
     n_trials: int,
     seed: int,
     progress: bool,
@@ -229,10 +244,14 @@ def _run(
         rows = study.next() if finished < n_trials else ()
         return finished, rows[0] if rows else None, best.value if best else None
 
-    def finish(row: Row, value: float | None, stopped: bool, seconds: float, note: str) -> Row:
+    def finish(row: Row, judgement: Judgement | None, seconds: float, note: str) -> Row:
         assert study is not None
+        seconds = round(seconds, 4)
+        if judgement is None:
+            return study.finish(row.number, None, seconds=seconds, note=note)
+        status = "stopped" if judgement.stopped else None
         return study.finish(
-            row.number, value, status="stopped" if stopped else None, seconds=round(seconds, 4), note=note
+            row.number, judgement.value, status=status, seconds=seconds, note=note, facts=judgement.facts
         )
 
     finished, row, best = on_first_rank(following)
@@ -242,9 +261,9 @@ def _run(
     with bar, isolated_rng():
         while row is not None:
             started = time.perf_counter()
-            value, stopped, note = _value(space, row, tried, best, seed)
+            judgement, note = _judged(space, row, tried, best, seed)
             seconds = time.perf_counter() - started
-            over = on_first_rank(partial(finish, row, value, stopped, seconds, note))
+            over = on_first_rank(partial(finish, row, judgement, seconds, note))
             finished, row, best = on_first_rank(following)
             bar.set_postfix_str(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
             bar.update()
@@ -264,18 +283,18 @@ def _run(
     return on_first_rank(lambda: study.finished)  # type: ignore[union-attr]
 
 
-def _value(
+def _judged(
     space: PolicySpace,
     row: Row,
-    tried: Callable[[Policy, float | None], tuple[Any, bool]],
+    tried: Callable[[Policy, float | None], Any],
     best: float | None,
     seed: int,
-) -> tuple[float | None, bool, str]:
-    """(value, whether it was given up early, why it failed)."""
+) -> tuple[Judgement | None, str]:
+    """(what the trial is worth, why it failed)."""
     seed_all(seed + row.number)
-    value, stopped, error = None, False, None
+    said, error = None, None
     try:
-        value, stopped = tried(space.policy(space.point(row.params)), best)
+        said = tried(space.policy(space.point(row.params)), best)
     except Exception as raised:
         error = raised
     if (error := first_error(error)) is not None:
@@ -283,13 +302,15 @@ def _value(
         if best is None or isinstance(error, SearchError):
             raise error
         log.warning("  trial %d failed: %s: %s", row.number, type(error).__name__, error)
-        return None, False, f"{type(error).__name__}: {error}"
-    number = _number(value)
+        return None, f"{type(error).__name__}: {error}"
+    if isinstance(said, Judgement):
+        return said, ""
+    number = _number(said)
     if number is None:
         raise SearchError(
-            f"evaluate returned {value!r:.80} for trial {row.number}; it has to return a number, higher is better"
+            f"evaluate returned {said!r:.80} for trial {row.number}; it has to return a number, higher is better"
         )
-    return number, stopped, ""
+    return Judgement(number), ""
 
 
 def _number(value: Any) -> float | None:
@@ -307,7 +328,15 @@ def _trial(space: PolicySpace, row: Row) -> Trial:
     point = space.point(row.params)
     macs = int(space.macs(point[None])[0])
     return Trial(
-        row.number, space.policy(point), macs, row.value, row.status, row.seconds or 0.0, row.cost or 0.0, row.note
+        row.number,
+        space.policy(point),
+        macs,
+        row.value,
+        row.status,
+        row.seconds or 0.0,
+        row.cost or 0.0,
+        row.note,
+        row.facts.get("accuracy"),
     )
 
 

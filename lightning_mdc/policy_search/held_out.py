@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,22 @@ METRICS = ("accuracy", "loss", "kl")
 _FEWEST = 100
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What one pass over the held-out images says of a model.
+
+    Attributes:
+        value: of the metric, higher is better.
+        stopped: it was given up before all images were seen; value and facts are of those that were.
+        facts: what else the same predictions tell, whatever the metric: ``"accuracy"``, the top-1 as a fraction, if
+            there are labels; ``"kl"``, the mean KL(dense ‖ model) in nats, if there is a dense model.
+    """
+
+    value: float
+    stopped: bool = False
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
 class HeldOut:
     """``evaluate`` for `search`: a slim model in, a number out, higher is better.
 
@@ -34,7 +51,7 @@ class HeldOut:
         metric: ``"accuracy"``: top-1, ties broken by the mean probability of the true class, which counts for less than
             one image. ``"loss"``: minus the cross-entropy. ``"kl"``: minus KL(dense ‖ slim), for which labels do not
             matter. Or a torchmetrics `Metric` of (predictions, labels), negated if lower is better.
-        dense: the dense model, for ``"kl"``.
+        dense: the dense model, for ``"kl"``, as metric or fact; looked at once, here.
         batch_size: images per forward pass.
         device: where to; None: where the first batch is.
         max_images: use the first so many.
@@ -77,17 +94,19 @@ class HeldOut:
         self.labels = None if labels is None else labels[mine].to(self.images.device)
         if name is not None and self.labels is not None:
             self.labels = self.labels.long()
+        classes = self.labels is not None and self.labels.ndim == 1 and not self.labels.is_floating_point()
+        # What is told of every model beside the metric's value.
+        self._facts = ("accuracy",) * classes + ("kl",) * (dense is not None)
         self._dense: Tensor | None = None
-        if name == "kl":
-            assert dense is not None
+        if dense is not None:
             self._dense = torch.cat(list(self._log_probabilities(dense)))
 
     def __call__(self, model: nn.Module) -> float:
         """The metric of `model` on all images."""
-        return self.judge(model)[0]
+        return self.judge(model).value
 
-    def judge(self, model: nn.Module, best: float | None = None, confidence: float = 0.99) -> tuple[float, bool]:
-        """(value, whether it was given up before all images were seen).
+    def judge(self, model: nn.Module, best: float | None = None, confidence: float = 0.99) -> Judgement:
+        """The metric of `model`, and whatever else one pass over the images tells.
 
         With `best`, a model is given up as soon as the images seen say, with this confidence, that it will not come up
         to it; its value is then an estimate. The bound is Student's for the mean of a sample drawn without replacement,
@@ -100,27 +119,27 @@ class HeldOut:
         if isinstance(self.metric, Metric):
             if best is not None:
                 raise SearchError(f"early_stop: {type(self.metric).__name__} has no value per image; use {METRICS}")
-            return self._of_metric(model, self.metric), False
-        sums = torch.zeros(3, dtype=torch.float64)  # images, their values, squares
+            return self._of_metric(model, self.metric)
+        # Images, their values, squares, and each fact.
+        sums = torch.zeros(3 + len(self._facts), dtype=torch.float64)
         looks = self._batches - 1
-        batches = self._values(model)
+        batches = enumerate(self._log_probabilities(model))
         for look in range(self._batches):
             # A rank with an image less may have a batch less: it looks all the same, so that all look as often.
-            for values in itertools.islice(batches, 1):
-                sums += torch.tensor([len(values), values.sum(), values.square().sum()], dtype=torch.float64)
+            for number, log_probabilities in itertools.islice(batches, 1):
+                sums += self._summed_up(number, log_probabilities)
             if best is not None and look < looks:
                 together = summed(sums)
                 if self._is_hopeless(together, best, (1 - confidence) / looks):
-                    return (together[1] / together[0]).item(), True
-        together = summed(sums)
-        return (together[1] / together[0]).item(), False
+                    return self._judgement(together, stopped=True)
+        return self._judgement(summed(sums), stopped=False)
 
     def accuracy(self, value: float) -> float:
         """The top-1 in a value of metric ``"accuracy"``, without what breaks ties."""
         return math.floor(value * self.num_images + 1e-9) / self.num_images
 
     def _is_hopeless(self, sums: Tensor, best: float, risk: float) -> bool:
-        count, total, squares = sums.tolist()
+        count, total, squares = sums[:3].tolist()
         if count < _FEWEST or count >= self.num_images:
             return False
         mean = total / count
@@ -131,22 +150,34 @@ class HeldOut:
         bound = float(stats.t.isf(risk, count - 1)) * math.sqrt(variance / count * unseen)
         return mean + bound < best
 
-    def _values(self, model: nn.Module) -> Iterator[Tensor]:
-        """Per batch the value of every image, float64 (batch,)."""
-        for number, log_probabilities in enumerate(self._log_probabilities(model)):
-            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            if self.metric == "kl":
-                assert self._dense is not None
-                dense = self._dense[part]
-                yield -F.kl_div(log_probabilities, dense, reduction="none", log_target=True).sum(dim=1).double()
-                continue
+    def _summed_up(self, number: int, log_probabilities: Tensor) -> Tensor:
+        """Of batch `number`: images, the sum of their values, of the squares, of each fact; float64, on the CPU."""
+        part = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        facts = self._facts_by_image(part, log_probabilities)
+        if self.metric == "kl":
+            values = -facts["kl"]
+        else:
             assert self.labels is not None
-            true = log_probabilities.gather(1, self.labels[part, None])[:, 0].double()
-            if self.metric == "loss":
-                yield true
-            else:
-                right = (log_probabilities.argmax(dim=1) == self.labels[part]).double()
-                yield right + true.exp() / (self.num_images + 1)
+            values = log_probabilities.gather(1, self.labels[part, None])[:, 0].double()
+            if self.metric == "accuracy":
+                values = facts["accuracy"] + values.exp() / (self.num_images + 1)
+        sums = [values.sum(), values.square().sum(), *(by_image.sum() for by_image in facts.values())]
+        return torch.stack([values.new_tensor(len(values)), *sums]).cpu()
+
+    def _facts_by_image(self, part: slice, log_probabilities: Tensor) -> dict[str, Tensor]:
+        """Each fact about every image of a batch, float64 (batch,)."""
+        known = {}
+        if "accuracy" in self._facts and self.labels is not None:
+            known["accuracy"] = (log_probabilities.argmax(dim=1) == self.labels[part]).double()
+        if self._dense is not None:
+            dense = self._dense[part]
+            known["kl"] = F.kl_div(log_probabilities, dense, reduction="none", log_target=True).sum(dim=1).double()
+        return known
+
+    def _judgement(self, sums: Tensor, stopped: bool) -> Judgement:
+        count, total, _, *facts = sums.tolist()
+        named = {name: fact / count for name, fact in zip(self._facts, facts, strict=True)}
+        return Judgement(total / count, stopped, named)
 
     def _log_probabilities(self, model: nn.Module) -> Iterator[Tensor]:
         with torch.inference_mode(), evaluating(model):
@@ -155,14 +186,20 @@ class HeldOut:
                 images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
                 yield F.log_softmax(model(images).float(), dim=-1).to(self.images.device)
 
-    def _of_metric(self, model: nn.Module, metric: Metric) -> float:
+    def _of_metric(self, model: nn.Module, metric: Metric) -> Judgement:
         assert self.labels is not None
         metric = metric.to(self.images.device)
         metric.reset()
+        facts = torch.zeros(1 + len(self._facts), dtype=torch.float64)  # images, then each fact
         for number, log_probabilities in enumerate(self._log_probabilities(model)):
-            metric.update(log_probabilities.exp(), self.labels[number * self.batch_size :][: self.batch_size])
+            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            metric.update(log_probabilities.exp(), self.labels[part])
+            by_image = self._facts_by_image(part, log_probabilities).values()
+            facts += torch.tensor([len(log_probabilities), *(each.sum() for each in by_image)], dtype=torch.float64)
+        count, *totals = summed(facts).tolist()
         value = float(metric.compute())
-        return -value if metric.higher_is_better is False else value
+        value = -value if metric.higher_is_better is False else value
+        return Judgement(value, facts={name: fact / count for name, fact in zip(self._facts, totals, strict=True)})
 
 
 def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:

@@ -49,6 +49,7 @@ class Row:
         status: ``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``.
         seconds: how long it took.
         note: why it failed, or what else is worth knowing.
+        facts: numbers that came with the value and that the search does not look at, such as the top-1.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Row:
     seconds: float | None = None
     note: str = ""
     improvement: float | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,6 +159,7 @@ class Study:
         status: str | None = None,
         seconds: float | None = None,
         note: str = "",
+        facts: Mapping[str, float] | None = None,
     ) -> Row:
         """Report how a running trial ended. No value, NaN or infinity: it failed.
 
@@ -171,7 +174,8 @@ class Study:
             note = note or f"its value is {value}"
         if not worked:
             value, status = None, "failed"
-        row = replace(row, value=value, status=status or "done", seconds=seconds, note=note)
+        known = {name: float(fact) for name, fact in (facts or {}).items() if math.isfinite(fact)}
+        row = replace(row, value=value, status=status or "done", seconds=seconds, note=note, facts=known)
         self._append(
             {
                 "told": number,
@@ -179,6 +183,7 @@ class Study:
                 "value": value,
                 "seconds": seconds,
                 **({"note": note} if note else {}),
+                **({"facts": known} if known else {}),
             }
         )
         self._rows[number] = row
@@ -374,6 +379,7 @@ def _take(record: dict[str, Any], journal: _Journal, space: Space | None) -> Non
             status=record["status"],
             seconds=None if seconds is None else float(seconds),
             note=str(record.get("note", "")),
+            facts={str(name): float(fact) for name, fact in record.get("facts", {}).items()},
         )
 
 
@@ -384,10 +390,12 @@ class StudyFile:
     Attributes:
         header: what the search is about: ``space``, ``direction``, ``n_initial_points``, ``about``.
         rows: all trials by number.
+        remembered: see `Study.remember`; ``metric`` names what trials are worth, if it has a name.
     """
 
     header: Mapping[str, Any]
     rows: tuple[Row, ...]
+    remembered: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_study(path: str | Path) -> StudyFile:
@@ -402,7 +410,8 @@ def read_study(path: str | Path) -> StudyFile:
         raise SearchError(f"study file {path} cannot be read: {error}") from error
     if journal.header is None:
         raise SearchError(f"{path} is no study file: it has no header")
-    return StudyFile(journal.header, tuple(journal.rows[number] for number in sorted(journal.rows)))
+    rows = tuple(journal.rows[number] for number in sorted(journal.rows))
+    return StudyFile(journal.header, rows, journal.remembered)
 
 
 def recall(path: str | Path) -> dict[str, Any]:
