@@ -35,7 +35,7 @@ def main() -> None:
     results = reporting.Results.load(run / "results.json")
     RESULTS.mkdir(exist_ok=True)
     shutil.copy(run / "results.json", RESULTS / "digits.json")
-    shutil.copy(run / "kept.png", RESULTS / "digits.png")
+    shutil.copy(run / "pictures" / "kept.png", RESULTS / "digits.png")
     lines = "\n".join(f"- {line}" for line in reporting.findings(results))
     table = reporting.comparison(results).markdown()
     measured = (

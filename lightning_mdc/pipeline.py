@@ -18,6 +18,7 @@ from lightning_mdc import assembly
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.policy import TOKEN_SCORES, Policy
 from lightning_mdc.ranks import on_first_rank
+from lightning_mdc.reporting.invocations import note_invocation
 from lightning_mdc.run_folder import RunFolder, fingerprint, open_run, write_text
 from lightning_mdc.stages import STAGES, Run, shares_weights
 
@@ -78,6 +79,7 @@ def _opened(settings: assembly.Settings, selected: tuple[str, ...]) -> Run:
         raise
     folder.create()
     write_text(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
+    note_invocation(folder)
     log.info("%s %s", "resuming" if earlier else "run folder", folder)
     if settings["resume"] is True and not earlier:
         log.info("  (resume=true, but there was no earlier run of the name %r)", settings["name"])
@@ -99,7 +101,7 @@ def _take_from_cache(run: Run, name: str) -> bool:
     if not is_done(cache, name):
         return False
     source, target = (each.folder / STAGES[name].output for each in (cache, run))
-    run.folder.start(name)
+    _begin(run, name)
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
     else:
@@ -112,7 +114,7 @@ def run_stage(run: Run, name: str) -> None:
     """Run one stage, whatever was there before; on all ranks, if it has a use for them."""
     stage = STAGES[name]
     log.info("%-8s running", f"{name}:")
-    on_first_rank(partial(run.folder.start, name))
+    on_first_rank(partial(_begin, run, name))
     seed_everything(run.settings["seed"], workers=True, verbose=False)
     start = time.perf_counter()
     said = stage.work(run) if stage.on_all_ranks else on_first_rank(partial(stage.work, run))
@@ -120,6 +122,15 @@ def run_stage(run: Run, name: str) -> None:
     facts = {"settings": relevant(run.settings, name), "seconds": round(elapsed, 2)}
     on_first_rank(partial(run.folder.finish, name, run.marks[name], **facts))
     log.info("%-8s done in %.1f s: %s", f"{name}:", elapsed, said)
+
+
+def _begin(run: Run, name: str) -> None:
+    """From now on the stage is unfinished, and so is all that is built on it: nobody takes old results for new."""
+    begun = {name}
+    for other in STAGES:
+        if other == name or begun.intersection(_upstream(run.settings, other)):
+            begun.add(other)
+            run.folder.start(other)
 
 
 def select(settings: assembly.Settings) -> tuple[str, ...]:

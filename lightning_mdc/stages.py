@@ -25,21 +25,21 @@ from lightning import seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
 
-from lightning_mdc import assembly, reporting
+from lightning_mdc import assembly, reporting, testing
 from lightning_mdc.artifact import WEIGHTS, load, save
-from lightning_mdc.budget import CostModel, macs, num_params
+from lightning_mdc.budget import macs, num_params
 from lightning_mdc.budget.latency import latencies
 from lightning_mdc.data import ImageDataModule
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import DataError
 from lightning_mdc.importance import Scores, make_plan, score
-from lightning_mdc.models import find_sites
 from lightning_mdc.policy import Plan, Policy
 from lightning_mdc.policy_search.driver import SearchResult
 from lightning_mdc.policy_search.driver import search as search_policies
-from lightning_mdc.ranks import is_first, on_first_rank, rank, summed, world_size
+from lightning_mdc.ranks import on_first_rank, rank, world_size
+from lightning_mdc.reporting.outcomes import Outcomes
+from lightning_mdc.reporting.report import write_report
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.surgery import slim
 
@@ -182,30 +182,27 @@ def finetune(run: Run, name: str, start: str, seed: int) -> None:
 
 
 def test(run: Run) -> str:
-    """Measure every model on the test images; leaves ``results.json``."""
+    """Measure every model on the test images; leaves ``results.json``, what each model says of each image, and a few
+    images to look at."""
     models = dict(_models_to_test(run))
     dense_model, slim_model = models[reporting.DENSE, None][1], models[reporting.SLIM, None][1]
     # All slim models have one architecture, and so has dense: two are timed, in turn, for all.
     times = on_first_rank(partial(_times, run, {"dense": dense_model, "slim": slim_model}))
-    labels, dense_classes = predictions(run, dense_model, "dense")
+    found = testing.outcomes(dict(models.values()), run.data.test_dataloader(), run.device, run.data.class_names)
+    if not len(found.labels):
+        raise DataError(
+            "the test split is empty: nothing can be reported; raise data.test_fraction or give a test split"
+        )
     rows = []
     for (kind, seed), (place, model) in models.items():
-        _, classes = predictions(run, model, place)
-        # Every rank has looked at its own share of the images.
-        counts = torch.tensor([len(labels), int((classes == labels).sum()), int((classes == dense_classes).sum())])
-        images, correct, agreeing = summed(counts).tolist()
-        if not images:
-            raise DataError(
-                "the test split is empty: nothing can be reported; raise data.test_fraction or give a test split"
-            )
         which = "dense" if kind in (reporting.DENSE, reporting.REFERENCE) else "slim"
         rows.append(
             reporting.Result(
                 model=kind,
                 seed=seed,
-                correct=correct,
-                agreeing=agreeing,
-                images=images,
+                correct=int((found.predicted[place] == found.labels).sum()),
+                agreeing=int((found.predicted[place] == found.predicted["dense"]).sum()),
+                images=len(found.labels),
                 macs=macs(model),
                 params=num_params(model),
                 size=(run.folder / place / WEIGHTS).stat().st_size,
@@ -213,9 +210,25 @@ def test(run: Run) -> str:
             )
         )
     results = reporting.Results(tuple(rows), run.settings["name"], _describe_device(run.device))
-    on_first_rank(partial(write_text, run.folder / "results.json", results.to_json()))
+    on_first_rank(lambda: _keep_results(run, results, found, dict(models.values())))
     first, last = results.of(reporting.DENSE)[0], results.slimmest
     return f"dense {first.correct}/{first.images}, {last.model} {last.correct}/{last.images}"
+
+
+def _keep_results(run: Run, results: reporting.Results, found: Outcomes, models: Mapping[str, nn.Module]) -> None:
+    place = found.slim_places[0]
+    shown = testing.examples(
+        models["dense"],
+        models[place],
+        place,
+        run.data.test_dataloader(),
+        run.device,
+        run.data.class_names,
+        run.data.to_pixels,
+    )
+    found.save(run.folder / "predictions.safetensors")
+    shown.save(run.folder / "examples.safetensors")
+    write_text(run.folder / "results.json", results.to_json())
 
 
 def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, Any]:
@@ -224,26 +237,19 @@ def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, Any]:
 
 
 def report(run: Run) -> str:
-    """Say how it went, on screen and in ``report.md`` with the picture ``kept.png``."""
-    results = reporting.Results.load(run.folder / "results.json")
-    sites = find_sites(run.model("dense"))
-    kept = reporting.kept_by_block(run.plan, CostModel(sites).num_tokens, sites.num_prefix_tokens)
-    figure = reporting.kept_figure(kept, f"{results.name}: what each block kept")
-    reporting.save_figure(figure, run.folder / "kept.png")
-    pictures = {"kept.png": "What each block kept", **_SEARCH_PICTURES}
-    drawn = {path: caption for path, caption in pictures.items() if (run.folder / path).exists()}
-    text = reporting.markdown(results, _places(run), _commands(run), drawn)
-    write_text(run.folder / "report.md", text)
+    """Say how it went, on screen, as the page ``report.html`` and as ``report.md`` with ``pictures/``."""
+    made = write_report(run.folder.path)
     console = rich.console.Console()
     console.print()
-    console.print(reporting.comparison(results).rich(f"{results.name}: dense and slim side by side"))
-    for line in reporting.findings(results):
+    if made.comparison is not None:
+        console.print(made.comparison.rich(made.title))
+    for line in (made.verdict, *made.findings):
         console.print(f"- {line}", highlight=False)
     console.print()
-    for what, command in _commands(run):
+    for what, command in made.commands:
         console.print(f"{what}:\n  {command}", highlight=False, markup=False, soft_wrap=True)
     console.print()
-    return f"{run.folder / 'report.md'} and {run.folder / 'kept.png'}"
+    return f"{run.folder / 'report.html'}"
 
 
 @dataclass(frozen=True)
@@ -287,7 +293,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "distill": Stage(distill, "finetuned", ("slim",), ("distillation", *_TRAINING)),
     "test": Stage(test, "results.json", ("slim",), ("latency", "test_data")),
-    "report": Stage(report, "report.md", ("test",), (), uses_data=False, on_all_ranks=False),
+    "report": Stage(report, "report.html", ("test",), (), uses_data=False, on_all_ranks=False),
 }
 
 
@@ -323,7 +329,7 @@ def _keep(run: Run, model: nn.Module, name: str) -> None:
 
 
 def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
-    """Search, or go on with a search that was killed or had fewer trials; leaves pictures in ``search/``."""
+    """Search, or go on with a search that was killed or had fewer trials; leaves its trials in ``search/``."""
     options, surgery = dict(run.settings["search"]), run.settings["surgery"]
     # All but the number of trials makes a search what it is: with more of them it goes on.
     same = {key: run.settings[key] for key in ("seed", "budget", "policy", "surgery")}
@@ -352,15 +358,6 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     first, best = result.history[0], result.best
     if first.value is not None and first.policy == result.space.uniform:
         log.info("  %s: uniform %.4f, best %.4f (trial %d)", held_out.metric, first.value, best.value, best.number)
-    figures = {
-        "policy": reporting.policy_figure(result.policy, result.space.uniform, "What each block keeps"),
-        "value": reporting.progress_figure(result.history, "maximize"),
-        "cost": reporting.cost_figure(result.history, "maximize", 1.0),
-        "dependence": reporting.dependence_figure(result.search),
-    }
-    if is_first():
-        for name, figure in figures.items():
-            reporting.save_figure(figure, run.folder / "search" / f"{name}.png")
     return result
 
 
@@ -395,19 +392,6 @@ def calibration_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     return iter(DataLoader(dataset, batch_sampler=batches[rank() :: world_size()], num_workers=workers))
 
 
-def predictions(run: Run, model: nn.Module, title: str) -> tuple[Tensor, Tensor]:
-    """(labels, predicted classes) of this rank's share of the test images, (n,) each."""
-    loader = run.data.test_dataloader()
-    labels, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    model = model.to(run.device).eval()
-    with torch.inference_mode():
-        hidden = None if is_first() else True
-        for images, targets in tqdm(loader, desc=f"Testing {title}", unit="batch", disable=hidden, leave=False):
-            classes.append(model(images.to(run.device)).argmax(dim=-1).cpu())
-            labels.append(torch.as_tensor(targets))
-    return torch.cat(labels), torch.cat(classes)
-
-
 def _models_to_test(run: Run) -> Iterator[tuple[tuple[str, int | None], tuple[str, nn.Module]]]:
     """((kind, seed), (place, model)) of each model."""
     options = run.settings["distillation"]
@@ -429,39 +413,3 @@ def _describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{device.type.upper()}, {threads} thread{'' if threads == 1 else 's'}, fp32"
-
-
-_SEARCH_PICTURES = {
-    "search/policy.png": "The policy that the search found, and the uniform one",
-    "search/value.png": "What each trial of the search was worth",
-    "search/dependence.png": "What the value depends on, by the Gaussian process of the search",
-}
-
-
-def _places(run: Run) -> list[reporting.Place]:
-    known = {
-        "dense/": "the dense model, for `lightning_mdc.load`",
-        "scores.safetensors": "importance of every head, neuron and token position",
-        "shared/": "the dense model after weight sharing",
-        "policy.json": "how much each block keeps",
-        "search/": "every policy that was tried, and pictures of the search",
-        "plan.json": "which units each block keeps",
-        "slim/": "the slim model before finetuning",
-        "finetuned/": "the slim model finetuned, one folder per seed",
-        "reference/": "the dense model given the same extra training",
-        "results.json": "every number of this report",
-        "logs/": "training curves",
-        "settings.json": "all settings of the run",
-        "stages/": "which stages are done, with what settings and in what time",
-    }
-    return [reporting.Place(path, holds) for path, holds in known.items() if (run.folder / path).exists()]
-
-
-def _commands(run: Run) -> list[tuple[str, str]]:
-    seeds = run.settings["distillation"]["seeds"]
-    best = f"finetuned/seed{seeds[0]}" if run.with_finetuned else "slim"
-    smaller = f"python train.py resume={run.folder} budget=0.5"
-    return [
-        ("Use the slim model", f"python -c \"import lightning_mdc as mdc; print(mdc.load('{run.folder / best}'))\""),
-        ("Make it smaller still (the dense model and its scores are picked up)", smaller),
-    ]

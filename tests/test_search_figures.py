@@ -12,7 +12,7 @@ from lightning_mdc.policy_search.gp_ei import GpEi
 from lightning_mdc.policy_search.space import Axis, Space
 from lightning_mdc.policy_search.study import Row
 from lightning_mdc.reporting import save_figure
-from lightning_mdc.reporting.search_figures import cost_figure, dependence_figure, progress_figure
+from lightning_mdc.reporting.search_figures import cost_figure, dependence_figure, improvement_figure, progress_figure
 
 VALUES = [0.5, 0.7, None, 0.4, 0.45, 0.1, None, 0.3]
 ROWS = [
@@ -94,6 +94,19 @@ def told(axes: list[Axis], objective, direction: str, n: int = 60) -> GpEi:
     return search
 
 
+def test_improvement_shows_what_was_expected_of_the_trials_that_were_chosen():
+    rows = [Row(i, {"x": i / 8}, improvement=None if i < 3 else 10.0**-i) for i in range(8)]
+    figure = improvement_figure(rows)
+    (panel,) = figure.axes
+    found = np.asarray(panel.collections[0].get_offsets())
+    assert found[:, 0].tolist() == [3, 4, 5, 6, 7]
+    assert found[:, 1] == pytest.approx([10.0**-i for i in range(3, 8)])
+    assert panel.get_yscale() == "log"
+    (drawn,) = panel.lines
+    assert drawn.get_xdata().tolist() == [0, 1, 2]
+    assert not improvement_figure(rows[:2]).axes[0].collections  # a search that was killed early
+
+
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_dependence_shows_the_shape_of_what_matters(direction):
     axes = [Axis("idle", 0, 1), Axis("n", 1, 9, step=1, integer=True), Axis("kind", choices=("a", "b"))]
@@ -101,14 +114,14 @@ def test_dependence_shows_the_shape_of_what_matters(direction):
     search = told(axes, lambda p: 0.05 * (p[1] - 3) ** 2 + 0.5 * np.log10(p[3]) + p[2], direction)
     figure = dependence_figure(search)
     # A choice has no curve, nor an axis of one value; the rest by how much it matters.
-    assert [panel.get_title() for panel in figure.axes if panel.get_title()] == ["n", "lr", "idle"]
-    curves = {panel.get_title(): panel.lines[0].get_xydata() for panel in figure.axes if panel.lines}
+    assert [panel.get_title(loc="left") for panel in figure.axes if panel.get_title(loc="left")] == ["n", "lr", "idle"]
+    curves = {panel.get_title(loc="left"): panel.lines[0].get_xydata() for panel in figure.axes if panel.lines}
     n, lr, idle = curves["n"], curves["lr"], curves["idle"]
     assert n[:, 0].tolist() == list(range(1, 10))
     assert n[:, 1] - n[2, 1] == pytest.approx(0.05 * (n[:, 0] - 3) ** 2, abs=0.1)
     assert lr[:, 1] - lr[0, 1] == pytest.approx(0.5 * (np.log10(lr[:, 0]) + 4), abs=0.1)
     assert np.ptp(idle[:, 1]) < 0.1
-    (panel,) = [panel for panel in figure.axes if panel.get_title() == "lr"]
+    (panel,) = [panel for panel in figure.axes if panel.get_title(loc="left") == "lr"]
     assert panel.get_xscale() == "log"
     assert panel.collections[0].get_offsets()[0][0] == search.best.point[3]
 
@@ -118,7 +131,7 @@ def test_dependence_of_many_axes_shows_the_eight_that_matter_most(tmp_path):
     weights = np.array([0, 9, 0, 8, 0, 7, 0, 6, 5, 4, 3, 2])
     search = told(axes, lambda p: float(weights @ p), "maximize", 80)
     figure = dependence_figure(search)
-    assert [panel.get_title() for panel in figure.axes] == [f"x.{i}" for i in np.argsort(-weights, kind="stable")[:8]]
+    assert [panel.get_title(loc="left") for panel in figure.axes] == [f"x.{i}" for i in np.argsort(-weights, kind="stable")[:8]]
     save_figure(figure, tmp_path / "figure.png")
     assert "the 8 of 12 that matter most" in figure.get_suptitle()
 

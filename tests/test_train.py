@@ -106,7 +106,7 @@ def test_every_stage_leaves_its_output(finished):
         assert (finished / stage.output).exists() == (name != "share")  # which is switched off
     for name in ("dense", "slim", "finetuned/seed0", "finetuned/seed1", "reference/seed0"):
         assert mdc.load(finished / name)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
-    assert (finished / "kept.png").stat().st_size > 10_000
+    assert (finished / "pictures" / "kept.png").stat().st_size > 10_000
     assert not list(finished.glob("checkpoints/*"))  # of finished trainings nothing is left over
     assert not list(finished.glob(".*"))
 
@@ -240,9 +240,9 @@ def trials(folder: Path) -> list[dict]:
 
 def test_the_search_leaves_its_trials_and_pictures(finished):
     assert [line["told"] for line in trials(finished)] == [0, 1, 2]
-    for name in ("policy", "value", "cost", "dependence"):
-        assert (finished / "search" / f"{name}.png").stat().st_size > 10_000
-    assert "(search/policy.png)" in (finished / "report.md").read_text()
+    for name in ("policy", "search/value", "search/cost", "search/dependence"):
+        assert (finished / "pictures" / f"{name}.png").stat().st_size > 10_000
+        assert f"(pictures/{name}.png)" in (finished / "report.md").read_text()
 
 
 def test_a_search_that_was_killed_goes_on(tmp_path, finished, monkeypatch):

@@ -83,7 +83,7 @@ def draw(study: Study, directory: Path) -> None:
     """Draw what can be drawn; a picture that fails is not worth a sweep."""
     try:
         from lightning_mdc.reporting import search_figures
-        from lightning_mdc.reporting.figures import save_figure
+        from lightning_mdc.reporting.style import save_figure
     except ImportError as error:
         log.info("pictures are left out: %s", error)
         return

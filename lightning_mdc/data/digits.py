@@ -58,6 +58,7 @@ class DigitsDataModule(ImageDataModule):
             DataError: a count or fraction is out of range.
         """
         super().__init__(in_chans, img_size, batch_size, num_workers, **loading)
+        self.data_config = {"mean": (DIGITS_MEAN,) * in_chans, "std": (DIGITS_STD,) * in_chans}
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.max_train_images = max_train_images

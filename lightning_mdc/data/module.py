@@ -1,15 +1,19 @@
 """What every LightningDataModule of ours answers: four data sets, their loaders, and the facts a model needs."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_mdc import ranks
@@ -45,6 +49,9 @@ class ImageDataModule(LightningDataModule):
     taken in mid-epoch holds where in the order of images training was, and resuming goes on from there, also on another
     number of processes.
     """
+
+    # How images were normalised, by timm's names: ``mean`` and ``std`` per channel.
+    data_config: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -127,6 +134,15 @@ class ImageDataModule(LightningDataModule):
     def calibration_dataset(self) -> Dataset[Any]:
         """The training images under the evaluation transforms, in a fixed order."""
         return self.splits.calibration
+
+    def to_pixels(self, images: Tensor) -> np.ndarray:
+        """Images to look at, (n, height, width, 3) in uint8, of images as the model sees them, (n, channels, h, w)."""
+        mean, std = (
+            torch.tensor(self.data_config.get(name, default)).reshape(1, -1, 1, 1)
+            for name, default in (("mean", 0.0), ("std", 1.0))
+        )
+        pixels = (images.cpu().float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
     # --- loaders ------------------------------------------------------------------------------------------------------
 

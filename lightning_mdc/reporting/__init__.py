@@ -1,9 +1,14 @@
-"""How did it go? Numbers measured (`results`), as tables, as a picture, and as a report in words."""
+"""How did it go? Numbers measured (`results`), as tables, pictures, and a report in words, Markdown and HTML.
 
-from lightning_mdc.reporting.figures import Kept, kept_by_block, kept_figure, policy_figure, save_figure
-from lightning_mdc.reporting.report import Place, findings, markdown, overhead_line
+What is imported here works without torch, for sweeps of other apps; a report of a run's folder is made by
+`lightning_mdc.reporting.report`.
+"""
+
+from lightning_mdc.reporting.findings import findings, overhead_line, verdict
+from lightning_mdc.reporting.plan_figures import Kept, kept_by_block, kept_figure, policy_figure
 from lightning_mdc.reporting.results import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
 from lightning_mdc.reporting.search_figures import cost_figure, dependence_figure, progress_figure
+from lightning_mdc.reporting.style import save_figure
 from lightning_mdc.reporting.tables import Table, by_seed, comparison, scaled
 
 __all__ = [
@@ -12,7 +17,6 @@ __all__ = [
     "REFERENCE",
     "SLIM",
     "Kept",
-    "Place",
     "Result",
     "Results",
     "Table",
@@ -23,10 +27,10 @@ __all__ = [
     "findings",
     "kept_by_block",
     "kept_figure",
-    "markdown",
     "overhead_line",
     "policy_figure",
     "progress_figure",
     "save_figure",
     "scaled",
+    "verdict",
 ]

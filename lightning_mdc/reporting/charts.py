@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from lightning_mdc.budget import Budget
+from lightning_mdc.errors import MdcError
+from lightning_mdc.policy import Policy
+from lightning_mdc.policy_search.gp_ei import GpEi
+from lightning_mdc.policy_search.space import Axis, Space
+from lightning_mdc.policy_search.study import Row, StudyFile
+from lightning_mdc.reporting import importance_figures, plan_figures, result_figures, search_figures, token_figures
+from lightning_mdc.reporting.examples import FIRST, LEAST_CHANGED, MOST_CHANGED
 from lightning_mdc.reporting.record import RunRecord
+from lightning_mdc.reporting.result_figures import Point
+from lightning_mdc.reporting.style import save_figure
+from lightning_mdc.reporting.tables import scaled, share
+
+log = logging.getLogger(__name__)
+
+# Of the dense MACs: policies that differ by less than this are all on one budget, and there is no front to see.
+_NARROW = 0.02
+
+# Sections of a report, in order.
+REMOVED, SEARCH, IMPORTANCE, LOOKS_AT = "What was removed", "The search", "What matters", "What it still looks at"
+SENSITIVITY, SPEED_AND_CLASSES = "What can be removed", "Speed, and who pays for it"
 
 
 @dataclass(frozen=True)
@@ -15,12 +39,14 @@ class Chart:
 
     Attributes:
         key: names files and panels: ``"kept"``, ``"search/value"``.
+        section: of the report it belongs to.
         title: what it is.
         caption: what to read from it, a sentence or two.
         figure: to be drawn.
     """
 
     key: str
+    section: str
     title: str
     caption: str
     figure: Figure
@@ -28,4 +54,266 @@ class Chart:
 
 def charts(record: RunRecord) -> list[Chart]:
     """The pictures of a run, in the order of a report; those that have nothing to show (yet) are left out."""
-    return []
+    found: list[Chart] = []
+    for part in (_removed, _search, _tokens, _speed, _classes, _sensitivity, _importance):
+        try:
+            found.extend(part(record))
+        # Half of a run, or files that somebody edited: the other pictures are still worth looking at.
+        except (MdcError, ValueError, KeyError, IndexError, TypeError):
+            log.warning("some pictures of %s could not be drawn", record.folder, exc_info=True)
+    return found
+
+
+def save_charts(found: Sequence[Chart], folder: Path) -> dict[str, Path]:
+    """Write each as ``<folder>/<key>.png``; returns the paths by key."""
+    paths = {chart.key: folder / f"{chart.key}.png" for chart in found}
+    for chart in found:
+        save_figure(chart.figure, paths[chart.key])
+    return paths
+
+
+# --- section by section -----------------------------------------------------------------------------------------------
+
+
+def _removed(record: RunRecord) -> Iterator[Chart]:
+    plan, dense, policy = record.plan, record.dense, record.policy
+    if plan is not None and dense is not None:
+        kept = plan_figures.kept_by_block(plan, dense.num_tokens, dense.num_prefix)
+        before, after = dense.by_block(), dense.by_block(plan)
+        yield Chart(
+            "kept",
+            REMOVED,
+            "What each block kept",
+            "Bars are what is left, pale is what the dense model has. Tokens are those that the block's MLP sees.",
+            plan_figures.kept_figure(kept),
+        )
+        yield Chart(
+            "macs",
+            REMOVED,
+            "Where the MACs went",
+            f"Of the {scaled(before.total)}MACs of an image {scaled(after.total)} are left, "
+            f"{share(after.total / before.total)}. The rest is patch embedding and classifier.",
+            plan_figures.macs_figure(before, after),
+        )
+    if policy is not None:
+        uniform = _uniform(record)
+        beside = "" if uniform is None else " The line is what the same share everywhere would be."
+        yield Chart(
+            "policy",
+            REMOVED,
+            "The policy",
+            f"How much each block was asked to keep.{beside}",
+            plan_figures.policy_figure(policy, uniform),
+        )
+
+
+def _search(record: RunRecord) -> Iterator[Chart]:
+    study = record.study
+    if study is None or not study.rows:
+        return
+    direction, metric = study.header["direction"], _metric(study)
+    yield Chart(
+        "search/value",
+        SEARCH,
+        "Is it still improving?",
+        f"Every trial is a policy on the budget: {metric} on held-out training images, higher is better. "
+        "The line is the best so far.",
+        search_figures.progress_figure(study.rows, direction, metric),
+    )
+    yield Chart(
+        "search/improvement",
+        SEARCH,
+        "Has it converged?",
+        "What the Gaussian process expected to gain when it chose a trial. Where the dots have come down, more trials "
+        "promise little.",
+        search_figures.improvement_figure(study.rows),
+    )
+    yield from _fronts(record, study)
+    yield Chart(
+        "search/cost",
+        SEARCH,
+        "How close to the budget?",
+        "What each trial costs as a share of the budget, against what it is worth. None is above the line.",
+        search_figures.cost_figure(study.rows, direction, 1.0),
+    )
+    if sum(row.value is not None for row in study.rows) >= 2:
+        yield Chart(
+            "search/dependence",
+            SEARCH,
+            "Which ratios matter?",
+            "What the Gaussian process expects as one keep ratio moves and the others are as in the trials. The ring "
+            "is the best trial.",
+            search_figures.dependence_figure(_process(study)),
+        )
+
+
+def _fronts(record: RunRecord, study: StudyFile) -> Iterator[Chart]:
+    """Accuracy against cost of everything that was evaluated under any budget."""
+    best = _best(study)
+    names: dict[str, list[Point]] = {}
+    for other in record.studies:
+        part = _share_of_dense(other)
+        for row in other.rows:
+            if part is None or row.status != "done" or row.value is None or row.cost is None:
+                continue
+            accuracy, chosen = row.facts.get("accuracy"), row is best
+            name = "chosen" if row is best else ""
+            if accuracy is not None:
+                names.setdefault("accuracy", []).append(Point(row.cost * part, accuracy, name, chosen))
+            else:
+                names.setdefault(_metric(other), []).append(Point(row.cost * part, row.value, name, chosen))
+    for cut in record.sensitivity.cuts if record.sensitivity is not None else ():
+        names.setdefault("accuracy", []).append(Point(cut.cost, cut.accuracy, "dense" if cut.keep == 1 else ""))
+    for value, points in names.items():
+        points = _once_each(points)
+        costs = [point.cost for point in points]
+        if not any(point.chosen for point in points) or max(costs) - min(costs) < _NARROW:
+            continue
+        yield Chart(
+            "search/front",
+            SEARCH,
+            "What does a MAC buy?",
+            "Every policy that was evaluated, not finetuned, on held-out training images. The line joins those that "
+            "no other one beats, the ring is the one that was cut.",
+            result_figures.front_figure(points, "MACs, as a share of dense", value, percent=value == "accuracy"),
+        )
+
+
+def _tokens(record: RunRecord) -> Iterator[Chart]:
+    examples = record.examples
+    if examples is None:
+        return
+    for key, why, title, caption in (
+        ("tokens/most-changed", MOST_CHANGED, "Most changed", "The images on which slim and dense differ most."),
+        ("tokens/first", FIRST, "As they come", "The first test images."),
+        ("tokens/least-changed", LEAST_CHANGED, "Least changed", "The images on which they agree best."),
+    ):
+        items = [example for example in examples.items if example.why == why]
+        if items:
+            gone = " Patches that are gone as tokens of their own are faded." if len(examples.blocks) else ""
+            figure = token_figures.tokens_figure(items, examples.blocks, examples.grid, examples.class_names)
+            yield Chart(key, LOOKS_AT, title, f"{caption}{gone}", figure)
+
+
+def _speed(record: RunRecord) -> Iterator[Chart]:
+    if record.results is not None:
+        yield Chart(
+            "latency",
+            SPEED_AND_CLASSES,
+            "How fast?",
+            f"Measured on {record.results.device}; the median of readings taken in turn.",
+            result_figures.latency_figure(record.results),
+        )
+
+
+def _classes(record: RunRecord) -> Iterator[Chart]:
+    changes, outcomes = record.class_changes, record.outcomes
+    if changes and outcomes is not None:
+        seeds = len(outcomes.slim_places)
+        yield Chart(
+            "classes",
+            SPEED_AND_CLASSES,
+            "Which classes pay?",
+            "Change of each class's accuracy on the test images, the worst first"
+            + (f"; the mean over {seeds} finetuning seeds." if seeds > 1 else "."),
+            result_figures.classes_figure(changes),
+        )
+
+
+def _sensitivity(record: RunRecord) -> Iterator[Chart]:
+    return iter(())
+
+
+def _importance(record: RunRecord) -> Iterator[Chart]:
+    scores, plan, dense = record.scores, record.plan, record.dense
+    if scores is None:
+        return
+    heads, neurons, tokens = ([t.double().numpy() for t in getattr(scores, d)] for d in ("heads", "neurons", "tokens"))
+    how = f"By {scores.criterion}, over {scores.images} images." if scores.images else f"By {scores.criterion}."
+    if heads:
+        yield Chart(
+            "importance/heads",
+            IMPORTANCE,
+            "Heads",
+            f"{how} Scaled within each block; a cross is a head that was removed.",
+            importance_figures.heads_figure(heads, plan.heads if plan else None),
+        )
+    if neurons:
+        yield Chart(
+            "importance/neurons",
+            IMPORTANCE,
+            "Neurons",
+            f"{how} The most important of each block on the left; what is right of the red line was removed.",
+            importance_figures.neurons_figure(neurons, plan.neurons if plan else None),
+        )
+    if tokens and dense is not None and len(tokens[0]) == np.prod(dense.sites.grid):
+        yield Chart(
+            "importance/tokens",
+            IMPORTANCE,
+            "Token positions",
+            f"{how} Which tokens leave is decided image by image, unless surgery.token_score asks for these maps.",
+            importance_figures.tokens_figure(tokens, scores.stages, dense.sites.grid),
+        )
+    yield Chart(
+        "importance/histograms",
+        IMPORTANCE,
+        "How it is spread",
+        "Many units near 0 can go; where all are alike, none stands out.",
+        importance_figures.histograms_figure({"heads": heads, "neurons": neurons, "tokens": tokens}),
+    )
+
+
+# --- what a study file says -------------------------------------------------------------------------------------------
+
+
+def _metric(study: StudyFile) -> str:
+    """What the values are."""
+    name = study.remembered.get("metric", "value")
+    return {"kl": "−KL to dense", "loss": "−cross-entropy"}.get(name, str(name))
+
+
+def _best(study: StudyFile) -> Row | None:
+    sign = 1 if study.header["direction"] == "maximize" else -1
+    done = [row for row in study.rows if row.status == "done" and row.value is not None]
+    return max(done, key=lambda row: (sign * (row.value or 0.0), -row.number), default=None)
+
+
+def _share_of_dense(study: StudyFile) -> float | None:
+    """The search's budget as a share of the dense MACs; None where it was not MACs alone."""
+    budget, dense = study.header["about"].get("budget"), study.header["about"].get("dense_macs")
+    if not isinstance(budget, dict) or not dense or budget.get("params") is not None or not budget.get("macs"):
+        return None
+    macs = float(budget["macs"])
+    return macs / dense if macs > 1 else macs
+
+
+def _process(study: StudyFile) -> GpEi:
+    """The Gaussian process of a search, told again what the file says."""
+    axes = [
+        Axis(axis["name"], choices=tuple(axis["choices"])) if "choices" in axis else Axis(**axis)
+        for axis in study.header["space"]
+    ]
+    process = GpEi(Space(axes), direction=study.header["direction"], seed=study.header["seed"])
+    over = [row for row in study.rows if row.status != "running"]
+    process.tell(np.array([process.space.point(row.params) for row in over]), [row.value for row in over])
+    return process
+
+
+def _uniform(record: RunRecord) -> Policy | None:
+    """The policy that would give up the same share of everything, for comparison."""
+    policy, dense = record.policy, record.dense
+    study = record.study
+    if policy is None or dense is None or study is None:
+        return None
+    budget = study.header["about"].get("budget")
+    names = ("dimensions", "min_heads", "min_neurons", "round_to")
+    options = {name: record.settings.get("policy", {}).get(name) for name in names}
+    options = {name: value for name, value in options.items() if value is not None}
+    if not isinstance(budget, dict):
+        return None
+    return Policy.uniform(dense.sites.model, Budget(**budget), stages=policy.stages, **options)
+
+
+def _once_each(points: Sequence[Point]) -> list[Point]:
+    """Named points once: every sensitivity curve begins at the dense model."""
+    return list({(p.name or i): p for i, p in enumerate(points)}.values())

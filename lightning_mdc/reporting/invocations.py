@@ -56,6 +56,14 @@ def invocations(folder: Path) -> tuple[Invocation, ...]:
         return ()
 
 
+def again(command: str, *overrides: str) -> str:
+    """`command` with its overrides but for those that `overrides` give anew, or that belong to one start only."""
+    words = shlex.split(command)
+    new = {override.partition("=")[0] for override in overrides} | {"resume", "stage", "skip"}
+    kept = [word for word in words if word.lstrip("+~").partition("=")[0] not in new]
+    return shlex.join([*kept, *overrides])
+
+
 def _command() -> str:
     if not HydraConfig.initialized():
         return shlex.join(["python", *sys.argv])

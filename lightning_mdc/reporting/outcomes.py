@@ -15,6 +15,27 @@ from safetensors.numpy import save_file
 from lightning_mdc.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class ClassChange:
+    """One class under dense and under slim.
+
+    Attributes:
+        name: of the class.
+        images: test images of it.
+        dense, slim: of these, how many are right; of several finetuned slim models the mean.
+    """
+
+    name: str
+    images: int
+    dense: float
+    slim: float
+
+    @property
+    def change(self) -> float:
+        """Of the share that is right; 0 without images."""
+        return (self.slim - self.dense) / self.images if self.images else 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Outcomes:
     """Labels and predicted classes of the test images, in one order for all models.
@@ -38,6 +59,20 @@ class Outcomes:
         """Images of each class that the model at `place` gets right, (classes,)."""
         right = self.labels[self.predicted[place] == self.labels]
         return np.bincount(right, minlength=len(self.class_names))
+
+    @property
+    def slim_places(self) -> tuple[str, ...]:
+        """Of the slim models to speak of: the finetuned ones if there are any."""
+        finetuned = tuple(sorted(place for place in self.predicted if place.startswith("finetuned/")))
+        return finetuned or ("slim",)
+
+    def class_changes(self) -> tuple[ClassChange, ...]:
+        """How each class that has test images fared, the worst first."""
+        dense = self.correct_by_class("dense")
+        slim = np.mean([self.correct_by_class(place) for place in self.slim_places], axis=0)
+        rows = zip(self.class_names, self.images_by_class.tolist(), dense.tolist(), slim.tolist(), strict=True)
+        found = [ClassChange(*row) for row in rows if row[1]]
+        return tuple(sorted(found, key=lambda change: (change.change, change.name)))
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, so that it is there whole or not at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +19,14 @@ from lightning_mdc.policy import Plan, Policy
 from lightning_mdc.policy_search.study import StudyFile, read_study
 from lightning_mdc.reporting.examples import Examples
 from lightning_mdc.reporting.invocations import Invocation, invocations
-from lightning_mdc.reporting.outcomes import Outcomes
+from lightning_mdc.reporting.outcomes import ClassChange, Outcomes
 from lightning_mdc.reporting.results import Results
 from lightning_mdc.run_folder import RunFolder
 from lightning_mdc.sensitivity import Sensitivity
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,9 @@ class RunRecord:
 
     @cached_property
     def stages(self) -> Mapping[str, Mapping[str, Any]]:
-        """What is known of every stage that is done: ``seconds``, ``settings``, ``fingerprint``."""
-        names = sorted(path.stem for path in (self.folder / "stages").glob("*.json"))
+        """What is known of every stage that is done, the first first: ``seconds``, ``settings``, ``fingerprint``."""
+        paths = sorted((self.folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        names = [path.stem for path in paths]
         records = {name: RunFolder(self.folder).record(name) for name in names}
         return {name: record for name, record in records.items() if record is not None}
 
@@ -70,41 +74,56 @@ class RunRecord:
     @cached_property
     def dense(self) -> CostModel | None:
         """The dense model's anatomy and what its parts cost."""
-        return self._read("dense", lambda path: CostModel(find_sites(load(path))))
+        return self._of("dense", "dense", lambda path: CostModel(find_sites(load(path))))
 
     @cached_property
     def scores(self) -> Scores | None:
-        return self._read("scores.safetensors", Scores.load)
+        return self._of("score", "scores.safetensors", Scores.load)
 
     @cached_property
-    def study(self) -> StudyFile | None:
-        """The search that was worked on last, with every trial so far."""
+    def studies(self) -> tuple[StudyFile, ...]:
+        """All searches, of other budgets say, with every trial so far; the one that was worked on last comes last."""
         files = sorted((self.folder / "search").glob("trials-*.jsonl"), key=lambda path: path.stat().st_mtime)
-        return self._read(str(files[-1].relative_to(self.folder)), read_study) if files else None
+        found = (self._read(str(path.relative_to(self.folder)), read_study) for path in files)
+        return tuple(study for study in found if study is not None)
+
+    @property
+    def study(self) -> StudyFile | None:
+        """The search that was worked on last."""
+        return self.studies[-1] if self.studies else None
 
     @cached_property
     def policy(self) -> Policy | None:
-        return self._read("policy.json", Policy.load)
+        return self._of("search", "policy.json", Policy.load)
 
     @cached_property
     def plan(self) -> Plan | None:
-        return self._read("plan.json", lambda path: Plan.from_json(path.read_text()))
+        return self._of("slim", "plan.json", lambda path: Plan.from_json(path.read_text()))
 
     @cached_property
     def results(self) -> Results | None:
-        return self._read("results.json", Results.load)
+        return self._of("test", "results.json", Results.load)
 
     @cached_property
     def outcomes(self) -> Outcomes | None:
-        return self._read("predictions.safetensors", Outcomes.load)
+        return self._of("test", "predictions.safetensors", Outcomes.load)
+
+    @property
+    def class_changes(self) -> tuple[ClassChange, ...]:
+        """How each class fared, the worst first; empty without predictions."""
+        return () if self.outcomes is None else self.outcomes.class_changes()
 
     @cached_property
     def examples(self) -> Examples | None:
-        return self._read("examples.safetensors", Examples.load)
+        return self._of("test", "examples.safetensors", Examples.load)
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
-        return self._read("sensitivity.csv", Sensitivity.load)
+        return self._of("sensitivity", "sensitivity.csv", Sensitivity.load)
+
+    def _of(self, stage: str, name: str, read: Callable[[Path], T]) -> T | None:
+        """What a stage left; nothing unless it is done, for what lies there then belongs to older settings."""
+        return self._read(name, read) if stage in self.stages else None
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
         path = self.folder / name
@@ -112,5 +131,6 @@ class RunRecord:
             return None
         try:
             return read(path)
-        except (MdcError, OSError, ValueError):  # half of a killed run is still worth a report
+        except (MdcError, OSError, ValueError) as error:  # the rest is still worth a report
+            log.warning("%s is left out of the report: %s", path, error)
             return None

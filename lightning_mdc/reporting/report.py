@@ -1,12 +1,48 @@
-"""The report of one run: the comparison, what it means, where everything lies, what to type next."""
+"""The report of one run, finished or not: the same content as a page and as Markdown, made from the run's folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from lightning_mdc.reporting.results import DENSE, FINETUNED, REFERENCE, Results, mean_correct
-from lightning_mdc.reporting.tables import by_seed, comparison, scaled, seconds
+from omegaconf import OmegaConf
+
+from lightning_mdc.reporting.charts import Chart, charts, save_charts
+from lightning_mdc.reporting.findings import findings, verdict
+from lightning_mdc.reporting.invocations import again
+from lightning_mdc.reporting.record import RunRecord
+from lightning_mdc.reporting.results import DENSE
+from lightning_mdc.reporting.tables import Table, by_class, by_seed, comparison, share
+from lightning_mdc.run_folder import write_text
+
+PICTURES = "pictures"
+
+_WRITTEN = {
+    "report.html": "this report as one page, for any browser",
+    "report.md": "this report as text",
+    f"{PICTURES}/": "its pictures",
+}
+_HOLDS = {
+    **_WRITTEN,
+    "dense/": "the dense model, for `lightning_mdc.load`",
+    "scores.safetensors": "importance of every head, neuron and token position",
+    "shared/": "the dense model after weight sharing",
+    "sensitivity.csv": "accuracy and KL as each dimension of each block alone is cut",
+    "policy.json": "how much each block keeps",
+    "search/": "every policy that was tried",
+    "plan.json": "which units each block keeps",
+    "slim/": "the slim model before finetuning",
+    "finetuned/": "the slim model finetuned, one folder per seed",
+    "reference/": "the dense model given the same extra training",
+    "results.json": "every number of this report",
+    "predictions.safetensors": "what every model says of every test image",
+    "examples.safetensors": "the example images, and which patches stayed",
+    "logs/": "training curves",
+    "log.txt": "what was printed",
+    "settings.json": "all settings of the run",
+    "stages/": "which stages are done, with what settings and in what time",
+}
 
 
 @dataclass(frozen=True)
@@ -17,74 +53,188 @@ class Place:
     holds: str
 
 
-def findings(results: Results) -> list[str]:
-    """Sentences a reader would otherwise work out from the table; each only if the numbers say so."""
-    dense, slim = results.of(DENSE)[0], results.slimmest
-    lines = [
-        f"The slim model costs {slim.macs / dense.macs:.1%} of the MACs and {slim.params / dense.params:.1%} of the "
-        "parameters."
-    ]
-    finetuned, reference = results.of(FINETUNED), results.of(REFERENCE)
-    if finetuned:
-        lines.append(f"After finetuning it gets {_difference(mean_correct(finetuned) - dense.correct)} dense.")
-    if finetuned and reference:
-        gap = mean_correct(finetuned) - mean_correct(reference)
-        lines.append(
-            "The fair comparison is with a dense model given the same extra epochs and the same teacher: slim gets "
-            f"{_difference(gap)} that."
-        )
-    overhead = overhead_line(results)
-    return lines if overhead is None else [*lines, overhead]
+@dataclass(frozen=True)
+class Reproduction:
+    """What it takes to get the same again.
 
-
-def overhead_line(results: Results) -> str | None:
-    """Why a tiny model gains little at the smallest batch; None where it was not measured so.
-
-    "Little" is less than half of what it gains at the largest batch: 1.05x against 1.4x, say.
+    Attributes:
+        commands: of every start, the first first.
+        facts: seed, plan hash, versions, machine: (what, value).
+        config: all settings, as YAML.
     """
-    small, large = results.batch_sizes[0], results.batch_sizes[-1]
-    gain, full_gain = results.speedup(small) - 1, results.speedup(large) - 1
-    if small == large or full_gain <= 0 or gain >= full_gain / 2:
-        return None
-    dense = results.of(DENSE)[0]
-    return (
-        f"At batch {small} the slim model is {1 + gain:.2f}x as fast as dense, at batch {large} {1 + full_gain:.2f}x: "
-        f"{scaled(dense.macs)}MACs are so few that most of the {seconds(dense.latency[small])} of a single image goes "
-        "into starting operations one by one. Pruning makes operations smaller, not fewer, and a token stage adds some."
+
+    commands: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    config: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to say of one run.
+
+    Attributes:
+        title: of the run.
+        folder: of the run.
+        verdict: how it went, in a sentence.
+        headline: a few numbers to see at once: (number, what it is).
+        findings: further sentences.
+        stages: of every stage that is done: (name, seconds; None if it was picked up).
+        comparison, seeds, classes: tables, where there are results.
+        charts: pictures.
+        places: where things lie.
+        commands: what to type next: (what it does, command).
+        reproduction: how to get the same again.
+    """
+
+    title: str
+    folder: Path
+    verdict: str
+    headline: tuple[tuple[str, str], ...]
+    findings: tuple[str, ...]
+    stages: tuple[tuple[str, float | None], ...]
+    comparison: Table | None
+    seeds: Table | None
+    classes: Table | None
+    charts: tuple[Chart, ...]
+    places: tuple[Place, ...]
+    commands: tuple[tuple[str, str], ...]
+    reproduction: Reproduction
+
+
+def report_of(record: RunRecord) -> Report:
+    """The report of a run as far as it has come."""
+    results = record.results
+    changes = record.class_changes
+    return Report(
+        title=f"{record.name}: {'dense and slim side by side' if results is not None else 'not finished'}",
+        folder=record.folder,
+        verdict=_unfinished(record) if results is None else verdict(results),
+        headline=_headline(record),
+        findings=() if results is None else tuple(findings(results)[1:]),
+        stages=tuple((name, known.get("seconds")) for name, known in record.stages.items()),
+        comparison=None if results is None else comparison(results),
+        seeds=by_seed(results) if results is not None and by_seed(results).rows else None,
+        classes=by_class(changes) if changes else None,
+        charts=tuple(charts(record)),
+        places=places(record.folder),
+        commands=commands(record),
+        reproduction=_reproduction(record),
     )
 
 
-def markdown(
-    results: Results, places: list[Place], commands: list[tuple[str, str]], pictures: Mapping[str, str]
-) -> str:
-    """The whole of ``report.md``.
+def write_report(folder: Path) -> Report:
+    """Write ``report.html``, ``report.md`` and ``pictures/`` into a run's folder; returns what they say.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    from lightning_mdc.reporting.page import page
+
+    record = RunRecord(folder)
+    report = report_of(record)
+    pictures = {key: path.relative_to(folder) for key, path in save_charts(report.charts, folder / PICTURES).items()}
+    write_text(folder / "report.md", markdown(report, pictures))
+    write_text(folder / "report.html", page(report))
+    return report
+
+
+def markdown(report: Report, pictures: Mapping[str, Path]) -> str:
+    """The report as Markdown.
 
     Args:
-        places: where things lie.
-        commands: (what it does, what to type).
-        pictures: path of each, relative to the report, and what it shows.
+        pictures: path of each chart's picture by its key, relative to the report.
     """
-    seeds = by_seed(results)
-    parts = [
-        f"# {results.name}: dense and slim side by side",
-        comparison(results).markdown(),
-        "\n".join(f"- {line}" for line in findings(results)),
-        f"Measured on {results.device}. Latency: median of interleaved readings.",
-        *(f"![{caption}]({path})\n\n*{caption}.*" for path, caption in pictures.items()),
-    ]
-    if seeds.rows:
-        parts += ["## Every finetuning seed", seeds.markdown()]
+    parts = [f"# {report.title}", f"**{report.verdict}**"]
+    if report.comparison is not None:
+        parts.append(report.comparison.markdown())
+    if report.findings:
+        parts.append("\n".join(f"- {line}" for line in report.findings))
+    section = None
+    for chart in report.charts:
+        if chart.section != section:
+            section = chart.section
+            parts.append(f"## {section}")
+        parts.append(f"![{chart.title}]({pictures[chart.key]})\n\n*{chart.title} {chart.caption}*")
+    for title, table in (("Every class", report.classes), ("Every finetuning seed", report.seeds)):
+        if table is not None:
+            parts += [f"## {title}", table.markdown()]
+    made = report.reproduction
     parts += [
         "## Where everything lies",
-        "\n".join(f"- `{place.path}`: {place.holds}" for place in places),
+        "\n".join(f"- `{place.path}`: {place.holds}" for place in report.places),
         "## What to type next",
-        "\n\n".join(f"{what}:\n\n```\n{command}\n```" for what, command in commands),
+        "\n\n".join(f"{what}:\n\n```\n{command}\n```" for what, command in report.commands),
+        "## To get the same again",
+        "```\n" + "\n".join(made.commands) + "\n```",
+        "\n".join(f"- {what}: {value}" for what, value in made.facts),
+        "All settings are in `settings.json`.",
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def _difference(images: float) -> str:
-    if abs(images) < 0.05:
-        return "as many test images right as"
-    number = f"{abs(images):.0f}" if float(images).is_integer() else f"{abs(images):.1f}"
-    return f"{number} {'more' if images > 0 else 'fewer'} test image{'' if number == '1' else 's'} right than"
+def places(folder: Path) -> tuple[Place, ...]:
+    """What lies in a run's folder, the report included that is about to be written."""
+    return tuple(Place(path, holds) for path, holds in _HOLDS.items() if path in _WRITTEN or (folder / path).exists())
+
+
+def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
+    """What to type next: (what it does, command)."""
+    folder = record.folder
+    started = record.invocations[-1].command if record.invocations else "python train.py"
+    if record.results is None:
+        return (("Go on where it stopped", again(started, f"resume={folder}")),)
+    place = record.outcomes.slim_places[0] if record.outcomes is not None else "slim"
+    found = [
+        ("Use the slim model", f"python -c \"import lightning_mdc as mdc; print(mdc.load('{folder / place}'))\""),
+        (
+            "Make it smaller still (the dense model and its scores are picked up)",
+            again(started, f"resume={folder}", "budget=0.5"),
+        ),
+    ]
+    if record.sensitivity is None:
+        look = again(started, f"resume={folder}", "stage=[sensitivity,report]")
+        found.append(("See what each block alone can spare", look))
+    return tuple(found)
+
+
+def _headline(record: RunRecord) -> tuple[tuple[str, str], ...]:
+    results = record.results
+    if results is None:
+        return ()
+    dense, slim = results.of(DENSE)[0], results.slimmest
+    points = 100 * (results.slim_correct / dense.images - dense.top1)
+    return (
+        (share(slim.macs / dense.macs), "of the MACs"),
+        (share(slim.params / dense.params), "of the parameters"),
+        (share(results.slim_correct / dense.images), f"top-1 ({points:+.1f} points)"),
+        *((f"{results.speedup(size):.2f}x", f"as fast at batch {size}") for size in results.batch_sizes),
+    )
+
+
+def _unfinished(record: RunRecord) -> str:
+    done = [name for name in record.stages if name != "report"]
+    words = [f"{', '.join(done)} {'is' if len(done) == 1 else 'are'} done" if done else "no stage is done yet"]
+    study = record.study
+    if study is not None and "search" not in record.stages:
+        over = [row for row in study.rows if row.status != "running"]
+        total = record.settings.get("search", {}).get("n_trials", "?")
+        words.append(f"the search has {len(over)} of {total} trials")
+        values = [row.value for row in over if row.status == "done" and row.value is not None]
+        if values:
+            words[-1] += f", the best with {max(values):.4g}"
+    return f"Not finished: {'; '.join(words)}."
+
+
+def _reproduction(record: RunRecord) -> Reproduction:
+    facts: list[tuple[str, str]] = []
+    if "seed" in record.settings:
+        facts.append(("seed", str(record.settings["seed"])))
+    if record.plan is not None:
+        facts.append(("plan", record.plan.hash))
+    if record.invocations:
+        last = record.invocations[-1]
+        facts.append(("versions", ", ".join(f"{name} {number}" for name, number in last.versions.items())))
+        facts.append(("machine", last.machine))
+        facts.append(("started", last.started))
+    config = OmegaConf.to_yaml(OmegaConf.create(dict(record.settings))) if record.settings else ""
+    return Reproduction(tuple(each.command for each in record.invocations), tuple(facts), config)

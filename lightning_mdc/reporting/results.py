@@ -67,6 +67,11 @@ class Results:
         return (self.of(FINETUNED) or self.of(SLIM))[0]
 
     @property
+    def slim_correct(self) -> float:
+        """Images that the slim model to speak of gets right, on average over its seeds."""
+        return mean_correct(self.of(FINETUNED) or self.of(SLIM))
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         return tuple(sorted(self.rows[0].latency))
 

@@ -7,14 +7,13 @@ from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_mdc.policy_search.gp_ei import GpEi
+from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, INK, PAPER, RED, WIDTH, new_figure, plain
 
-_PALE, _INK = "#b8b8b8", "#333333"
-_TRIAL, _BEST, _FAILED = "#0072B2", "#009E73", "#D55E00"  # as in figures.py: Okabe-Ito
+_TRIAL, _BEST, _FAILED = BLUE, GREEN, RED
 # Panels of the dependence picture, values per curve, and trials that a curve is averaged over.
 _PANELS, _GRID, _BACKGROUND = 8, 30, 100
 
@@ -32,9 +31,19 @@ class Tried(Protocol):
     def cost(self) -> float | None: ...
 
 
-def progress_figure(rows: Sequence[Tried], direction: str) -> Figure:
-    """Values by trial number: dots as they came, a line for the best so far, crosses for trials that failed."""
-    figure, panel = _figure(6.4, 3.8)
+class Expected(Tried, Protocol):
+    """One that also knows what was expected of it."""
+
+    @property
+    def improvement(self) -> float | None: ...
+
+
+def progress_figure(rows: Sequence[Tried], direction: str, value: str = "value") -> Figure:
+    """Values by trial number: dots as they came, a line for the best so far, crosses for trials that failed.
+
+    `value` is what they are called.
+    """
+    figure, panel = _panel(3.1)
     done = [row for row in rows if row.status == "done"]
     low, high = _limits([row.value for row in done if row.value is not None], direction)
     _dots(panel, done, [row.number for row in done], low, high)
@@ -51,19 +60,20 @@ def progress_figure(rows: Sequence[Tried], direction: str) -> Figure:
         panel.step([*numbers, end], np.clip([*best, best[-1]], low, high), where="post", color=_BEST, lw=1.8)
         where = int(np.flatnonzero(best == best[-1])[0])
         panel.scatter([numbers[where]], [best[-1]], s=60, facecolors="none", edgecolors=_BEST, lw=1.8, label="best")
-        panel.set_title(f"best value {best[-1]:.6g}: trial {numbers[where]} of {len(rows)}", loc="left", fontsize=10)
-    _finish(panel, "trial", "value", low, high)
+        title = f"best value {best[-1]:.6g}: trial {numbers[where]} of {len(rows)}"
+        panel.set_title(title, loc="left", fontsize=9.5, color=INK)
+    _finish(panel, "trial", value, low, high)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
 def cost_figure(rows: Sequence[Tried], direction: str, target: float) -> Figure:
     """What trials cost against what they are worth, with a line at the target."""
-    figure, panel = _figure(6.4, 3.8)
+    figure, panel = _panel(3.1)
     priced = [row for row in rows if row.cost is not None]
     done = [row for row in priced if row.status == "done"]
     low, high = _limits([row.value for row in done if row.value is not None], direction)
-    panel.axvline(target, color=_INK, lw=1, ls=(0, (4, 3)), zorder=0, label=f"target {target:.6g}")
+    panel.axvline(target, color=INK, lw=1, ls=(0, (4, 3)), zorder=0, label=f"target {target:.6g}")
     _dots(panel, done, [row.cost or 0.0 for row in done], low, high)
     _crosses(panel, rows, [row.cost or 0.0 for row in priced if row.status == "failed"])
     if done:
@@ -72,7 +82,7 @@ def cost_figure(rows: Sequence[Tried], direction: str, target: float) -> Figure:
             [best.cost or 0.0], [best.value or 0.0], s=60, facecolors="none", edgecolors=_BEST, lw=1.8, label="best"
         )
         title = f"best value {best.value:.6g} at cost {best.cost:.6g}: trial {best.number}"
-        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_title(title, loc="left", fontsize=9.5, color=INK)
     left = min([row.cost or 0.0 for row in priced], default=target)
     # Trials may all cost within a hair of the target: wide enough that the axis can say so in plain numbers.
     margin = max(0.08 * (target - left), 1e-4 * abs(target), 1e-12)
@@ -80,6 +90,33 @@ def cost_figure(rows: Sequence[Tried], direction: str, target: float) -> Figure:
     panel.ticklabel_format(axis="x", useOffset=False)
     panel.xaxis.set_major_locator(MaxNLocator(6))
     _finish(panel, "cost", "value", low, high)
+    return figure
+
+
+def improvement_figure(rows: Sequence[Expected]) -> Figure:
+    """Expected improvement of every trial that the Gaussian process chose, when it chose it, on a logarithmic scale.
+
+    Where the dots have come down, the process expects little of another trial: the search has converged.
+    """
+    figure, panel = _panel(2.6)
+    chosen = [row for row in rows if row.improvement is not None]
+    drawn = [row.number for row in rows if row.improvement is None]
+    # Below this it is rounding.
+    least = 1e-12
+    values = np.array([max(row.improvement or 0.0, least) for row in chosen])
+    if len(chosen):
+        panel.scatter([row.number for row in chosen], values, s=22, color=_TRIAL, alpha=0.75, linewidths=0)
+        panel.set_yscale("log")
+        panel.set_ylim(max(values.min(), values.max() * 1e-6) / 2, values.max() * 2)
+    if drawn:
+        bottom = panel.get_xaxis_transform()
+        label = "drawn at random, or given"
+        panel.plot(drawn, np.zeros(len(drawn)), "|", color=GRAY, ms=7, transform=bottom, clip_on=False, label=label)
+        _legend_below(panel)
+    panel.set_xlabel("trial")
+    panel.set_ylabel("expected improvement")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plain(panel)
     return figure
 
 
@@ -92,18 +129,16 @@ def dependence_figure(search: GpEi) -> Figure:
     process, points = search.model(), np.array([o.point for o in search.history if o.value is not None])
     axes = np.flatnonzero(search.space.numeric & (search.space.high > search.space.low))
     if process is None or not len(points) or not len(axes):
-        figure, panel = _figure(6.4, 1.2)
+        figure, panel = _panel(1.2)
         panel.set_axis_off()
-        panel.text(0, 0.5, "no dependence to show: too few trials, or no numeric parameter", color=_INK)
+        panel.text(0, 0.5, "no dependence to show: too few trials, or no numeric parameter", color=INK)
         return figure
     background = points[np.linspace(0, len(points) - 1, min(len(points), _BACKGROUND)).astype(int)]
     curves = {axis: _dependence(search, process, background, axis) for axis in axes.tolist()}
     shown = sorted(curves, key=lambda axis: -np.ptp(curves[axis][1]))[:_PANELS]
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(2.4 * columns, 5.0), 2.1 * lines + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = np.asarray(figure.subplots(lines, columns, sharey=True, squeeze=False)).reshape(-1)
+    figure, panels = new_figure(max(1.7 * columns, WIDTH), 1.7 * lines + 0.5, lines, columns, sharey=True)
     for panel, axis in zip(panels, shown, strict=False):
         _draw_dependence(panel, search, points[:, axis], axis, curves[axis])
     for panel in panels[len(shown) :]:
@@ -111,7 +146,7 @@ def dependence_figure(search: GpEi) -> Figure:
     for panel in panels[::columns]:
         panel.set_ylabel("expected value", fontsize=9)
     more = f"; the {len(shown)} of {len(curves)} that matter most" if len(curves) > len(shown) else ""
-    figure.suptitle(f"value against each parameter, the others as in the trials{more}", color=_INK, fontsize=10)
+    figure.suptitle(f"value against each parameter, the others as in the trials{more}", color=INK, fontsize=10)
     return figure
 
 
@@ -136,30 +171,25 @@ def _draw_dependence(
 ) -> None:
     about = search.space.axes[axis]
     panel.plot(*curve, color=_TRIAL, lw=1.8)
-    panel.plot(
-        tried, np.zeros(len(tried)), "|", color=_PALE, ms=7, transform=panel.get_xaxis_transform(), clip_on=False
-    )
+    panel.plot(tried, np.zeros(len(tried)), "|", color=GRAY, ms=7, transform=panel.get_xaxis_transform(), clip_on=False)
     if search.best is not None:
         best = search.best.point[axis]
         x, y = (np.log(v) for v in (best, curve[0])) if about.log else (best, curve[0])
         height = np.interp(x, y, curve[1])
-        panel.scatter([best], [height], s=50, facecolors="white", edgecolors=_BEST, lw=1.8, zorder=3)
+        panel.scatter([best], [height], s=50, facecolors=PAPER, edgecolors=_BEST, lw=1.8, zorder=3)
     if about.log:
         panel.set_xscale("log")
     else:
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=about.integer))
-    panel.set_title(about.name, fontsize=9, color=_INK)
-    panel.tick_params(labelsize=8, colors=_INK)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain(panel, about.name)
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+def _panel(height: float) -> tuple[Figure, Axes]:
+    figure, (panel,) = new_figure(WIDTH, height)
+    return figure, panel
 
 
 def _limits(values: Sequence[float], direction: str) -> tuple[float, float]:
@@ -196,12 +226,20 @@ def _crosses(panel: Axes, rows: Sequence[Tried], places: Sequence[float]) -> Non
 
 
 def _finish(panel: Axes, x: str, y: str, low: float, high: float) -> None:
-    panel.set_xlabel(x, color=_INK)
-    panel.set_ylabel(y, color=_INK)
+    panel.set_xlabel(x)
+    panel.set_ylabel(y)
     panel.set_ylim(low - 0.12 * (high - low), high + 0.06 * (high - low))
-    panel.tick_params(labelsize=9, colors=_INK)
-    panel.title.set_color(_INK)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain(panel)
+    _legend_below(panel)
+
+
+def _legend_below(panel: Axes) -> None:
     panel.figure.legend(
-        loc="outside lower left", fontsize=8, frameon=False, ncols=5, handletextpad=0.2, columnspacing=1.4
+        loc="outside lower left",
+        fontsize=8,
+        frameon=False,
+        ncols=5,
+        handletextpad=0.2,
+        columnspacing=1.2,
+        labelcolor=INK,
     )

@@ -9,6 +9,7 @@ from statistics import mean
 import rich.box
 import rich.table
 
+from lightning_mdc.reporting.outcomes import ClassChange
 from lightning_mdc.reporting.results import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results, mean_correct
 
 
@@ -39,15 +40,15 @@ def comparison(results: Results) -> Table:
     dense = results.of(DENSE)[0]
     groups = [rows for kind in (DENSE, SLIM, FINETUNED, REFERENCE) if (rows := results.of(kind))]
 
-    def share(of: Callable[[Result], int], unit: str = "") -> tuple[str, ...]:
+    def of_dense(of: Callable[[Result], int], unit: str = "") -> tuple[str, ...]:
         return tuple(f"{scaled(of(rows[0]))}{unit} ({of(rows[0]) / of(dense):.1%})" for rows in groups)
 
     cells: dict[str, Sequence[str]] = {
         "top-1": [count(mean_correct(rows), dense.images) for rows in groups],
         "agreement with dense": [count(mean(row.agreeing for row in rows), dense.images) for rows in groups],
-        "MACs": share(lambda row: row.macs),
-        "parameters": share(lambda row: row.params),
-        "weights file": share(lambda row: row.size, "B"),
+        "MACs": of_dense(lambda row: row.macs),
+        "parameters": of_dense(lambda row: row.params),
+        "weights file": of_dense(lambda row: row.size, "B"),
     }
     for batch_size in results.batch_sizes:
         cells[f"time per image, batch {batch_size}"] = [_time(rows[0], dense, batch_size) for rows in groups]
@@ -67,10 +68,32 @@ def by_seed(results: Results) -> Table:
     return Table(header=("model", "seed", "top-1", "agreement with dense"), rows=tuple(rows))
 
 
+def by_class(changes: Sequence[ClassChange]) -> Table:
+    """Accuracy of every class under dense and slim, in the order given."""
+    return Table(
+        header=("class", "test images", "dense", "slim", "change in points"),
+        rows=tuple(
+            (
+                each.name,
+                str(each.images),
+                share(each.dense / each.images),
+                share(each.slim / each.images),
+                f"{100 * each.change:+.1f}",
+            )
+            for each in changes
+        ),
+    )
+
+
 def count(number: float, total: int) -> str:
     """n/N and its share: ``351/360 (97.50 %)``; a mean over seeds keeps one decimal, ``350.7/360``."""
     shown = f"{number:.0f}" if float(number).is_integer() else f"{number:.1f}"
     return f"{shown}/{total} ({number / total:.2%})".replace("%", " %")
+
+
+def share(part: float) -> str:
+    """A fraction in per cent: ``0.5985`` is ``59.9 %``."""
+    return f"{part:.1%}".replace("%", " %")
 
 
 def scaled(number: float) -> str:

@@ -1,0 +1,61 @@
+"""``python -m lightning_mdc``: what can be done with a run after it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_mdc.errors import MdcError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_mdc", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    report = commands.add_parser(
+        "report",
+        help="make the report of a run again, or compare several runs",
+        description=(
+            "Make report.html, report.md and the pictures of a run again, from what lies in its folder; of a run that "
+            "was interrupted they show how far it came. Several folders: one page that compares them."
+        ),
+        epilog="example: python -m lightning_mdc report runs/digits/2026-01-31_12-00-00",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder that train.py made")
+    report.add_argument(
+        "-o", "--output", type=Path, help="the page that compares several runs (default: comparison.html, here)"
+    )
+    report.add_argument("--open", action="store_true", help="show the page in the browser")
+    given = parser.parse_args(arguments)
+    try:
+        path = _report(given.runs, given.output)
+    except (MdcError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    if given.open:
+        webbrowser.open(path.absolute().as_uri())
+    return 0
+
+
+def _report(runs: Sequence[Path], output: Path | None) -> Path:
+    """Write the page; returns where it is."""
+    if len(runs) > 1:
+        from lightning_mdc.reporting.comparison import write_comparison
+
+        path = output or Path("comparison.html")
+        print(f"{write_comparison(runs, path).title}")
+        return path
+    if output is not None:
+        raise MdcError(f"--output={output}: a single run's report goes into its folder; leave it out")
+    from lightning_mdc.reporting.report import write_report
+
+    print(write_report(runs[0]).verdict)
+    return runs[0] / "report.html"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

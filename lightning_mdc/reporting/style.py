@@ -1,0 +1,68 @@
+"""How every picture looks: colours that colour-blind readers tell apart (Okabe-Ito), few lines, no display needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# INK, PALE, GRAY and PAPER are swapped for those of the reader's theme where a page shows the picture, see `page`.
+INK, GRAY, PALE, PAPER = "#333333", "#b8b8b8", "#e3e3e3", "#ffffff"
+BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+COLOURS = {"heads": BLUE, "neurons": ORANGE, "tokens": GREEN}
+# A picture is as wide as a column of the page, which a phone shows whole; only many blocks need more.
+WIDTH = 4.8
+
+
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of that size in inches, and its panels row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.asarray(figure.subplots(rows, columns, squeeze=False, **options)).reshape(-1)
+    return figure, list(panels)
+
+
+def width_of_blocks(depth: int) -> float:
+    """Inches for a bar per block."""
+    return max(WIDTH, 0.36 * depth + 1.2)
+
+
+def plain(panel: Axes, title: str = "") -> None:
+    """Only the lines that are read off."""
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(GRAY)
+    panel.tick_params(labelsize=8, colors=INK)
+    for label in (panel.xaxis.label, panel.yaxis.label):
+        label.set_color(INK)
+        label.set_fontsize(9)
+    if title:
+        panel.set_title(title, loc="left", fontsize=9.5, color=INK)
+
+
+def legend_above(panel: Axes, columns: int = 3) -> None:
+    """Beside the title, where no data are."""
+    panel.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        fontsize=8,
+        frameon=False,
+        ncols=columns,
+        borderaxespad=0.2,
+        labelcolor=INK,
+        handlelength=1.2,
+        columnspacing=1.0,
+    )
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    figure.savefig(beside, dpi=160, format="png")
+    beside.replace(path)

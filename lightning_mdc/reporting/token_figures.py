@@ -1,0 +1,73 @@
+"""Pictures of what a slim model still looks at: patches that are gone as tokens of their own are faded.
+
+As readers know them from EViT (Liang et al., arXiv 2202.07800) and ToMe (Bolya et al., arXiv 2210.09461).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_mdc.reporting.examples import Example
+from lightning_mdc.reporting.style import INK, WIDTH, new_figure
+
+# What is left of a faded patch, and the gray it fades into.
+_LEFT, _FADE_TO = 0.22, 225.0
+
+
+def faded(image: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """`image` with the patches that are not kept faded.
+
+    Args:
+        image: (height, width, 3), uint8.
+        kept: (patches,) in row-major order, bool.
+        grid: (height, width) in patches.
+    """
+    height, width = image.shape[:2]
+    # Each pixel's patch; where the grid does not divide the image, borders fall on the nearest pixel.
+    rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
+    there = kept.reshape(grid)[rows[:, None], columns[None]][..., None]
+    return np.where(there, image, _LEFT * image + (1 - _LEFT) * _FADE_TO).round().astype(np.uint8)
+
+
+def tokens_figure(
+    examples: Sequence[Example], blocks: Sequence[int], grid: tuple[int, int], class_names: Sequence[str]
+) -> Figure:
+    """A row per image: as it is, and after each token stage; above it what dense and slim say of it."""
+    columns = 1 + len(blocks)
+    side = WIDTH / max(columns, 4)
+    shape = examples[0].image.shape
+    figure, panels = new_figure(
+        side * columns, len(examples) * (side * shape[0] / shape[1] + 0.42), len(examples), columns
+    )
+    for panel in panels:
+        panel.set_axis_off()
+    for row, example in enumerate(examples):
+        line = panels[row * columns : (row + 1) * columns]
+        pictures = [example.image, *(faded(example.image, kept, grid) for kept in example.kept)]
+        for panel, picture in zip(line, pictures, strict=True):
+            panel.imshow(picture, interpolation="nearest")
+        line[0].set_title(said(example, class_names), loc="left", fontsize=8, color=INK)
+        for panel, kept, block in zip(line[1:], example.kept, blocks, strict=True):
+            panel.text(
+                0.5,
+                -0.04,
+                f"block {block}: {kept.sum()} of {kept.size}",
+                transform=panel.transAxes,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=INK,
+            )
+    return figure
+
+
+def said(example: Example, class_names: Sequence[str]) -> str:
+    """What the two models say of an image: ``cat: dense cat 97 %, slim dog 55 %``."""
+    parts = [
+        f"{name} {class_names[kind]} {sure:.0%}".replace("%", " %")
+        for name, (kind, sure) in (("dense", example.dense), ("slim", example.slim))
+    ]
+    return f"{class_names[example.label]}: {', '.join(parts)}"
