@@ -131,7 +131,9 @@ def test_dependence_of_many_axes_shows_the_eight_that_matter_most(tmp_path):
     weights = np.array([0, 9, 0, 8, 0, 7, 0, 6, 5, 4, 3, 2])
     search = told(axes, lambda p: float(weights @ p), "maximize", 80)
     figure = dependence_figure(search)
-    assert [panel.get_title(loc="left") for panel in figure.axes] == [f"x.{i}" for i in np.argsort(-weights, kind="stable")[:8]]
+    assert [panel.get_title(loc="left") for panel in figure.axes] == [
+        f"x.{i}" for i in np.argsort(-weights, kind="stable")[:8]
+    ]
     save_figure(figure, tmp_path / "figure.png")
     assert "the 8 of 12 that matter most" in figure.get_suptitle()
 

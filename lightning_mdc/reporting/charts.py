@@ -16,7 +16,14 @@ from lightning_mdc.policy import Policy
 from lightning_mdc.policy_search.gp_ei import GpEi
 from lightning_mdc.policy_search.space import Axis, Space
 from lightning_mdc.policy_search.study import Row, StudyFile
-from lightning_mdc.reporting import importance_figures, plan_figures, result_figures, search_figures, token_figures
+from lightning_mdc.reporting import (
+    importance_figures,
+    plan_figures,
+    result_figures,
+    search_figures,
+    sensitivity_figures,
+    token_figures,
+)
 from lightning_mdc.reporting.examples import FIRST, LEAST_CHANGED, MOST_CHANGED
 from lightning_mdc.reporting.record import RunRecord
 from lightning_mdc.reporting.result_figures import Point
@@ -221,7 +228,31 @@ def _classes(record: RunRecord) -> Iterator[Chart]:
 
 
 def _sensitivity(record: RunRecord) -> Iterator[Chart]:
-    return iter(())
+    sensitivity = record.sensitivity
+    if sensitivity is None or not sensitivity.cuts:
+        return
+    alone = "One dimension of one block is cut, all else stays whole; not finetuned, on held-out training images."
+    yield Chart(
+        "sensitivity/accuracy",
+        SENSITIVITY,
+        "What it costs in accuracy",
+        f"{alone} Steep lines are blocks to leave alone.",
+        sensitivity_figures.sensitivity_figure(sensitivity, "accuracy"),
+    )
+    yield Chart(
+        "sensitivity/kl",
+        SENSITIVITY,
+        "How far predictions move",
+        f"{alone} KL(dense ‖ cut) also sees what does not turn an answer into a wrong one.",
+        sensitivity_figures.sensitivity_figure(sensitivity, "kl"),
+    )
+    yield Chart(
+        "sensitivity/map",
+        SENSITIVITY,
+        "Which blocks can spare what",
+        f"{alone} The darker, the more accuracy is lost.",
+        sensitivity_figures.sensitivity_map(sensitivity),
+    )
 
 
 def _importance(record: RunRecord) -> Iterator[Chart]:

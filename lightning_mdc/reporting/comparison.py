@@ -51,7 +51,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     return Comparison(
         title=f"{len(records)} runs side by side",
         table=Table(
-            ("run", "budget", "MACs", "parameters", "dense", "slim", "change", "as fast (largest batch)"),
+            ("run", "budget", "MACs", "parameters", "dense", "slim", "change", "speed"),
             tuple((name, *_row(record)) for name, record in records.items()),
         ),
         differences=_differences(records),
@@ -88,7 +88,8 @@ def _row(record: RunRecord) -> tuple[str, ...]:
     if results is None:
         done = [name for name in record.stages if name != "report"]
         return budget, "", "", "", "", f"not finished; done: {', '.join(done) or 'nothing'}", ""
-    dense, slim, images = results.of(DENSE)[0], results.slimmest, results.slimmest.images
+    dense, slim, batch = results.of(DENSE)[0], results.slimmest, results.batch_sizes[-1]
+    images = slim.images
     return (
         budget,
         f"{scaled(slim.macs)} ({share(slim.macs / dense.macs)})",
@@ -96,7 +97,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
         count(dense.correct, images),
         count(results.slim_correct, images),
         f"{100 * (results.slim_correct / images - dense.top1):+.1f} points",
-        f"{results.speedup(results.batch_sizes[-1]):.2f}x",
+        f"{results.speedup(batch):.2f}x at batch {batch}",
     )
 
 
