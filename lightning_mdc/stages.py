@@ -1,4 +1,4 @@
-"""What each stage of ``train.py`` does: dense, score, share, search, slim, distill, test, report.
+"""What each stage of ``train.py`` does: dense, score, share, sensitivity, search, slim, distill, test, report.
 
 Each stage is a function that reads what earlier stages left in the run's folder and writes its own output there. What a
 stage's result depends on is listed in `STAGES`; `lightning_mdc.pipeline` decides from it which stages have to run.
@@ -25,7 +25,6 @@ from lightning import seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
 
 from lightning_mdc import assembly, reporting
 from lightning_mdc.artifact import WEIGHTS, load, save
@@ -36,11 +35,14 @@ from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import DataError
 from lightning_mdc.importance import Scores, make_plan, score
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import Plan, Policy
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy
 from lightning_mdc.policy_search.driver import SearchResult
 from lightning_mdc.policy_search.driver import search as search_policies
+from lightning_mdc.policy_search.held_out import HeldOut, gathered
+from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.ranks import is_first, on_first_rank, rank, summed, world_size
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
+from lightning_mdc.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import slim
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,12 @@ class Run:
     @property
     def plan(self) -> Plan:
         return Plan.from_json((self.folder / "plan.json").read_text())
+
+
+def upstream_of_cuts(run: Run) -> dict[str, str]:
+    """Fingerprints of what a policy is judged with: the weights, and the scores that say which units go first."""
+    weights = ("share",) if shares_weights(run.settings) else ()
+    return {name: run.marks[name] for name in ("dense", "score", *weights)}
 
 
 def shares_weights(settings: assembly.Settings) -> bool:
@@ -120,6 +128,36 @@ def share(run: Run) -> str:
     scores = Scores.load(run.folder / "scores.safetensors")
     train(run, options, assembly.build_sharing(run.settings, model, scores), "shared", run.marks["share"])
     return f"{options['epochs']} epochs of weight sharing"
+
+
+def sensitivity(run: Run) -> str:
+    """Cut every dimension of every block alone, to see which bear it; leaves ``sensitivity.csv`` and a picture."""
+    options, surgery = run.settings["sensitivity"], run.settings["surgery"]
+    # All but the levels makes a cut what it is: with other levels those that are there are not made again.
+    same = {"images": options["images"], "surgery": surgery}
+    mark = fingerprint(same, upstream_of_cuts(run))
+    state = run.folder / "sensitivity" / f"cuts-{mark[:12]}.csv"
+    if on_first_rank(state.exists):
+        log.info("  going on from %s", state)
+    model = run.model(run.weights).to(run.device)
+    images, labels = gathered(held_out_batches(run), options["images"])
+    held_out = HeldOut([(images, labels)], "kl", dense=model, batch_size=options["batch_size"], device=run.device)
+    found = measure_sensitivity(
+        model,
+        Scores.load(run.folder / "scores.safetensors"),
+        held_out,
+        levels={name: options[name] for name in DIMENSIONS},
+        stages=surgery["stages"],
+        token_score=surgery["token_score"],
+        fuse_tokens=surgery["fuse_tokens"],
+        state=state,
+    )
+    on_first_rank(partial(found.save, run.folder / "sensitivity.csv"))
+    worst = max(found.cuts, key=lambda cut: cut.kl)
+    return (
+        f"{len(found.cuts)} cuts on {held_out.num_images} images; worst: {worst.dimension} of block {worst.block} to "
+        f"{worst.keep:.0%} (top-1 {worst.accuracy:.1%})"
+    )
 
 
 def search(run: Run) -> str:
@@ -256,6 +294,7 @@ class Stage:
     settings: tuple[str, ...] = ()  # dotted keys
     uses_data: bool = True
     on_all_ranks: bool = True
+    in_all: bool = True  # whether stage=all runs it
 
 
 # Of the Trainer's settings, those that change what is learnt; another device or logging interval does not.
@@ -276,6 +315,9 @@ STAGES: Mapping[str, Stage] = {
         score_units, "scores.safetensors", ("dense",), ("seed", "importance", "calibration", "surgery.stages")
     ),
     "share": Stage(share, "shared", ("dense", "score"), ("sharing", *_SPACE, *_TRAINING)),
+    "sensitivity": Stage(
+        sensitivity, "sensitivity.csv", ("dense", "score", "share"), ("sensitivity", "surgery"), in_all=False
+    ),
     "search": Stage(
         search,
         "policy.json",
@@ -327,9 +369,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     options, surgery = dict(run.settings["search"]), run.settings["surgery"]
     # All but the number of trials makes a search what it is: with more of them it goes on.
     same = {key: run.settings[key] for key in ("seed", "budget", "policy", "surgery")}
-    weights = ("share",) if shares_weights(run.settings) else ()
-    upstream = {name: run.marks[name] for name in ("dense", "score", *weights)}
-    mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream)
+    mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream_of_cuts(run))
     state = run.folder / "search" / f"trials-{mark[:12]}.jsonl"
     if state.exists():
         log.info("  going on from %s", state)
@@ -374,7 +414,7 @@ def held_out_batches(run: Run) -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset) and world_size() > 1:
         raise DataError(
             f"stage='search' on {world_size()} processes: every rank reads another part of this streamed data set; run "
-            "it with trainer.devices=1 and resume=true, the other stages on all devices"
+            "it (and 'sensitivity') with trainer.devices=1 and resume=true, the other stages on all devices"
         )
     return DataLoader(dataset, run.data.batch_size, num_workers=run.data.num_workers)
 
@@ -400,11 +440,11 @@ def predictions(run: Run, model: nn.Module, title: str) -> tuple[Tensor, Tensor]
     loader = run.data.test_dataloader()
     labels, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     model = model.to(run.device).eval()
-    with torch.inference_mode():
-        hidden = None if is_first() else True
-        for images, targets in tqdm(loader, desc=f"Testing {title}", unit="batch", disable=hidden, leave=False):
+    with torch.inference_mode(), bar(f"Testing {title}", steps_of(loader)) as advance:
+        for images, targets in loader:
             classes.append(model(images.to(run.device)).argmax(dim=-1).cpu())
             labels.append(torch.as_tensor(targets))
+            advance()
     return torch.cat(labels), torch.cat(classes)
 
 
@@ -443,6 +483,7 @@ def _places(run: Run) -> list[reporting.Place]:
         "dense/": "the dense model, for `lightning_mdc.load`",
         "scores.safetensors": "importance of every head, neuron and token position",
         "shared/": "the dense model after weight sharing",
+        "sensitivity.csv": "accuracy and KL as each dimension of each block alone is cut",
         "policy.json": "how much each block keeps",
         "search/": "every policy that was tried, and pictures of the search",
         "plan.json": "which units each block keeps",

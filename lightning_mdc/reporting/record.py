@@ -104,7 +104,10 @@ class RunRecord:
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
-        return self._read("sensitivity.csv", Sensitivity.load)
+        """What was cut so far; of a stage that is under way or was killed, the cuts that are done."""
+        files = [*self.folder.glob("sensitivity/cuts-*.csv"), *self.folder.glob("sensitivity.csv")]
+        newest = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+        return None if newest is None else self._read(str(newest.relative_to(self.folder)), Sensitivity.load)
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
         path = self.folder / name
