@@ -107,7 +107,7 @@ def test_what_a_model_cannot_lose_is_not_cut():
     model = randomised(POST_NORM())  # whose tokens have to stay
     scores = mdc.score(model, [images(8)], "magnitude")
     judge = HeldOut([(images(8), torch.zeros(8))], "kl", dense=model)
-    found = measure_sensitivity(model, scores, judge, levels={name: (0.5,) for name in LEVELS})
+    found = measure_sensitivity(model, scores, judge, levels=dict.fromkeys(LEVELS, (0.5,)))
     assert found.dimensions == ("heads", "neurons")
     assert [cut.keep for cut in found.curve("heads", 2)] == [1, 0.5]
 

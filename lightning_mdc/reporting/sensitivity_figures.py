@@ -85,7 +85,7 @@ def sensitivity_map(sensitivity: Sensitivity) -> Figure:
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(panels), aspect=40, pad=0.02)
     bar.set_label("top-1 lost (percentage points)", fontsize=9, color=_INK)
     bar.ax.tick_params(labelsize=8, colors=_INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -109,7 +109,7 @@ def _depth_bar(figure: Figure, panels: list[Axes], colours: ListedColormap) -> N
     bar.set_label("block", fontsize=9, color=_INK)
     bar.ax.tick_params(labelsize=8, colors=_INK, length=0)
     bar.ax.minorticks_off()
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _finish(panel: Axes, name: str, measure: str) -> None:
