@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, as_budget, macs, policy_macs
@@ -24,6 +23,7 @@ from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as
 from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
 from lightning_mdc.models import Sites, evaluating, find_model, find_sites, unwrap
 from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, check_dimensions
+from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
 
@@ -377,18 +377,13 @@ class MultiDimPruneCallback(Callback):
             return scorer
         batches = CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
         mine = range(trainer.global_rank, len(batches), trainer.world_size)
-        bar = tqdm(
-            mine,
-            desc="Scoring",
-            unit="batch",
-            leave=False,
-            disable=True if trainer.global_rank or trainer.progress_bar_callback is None else None,
-        )
-        with isolated_rng(), evaluating(pl_module), scorer:
-            for index in bar:
+        shown = bar("Scoring", len(mine), shown=trainer.is_global_zero and trainer.progress_bar_callback is not None)
+        with isolated_rng(), evaluating(pl_module), scorer, shown as advance:
+            for index in mine:
                 seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
                 batch = batches[index]
                 self._observe(trainer, pl_module, scorer, _to_device(trainer, pl_module, batch))
+                advance()
         return scorer
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:

@@ -16,7 +16,7 @@ from lightning import seed_everything
 
 from lightning_mdc import assembly
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.policy import TOKEN_SCORES, Policy
+from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Policy
 from lightning_mdc.ranks import on_first_rank
 from lightning_mdc.reporting.invocations import note_invocation
 from lightning_mdc.run_folder import RunFolder, fingerprint, open_run, write_text
@@ -141,18 +141,14 @@ def select(settings: assembly.Settings) -> tuple[str, ...]:
     """
     stage, skip = settings["stage"], settings["skip"]
     off = () if shares_weights(settings) else ("share",)
-    chosen = (
-        [name for name in STAGES if name not in off]
-        if stage == "all"
-        else [stage]
-        if isinstance(stage, str)
-        else list(stage or ())
-    )
+    every = [name for name, known in STAGES.items() if known.in_all and name not in off]
+    asked = [stage] if isinstance(stage, str) else list(stage or ())
+    chosen = [name for word in asked for name in (every if word == "all" else [word])]
     skipped = [skip] if isinstance(skip, str) else list(skip or ())
     for key, names in (("stage", chosen), ("skip", skipped)):
         unknown = [name for name in names if name not in STAGES]
         if unknown:
-            raise ConfigError(f"{key}={unknown[0]!r} is no stage; stages are {', '.join(STAGES)}")
+            raise ConfigError(f"{key}={unknown[0]!r} is no stage; stages are {', '.join(STAGES)}, and all")
     if set(off) & set(chosen):
         raise ConfigError("stage='share' has nothing to do with sharing.epochs=0; give some, e.g. sharing.epochs=5")
     selected = tuple(name for name in STAGES if name in chosen and name not in skipped)
@@ -208,10 +204,21 @@ def _check_values(settings: assembly.Settings) -> None:
         ("distillation.epochs", distillation["epochs"], 0),
         ("calibration.images", calibration["images"], 1),
         ("calibration.batch_size", calibration["batch_size"], 1),
+        ("sensitivity.images", settings["sensitivity"]["images"], 1),
+        ("sensitivity.batch_size", settings["sensitivity"]["batch_size"], 1),
         ("latency.rounds", settings["latency"]["rounds"], 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{key}={value!r}: expected a whole number of at least {least}")
+    for name in DIMENSIONS:
+        ratios = settings["sensitivity"][name]
+        if not (ratios is None and name == "heads") and not (
+            isinstance(ratios, list) and ratios and all(type(r) in (int, float) and 0 <= r <= 1 for r in ratios)
+        ):
+            raise ConfigError(
+                f"sensitivity.{name}={ratios!r}: expected a list of keep ratios from 0 to 1, such as [0.5,0]"
+                + (", or null for every number of heads" if name == "heads" else "")
+            )
     minutes, ema_decay = settings["checkpoint_minutes"], distillation["ema_decay"]
     if minutes is not None and not (type(minutes) in (int, float) and minutes > 0):
         raise ConfigError(f"checkpoint_minutes={minutes!r}: expected a number of minutes above 0, or null")

@@ -1,4 +1,4 @@
-"""What each stage of ``train.py`` does: dense, score, share, search, slim, distill, test, report.
+"""What each stage of ``train.py`` does: dense, score, share, sensitivity, search, slim, distill, test, report.
 
 Each stage is a function that reads what earlier stages left in the run's folder and writes its own output there. What a
 stage's result depends on is listed in `STAGES`; `lightning_mdc.pipeline` decides from it which stages have to run.
@@ -34,13 +34,15 @@ from lightning_mdc.data import ImageDataModule
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import DataError
 from lightning_mdc.importance import Scores, make_plan, score
-from lightning_mdc.policy import Plan, Policy
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy
 from lightning_mdc.policy_search.driver import SearchResult
 from lightning_mdc.policy_search.driver import search as search_policies
+from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.ranks import on_first_rank, rank, world_size
 from lightning_mdc.reporting.outcomes import Outcomes
 from lightning_mdc.reporting.report import write_report
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
+from lightning_mdc.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import slim
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,12 @@ class Run:
     @property
     def plan(self) -> Plan:
         return Plan.from_json((self.folder / "plan.json").read_text())
+
+
+def upstream_of_cuts(run: Run) -> dict[str, str]:
+    """Fingerprints of what a policy is judged with: the weights, and the scores that say which units go first."""
+    weights = ("share",) if shares_weights(run.settings) else ()
+    return {name: run.marks[name] for name in ("dense", "score", *weights)}
 
 
 def shares_weights(settings: assembly.Settings) -> bool:
@@ -120,6 +128,36 @@ def share(run: Run) -> str:
     scores = Scores.load(run.folder / "scores.safetensors")
     train(run, options, assembly.build_sharing(run.settings, model, scores), "shared", run.marks["share"])
     return f"{options['epochs']} epochs of weight sharing"
+
+
+def sensitivity(run: Run) -> str:
+    """Cut every dimension of every block alone, to see which bear it; leaves ``sensitivity.csv`` and a picture."""
+    options, surgery = run.settings["sensitivity"], run.settings["surgery"]
+    # All but the levels makes a cut what it is: with other levels those that are there are not made again.
+    same = {"images": options["images"], "surgery": surgery}
+    mark = fingerprint(same, upstream_of_cuts(run))
+    state = run.folder / "sensitivity" / f"cuts-{mark[:12]}.csv"
+    if on_first_rank(state.exists):
+        log.info("  going on from %s", state)
+    model = run.model(run.weights).to(run.device)
+    images, labels = gathered(held_out_batches(run), options["images"])
+    held_out = HeldOut([(images, labels)], "kl", dense=model, batch_size=options["batch_size"], device=run.device)
+    found = measure_sensitivity(
+        model,
+        Scores.load(run.folder / "scores.safetensors"),
+        held_out,
+        levels={name: options[name] for name in DIMENSIONS},
+        stages=surgery["stages"],
+        token_score=surgery["token_score"],
+        fuse_tokens=surgery["fuse_tokens"],
+        state=state,
+    )
+    on_first_rank(partial(found.save, run.folder / "sensitivity.csv"))
+    worst = max(found.cuts, key=lambda cut: cut.kl)
+    return (
+        f"{len(found.cuts)} cuts on {held_out.num_images} images; worst: {worst.dimension} of block {worst.block} to "
+        f"{worst.keep:.0%} (top-1 {worst.accuracy:.1%})"
+    )
 
 
 def search(run: Run) -> str:
@@ -262,6 +300,7 @@ class Stage:
     settings: tuple[str, ...] = ()  # dotted keys
     uses_data: bool = True
     on_all_ranks: bool = True
+    in_all: bool = True  # whether stage=all runs it
 
 
 # Of the Trainer's settings, those that change what is learnt; another device or logging interval does not.
@@ -282,6 +321,9 @@ STAGES: Mapping[str, Stage] = {
         score_units, "scores.safetensors", ("dense",), ("seed", "importance", "calibration", "surgery.stages")
     ),
     "share": Stage(share, "shared", ("dense", "score"), ("sharing", *_SPACE, *_TRAINING)),
+    "sensitivity": Stage(
+        sensitivity, "sensitivity.csv", ("dense", "score", "share"), ("sensitivity", "surgery"), in_all=False
+    ),
     "search": Stage(
         search,
         "policy.json",
@@ -333,9 +375,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     options, surgery = dict(run.settings["search"]), run.settings["surgery"]
     # All but the number of trials makes a search what it is: with more of them it goes on.
     same = {key: run.settings[key] for key in ("seed", "budget", "policy", "surgery")}
-    weights = ("share",) if shares_weights(run.settings) else ()
-    upstream = {name: run.marks[name] for name in ("dense", "score", *weights)}
-    mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream)
+    mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream_of_cuts(run))
     state = run.folder / "search" / f"trials-{mark[:12]}.jsonl"
     if state.exists():
         log.info("  going on from %s", state)
@@ -371,7 +411,7 @@ def held_out_batches(run: Run) -> DataLoader[Any]:
     if isinstance(dataset, IterableDataset) and world_size() > 1:
         raise DataError(
             f"stage='search' on {world_size()} processes: every rank reads another part of this streamed data set; run "
-            "it with trainer.devices=1 and resume=true, the other stages on all devices"
+            "it (and 'sensitivity') with trainer.devices=1 and resume=true, the other stages on all devices"
         )
     return DataLoader(dataset, run.data.batch_size, num_workers=run.data.num_workers)
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lightning_mdc.models import evaluating, find_sites
-from lightning_mdc.ranks import everyones, is_first
+from lightning_mdc.progress import bar, steps_of
+from lightning_mdc.ranks import everyones
 from lightning_mdc.reporting.examples import FIRST, LEAST_CHANGED, MOST_CHANGED, Example, Examples
 from lightning_mdc.reporting.outcomes import Outcomes
 from lightning_mdc.surgery.survivors import surviving_patches
@@ -45,11 +45,11 @@ def outcomes(
 def _predictions(model: nn.Module, loader: Iterable[Any], device: torch.device, title: str) -> tuple[Tensor, Tensor]:
     """(labels, predicted classes), (n,) each."""
     labels, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    hidden = None if is_first() else True
-    with torch.inference_mode(), evaluating(model):
-        for images, targets in tqdm(loader, desc=f"Testing {title}", unit="batch", disable=hidden, leave=False):
+    with torch.inference_mode(), evaluating(model), bar(f"Testing {title}", steps_of(loader)) as advance:
+        for images, targets in loader:
             classes.append(model(images.to(device)).argmax(dim=-1).cpu())
             labels.append(torch.as_tensor(targets))
+            advance()
     return torch.cat(labels), torch.cat(classes)
 
 

@@ -39,7 +39,12 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not in
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A finished run with everything a report can show; tests that change one work on a copy."""
-    chosen = settings(tmp_path_factory.mktemp("runs"), "stage=all")
+    chosen = settings(
+        tmp_path_factory.mktemp("runs"),
+        "stage=[all,sensitivity]",
+        "sensitivity.neurons=[0.5,0]",
+        "sensitivity.tokens=[0.5,0]",
+    )
     return pipeline.run(chosen).path
 
 

@@ -54,6 +54,10 @@ TINY = (
 )
 
 
+# Stages that the settings switch off, and those that `stage=all` does not run.
+NOT_ASKED_FOR = ("share", "sensitivity")
+
+
 def settings(tmp_path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return train.plain(compose("train", [*TINY, f"runs={tmp_path}", *overrides]))
@@ -103,7 +107,7 @@ def copied(finished, tmp_path) -> Path:
 
 def test_every_stage_leaves_its_output(finished):
     for name, stage in pipeline.STAGES.items():
-        assert (finished / stage.output).exists() == (name != "share")  # which is switched off
+        assert (finished / stage.output).exists() == (name not in NOT_ASKED_FOR), name
     for name in ("dense", "slim", "finetuned/seed0", "finetuned/seed1", "reference/seed0"):
         assert mdc.load(finished / name)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert (finished / "pictures" / "kept.png").stat().st_size > 10_000
@@ -167,7 +171,7 @@ def test_resuming_picks_everything_up_and_says_so(copied, caplog):
     before = {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
     again = pipeline.run(settings(copied.parent.parent, "resume=true"))
     assert again.path == copied
-    assert picked_up(caplog) == [name for name in pipeline.STAGES if name != "share"]
+    assert picked_up(caplog) == [name for name in pipeline.STAGES if name not in NOT_ASKED_FOR]
     assert before == {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
 
 
@@ -189,8 +193,9 @@ def test_another_budget_runs_again_from_the_search_on(copied, caplog):
     ("override", "kept"),
     [
         ("importance=random", ["dense"]),
-        ("distillation.kd_weight=0.1", ["dense", "score", "share", "search", "slim"]),
-        ("latency.rounds=2", ["dense", "score", "share", "search", "slim", "distill"]),
+        ("distillation.kd_weight=0.1", ["dense", "score", "share", "sensitivity", "search", "slim"]),
+        ("latency.rounds=2", ["dense", "score", "share", "sensitivity", "search", "slim", "distill"]),
+        ("sensitivity.images=9", [name for name in pipeline.STAGES if name != "sensitivity"]),
         ("data.num_workers=1", list(pipeline.STAGES)),
         ("trainer.log_every_n_steps=7", list(pipeline.STAGES)),
         ("data.max_train_images=60", []),
@@ -310,7 +315,7 @@ def test_weights_that_were_shared_are_searched_over_and_cut(copied, caplog):
     assert torch.equal(slim, shared)
     assert not torch.equal(shared, dense)
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "sharing.epochs=1", "sharing.optimizer.lr=1e-2"))
-    assert picked_up(caplog) == list(pipeline.STAGES)
+    assert picked_up(caplog) == [name for name in pipeline.STAGES if name != "sensitivity"]
     pipeline.run(settings(copied.parent.parent, f"resume={copied}"))  # without: another search, over the dense weights
     assert torch.equal(mdc.load(folder / "slim").patch_embed.proj.weight, dense)
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
 from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites
 from lightning_mdc.policy import Policy, default_stages
+from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.ranks import everyones, summed
 
@@ -60,13 +60,11 @@ def score(
         raise CalibrationError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
     scorer = Scorer(sites, criterion, dimensions, stages)
     if criterion.needs_images:
-        bar = tqdm(
-            total=_length(batches), desc="Scoring", unit="batch", disable=None if progress else True, leave=False
-        )
-        with isolated_rng(), evaluating(model), scorer, bar:
+        shown = bar("Scoring", steps_of(batches), shown=progress)
+        with isolated_rng(), evaluating(model), scorer, shown as advance:
             for images, labels in _as_tensors(batches, criterion):
                 scorer.update(partial(_predict, model, _on(sites, images), prediction), labels)
-                bar.update()
+                advance()
     if over_ranks:
         scorer.sum_over_ranks()
     return scorer.scores()
@@ -317,13 +315,6 @@ def _full_precision() -> Iterator[None]:
 
 def _dimension(name: str) -> str:
     return name.split(".", 1)[0]
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 def _on(sites: Sites, images: Tensor) -> Tensor:

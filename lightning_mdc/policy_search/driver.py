@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 from torchmetrics import Metric
-from tqdm.auto import tqdm
 
 from lightning_mdc.budget import Budget
 from lightning_mdc.errors import SearchError
@@ -27,6 +26,7 @@ from lightning_mdc.policy_search.held_out import METRICS, HeldOut, Judgement
 from lightning_mdc.policy_search.on_budget import Projection
 from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
 from lightning_mdc.policy_search.study import Row, Study, has_begun, observations
+from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
 from lightning_mdc.ranks import first_error, is_first, on_first_rank
 from lightning_mdc.surgery import slim
@@ -256,17 +256,14 @@ def _run(
 
     finished, row, best = on_first_rank(following)
     before, begun = finished, time.perf_counter()
-    hidden = None if progress and is_first() else True  # None: where there is no terminal
-    bar = tqdm(total=n_trials, initial=finished, desc="Searching", unit="trial", disable=hidden)
-    with bar, isolated_rng():
+    with bar("Searching", n_trials, completed=finished, shown=progress) as advance, isolated_rng():
         while row is not None:
             started = time.perf_counter()
             judgement, note = _judged(space, row, tried, best, seed)
             seconds = time.perf_counter() - started
             over = on_first_rank(partial(finish, row, judgement, seconds, note))
             finished, row, best = on_first_rank(following)
-            bar.set_postfix_str(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
-            bar.update()
+            advance(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
             if is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
                 left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
                 log.info(

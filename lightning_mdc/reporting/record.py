@@ -119,7 +119,14 @@ class RunRecord:
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
-        return self._of("sensitivity", "sensitivity.csv", Sensitivity.load)
+        """What was cut so far; of a stage that is under way or was killed, the cuts that are done."""
+        if "sensitivity" in self.stages or "score" not in self.stages:
+            return self._of("sensitivity", "sensitivity.csv", Sensitivity.load)
+        # Of an older dense model or older scores there may be some, too.
+        since = (self.folder / "stages" / "score.json").stat().st_mtime_ns
+        begun = {path.stat().st_mtime_ns: path for path in self.folder.glob("sensitivity/cuts-*.csv")}
+        newest = max((when for when in begun if when > since), default=None)
+        return None if newest is None else self._read(str(begun[newest].relative_to(self.folder)), Sensitivity.load)
 
     def _of(self, stage: str, name: str, read: Callable[[Path], T]) -> T | None:
         """What a stage left; nothing unless it is done, for what lies there then belongs to older settings."""

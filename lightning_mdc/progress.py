@@ -1,0 +1,107 @@
+"""The terminal: bars that show how far something is, and lines that do not get in their way.
+
+Bars and lines share rich's own console, which is also Lightning's. Where there is no terminal there are no bars, and
+lines are plain text: nothing that a file or a pipe would have to be cleaned of.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import rich
+from rich.console import Console
+from rich.errors import LiveError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lightning_mdc.ranks import is_first
+
+Advance = Callable[..., None]
+
+
+def on_terminal() -> bool:
+    """Whether bars can be seen, and are wanted (see `is_quiet`)."""
+    # Both: a bar on a terminal would take along what is written to a file by way of the other stream.
+    return sys.stdout.isatty() and sys.stderr.isatty() and not rich.get_console().is_dumb_terminal and not is_quiet()
+
+
+def is_quiet() -> bool:
+    """Whether warnings and errors are all that is wanted on the screen (``-q``)."""
+    screens = [handler for handler in logging.getLogger().handlers if isinstance(handler, Screen)]
+    return any(screen.level > logging.INFO for screen in screens)
+
+
+def console() -> Console:
+    """What to print tables on; under ``-q`` it prints nothing."""
+    return Console(quiet=True) if is_quiet() else rich.get_console()
+
+
+@contextmanager
+def bar(
+    what: str, total: int | None, *, completed: int = 0, shown: bool = True, in_background: bool = True
+) -> Iterator[Advance]:
+    """A progress bar on a terminal, on the first rank; gone when it is done.
+
+    Gives ``advance(note="", steps=1)``, to be called after each step; the note stands beside the bar.
+
+    Args:
+        what: is being done, e.g. ``"Scoring"``.
+        total: steps; None if nobody knows.
+        completed: of these, how many were done before.
+        shown: False for no bar at all.
+        in_background: clock and bar also move between steps; False where a step is timed and must not be disturbed.
+    """
+    if not (shown and is_first() and on_terminal()):
+        yield lambda note="", steps=1: None
+        return
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=rich.get_console(),
+        transient=True,
+        auto_refresh=in_background,
+    )
+    task = progress.add_task(what, total=total, completed=completed, note="")
+
+    def advance(note: str = "", steps: int = 1) -> None:
+        progress.update(task, advance=steps, note=note, refresh=not in_background)
+
+    try:
+        progress.start()
+    except LiveError:  # somebody else's bar is there, and older rich draws one at a time
+        yield lambda note="", steps=1: None
+        return
+    try:
+        yield advance
+    finally:
+        progress.stop()
+
+
+def steps_of(batches: Iterable[Any]) -> int | None:
+    """How many batches there will be; None if nobody knows, as of a stream."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+class Screen(logging.Handler):
+    """Lines of the log as they are, on standard output, above a bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            if sys.stdout.isatty():
+                rich.get_console().print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, flush=True)
+        except Exception:  # as every handler of the standard library does
+            self.handleError(record)
