@@ -96,6 +96,8 @@ class Sensitivity:
         """
         try:
             rows = csv.DictReader(path.read_text().splitlines())
+            if rows.fieldnames != [field.name for field in fields(Cut)]:
+                raise ValueError(f"its columns are {rows.fieldnames}")
             return cls(
                 tuple(
                     Cut(

@@ -354,7 +354,9 @@ def test_the_top1_of_every_trial_is_kept_with_the_metrics_name(model, scores, tm
             logits = mdc.slim(model, mdc.make_plan(model, scores, trial.policy))(x)
         assert trial.accuracy == (logits.argmax(1) == y).double().mean().item()
     study = read_study(state)
-    assert study.remembered == {"metric": "kl"}
+    with torch.no_grad():
+        right = (model(x).argmax(1) == y).double().mean().item()
+    assert study.remembered == {"metric": "kl", "dense": {"value": 0.0, "accuracy": right, "kl": 0.0}}
     assert [row.facts["accuracy"] for row in study.rows] == [trial.accuracy for trial in result.history]
     again = quick(model, scores, judge, n_trials=5, state=state).history
     assert [trial.accuracy for trial in again[:4]] == [trial.accuracy for trial in result.history]

@@ -200,7 +200,8 @@ def search(
     # Only the first rank asks, tells and writes; on the others there is nothing to be asked.
     study = on_first_rank(lambda: None if not is_first() else Study(process, state, about), share=False)
     try:
-        on_first_rank(partial(_remember_metric, study, evaluate))
+        if judge is not None and isinstance(evaluate, HeldOut):
+            _remember(study, evaluate, space.sites.model)
         rows = _run(space, study, tried, n_trials, seed, progress)
     finally:
         if study is not None:
@@ -220,12 +221,14 @@ def search(
     return SearchResult(best.policy, best.value, history, space, process)
 
 
-def _remember_metric(study: Study | None, evaluate: Any) -> None:
-    """What values mean, for whoever reads the file."""
-    metric = getattr(evaluate, "metric", None)
-    name = metric if isinstance(metric, str) else type(metric).__name__ if isinstance(metric, Metric) else None
-    if study is not None and name is not None and study.remembered.get("metric") != name:
-        study.remember(metric=name)
+def _remember(study: Study | None, evaluate: HeldOut, dense: nn.Module) -> None:
+    """What values mean, and what the dense model is worth, for whoever reads the file."""
+    if on_first_rank(lambda: study is not None and "dense" in study.remembered):
+        return
+    judgement = evaluate.judge(dense)
+    metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
+    facts = {"metric": metric, "dense": {"value": judgement.value, **judgement.facts}}
+    on_first_rank(lambda: None if study is None else study.remember(**facts))
 
 
 def _run(

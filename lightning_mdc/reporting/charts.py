@@ -169,6 +169,9 @@ def _fronts(record: RunRecord, study: StudyFile) -> Iterator[Chart]:
                 names.setdefault("accuracy", []).append(Point(row.cost * part, accuracy, name, chosen))
             else:
                 names.setdefault(_metric(other), []).append(Point(row.cost * part, row.value, name, chosen))
+    for name, worth in study.remembered.get("dense", {}).items():
+        value = _metric(study) if name == "value" else name
+        names.setdefault(value, []).append(Point(1.0, worth, "dense"))
     for cut in record.sensitivity.cuts if record.sensitivity is not None else ():
         names.setdefault("accuracy", []).append(Point(cut.cost, cut.accuracy, "dense" if cut.keep == 1 else ""))
     for value, points in names.items():
