@@ -492,6 +492,7 @@ def _places(run: Run) -> list[reporting.Place]:
         "reference/": "the dense model given the same extra training",
         "results.json": "every number of this report",
         "logs/": "training curves",
+        "log.txt": "what the run said, with times",
         "settings.json": "all settings of the run",
         "stages/": "which stages are done, with what settings and in what time",
     }
