@@ -11,7 +11,6 @@ import difflib
 import inspect
 import logging
 import pickle
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +25,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.fabric.strategies import ParallelStrategy
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -50,6 +49,7 @@ from lightning_mdc.policy import DIMENSIONS, Policy, check_dimensions
 from lightning_mdc.policy_search.held_out import METRICS, HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.policy_search.study import observations
+from lightning_mdc.progress import on_terminal
 from lightning_mdc.randomness import rng_state, set_rng_state
 from lightning_mdc.ranks import is_lost_peer, rank
 from lightning_mdc.weight_sharing import WeightSharingModule
@@ -395,14 +395,15 @@ def build_trainer(
     Raises:
         ConfigError: Lightning refuses the ``trainer`` settings.
     """
-    terminal = sys.stderr.isatty()
+    terminal = on_terminal()
     minutes = settings["checkpoint_minutes"]
     keep: dict[str, Any] = {"dirpath": checkpoints, "filename": "last", "enable_version_counter": False}
     callbacks: list[Callback] = [
         ModelCheckpoint(**keep, save_on_train_epoch_end=True),
         *([] if minutes is None else [ModelCheckpoint(**keep, train_time_interval=timedelta(minutes=minutes))]),
         _RandomState(),
-        TQDMProgressBar() if terminal else _PlainProgress(title),
+        *([RichProgressBar()] if terminal else []),
+        _PlainProgress(title),
     ]
     if options.get("ema_decay") is not None:
         callbacks.append(EMAWeightAveraging(decay=options["ema_decay"]))
@@ -552,7 +553,7 @@ class _RandomState(Callback):
 
 
 class _PlainProgress(Callback):
-    """A line now and then, where no bar can be drawn."""
+    """A line now and then: what is left of a training in a log, and where no bar can be drawn."""
 
     def __init__(self, title: str) -> None:
         self.title = title

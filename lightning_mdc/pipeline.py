@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from lightning import seed_everything
 
-from lightning_mdc import assembly
+from lightning_mdc import assembly, terminal
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Policy
 from lightning_mdc.ranks import on_first_rank
@@ -47,7 +49,14 @@ def run(settings: assembly.Settings) -> RunFolder:
 def _run(settings: assembly.Settings, selected: tuple[str, ...]) -> RunFolder:
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
-    this = on_first_rank(partial(_opened, settings, selected))
+    with ExitStack() as stack:  # of the first rank; the others have nothing to close
+        this = on_first_rank(partial(_opened, settings, selected, stack))
+        _run_stages(this, selected)
+        return this.folder
+
+
+def _run_stages(this: Run, selected: tuple[str, ...]) -> None:
+    settings = this.settings
     fresh: set[str] = set()
     for name in selected:
         # A stage is picked up only if all it is built on was: its fingerprint holds theirs.
@@ -58,12 +67,29 @@ def _run(settings: assembly.Settings, selected: tuple[str, ...]) -> RunFolder:
         if name in cached(settings) and on_first_rank(partial(_take_from_cache, this, name)):
             log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
             continue
-        run_stage(this, name)
-    return this.folder
+        try:
+            run_stage(this, name)
+        except BaseException as error:
+            terminal.note_where(error, this.folder.path, name)
+            raise
+    if "report" not in fresh:  # which says it at more length
+        on_first_rank(partial(_say_what_next, this))
 
 
-def _opened(settings: assembly.Settings, selected: tuple[str, ...]) -> Run:
-    """The run in its folder, with what the selected stages are built on."""
+def _say_what_next(this: Run) -> None:
+    done = [name for name in STAGES if is_done(this, name)]
+    log.info("all of it is in %s: %s", this.folder, ", ".join(Path(STAGES[name].output).name for name in done))
+    left = [name for name in select({**this.settings, "stage": "all", "skip": []}) if name not in done]
+    if left:
+        log.info("go on with %s:", ", ".join(left))
+        log.info("  %s", terminal.command(this.folder.path, without=("stage", "skip")))
+    else:
+        log.info("look at it, as a page and as pictures:")
+        log.info("  %s", shlex.join(["python", "-m", "lightning_mdc", "report", str(this.folder)]))
+
+
+def _opened(settings: assembly.Settings, selected: tuple[str, ...], stack: ExitStack) -> Run:
+    """The run in its folder, with what the selected stages are built on; its log is written until `stack` is closed."""
     folder, earlier = open_run(settings["runs"], settings["name"], settings["resume"])
     this = Run(settings, folder)
     this.marks = fingerprints(settings, frozenset())
@@ -78,6 +104,7 @@ def _opened(settings: assembly.Settings, selected: tuple[str, ...]) -> Run:
             folder.path.rmdir()
         raise
     folder.create()
+    stack.enter_context(terminal.log_file(folder / terminal.LOG_FILE))
     write_text(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
     note_invocation(folder)
     log.info("%s %s", "resuming" if earlier else "run folder", folder)
@@ -121,7 +148,15 @@ def run_stage(run: Run, name: str) -> None:
     elapsed = time.perf_counter() - start
     facts = {"settings": relevant(run.settings, name), "seconds": round(elapsed, 2)}
     on_first_rank(partial(run.folder.finish, name, run.marks[name], **facts))
-    log.info("%-8s done in %.1f s: %s", f"{name}:", elapsed, said)
+    log.info("%-8s done in %s: %s", f"{name}:", _duration(elapsed), said)
+
+
+def _duration(seconds: float) -> str:
+    """``3.2 s``, ``2 min 11 s`` or ``5 h 07 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _begin(run: Run, name: str) -> None:

@@ -85,7 +85,7 @@ def summed(tensor: Tensor) -> Tensor:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether `error` says that another process of the run is gone."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, (dist.DistBackendError, dist.DistNetworkError)):
             return True
         # gloo has no class of its own for it.
@@ -94,7 +94,8 @@ def is_lost_peer(error: BaseException) -> bool:
     return False
 
 
-def _causes(error: BaseException | None) -> Iterable[BaseException]:
+def causes(error: BaseException | None) -> Iterable[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

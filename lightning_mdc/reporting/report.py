@@ -39,7 +39,7 @@ _HOLDS = {
     "predictions.safetensors": "what every model says of every test image",
     "examples.safetensors": "the example images, and which patches stayed",
     "logs/": "training curves",
-    "log.txt": "what was printed",
+    "log.txt": "what the run said, with times",
     "settings.json": "all settings of the run",
     "stages/": "which stages are done, with what settings and in what time",
 }

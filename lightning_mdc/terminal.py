@@ -1,0 +1,150 @@
+"""How ``train.py`` speaks: the flags of its command line, its lines as a file, and what is said when it ends early."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import shlex
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_mdc.errors import MdcError
+from lightning_mdc.ranks import causes, is_first
+
+log = logging.getLogger(__name__)
+
+LOG_FILE = "log.txt"
+# By the shell's convention, 128 + SIGINT.
+INTERRUPTED = 130
+
+_FLAGS = {
+    "-q": "hydra/job_logging=quiet",
+    "--quiet": "hydra/job_logging=quiet",
+    "-v": "hydra.verbose=true",
+    "--verbose": "hydra.verbose=true",
+}
+# Rust and C++ know the number of an error, too, but keep it to themselves.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+_TORCH_CANNOT_WRITE = "PytorchStreamWriter failed writing"
+_NO_ROOM = 2**20
+_WORKER_KILLED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited unexpectedly)")
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """The command line with our flags as Hydra's overrides, so that processes it is started with again have them."""
+    return [_FLAGS.get(argument, argument) for argument in arguments]
+
+
+class FirstRank(logging.Filter):
+    """Of several processes the first one speaks; the others have warnings only."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return rank_zero_only.rank == 0 or record.levelno >= logging.WARNING  # type: ignore[attr-defined]
+
+
+class LogFile(logging.FileHandler):
+    """The lines of a run with their times, to be read afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """What cannot be written is not worth a run, nor a message per line."""
+        logging.getLogger().removeHandler(self)
+        print(f"{self.baseFilename} cannot be written, so it ends here: {sys.exc_info()[1]}", file=sys.stderr)
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Inside, what is logged is also added to the file at `path`, and so is what it ends with if it ends early."""
+    file = LogFile(path)
+    root = logging.getLogger()
+    root.addHandler(file)
+    try:
+        yield
+    except BaseException as error:
+        if file in root.handlers:
+            lines = "".join(traceback.format_exception(error))
+            file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, lines, (), None))
+        raise
+    finally:
+        root.removeHandler(file)
+        file.close()
+
+
+# --- what to type next ------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, without: Sequence[str] = ()) -> str:
+    """What to type to go on in the run at `folder`: the command line that is running, for a shell.
+
+    Args:
+        without: settings to leave out, such as ``stage``.
+    """
+    given: list[str] = []
+    if HydraConfig.initialized():
+        said: Any = HydraConfig.get().overrides
+        # The mode is Hydra's own addition.
+        given = [*said.task, *(text for text in said.hydra if not text.startswith("hydra.mode="))]
+    dropped = {"resume", *without}
+    kept = [text for text in given if text.lstrip("+~").split("=", 1)[0] not in dropped]
+    quiet = {override: flag for flag, override in _FLAGS.items() if not flag.startswith("--")}
+    program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    return shlex.join(["python", program, *(quiet.get(text, text) for text in kept), f"resume={_hydra_value(folder)}"])
+
+
+def _hydra_value(path: Path) -> str:
+    text = str(path)
+    if re.fullmatch(r"[\w./:@%+-]+", text, re.ASCII):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def note_where(error: BaseException, folder: Path, stage: str) -> None:
+    """Tell whoever reads the error where it happened and how to go on."""
+    if is_first():
+        error.add_note(f"in stage {stage!r} of {folder}")
+        error.add_note(f"go on from there with\n  {command(folder)}")
+
+
+# --- ending early -----------------------------------------------------------------------------------------------------
+
+
+def last_words(error: BaseException) -> tuple[str, int] | None:
+    """(what to say instead of a traceback, exit code); None if nobody knows what the error means."""
+    chain = list(causes(error))
+    notes = next((cause.__notes__ for cause in chain if hasattr(cause, "__notes__")), [])
+    where = "".join(f"\n{note}" for note in notes)
+    if any(isinstance(cause, KeyboardInterrupt) for cause in chain[:2]):  # Lightning makes an exit of it
+        return " ".join(["interrupted", *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), INTERRUPTED
+    if (full := _disk_full(chain)) is not None:
+        return f"{full}{where}", 1
+    if isinstance(error, MdcError):
+        return f"{type(error).__name__}: {error}{where}", 1
+    if _WORKER_KILLED.search(str(error)):
+        said = "a process that reads images was killed, most likely for lack of memory"
+        return f"{said}: {error}\nuse fewer of them (data.num_workers) or a smaller data.batch_size{where}", 1
+    return None
+
+
+def _disk_full(chain: Sequence[BaseException]) -> str | None:
+    for cause in chain:
+        file = getattr(cause, "filename", None) or ""
+        number = getattr(cause, "errno", None)
+        said = str(cause)
+        torchs = _TORCH_CANNOT_WRITE in said and shutil.disk_usage(".").free < _NO_ROOM
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in said for words in _DISK_FULL) or torchs:
+            named = f" {file}" if file else ""
+            return f"the disk is full: cannot write{named} ({said}); what is finished is safe. Make room"
+    return None
