@@ -8,11 +8,10 @@ import inspect
 import re
 import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import lightning
@@ -112,7 +111,9 @@ def number(value: Any) -> Any:
 def test_a_key_without_an_entry_or_with_another_default_is_noticed(tmp_path):
     conf = tmp_path / "conf"
     (conf / "extra").mkdir(parents=True)
-    (conf / "train.yaml").write_text("defaults:\n  - extra: one  # what it is\n\n# Why it is so; <none> is `*`.\nkey: 3\n")
+    (conf / "train.yaml").write_text(
+        "defaults:\n  - extra: one  # what it is\n\n# Why it is so; <none> is `*`.\nkey: 3\n"
+    )
     (conf / "extra" / "one.yaml").write_text("# An option.\n\n# Of two neighbours.\na: 1\nb: [x|y]\n\nc: null\n")
     (conf / "extra" / "two.yaml").write_text("# @package _global_\n# Another.\ndefaults:\n  - one\n\n# Far.\nfar: {}\n")
     page = generator().page(conf)
@@ -123,3 +124,180 @@ def test_a_key_without_an_entry_or_with_another_default_is_noticed(tmp_path):
     assert "### `extra=two`\n\nAnother.\n\nAll that `extra=one` has; of it changed:\n" in page
     assert "| `far` | `{}` | Far. |" in page
     assert "| [`extra`](#extra) | **`one`**, `two` | what it is |" in page
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `mark` is the comment right above the fence, such as ``run with: transformers``."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    mark: str
+
+    @property
+    def compiled(self) -> Any:
+        # Line numbers in a traceback are those of the page.
+        return compile("\n" * self.line + self.text, str(self.page), "exec")
+
+
+def blocks(page: Path) -> list[Block]:
+    found, lines = [], page.read_text().splitlines()
+    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
+    for begin, end in zip(fences[::2], fences[1::2], strict=True):
+        mark = re.fullmatch(r"<!-- (.*) -->", lines[begin - 1])
+        text = "\n".join(lines[begin + 1 : end])
+        found.append(Block(page, begin + 1, lines[begin].removeprefix("```"), text, mark[1] if mark else ""))
+    return found
+
+
+PYTHON = [block for page in WRITTEN for block in blocks(page) if block.language == "python"]
+
+
+class TinyTrainer(lightning.Trainer):
+    """Any Trainer of the pages as a short run on the CPU."""
+
+    def __init__(self, **options: Any) -> None:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        small = {"max_epochs": 1, "limit_train_batches": 2, "accelerator": "cpu", "devices": 1, "strategy": "auto"}
+        super().__init__(**(options | quiet | small))
+
+
+class DictImages(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": index % 5}
+
+
+def wrapped_by_hugging_face() -> Any:
+    transformers = pytest.importorskip("transformers")
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=5, model_args=size)
+    return transformers.TimmWrapperForImageClassification(config)
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the pages take for granted, tiny; everything long is cut short."""
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lightning, "Trainer", TinyTrainer)
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: strangers.network())
+    search = mdc.search
+    monkeypatch.setattr(mdc, "search", lambda *args, **options: search(*args, **(options | {"n_trials": 3})))
+    return {
+        "__name__": "docs",
+        "lightning": lightning,
+        "mdc": mdc,
+        "torch": torch,
+        "my_module": strangers.Stranger(),
+        "my_data": strangers.loader(),
+        "model": strangers.network().eval(),
+        "loader": strangers.loader(),
+        "train_loader": strangers.loader(),
+        "val_loader": strangers.loader(),
+        "dict_loader": torch.utils.data.DataLoader(DictImages(), 16),
+        "evaluate": lambda model: model(next(iter(strangers.loader()))[0]),
+        "images": next(iter(strangers.loader()))[0],
+    }
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared):
+    for block in (block for block in PYTHON if block.page == page):
+        needs = re.fullmatch(r"run with: (\w+)", block.mark)
+        if block.mark.startswith("not run: ") or (needs and importlib.util.find_spec(needs[1]) is None):
+            continue
+        assert not block.mark or needs, f"{page.name}:{block.line}: unknown mark {block.mark!r}"
+        if needs and not hasattr(prepared["model"], "timm_model"):
+            prepared["model"] = wrapped_by_hugging_face()
+        exec(block.compiled, prepared)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page.name}:{block.line}")
+def test_code_names_what_there_is(block):
+    """Also that which is not run: it compiles, what it takes from `mdc` exists and has these arguments."""
+    assert block.compiled
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("mdc."):
+            assert named(node) is not None
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("mdc."):
+            parameters = inspect.signature(named(node.func)).parameters
+            given = {keyword.arg for keyword in node.keywords if keyword.arg}
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                assert given <= set(parameters), ast.unparse(node)
+
+
+def named(node: ast.expr) -> Any:
+    """What ``mdc.a.b`` is; calls in between are not followed."""
+    steps = ast.unparse(node).split(".")[1:]
+    value: Any = mdc
+    for step in steps:
+        if not step.isidentifier():
+            return object
+        value = getattr(value, step)
+    return value
+
+
+# --- commands, keys, links --------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    found = []
+    for block in (block for page in WRITTEN for block in blocks(page) if block.language in ("", "sh")):
+        for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
+            found += [line] if re.match(r"(python|make|srun|torchrun) ", line) else []
+    return found
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_commands_are_understood(command):
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif "train.py" in words:
+        overrides = [word for word in words[words.index("train.py") + 1 :] if not word.startswith("-")]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            compose("train", [word for word in overrides if "(" not in word])  # a sweep is not composed
+
+
+def in_code(page: Path) -> list[str]:
+    """The pieces of a page between single backticks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_settings_that_are_spoken_of_exist(page):
+    known = {key for keys in sections().values() for key in keys}
+    words = [word for piece in in_code(page) for word in piece.split()]
+    spoken = {found[1] for word in words if (found := re.match(r"'?\+?((?:[a-z_]+\.)+[a-z_]+)=", word))}
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    ours = {key for key in spoken if key.partition(".")[0] in groups | {key.partition(".")[0] for key in known}}
+    assert {key for key in ours if not key.startswith("hydra.")} <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        if anchor:
+            assert anchor in anchors(other), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub addresses them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
