@@ -8,7 +8,7 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 import lightning_mdc as mdc
 from tests import strangers
+from tests.kinds import POST_NORM, images, make
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -190,9 +191,15 @@ def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "Trainer", TinyTrainer)
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: strangers.network())
+    create = timm.create_model
+    tiny = strangers.network
+    monkeypatch.setattr(timm, "create_model", lambda *a, **o: tiny() if o.get("pretrained") else create(*a, **o))
     search = mdc.search
     monkeypatch.setattr(mdc, "search", lambda *args, **options: search(*args, **(options | {"n_trials": 3})))
+    dense = strangers.network().eval()
+    policy = mdc.Policy.uniform(dense, 0.6)
+    mdc.save(dense, "dense")
+    mdc.save(mdc.slim(dense, mdc.make_plan(dense, mdc.score(dense, strangers.loader()), policy)), "slim")
     return {
         "__name__": "docs",
         "lightning": lightning,
@@ -200,7 +207,7 @@ def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
         "torch": torch,
         "my_module": strangers.Stranger(),
         "my_data": strangers.loader(),
-        "model": strangers.network().eval(),
+        "model": dense,
         "loader": strangers.loader(),
         "train_loader": strangers.loader(),
         "val_loader": strangers.loader(),
@@ -245,6 +252,34 @@ def named(node: ast.expr) -> Any:
             return object
         value = getattr(value, step)
     return value
+
+
+def two_models() -> torch.nn.Module:
+    return torch.nn.ModuleList([make("vit"), make("vit")])
+
+
+def with_a_head_of_its_own() -> torch.nn.Module:
+    model = make("vit")
+    model.head = torch.nn.Sequential(torch.nn.Linear(48, 7), torch.nn.GELU())
+    return model
+
+
+ERRORS: tuple[tuple[Callable[[], Any], str], ...] = (
+    (lambda: mdc.Policy.uniform(make("vit"), 0.01), "is below the smallest reachable cost"),
+    (lambda: mdc.macs(torch.nn.Linear(2, 2)), "holds no supported vision transformer"),
+    (lambda: mdc.macs(two_models()), "holds 2 vision transformers"),
+    (lambda: mdc.score(make("vit"), [{"pixel_values": images()}]), "a batch is dict"),
+    (lambda: mdc.score(make("vit"), [images(2)]), "needs at least 4 in each; raise the batch size"),
+    (lambda: mdc.Policy.uniform(POST_NORM(), 0.9, ["tokens"]), "cannot lose tokens"),
+    (lambda: mdc.save(with_a_head_of_its_own(), "x"), "cannot be expressed by constructor arguments"),
+)
+
+
+@pytest.mark.parametrize(("act", "message"), ERRORS, ids=[message for _, message in ERRORS])
+def test_errors_are_worded_as_the_faq_has_them(act, message):
+    with pytest.raises(mdc.errors.MdcError, match=re.escape(message)):
+        act()
+    assert any(piece in message or message in piece for piece in in_code(ROOT / "docs" / "faq.md"))
 
 
 # --- commands, keys, links --------------------------------------------------------------------------------------------
