@@ -320,6 +320,17 @@ def test_settings_that_are_spoken_of_exist(page):
     assert {key for key in ours if not key.startswith("hydra.")} <= known
 
 
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_settings_in_the_middle_of_a_sentence_are_understood(page):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        roots = set(compose("train")) | {"experiment"}
+        for piece in in_code(page):
+            words = shlex.split(piece) if piece.count("'") % 2 == 0 and '"' not in piece else []
+            given = all(re.match(r"[a-z_.]+=[^=(]+$", word) for word in words)
+            if words and given and all(re.split("[.=]", word)[0] in roots for word in words):
+                compose("train", words)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
