@@ -66,6 +66,7 @@ def save(
 
     The constructor's arguments are read off the modules and checked by building the model again, before anything is
     written. With ``constructor=False`` only plan and weights are kept, for ``load(directory, model=my_dense_model)``.
+    `class_names`, in label order, are kept in ``pretrained_cfg``.
 
     Raises:
         ArtifactError: a part of the model that the constructor cannot express (it is named), a place that cannot be

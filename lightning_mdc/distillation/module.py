@@ -79,7 +79,8 @@ class DistillationModule(LightningModule):
     ) -> None:
         """
         Args:
-            student: images (n, in_chans, H, W) -> logits (n, classes).
+            student: images (n, in_chans, H, W) -> logits (n, classes). Trained in the mode it is in: what ``mdc.load``
+                gives is in eval mode, ``.train()`` it.
             teacher: the same; or a timm model name, with its pretrained weights (``"regnety_160.deit_in1k"`` is
                 DeiT's); or a folder that ``mdc.save`` wrote; ``None`` for plain supervised training.
             kd: ``soft`` compares distributions, ``hard`` uses the teacher's class as a label.

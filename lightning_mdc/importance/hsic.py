@@ -28,7 +28,7 @@ def hsic(x: Tensor, y: Tensor, estimator: Estimator = "biased") -> Tensor:
     """Dependence between the rows of `x` and of `y`: Gaussian-mixture kernel on x, linear kernel on y.
 
     x: (n, p); y: (n, c). Returns a scalar tensor; float64 in, float64 out. 0 means independent; the biased estimate of
-    independent data is about 1/n above it.
+    independent data is about 1/n above it, so only equal n compare; ``estimator="unbiased"`` is right for any n ≥ 4.
 
     Raises:
         CalibrationError: shapes that do not fit, or fewer than 2 (unbiased: 4) samples.

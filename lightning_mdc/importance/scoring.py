@@ -52,7 +52,8 @@ def score(
 
     Raises:
         CalibrationError: no batches, batches the criterion cannot use, or NaN scores.
-        UnsupportedModelError: see `find_sites`.
+        UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; names the
+            module in the way.
     """
     criterion = as_criterion(criterion)
     sites = find_sites(model)

@@ -21,7 +21,7 @@ def slim(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         PlanError: the plan is for another model.
-        UnsupportedModelError: see `find_sites`.
+        UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
     """
     dense = find_sites(model)
     dense.check(plan)

@@ -1,0 +1,365 @@
+"""What README and docs/ say is so: settings, commands and code."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import lightning_mdc as mdc
+from tests import strangers
+from tests.kinds import POST_NORM, images, make
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+WRITTEN = tuple(page for page in PAGES if page.name != "configuration.md")  # by hand
+
+
+# --- the reference of settings ----------------------------------------------------------------------------------------
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_configuration", ROOT / "docs" / "make_configuration.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """Of the page: heading without backticks -> key -> default as the page has it."""
+    found: dict[str, dict[str, str]] = {"": {}}
+    section = found[""]
+    for line in (ROOT / "docs" / "configuration.md").read_text().splitlines():
+        if line.startswith("#"):
+            section = found.setdefault(re.sub(r"^#+ |`| \(default\)", "", line), {})
+        elif row := re.match(r"\| `([^`]+)` \| (?:`(.*?)`)? \| ", line):
+            section[row[1]] = (row[2] or "").replace("\\|", "|")
+    return found
+
+
+def options() -> list[str]:
+    return [
+        f"{path.parent.relative_to(CONF).as_posix()}={path.stem}"
+        for path in sorted(CONF.glob("*/**/*.yaml"))
+        if not path.stem.startswith("_")
+    ]
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """What Hydra makes of all files together: dotted key -> value, interpolations as they are written."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides), return_hydra_config=True)
+    return dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_the_reference_of_settings_is_current():
+    assert (ROOT / "docs" / "configuration.md").read_text() == generator().page(), "run: make docs"
+
+
+@pytest.mark.parametrize("option", [None, *options()])
+def test_every_setting_hydra_knows_is_in_the_reference_with_its_default(option):
+    """Asked of Hydra, which knows nothing of how the page is made."""
+    page = sections()
+    found = composed(option) if option else composed()
+    # Hydra has hundreds of settings of its own; those of a group that we have an option of are ours.
+    prefix = option.partition("=")[0].replace("/", ".") + "." if option else ""
+    ours = {key for key in found if not key.startswith("hydra.") or (prefix and key.startswith(prefix))}
+    known = {key for keys in page.values() for key in keys}
+    assert ours <= known, f"not in the page: {sorted(ours - known)}"
+    of_no_group = {key: value for name, keys in page.items() if "=" not in name for key, value in keys.items()}
+    said = {key: default for key, default in (page[option] if option else of_no_group).items() if default}
+    assert said or option
+    # "???", to be given, does not take the place of another file's default.
+    expected = {key: number(yaml.safe_load(default)) for key, default in said.items() if default != "???"}
+    assert expected == {key: number(found[key]) for key in expected}
+
+
+def number(value: Any) -> Any:
+    """YAML 1.1 takes 4e-3 for a word, Hydra for a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def test_a_key_without_an_entry_or_with_another_default_is_noticed(tmp_path):
+    conf = tmp_path / "conf"
+    (conf / "extra").mkdir(parents=True)
+    (conf / "train.yaml").write_text(
+        "defaults:\n  - extra: one  # what it is\n\n# Why it is so; <none> is `*`.\nkey: 3\n"
+    )
+    (conf / "extra" / "one.yaml").write_text("# An option.\n\n# Of two neighbours.\na: 1\nb: [x|y]\n\nc: null\n")
+    (conf / "extra" / "two.yaml").write_text("# @package _global_\n# Another.\ndefaults:\n  - one\n\n# Far.\nfar: {}\n")
+    page = generator().page(conf)
+    assert "| `key` | `3` | Why it is so; &lt;none> is `\\*`. |" in page
+    assert "| `extra.a` | `1` | Of two neighbours. |\n| `extra.b` | `[x\\|y]` | Of two neighbours. |" in page
+    assert "| `extra.c` | `null` |  |" in page
+    assert "### `extra=one` (default)\n\nAn option.\n" in page
+    assert "### `extra=two`\n\nAnother.\n\nAll that `extra=one` has; of it changed:\n" in page
+    assert "| `far` | `{}` | Far. |" in page
+    assert "| [`extra`](#extra) | **`one`**, `two` | what it is |" in page
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `mark` is the comment right above the fence, such as ``run with: transformers``."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    mark: str
+
+    @property
+    def compiled(self) -> Any:
+        # Line numbers in a traceback are those of the page.
+        return compile("\n" * self.line + self.text, str(self.page), "exec")
+
+
+def blocks(page: Path) -> list[Block]:
+    found, lines = [], page.read_text().splitlines()
+    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
+    for begin, end in zip(fences[::2], fences[1::2], strict=True):
+        mark = re.fullmatch(r"<!-- (.*) -->", lines[begin - 1])
+        text = "\n".join(lines[begin + 1 : end])
+        found.append(Block(page, begin + 1, lines[begin].removeprefix("```"), text, mark[1] if mark else ""))
+    return found
+
+
+PYTHON = [block for page in WRITTEN for block in blocks(page) if block.language == "python"]
+
+
+class TinyTrainer(lightning.Trainer):
+    """Any Trainer of the pages as a short run on the CPU."""
+
+    def __init__(self, **options: Any) -> None:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        small = {"max_epochs": 1, "limit_train_batches": 2, "accelerator": "cpu", "devices": 1, "strategy": "auto"}
+        super().__init__(**(options | quiet | small))
+
+
+class DictImages(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": index % 5}
+
+
+def wrapped_by_hugging_face() -> Any:
+    transformers = pytest.importorskip("transformers")
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 4}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=5, model_args=size)
+    return transformers.TimmWrapperForImageClassification(config)
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the pages take for granted, tiny; everything long is cut short."""
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lightning, "Trainer", TinyTrainer)
+    create = timm.create_model
+    tiny = strangers.network
+    monkeypatch.setattr(timm, "create_model", lambda *a, **o: tiny() if o.get("pretrained") else create(*a, **o))
+    search = mdc.search
+    monkeypatch.setattr(mdc, "search", lambda *args, **options: search(*args, **(options | {"n_trials": 3})))
+    dense = strangers.network().eval()
+    policy = mdc.Policy.uniform(dense, 0.6)
+    mdc.save(dense, "dense")
+    mdc.save(mdc.slim(dense, mdc.make_plan(dense, mdc.score(dense, strangers.loader()), policy)), "slim")
+    return {
+        "__name__": "docs",
+        "lightning": lightning,
+        "mdc": mdc,
+        "torch": torch,
+        "my_module": strangers.Stranger(),
+        "my_data": strangers.loader(),
+        "model": dense,
+        "loader": strangers.loader(),
+        "train_loader": strangers.loader(),
+        "val_loader": strangers.loader(),
+        "dict_loader": torch.utils.data.DataLoader(DictImages(), 16),
+        "evaluate": lambda model: model(next(iter(strangers.loader()))[0]),
+        "images": next(iter(strangers.loader()))[0],
+    }
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared):
+    for block in (block for block in PYTHON if block.page == page):
+        needs = re.fullmatch(r"run with: (\w+)", block.mark)
+        if block.mark.startswith("not run: ") or (needs and importlib.util.find_spec(needs[1]) is None):
+            continue
+        assert not block.mark or needs, f"{page.name}:{block.line}: unknown mark {block.mark!r}"
+        if needs and not hasattr(prepared["model"], "timm_model"):
+            prepared["model"] = wrapped_by_hugging_face()
+        exec(block.compiled, prepared)
+
+
+def test_weights_of_hugging_face_give_the_same_logits_in_timm():
+    transformers = pytest.importorskip("transformers")
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    theirs = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**size, intermediate_size=100, num_labels=5, layer_norm_eps=1e-3)
+    ).eval()
+    with torch.no_grad():  # at the start biases are 0
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.2)
+    page: dict[str, Any] = {}
+    exec(next(block.compiled for block in PYTHON if "def to_timm" in block.text), page)
+    ours = page["to_timm"](theirs)
+    torch.testing.assert_close(ours(images()), theirs(pixel_values=images()).logits, atol=1e-4, rtol=1e-4)
+    assert mdc.macs(ours)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page.name}:{block.line}")
+def test_code_names_what_there_is(block):
+    """Also that which is not run: it compiles, what it takes from `mdc` exists and has these arguments."""
+    assert block.compiled
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("mdc."):
+            assert named(node) is not None
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("mdc."):
+            parameters = inspect.signature(named(node.func)).parameters
+            given = {keyword.arg for keyword in node.keywords if keyword.arg}
+            if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+                assert given <= set(parameters), ast.unparse(node)
+
+
+def named(node: ast.expr) -> Any:
+    """What ``mdc.a.b`` is; calls in between are not followed."""
+    steps = ast.unparse(node).split(".")[1:]
+    value: Any = mdc
+    for step in steps:
+        if not step.isidentifier():
+            return object
+        value = getattr(value, step)
+    return value
+
+
+def two_models() -> torch.nn.Module:
+    return torch.nn.ModuleList([make("vit"), make("vit")])
+
+
+def with_a_head_of_its_own() -> torch.nn.Module:
+    model = make("vit")
+    model.head = torch.nn.Sequential(torch.nn.Linear(48, 7), torch.nn.GELU())
+    return model
+
+
+ERRORS: tuple[tuple[Callable[[], Any], str], ...] = (
+    (lambda: mdc.Policy.uniform(make("vit"), 0.01), "is below the smallest reachable cost"),
+    (lambda: mdc.macs(torch.nn.Linear(2, 2)), "holds no supported vision transformer"),
+    (lambda: mdc.macs(two_models()), "holds 2 vision transformers"),
+    (lambda: mdc.score(make("vit"), [{"pixel_values": images()}]), "a batch is dict"),
+    (lambda: mdc.score(make("vit"), [images(2)]), "needs at least 4 in each; raise the batch size"),
+    (lambda: mdc.Policy.uniform(POST_NORM(), 0.9, ["tokens"]), "cannot lose tokens"),
+    (lambda: mdc.save(with_a_head_of_its_own(), "x"), "cannot be expressed by constructor arguments"),
+)
+
+
+@pytest.mark.parametrize(("act", "message"), ERRORS, ids=[message for _, message in ERRORS])
+def test_errors_are_worded_as_the_faq_has_them(act, message):
+    with pytest.raises(mdc.errors.MdcError, match=re.escape(message)):
+        act()
+    assert any(piece in message or message in piece for piece in in_code(ROOT / "docs" / "faq.md"))
+
+
+# --- commands, keys, links --------------------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    found = []
+    for block in (block for page in WRITTEN for block in blocks(page) if block.language in ("", "sh")):
+        for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
+            found += [line] if re.match(r"(python|make|srun|torchrun) ", line) else []
+    return found
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_commands_are_understood(command):
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+    elif "train.py" in words:
+        overrides = [word for word in words[words.index("train.py") + 1 :] if not word.startswith("-")]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            compose("train", [word for word in overrides if "(" not in word])  # a sweep is not composed
+
+
+def in_code(page: Path) -> list[str]:
+    """The pieces of a page between single backticks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_settings_that_are_spoken_of_exist(page):
+    known = {key for keys in sections().values() for key in keys}
+    words = [word for piece in in_code(page) for word in piece.split()]
+    spoken = {found[1] for word in words if (found := re.match(r"'?\+?((?:[a-z_]+\.)+[a-z_]+)=", word))}
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    ours = {key for key in spoken if key.partition(".")[0] in groups | {key.partition(".")[0] for key in known}}
+    assert {key for key in ours if not key.startswith("hydra.")} <= known
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+def test_settings_in_the_middle_of_a_sentence_are_understood(page):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        roots = set(compose("train")) | {"experiment"}
+        for piece in in_code(page):
+            words = shlex.split(piece) if piece.count("'") % 2 == 0 and '"' not in piece else []
+            given = all(re.match(r"[a-z_.]+=[^=(]+$", word) for word in words)
+            if words and given and all(re.split("[.=]", word)[0] in roots for word in words):
+                compose("train", words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        if anchor:
+            assert anchor in anchors(other), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub addresses them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
