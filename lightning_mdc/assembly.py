@@ -11,7 +11,7 @@ import difflib
 import inspect
 import logging
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,13 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.fabric.strategies import ParallelStrategy
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -52,6 +58,7 @@ from lightning_mdc.policy_search.study import observations
 from lightning_mdc.progress import on_terminal
 from lightning_mdc.randomness import rng_state, set_rng_state
 from lightning_mdc.ranks import is_lost_peer, rank
+from lightning_mdc.tracking import Tracker
 from lightning_mdc.weight_sharing import WeightSharingModule
 
 log = logging.getLogger(__name__)
@@ -386,7 +393,7 @@ def _module_options(options: Settings) -> dict[str, Any]:
 
 
 def build_trainer(
-    settings: Settings, options: Settings, checkpoints: Path, logger: Logger | bool, title: str
+    settings: Settings, options: Settings, checkpoints: Path, loggers: Sequence[Logger], title: str
 ) -> L.Trainer:
     """A Trainer that leaves ``last.ckpt`` in `checkpoints` after every epoch, and now and then in between.
 
@@ -404,6 +411,7 @@ def build_trainer(
         _RandomState(),
         *([RichProgressBar()] if terminal else []),
         _PlainProgress(title),
+        *([LearningRateMonitor(logging_interval="step")] if loggers else []),
     ]
     if options.get("ema_decay") is not None:
         callbacks.append(EMAWeightAveraging(decay=options["ema_decay"]))
@@ -414,7 +422,7 @@ def build_trainer(
         return L.Trainer(
             **arguments,
             max_epochs=options["epochs"],
-            logger=logger,
+            logger=list(loggers),
             callbacks=callbacks,
             default_root_dir=checkpoints,
             enable_progress_bar=terminal,
@@ -469,12 +477,25 @@ def build_sharing(settings: Settings, model: nn.Module, scores: Scores) -> Weigh
     )
 
 
-def build_logger(settings: Settings, folder: Path, stage: str) -> Logger | bool:
-    """The experiment logger of the ``logger`` group, writing under `folder`; False for none."""
-    if settings["logger"].get("_target_") is None:
-        return False
-    logger: Logger = build(settings, "logger", save_dir=str(folder), name=stage)
-    return logger
+def build_trackers(settings: Settings) -> dict[str, Tracker]:
+    """What the ``logger`` group watches the run with, by key; nothing is opened yet.
+
+    Raises:
+        ConfigError: a tracker's package is missing, or it refuses its settings.
+    """
+    # logger=[] leaves no group; null switches one off.
+    chosen = {key: options for key, options in (settings.get("logger") or {}).items() if options is not None}
+    trackers = {}
+    for key, options in chosen.items():
+        if not isinstance(options, Mapping) or "_target_" not in options:
+            raise ConfigError(
+                f"logger.{key}={options!r}: expected a logger, such as logger=wandb or logger=[csv,wandb]"
+            )
+        tracker = build({f"logger.{key}": options}, f"logger.{key}")
+        if not isinstance(tracker, Tracker):
+            raise ConfigError(f"logger.{key}._target_={options['_target_']!r} is no Tracker")
+        trackers[key] = tracker
+    return trackers
 
 
 def device(settings: Settings) -> torch.device:
@@ -488,7 +509,7 @@ def num_processes(settings: Settings) -> int:
 
 
 def _any_trainer(settings: Settings) -> L.Trainer:
-    return build_trainer(settings, {"epochs": 1}, Path("."), False, "")
+    return build_trainer(settings, {"epochs": 1}, Path("."), [], "")
 
 
 @contextmanager
@@ -561,5 +582,7 @@ class _PlainProgress(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if epoch == epochs or epoch % max(1, epochs // 5) == 0:
-            numbers = (f"{key} {float(value):.4f}" for key, value in trainer.callback_metrics.items())
+            means = [key for key in trainer.callback_metrics if "/" in key and not key.startswith("lr-")]
+            means = [key for key in means if not key.endswith("_step")]
+            numbers = (f"{key} {float(trainer.callback_metrics[key]):.4f}" for key in means)
             log.info("  %s: epoch %d of %d, %s", self.title, epoch, epochs, ", ".join(numbers))

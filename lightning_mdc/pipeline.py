@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from lightning import seed_everything
 
-from lightning_mdc import assembly, terminal
+from lightning_mdc import assembly, terminal, tracking
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Policy
 from lightning_mdc.ranks import on_first_rank
@@ -51,27 +52,33 @@ def _run(settings: assembly.Settings, selected: tuple[str, ...]) -> RunFolder:
         torch.set_num_threads(settings["threads"])
     with ExitStack() as stack:  # of the first rank; the others have nothing to close
         this = on_first_rank(partial(_opened, settings, selected, stack))
-        _run_stages(this, selected)
+        about = tracking.about_run(this.folder.path, settings)
+        trackers = stack.enter_context(tracking.opened(assembly.build_trackers(settings), about))
+        _run_stages(replace(this, trackers=trackers), selected)
         return this.folder
 
 
 def _run_stages(this: Run, selected: tuple[str, ...]) -> None:
-    settings = this.settings
+    settings, folder = this.settings, this.folder.path
     fresh: set[str] = set()
     for name in selected:
         # A stage is picked up only if all it is built on was: its fingerprint holds theirs.
         if not fresh.intersection(_upstream(settings, name)) and on_first_rank(partial(is_done, this, name)):
             log.info("%-8s picked up from %s", f"{name}:", this.folder / STAGES[name].output)
+            tracking.show_stage(this.trackers, folder, name, this.marks[name])
             continue
         fresh.add(name)
         if name in cached(settings) and on_first_rank(partial(_take_from_cache, this, name)):
             log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
+            tracking.show_stage(this.trackers, folder, name, this.marks[name])
             continue
         try:
             run_stage(this, name)
         except BaseException as error:
-            terminal.note_where(error, this.folder.path, name)
+            terminal.note_where(error, folder, name)
+            tracking.show_stage(this.trackers, folder, name, None)  # as far as it came
             raise
+        tracking.show_stage(this.trackers, folder, name, this.marks[name])
     if "report" not in fresh:  # which says it at more length
         on_first_rank(partial(_say_what_next, this))
 
@@ -209,6 +216,7 @@ def check(settings: assembly.Settings, selected: tuple[str, ...]) -> None:
     if token_score not in TOKEN_SCORES:
         raise ConfigError(f"surgery.token_score={token_score!r}: expected one of {', '.join(TOKEN_SCORES)}")
     assembly.build_budget(settings)
+    assembly.build_trackers(settings)
     if "share" in selected and assembly.shards_parameters(settings):
         raise ConfigError(
             "trainer=fsdp shards parameters, which the masks of weight sharing need whole; run "

@@ -22,7 +22,6 @@ import numpy as np
 import rich.console
 import torch
 from lightning import seed_everything
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -44,6 +43,8 @@ from lightning_mdc.reporting.report import write_report
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import slim
+from lightning_mdc.tracking import Trackers
+from lightning_mdc.tracking.published import trial_numbers
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Run:
     folder: RunFolder
     marks: dict[str, str] = field(default_factory=dict)  # fingerprint of each stage under these settings
     with_finetuned: bool = False  # whether there are finetuned models to test
+    trackers: Trackers = field(default_factory=Trackers)  # what the run is watched with
 
     @cached_property
     def data(self) -> ImageDataModule:
@@ -351,8 +353,7 @@ def train(run: Run, options: assembly.Settings, module: DistillationModule, name
     begun = on_first_rank(last.exists)
     if begun:
         log.info("  %s: going on from %s", name, last)
-    logger = assembly.build_logger(run.settings, run.folder / "logs", title)
-    trainer = assembly.build_trainer(run.settings, options, checkpoints, logger, name)
+    trainer = assembly.build_trainer(run.settings, options, checkpoints, run.trackers.curves(name), name)
     module.student.train()  # an artifact comes in eval mode
     whole = copy.deepcopy(module.student) if assembly.shards_parameters(run.settings) else None
     trainer.fit(module, datamodule=run.data, ckpt_path=last if begun else None)
@@ -362,8 +363,6 @@ def train(run: Run, options: assembly.Settings, module: DistillationModule, name
     on_first_rank(partial(_keep, run, module.student if whole is None else whole, name))
     # Not before the result is safe.
     on_first_rank(partial(shutil.rmtree, checkpoints, ignore_errors=True))
-    if isinstance(logger, WandbLogger):
-        logger.experiment.finish()
 
 
 def _keep(run: Run, model: nn.Module, name: str) -> None:
@@ -393,6 +392,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
         early_stop=options["early_stop"],
         warm_start=options["warm_start"],
         state=state,
+        on_trial=lambda row, best: run.trackers.show(lambda: [trial_numbers(row, best)]),
         **assembly.space_options(run.settings),
     )
     first, best = result.history[0], result.best

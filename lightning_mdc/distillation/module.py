@@ -44,7 +44,8 @@ class DistillationModule(LightningModule):
 
     *task* is cross entropy to the labels, *kd* the distance to the teacher's prediction, *hidden* the distance of the
     blocks' outputs (`hidden_state_loss`). They are logged as ``train/task``, ``train/kd``, ``train/hidden`` and
-    ``train/loss``; with no teacher the loss is *task*. ``val/top1`` and ``test/top1`` are fractions of images; with a
+    ``train/loss``, means over the epoch, and as ``train/task_step`` etc. every ``log_every_n_steps``; with no teacher
+    the loss is *task*. ``val/top1`` and ``test/top1`` are fractions of images; with a
     teacher, ``test/agreement`` is the fraction on which both predict the same class.
 
     A distilled timm student returns two logits while it is trained: the labels teach the first and the teacher the
@@ -201,6 +202,8 @@ class DistillationModule(LightningModule):
         parts = self.loss_parts(images, labels)
         for name, value in parts.items():
             self._log(f"train/{name}", value.detach(), len(images), prog_bar=name == "loss")
+            # Rank 0's own: averaging over ranks would make them wait for one another in every step.
+            self.log(f"train/{name}_step", value.detach(), on_step=True, on_epoch=False)
         return parts["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -111,6 +111,7 @@ def search(
     state: str | Path | None = None,
     warm_start: str | Path | None = None,
     progress: bool = True,
+    on_trial: Callable[[Row, float | None], None] | None = None,
 ) -> SearchResult:
     """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
 
@@ -135,6 +136,7 @@ def search(
         state: file to keep the search in; if it is there, the search goes on from it.
         warm_start: the `state` file of an earlier search over the same axes, for another budget say.
         progress: show a progress bar where there is a terminal.
+        on_trial: called with every trial that is over and the best value so far; on rank 0 alone.
 
     Raises:
         SearchError: `evaluate` gives no number, every trial fails, or the state belongs to another search. What had
@@ -202,7 +204,7 @@ def search(
     try:
         if judge is not None and isinstance(evaluate, HeldOut):
             _remember(study, evaluate, space.sites.model)
-        rows = _run(space, study, tried, n_trials, seed, progress)
+        rows = _run(space, study, tried, n_trials, seed, progress, on_trial)
     finally:
         if study is not None:
             study.close()
@@ -238,6 +240,7 @@ def _run(
     n_trials: int,
     seed: int,
     progress: bool,
+    on_trial: Callable[[Row, float | None], None] | None,
 ) -> tuple[Row, ...]:
     """Trials until there are `n_trials`, or no more policies; returns all."""
 
@@ -266,6 +269,8 @@ def _run(
             seconds = time.perf_counter() - started
             over = on_first_rank(partial(finish, row, judgement, seconds, note))
             finished, row, best = on_first_rank(following)
+            if on_trial is not None and is_first():
+                on_trial(over, best)
             advance(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
             if is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
                 left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
