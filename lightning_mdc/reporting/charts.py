@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,16 @@ class Chart:
     figure: Figure
 
 
-def charts(record: RunRecord) -> list[Chart]:
-    """The pictures of a run, in the order of a report; those that have nothing to show (yet) are left out."""
+def charts(record: RunRecord, stage: str | None = None) -> list[Chart]:
+    """The pictures of a run, in the order of a report; those that have nothing to show (yet) are left out.
+
+    Args:
+        stage: only those that come with the result of this stage.
+    """
     found: list[Chart] = []
-    for part in (_removed, _search, _tokens, _speed, _classes, _sensitivity, _importance):
+    for made_by, part in _PARTS:
+        if stage not in (None, made_by):
+            continue
         try:
             found.extend(part(record))
         # Half of a run, or files that somebody edited: the other pictures are still worth looking at.
@@ -83,7 +89,7 @@ def save_charts(found: Sequence[Chart], folder: Path) -> dict[str, Path]:
 
 
 def _removed(record: RunRecord) -> Iterator[Chart]:
-    plan, dense, policy = record.plan, record.dense, record.policy
+    plan, dense = record.plan, record.dense
     if plan is not None and dense is not None:
         kept = plan_figures.kept_by_block(plan, dense.num_tokens, dense.num_prefix)
         before, after = dense.by_block(), dense.by_block(plan)
@@ -102,7 +108,10 @@ def _removed(record: RunRecord) -> Iterator[Chart]:
             f"{share(after.total / before.total)}. The rest is patch embedding and classifier.",
             plan_figures.macs_figure(before, after),
         )
-    if policy is not None:
+
+
+def _policy(record: RunRecord) -> Iterator[Chart]:
+    if (policy := record.policy) is not None:
         uniform = _uniform(record)
         beside = "" if uniform is None else " The line is what the same share everywhere would be."
         yield Chart(
@@ -295,6 +304,19 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
         "Many units near 0 can go; where all are alike, none stands out.",
         importance_figures.histograms_figure({"heads": heads, "neurons": neurons, "tokens": tokens}),
     )
+
+
+# By the stage that each comes with, in the order of the report.
+_PARTS: tuple[tuple[str, Callable[[RunRecord], Iterator[Chart]]], ...] = (
+    ("slim", _removed),
+    ("search", _policy),
+    ("search", _search),
+    ("test", _tokens),
+    ("test", _speed),
+    ("test", _classes),
+    ("sensitivity", _sensitivity),
+    ("score", _importance),
+)
 
 
 # --- what a study file says -------------------------------------------------------------------------------------------

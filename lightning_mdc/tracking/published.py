@@ -19,16 +19,6 @@ from lightning_mdc.reporting.record import RunRecord
 from lightning_mdc.reporting.results import Result, mean_correct
 from lightning_mdc.tracking.items import Histogram, Item, Model, Numbers, Panel, Picture, Summary, Table
 
-# Which stage makes a chart, by the first part of its key; all others are the test's.
-_CHARTS = {
-    "importance": "score",
-    "search": "search",
-    "policy": "search",
-    "kept": "slim",
-    "macs": "slim",
-    "sensitivity": "sensitivity",
-}
-
 _SUMMARY_NAMES = {DENSE: "dense", SLIM: "slim", FINETUNED: "finetuned", REFERENCE: "reference"}
 
 _SEARCH_PANELS = (
@@ -62,9 +52,8 @@ def published(record: RunRecord, stage: str) -> Iterator[Item]:
     if (summary := _summary(record, stage)).values:
         yield summary
     yield from _STAGES.get(stage, _nothing)(record)
-    for chart in charts(record):
-        if _CHARTS.get(chart.key.split("/")[0], "test") == stage:
-            yield picture(chart.key, f"{chart.title}. {chart.caption}", chart.figure)
+    for chart in charts(record, stage):
+        yield picture(chart.key, f"{chart.title}. {chart.caption}", chart.figure)
 
 
 def picture(key: str, caption: str, figure: Figure) -> Picture:
