@@ -42,7 +42,7 @@ from lightning_mdc.ranks import is_first, on_first_rank, rank, summed, world_siz
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.surgery import slim
 from lightning_mdc.tracking import Trackers
-from lightning_mdc.tracking.published import trial_numbers
+from lightning_mdc.tracking.contents import trial_numbers
 
 log = logging.getLogger(__name__)
 
