@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,25 @@ import torch
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_mdc import assembly, pipeline, reporting
+from lightning_mdc import assembly, pipeline, reporting, tracking
+from lightning_mdc.budget import macs, num_params
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.importance import Scores, make_plan
-from lightning_mdc.policy import DIMENSIONS
+from lightning_mdc.policy import DIMENSIONS, Policy
 from lightning_mdc.policy_search.driver import uniform_point
 from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.stages import Run, held_out_batches
 from lightning_mdc.surgery import slim
+from lightning_mdc.tracking import About, Trackers
+from lightning_mdc.tracking.items import Item
+from lightning_mdc.tracking.sweeps import sweep_items, trial_items
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +59,12 @@ def trial(settings: assembly.Settings, folder: Path) -> float:
             f"stage=trial is the work of one process, but trainer.devices={settings['trainer']['devices']!r} makes "
             f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"
         )
-    run = prepared(settings)
+    with tracking.opened(assembly.build_trackers(settings), tracking.about_run(folder, settings, "trial")) as trackers:
+        return _trial(settings, folder, trackers)
+
+
+def _trial(settings: assembly.Settings, folder: Path, trackers: Trackers) -> float:
+    run = prepared(settings, trackers)
     model = run.model(run.weights).to(run.device)
     policy = assembly.given_policy(settings, model)
     if policy is None:
@@ -63,18 +73,36 @@ def trial(settings: assembly.Settings, folder: Path) -> float:
     scores = Scores.load(run.folder / "scores.safetensors")
     plan = make_plan(model, scores, policy, token_score=surgery["token_score"], fuse_tokens=surgery["fuse_tokens"])
     held_out = _held_out(run, model)
-    value = held_out(slim(model, plan))
+    small = slim(model, plan)
+    value = held_out(small)
     write_text(folder / "policy.json", policy.to_json())
+    trackers.show(lambda: _to_show(settings, model, small, policy, value))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper says it
         return value
     log.info("trial: %s %.4f", held_out.metric, value)
     return value
 
 
-def prepared(settings: assembly.Settings) -> Run:
-    """The cached run that all trials of these settings share, with its dense model, scores and shared weights."""
+def _to_show(
+    settings: assembly.Settings, model: nn.Module, small: nn.Module, policy: Policy, value: float
+) -> Iterator[Item]:
+    costs = {"macs": (macs(small), macs(model)), "params": (num_params(small), num_params(model))}
+    limits = assembly.build_budget(settings).limits(costs["macs"][1], costs["params"][1])
+    cost = max(costs[name][0] / limit for name, limit in limits.items())
+    uniform = {**settings, "policy": {**settings["policy"], "kind": "uniform", "file": None, "keep": {}}}
+    even = assembly.given_policy(uniform, model)
+    assert even is not None  # of this kind it is
+    return trial_items(policy, even, value, cost, costs["macs"][0] / costs["macs"][1])
+
+
+def prepared(settings: assembly.Settings, trackers: Trackers | None = None) -> Run:
+    """The cached run that all trials of these settings share, with its dense model, scores and shared weights.
+
+    What has to be trained first is watched with `trackers`.
+    """
     marks = pipeline.fingerprints(settings, frozenset())
-    run = Run(settings, RunFolder(pipeline.cache_folder(settings, marks)), marks)
+    folder = RunFolder(pipeline.cache_folder(settings, marks))
+    run = Run(settings, folder, marks, trackers=trackers or Trackers())
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     run.folder.create()
@@ -176,8 +204,12 @@ def _replaced(params: Mapping[str, Any], columns: Mapping[str, slice], points: n
 
 
 def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> None:
-    """Write the best policy as ``best_policy.json``, draw it beside the uniform one, say how to finetune with it."""
+    """Write the best policy as ``best_policy.json``, draw it beside the uniform one, say how to finetune with it.
+
+    The search as a whole is shown on the dashboards of the trials, as one more run of their group.
+    """
     if results["best_params"] is None:
+        _show_sweep(results, sweep_dir, assembly.plain(config), None)
         print("No trial succeeded, so there is no policy to finetune with.")
         return
     load = PolicyLoad(config)
@@ -190,8 +222,17 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     write_text(path, best.to_json())
     figure = reporting.policy_figure(best, space.uniform, f"{load.settings['name']}: trial {results['best_trial']}")
     reporting.save_figure(figure, sweep_dir / "policy.png")
+    _show_sweep(results, sweep_dir, load.settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in found.items() if not key.startswith(_KEEP)]
     command = ["python", "train.py", f"policy.file={path}", *given, *others]
     print(f"Finetune with the best policy (trial {results['best_trial']}; the dense model is in the cache):")
     print("  " + shlex.join(command))
+
+
+def _show_sweep(results: Mapping[str, Any], folder: Path, settings: assembly.Settings, best: Figure | None) -> None:
+    trackers = assembly.build_trackers(settings)
+    about = About(folder, f"{settings['name']}: the search", folder.name, "sweep", settings)
+    with tracking.opened({key: each for key, each in trackers.items() if each.shows_items}, about) as watched:
+        direction = HydraConfig.get().sweeper.direction
+        watched.show(lambda: sweep_items(results, folder, direction, best))

@@ -44,7 +44,7 @@ from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import slim
 from lightning_mdc.tracking import Trackers
-from lightning_mdc.tracking.published import trial_numbers
+from lightning_mdc.tracking.contents import trial_numbers
 
 log = logging.getLogger(__name__)
 

@@ -51,6 +51,7 @@ def trials(study: Study, params: Params, folders: Folders) -> list[dict[str, Any
             "value": row.value,
             "status": row.status,
             "seconds": row.seconds,
+            "improvement": row.improvement,
             "note": row.note,
             "folder": folders.inside(row),
         }

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from lightning_mdc.reporting.record import RunRecord
-from lightning_mdc.tracking.published import published
+from lightning_mdc.tracking.contents import published
 from lightning_mdc.tracking.tracker import About, Tracker, Trackers
 
 log = logging.getLogger(__name__)

@@ -120,7 +120,7 @@ class WandbTracker(Tracker):
         if mode != "online":
             return opened(mode)
         try:
-            if not wandb.login(prompt=False):  # else a terminal would be asked for a key, and wait
+            if not wandb.login(prompt=False, verify=False):  # else a terminal would be asked for a key, and wait
                 raise wandb.errors.UsageError("no API key; run `wandb login` once, or set WANDB_API_KEY")
             return opened("online")
         except Exception as error:  # the network, the server, the key: there is more than one class for each

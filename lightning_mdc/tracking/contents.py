@@ -57,10 +57,10 @@ def published(record: RunRecord, stage: str) -> Iterator[Item]:
 
 
 def picture(key: str, caption: str, figure: Figure) -> Picture:
-    """A figure, drawn."""
+    """A figure, drawn; under ``charts/``, because ``search/value`` is a picture's key and a number's."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
-    return Picture(key, caption, file.getvalue())
+    return Picture(f"charts/{key}", caption, file.getvalue())
 
 
 # --- the search, here and in a sweep ----------------------------------------------------------------------------------
