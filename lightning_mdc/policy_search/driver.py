@@ -263,6 +263,7 @@ def _run(
             seconds = time.perf_counter() - started
             over = on_first_rank(partial(finish, row, judgement, seconds, note))
             finished, row, best = on_first_rank(following)
+            log.debug("  trial %d: value %s in %.2f s", over.number, _shown(over.value), seconds)
             advance(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
             if is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
                 left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
