@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
@@ -23,6 +24,8 @@ from lightning_mdc.progress import bar
 from lightning_mdc.ranks import on_first_rank
 from lightning_mdc.run_folder import write_text
 from lightning_mdc.surgery import slim
+
+log = logging.getLogger(__name__)
 
 # Keep ratios to try; where there are at most eight heads, every number of them.
 LEVELS: Mapping[str, Sequence[float] | None] = {
@@ -175,7 +178,9 @@ def measure_sensitivity(
             known[place] = cut
             if state is not None:
                 on_first_rank(partial(Sensitivity(tuple(known.values())).save, state))
-            advance(f"{cut.dimension} of block {cut.block} to {cut.keep:.0%}: top-1 {cut.accuracy:.1%}")
+            said = f"{cut.dimension} of block {cut.block} to {cut.keep:.0%}: top-1 {cut.accuracy:.1%}"
+            log.debug("  %s, KL %.4f", said, cut.kl)
+            advance(said)
     return Sensitivity(tuple(cuts))
 
 

@@ -273,7 +273,8 @@ def _keep_results(run: Run, results: reporting.Results, found: Outcomes, models:
 
 def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, Any]:
     timing, size = run.settings["latency"], (run.data.in_chans, run.data.img_size, run.data.img_size)
-    return {batch: latencies(models, batch, size, rounds=timing["rounds"]) for batch in timing["batch_sizes"]}
+    each = partial(latencies, models, input_size=size, rounds=timing["rounds"], progress=True)
+    return {batch: each(batch) for batch in timing["batch_sizes"]}
 
 
 def report(run: Run) -> str:

@@ -10,10 +10,11 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -29,8 +30,9 @@ INTERRUPTED = 130
 _FLAGS = {
     "-q": "hydra/job_logging=quiet",
     "--quiet": "hydra/job_logging=quiet",
-    "-v": "hydra.verbose=true",
-    "--verbose": "hydra.verbose=true",
+    # Not true: Hydra would begin with pages about its plugins and its search path.
+    "-v": "hydra.verbose=[lightning_mdc]",
+    "--verbose": "hydra.verbose=[lightning_mdc]",
 }
 # Rust and C++ know the number of an error, too, but keep it to themselves.
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
@@ -73,13 +75,16 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        words = last_words(error)
+        interrupted = words is not None and words[1] == INTERRUPTED
+        lines = words[0] if words and interrupted else "".join(traceback.format_exception(error))
         if file in root.handlers:
-            lines = "".join(traceback.format_exception(error))
             file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, lines, (), None))
         raise
     finally:
         root.removeHandler(file)
-        file.close()
+        with suppress(OSError):  # said already, by handleError
+            file.close()
 
 
 # --- what to type next ------------------------------------------------------------------------------------------------
@@ -132,6 +137,9 @@ def last_words(error: BaseException) -> tuple[str, int] | None:
         return f"{full}{where}", 1
     if isinstance(error, MdcError):
         return f"{type(error).__name__}: {error}{where}", 1
+    if isinstance(error, torch.OutOfMemoryError):
+        smaller = "data.batch_size, calibration.batch_size, search.batch_size or latency.batch_sizes"
+        return f"{error}\ntake fewer images at a time: {smaller}{where}", 1
     if _WORKER_KILLED.search(str(error)):
         said = "a process that reads images was killed, most likely for lack of memory"
         return f"{said}: {error}\nuse fewer of them (data.num_workers) or a smaller data.batch_size{where}", 1

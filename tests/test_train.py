@@ -493,5 +493,8 @@ def test_help_says_what_to_type(monkeypatch, capsys):
     script(monkeypatch, "--help")
     said = capsys.readouterr().out
     assert said.count("  python train.py") >= 5
-    for words in ("data=image_folder data.root=PATH", "resume=true", "importance: activation, hsic", "budget: 0.6"):
+    for words in ("data=image_folder data.root=PATH", "resume=true", "importance: activation, hsic", "budget=0.6"):
         assert words in said
+    for words in ("stage=sensitivity", "-q, --quiet", "python -m lightning_mdc report", "--cfg job", "logger=wandb"):
+        assert words in said
+    assert said.count("\n") < 100  # more than one screen, but to be read

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import evaluating
+from lightning_mdc.progress import bar
 
 # One reading lasts at least this long; below it the clock and the scheduler are what is measured.
 _SHORTEST_READING = 0.02
@@ -33,6 +34,7 @@ def latencies(
     input_size: Sequence[int],
     *,
     rounds: int = 15,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Seconds per image of several models, comparable with each other.
 
@@ -44,6 +46,7 @@ def latencies(
         batch_size: images per forward pass.
         input_size: (channels, height, width) in pixels.
         rounds: readings per model; the median counts.
+        progress: show a progress bar where there is a terminal.
 
     Raises:
         BudgetError: `batch_size` or `rounds` is no positive number, or `input_size` no (channels, height, width).
@@ -57,9 +60,12 @@ def latencies(
     with torch.inference_mode(), evaluating(*models.values()):
         images = {name: _images(model, batch_size, input_size) for name, model in models.items()}
         passes = {name: _passes_per_reading(model, images[name]) for name, model in models.items()}
-        for _ in range(rounds):
-            for name, model in models.items():
-                readings[name].append(_seconds(model, images[name], passes[name]) / passes[name])
+        # Drawn between readings only: a clock that ticks would be in them.
+        with bar(f"Timing batches of {batch_size}", rounds, shown=progress, in_background=False) as advance:
+            for _ in range(rounds):
+                for name, model in models.items():
+                    readings[name].append(_seconds(model, images[name], passes[name]) / passes[name])
+                advance()
     return {name: statistics.median(seconds) / batch_size for name, seconds in readings.items()}
 
 

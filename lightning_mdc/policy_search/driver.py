@@ -271,6 +271,7 @@ def _run(
             finished, row, best = on_first_rank(following)
             if on_trial is not None and is_first():
                 on_trial(over, best)
+            log.debug("  trial %d: value %s in %.2f s", over.number, _shown(over.value), seconds)
             advance(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
             if is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
                 left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)

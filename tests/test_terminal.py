@@ -1,0 +1,324 @@
+"""What is seen: bars on a terminal and nowhere else, plain lines, a log in the run, and words at an early end."""
+
+import errno
+import logging
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+import lightning_mdc as mdc
+import train
+from lightning_mdc import pipeline, progress, stages, terminal
+from lightning_mdc.errors import SearchError
+from lightning_mdc.policy_search.held_out import HeldOut
+from tests.kinds import images, make
+from tests.test_train import ROOT, TINY, settings
+
+# Anything but printable characters and line ends.
+CONTROL = re.compile(r"[^\x20-\x7e\n\u00a0-\uffff]")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """The script sets up logging for a process of its own."""
+    root, ours = logging.getLogger(), logging.getLogger("lightning_mdc")
+    handlers, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
+
+
+def script(monkeypatch, *overrides: str) -> int:
+    """Exit code of ``python train.py ...``, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    GlobalHydra.instance().clear()
+    try:
+        train.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def newest(runs: Path) -> Path:
+    return max((runs / "tiny").iterdir(), key=lambda path: path.name)
+
+
+def on_a_terminal(arguments: list[str], interrupt_at: str = "", cwd: Path = ROOT) -> tuple[str, int]:
+    """(what a program writes to a terminal, its exit code); Ctrl-C is typed as soon as `interrupt_at` is there."""
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen(
+        [sys.executable, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=cwd, preexec_fn=own_tty
+    )
+    os.close(theirs)
+    written, deadline = b"", time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            more = os.read(ours, 65536)
+        except OSError:  # how a terminal says that nobody is there any more
+            break
+        if not more:
+            break
+        written += more
+        if interrupt_at and interrupt_at.encode() in written:
+            os.write(ours, b"\x03")
+            interrupt_at = ""
+    os.close(ours)
+    return written.decode(), program.wait(timeout=30)
+
+
+def own_tty() -> None:
+    import fcntl
+    import termios
+
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+# --- bars -------------------------------------------------------------------------------------------------------------
+
+COUNTS = """
+import logging, sys
+from lightning_mdc import progress
+logging.getLogger().setLevel("INFO")
+logging.getLogger().addHandler(progress.Screen())
+with progress.bar("Counting", 3, shown="hidden" not in sys.argv) as advance:
+    for number in range(3):
+        logging.info("line %d [of 3]", number)
+        advance(f"note {number}")
+print("end")
+"""
+
+
+def test_a_bar_and_lines_on_a_terminal():
+    written, code = on_a_terminal(["-c", COUNTS])
+    assert code == 0
+    assert "Counting" in written
+    assert "3/3" in written
+    assert "note 2" in written
+    for number in range(3):  # whole, on a line of its own: after erasing the bar
+        assert re.search(rf"\x1b\[2Kline {number} \[of 3\] *\r\n", written)
+    assert written.rstrip().endswith("end")
+    written, _ = on_a_terminal(["-c", COUNTS, "hidden"])
+    assert written.split() == ["line", "0", "[of", "3]", "line", "1", "[of", "3]", "line", "2", "[of", "3]", "end"]
+
+
+def test_no_bar_and_no_control_character_without_a_terminal():
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTS],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"},
+    )
+    assert done.stdout == "line 0 [of 3]\nline 1 [of 3]\nline 2 [of 3]\nend\n"
+    assert done.stderr == ""
+
+
+def test_scoring_and_searching_draw_only_where_asked(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress.Progress, "start", lambda self: drawn.append(self.tasks[0].description))
+    model = make()
+    scores = mdc.score(model, [images(8)], "activation", progress=False)
+    held_out = HeldOut([(images(20), torch.zeros(20))])
+    mdc.search(model, scores, held_out, n_trials=1, progress=False)
+    assert not drawn
+    mdc.score(model, [images(8)], "activation")
+    mdc.search(model, scores, held_out, n_trials=1)
+    assert drawn == ["Scoring", "Searching"]
+    monkeypatch.setattr(progress, "is_first", lambda: False)
+    mdc.score(model, [images(8)], "activation")
+    assert len(drawn) == 2
+
+
+def test_a_bar_within_somebody_elses(monkeypatch):
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    with progress.bar("Outer", 1) as outer, progress.bar("Inner", None) as inner:
+        inner("note")
+        outer()
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_through_a_pipe_is_plain_and_its_log_has_every_line(tmp_path):
+    command = [sys.executable, ROOT / "train.py", *TINY, f"runs={tmp_path}", "stage=[dense,score,search]"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=tmp_path)
+    assert not CONTROL.search(done.stdout + done.stderr)
+    lines = done.stdout.splitlines()
+    folder = newest(tmp_path)
+    logged = (folder / "log.txt").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO    ", line) for line in logged)
+    assert [line[28:] for line in logged] == lines
+    for stage in ("dense", "score", "search"):
+        assert len([line for line in lines if re.match(rf"{stage}: +done in [\d.]+ s: \w", line)]) == 1
+    assert lines[-3] == f"all of it is in {folder}: dense, scores.safetensors, policy.json"
+    assert lines[-2] == "go on with slim, distill, test, report:"
+    typed = shlex.split(lines[-1])
+    assert typed == ["python", str(ROOT / "train.py"), *TINY, f"runs={tmp_path}", f"resume={folder}"]
+
+
+def test_the_command_that_is_said_goes_on(tmp_path, monkeypatch, capsys):
+    assert script(monkeypatch, *TINY, f'runs="{tmp_path}/a b=c"', "stage=[dense]") == 0
+    folder = newest(tmp_path / "a b=c")
+    _, *arguments = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert script(monkeypatch, *arguments[1:], "stage=[dense,score]") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"resuming {folder}")
+    assert "dense:   picked up" in said
+    log = (folder / "log.txt").read_text()
+    assert log.count("dense:   running") == 1
+    assert log.index("run folder") < log.index("resuming")  # appended
+
+
+def test_quiet_is_quiet_and_verbose_says_more(tmp_path, monkeypatch, capsys):
+    chosen = (*TINY, f"runs={tmp_path}", "stage=[dense,score,search]")
+    assert script(monkeypatch, *chosen, "-q", "policy.kind=uniform") == 0
+    said = capsys.readouterr()
+    assert said.out + said.err == ""
+    assert "search:  done" in (newest(tmp_path) / "log.txt").read_text()
+    assert script(monkeypatch, *chosen, "-v", f"resume={newest(tmp_path)}") == 0
+    assert "  trial 0: value " in capsys.readouterr().out
+
+
+def test_flags_are_for_every_process_of_a_run():
+    assert terminal.overrides(["budget=0.5", "-q"]) == ["budget=0.5", "hydra/job_logging=quiet"]
+    assert terminal.overrides(["--verbose", "-m"]) == ["hydra.verbose=[lightning_mdc]", "-m"]
+    record = logging.LogRecord("a", logging.INFO, "", 0, "", (), None)
+    speaks = terminal.FirstRank().filter
+    assert speaks(record)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal.rank_zero_only, "rank", 1)
+        assert not speaks(record)
+        record.levelno = logging.WARNING
+        assert speaks(record)
+
+
+def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog):
+    caplog.set_level("INFO", "lightning_mdc")
+    folder = pipeline.run(settings(tmp_path, "distillation.seeds=[0]", "distillation.reference_seeds=[]"))
+    assert "all of it is in" not in caplog.text  # the report says it
+    caplog.clear()
+    pipeline.run(settings(tmp_path, "distillation.seeds=[0]", "distillation.reference_seeds=[]", f"resume={folder}"))
+    assert f"python -m lightning_mdc report {folder}" in caplog.text
+
+
+# --- ending early -----------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_on_a_terminal_says_how_to_go_on(tmp_path):
+    """In the middle of training, which Lightning shuts down by itself."""
+    arguments = [str(ROOT / "train.py"), *TINY, f"runs={tmp_path}", "stage=dense", "dense.epochs=2000", "-v"]
+    written, code = on_a_terminal(arguments, interrupt_at="Epoch 3/")
+    folder = newest(tmp_path)
+    assert code == 130
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    *_, said, command = plain.strip().splitlines()
+    assert said.strip() == f"interrupted in stage 'dense' of {folder}; go on from there with"
+    given = shlex.split(command)
+    assert given[-5:] == [f"runs={tmp_path}", "stage=dense", "dense.epochs=2000", "-v", f"resume={folder}"]
+    assert "Traceback" not in written + (folder / "log.txt").read_text()
+    assert "\x1b[?25h" in written[written.rindex("\x1b[?25l") :]  # the cursor is back
+
+
+def dies(error: BaseException):
+    def work(*_):
+        raise error
+
+    return work
+
+
+def ends(tmp_path, monkeypatch, capsys, error: BaseException, *overrides: str) -> tuple[int, str]:
+    """(exit code, what is on standard error) of a run whose policy cannot be written for `error`."""
+    monkeypatch.setattr(stages, "search_for_policy", dies(error))
+    code = script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=[dense,score,search]", *overrides)
+    said = capsys.readouterr().err
+    assert f"resume={newest(tmp_path)}" in said
+    return code, said
+
+
+def test_ctrl_c_between_trainings(tmp_path, monkeypatch, capsys):
+    code, said = ends(tmp_path, monkeypatch, capsys, KeyboardInterrupt(), "seed=3")
+    assert code == 130
+    assert said.startswith("interrupted in stage 'search' of ")
+    assert " seed=3 " in said
+    assert said.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "policy.json"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+)
+def test_a_full_disk(error, tmp_path, monkeypatch, capsys):
+    code, said = ends(tmp_path, monkeypatch, capsys, error)
+    assert code == 1
+    assert said.startswith("the disk is full: cannot write")
+    assert "Make room\nin stage 'search' of" in said
+    assert "Traceback" not in said
+    assert "No space left" in (newest(tmp_path) / "log.txt").read_text()
+
+
+def test_a_full_disk_below_an_error_of_ours(tmp_path, monkeypatch, capsys):
+    error = SearchError("study file trials.jsonl cannot be written")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "trials.jsonl")
+    _, said = ends(tmp_path, monkeypatch, capsys, error)
+    assert said.startswith("the disk is full: cannot write trials.jsonl")
+
+
+def test_an_error_of_ours_says_where_it_happened(tmp_path, monkeypatch, capsys):
+    code, said = ends(tmp_path, monkeypatch, capsys, SearchError("nothing found"))
+    assert code == 1
+    assert said.startswith("SearchError: nothing found\nin stage 'search' of ")
+    assert "Traceback" not in said
+
+
+def test_a_killed_reader_of_images(tmp_path, monkeypatch, capsys):
+    killed = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+    _, said = ends(tmp_path, monkeypatch, capsys, killed)
+    assert "data.num_workers" in said
+    assert "Traceback" not in said
+    assert terminal.last_words(RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly")) is not None
+
+
+def test_an_unexpected_error_keeps_its_traceback_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    code, said = ends(tmp_path, monkeypatch, capsys, ZeroDivisionError("surprise"))
+    assert code == 1
+    assert "ZeroDivisionError: surprise\nin stage 'search' of" in said
+    assert "HYDRA_FULL_ERROR=1" in said
+    log = (newest(tmp_path) / "log.txt").read_text()
+    assert "Traceback" in log
+    assert "surprise" in log
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ZeroDivisionError) as raised:
+        script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=[dense,score,search]")
+    assert "resume=" in "".join(raised.value.__notes__)
+
+
+def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full, a disk that is always full")
+    assert script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=dense") == 0
+    folder = newest(tmp_path)
+    (folder / "log.txt").unlink()
+    (folder / "log.txt").symlink_to("/dev/full")
+    capsys.readouterr()
+    assert script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=[dense,score]", f"resume={folder}") == 0
+    said = capsys.readouterr()
+    assert said.err.count("cannot be written, so it ends here") == 1
+    assert "score:   done in" in said.out
