@@ -89,7 +89,7 @@ def _say_what_next(this: Run) -> None:
     left = [name for name in select({**this.settings, "stage": "all", "skip": []}) if name not in done]
     if left:
         log.info("go on with %s:", ", ".join(left))
-        log.info("  %s", terminal.command(this.folder.path, without=("stage", "skip")))
+        log.info("  %s", terminal.again(terminal.started(), this.folder.path, without=("stage", "skip")))
     else:
         log.info("look at it, as a page and as pictures:")
         log.info("  %s", shlex.join(["python", "-m", "lightning_mdc", "report", str(this.folder)]))

@@ -90,22 +90,29 @@ def log_file(path: Path) -> Iterator[None]:
 # --- what to type next ------------------------------------------------------------------------------------------------
 
 
-def command(folder: Path, without: Sequence[str] = ()) -> str:
-    """What to type to go on in the run at `folder`: the command line that is running, for a shell.
-
-    Args:
-        without: settings to leave out, such as ``stage``.
-    """
-    given: list[str] = []
-    if HydraConfig.initialized():
-        said: Any = HydraConfig.get().overrides
-        # The mode is Hydra's own addition.
-        given = [*said.task, *(text for text in said.hydra if not text.startswith("hydra.mode="))]
-    dropped = {"resume", *without}
-    kept = [text for text in given if text.lstrip("+~").split("=", 1)[0] not in dropped]
+def started() -> str:
+    """The command line that is running, for a shell."""
+    if not HydraConfig.initialized():
+        return shlex.join(["python", *sys.argv])
+    said: Any = HydraConfig.get().overrides
+    # The mode is Hydra's own addition.
+    given = [*said.task, *(text for text in said.hydra if not text.startswith("hydra.mode="))]
     quiet = {override: flag for flag, override in _FLAGS.items() if not flag.startswith("--")}
     program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join(["python", program, *(quiet.get(text, text) for text in kept), f"resume={_hydra_value(folder)}"])
+    return shlex.join(["python", program, *(quiet.get(text, text) for text in given)])
+
+
+def again(command: str, folder: Path, *overrides: str, without: Sequence[str] = ()) -> str:
+    """What to type to go on in the run at `folder`, which `command` has worked on.
+
+    Args:
+        overrides: to add, or to replace what `command` says of the same settings.
+        without: settings to leave out, such as ``stage``.
+    """
+    overrides = (f"resume={_hydra_value(folder)}", *overrides)
+    dropped = {*without, *(override.partition("=")[0] for override in overrides)}
+    kept = [word for word in shlex.split(command) if word.lstrip("+~").partition("=")[0] not in dropped]
+    return shlex.join([*kept, *overrides])
 
 
 def _hydra_value(path: Path) -> str:
@@ -120,7 +127,7 @@ def note_where(error: BaseException, folder: Path, stage: str) -> None:
     """Tell whoever reads the error where it happened and how to go on."""
     if is_first():
         error.add_note(f"in stage {stage!r} of {folder}")
-        error.add_note(f"go on from there with\n  {command(folder)}")
+        error.add_note(f"go on from there with\n  {again(started(), folder)}")
 
 
 # --- ending early -----------------------------------------------------------------------------------------------------

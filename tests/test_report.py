@@ -16,12 +16,12 @@ from lightning_mdc.__main__ import main
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.reporting.charts import charts
 from lightning_mdc.reporting.comparison import compare
-from lightning_mdc.reporting.invocations import again
 from lightning_mdc.reporting.outcomes import Outcomes
 from lightning_mdc.reporting.record import RunRecord
 from lightning_mdc.reporting.report import report_of
 from lightning_mdc.reporting.result_figures import Point, front, front_figure
 from lightning_mdc.run_folder import RunFolder
+from lightning_mdc.terminal import again
 from tests.browser import CHROMIUM, look_at
 from tests.test_train import settings
 
@@ -265,9 +265,9 @@ def test_wrong_arguments_are_said_with_the_remedy(finished, capsys, arguments, w
 
 
 def test_the_next_command_keeps_what_was_said():
-    started = "python train.py data=image_folder 'data.root=/my images' budget=0.6 stage=search resume=true"
-    assert again(started, "resume=runs/x", "budget=0.5") == (
-        "python train.py data=image_folder 'data.root=/my images' resume=runs/x budget=0.5"
+    started = "python train.py data=image_folder 'data.root=/my images' -q budget=0.6 stage=search resume=true"
+    assert again(started, Path("runs/x"), "budget=0.5", without=("stage",)) == (
+        "python train.py data=image_folder 'data.root=/my images' -q resume=runs/x budget=0.5"
     )
 
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-from hydra.core.hydra_config import HydraConfig
 
 from lightning_mdc.run_folder import RunFolder, write_json
+from lightning_mdc.terminal import started
 
 _FILE = "invocations.json"
 _PACKAGES = ("lightning-mdc", "torch", "lightning", "timm", "torchmetrics", "hydra-core", "scikit-optimize", "numpy")
@@ -39,7 +35,7 @@ class Invocation:
 
 def this_invocation() -> Invocation:
     """How this process was started."""
-    return Invocation(_command(), datetime.now().isoformat(timespec="seconds"), _versions(), platform.platform())
+    return Invocation(started(), datetime.now().isoformat(timespec="seconds"), _versions(), platform.platform())
 
 
 def note_invocation(folder: RunFolder) -> None:
@@ -54,21 +50,6 @@ def invocations(folder: Path) -> tuple[Invocation, ...]:
         return tuple(Invocation(**each) for each in json.loads((folder / _FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return ()
-
-
-def again(command: str, *overrides: str) -> str:
-    """`command` with its overrides but for those that `overrides` give anew, or that belong to one start only."""
-    words = shlex.split(command)
-    new = {override.partition("=")[0] for override in overrides} | {"resume", "stage", "skip"}
-    kept = [word for word in words if word.lstrip("+~").partition("=")[0] not in new]
-    return shlex.join([*kept, *overrides])
-
-
-def _command() -> str:
-    if not HydraConfig.initialized():
-        return shlex.join(["python", *sys.argv])
-    given: Any = HydraConfig.get().overrides
-    return shlex.join(["python", "train.py", *given.task])
 
 
 def _versions() -> dict[str, str]:

@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 
 from lightning_mdc.reporting.charts import Chart, charts, save_charts
 from lightning_mdc.reporting.findings import findings, verdict
-from lightning_mdc.reporting.invocations import again
 from lightning_mdc.reporting.record import RunRecord
 from lightning_mdc.reporting.results import DENSE
 from lightning_mdc.reporting.tables import Table, by_class, by_seed, comparison, share
 from lightning_mdc.run_folder import write_text
+from lightning_mdc.terminal import again
 
 PICTURES = "pictures"
 
@@ -180,19 +180,20 @@ def places(folder: Path) -> tuple[Place, ...]:
 def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
     """What to type next: (what it does, command)."""
     folder = record.folder
-    started = record.invocations[-1].command if record.invocations else "python train.py"
+    command = record.invocations[-1].command if record.invocations else "python train.py"
+    once = ("stage", "skip")
     if record.results is None:
-        return (("Go on where it stopped", again(started, f"resume={folder}")),)
+        return (("Go on where it stopped", again(command, folder, without=once)),)
     place = record.outcomes.slim_places[0] if record.outcomes is not None else "slim"
     found = [
         ("Use the slim model", f"python -c \"import lightning_mdc as mdc; print(mdc.load('{folder / place}'))\""),
         (
             "Make it smaller still (the dense model and its scores are picked up)",
-            again(started, f"resume={folder}", "budget=0.5"),
+            again(command, folder, "budget=0.5", without=once),
         ),
     ]
     if record.sensitivity is None:
-        look = again(started, f"resume={folder}", "stage=[sensitivity,report]")
+        look = again(command, folder, "stage=[sensitivity,report]", without=once)
         found.append(("See what each block alone can spare", look))
     return tuple(found)
 
