@@ -58,8 +58,8 @@ def main() -> None:
     sys.argv[1:] = terminal.overrides(sys.argv[1:])
     try:
         app()
-    except KeyboardInterrupt:  # before the first stage, or of a sweep, which has said how to go on
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # before the first stage, or of a sweep, which notes how to go on
+        print("\n".join(["interrupted", *getattr(stop, "__notes__", ())]), file=sys.stderr)
         sys.exit(terminal.INTERRUPTED)
 
 

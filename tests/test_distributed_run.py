@@ -13,6 +13,7 @@ import torch
 
 import lightning_mdc as mdc
 from lightning_mdc.importance import Scores
+from lightning_mdc.sensitivity import Sensitivity
 from tests.test_train import ROOT, TINY
 
 TWO = ("trainer=ddp_cpu", "data.augment=false", "threads=1")
@@ -41,12 +42,12 @@ def run(runs: Path, *overrides: str) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("one"), *ONE)[0]
+    return run(tmp_path_factory.mktemp("one"), *ONE, "stage=[all,sensitivity]")[0]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, str]:
-    return run(tmp_path_factory.mktemp("two"), *TWO)
+    return run(tmp_path_factory.mktemp("two"), *TWO, "stage=[all,sensitivity]")
 
 
 def test_every_line_is_said_once(two):
@@ -68,6 +69,15 @@ def test_scores_are_those_of_one_process(one, two):
     for dimension in ("heads", "neurons", "tokens"):
         for mine, other in zip(getattr(ours, dimension), getattr(theirs, dimension), strict=True):
             assert torch.allclose(mine, other, rtol=1e-3, atol=1e-4), dimension
+
+
+def test_sensitivities_are_those_of_one_process(one, two):
+    ours, theirs = (Sensitivity.load(folder / "sensitivity.csv").cuts for folder in (one, two[0]))
+    assert [cut.place for cut in ours] == [cut.place for cut in theirs]
+    assert [cut.cost for cut in ours] == [cut.cost for cut in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.kl == pytest.approx(other.kl, rel=0.05, abs=1e-5), mine
+        assert abs(mine.accuracy - other.accuracy) <= 1 / 36 + 1e-9  # one image of 36 that is nearly a tie
 
 
 def test_every_test_image_counts_once(one, two):

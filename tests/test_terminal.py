@@ -233,6 +233,14 @@ def test_ctrl_c_on_a_terminal_says_how_to_go_on(tmp_path):
     assert "\x1b[?25h" in written[written.rindex("\x1b[?25l") :]  # the cursor is back
 
 
+def test_an_interrupted_sweep_says_what_the_sweeper_noted(monkeypatch, capsys):
+    stop = KeyboardInterrupt()
+    stop.add_note("The sweep was interrupted: go on with ...")
+    monkeypatch.setattr(train, "app", dies(stop))
+    assert script(monkeypatch, "-m") == 130
+    assert capsys.readouterr().err == "interrupted\nThe sweep was interrupted: go on with ...\n"
+
+
 def dies(error: BaseException):
     def work(*_):
         raise error
