@@ -162,8 +162,8 @@ def _slim(record: RunRecord) -> Iterator[Item]:
 
 
 def _distill(record: RunRecord) -> Iterator[Item]:
-    for folder in sorted((record.folder / "finetuned").glob("seed*")):
-        yield from _model(record, f"finetuned/{folder.name}", "slim")
+    for seed in record.settings.get("distillation", {}).get("seeds", ()):  # others are of earlier settings
+        yield from _model(record, f"finetuned/seed{seed}", "slim")
 
 
 def _test(record: RunRecord) -> Iterator[Item]:
