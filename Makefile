@@ -40,8 +40,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## train, prune, distil and report on handwritten digits, end to end
-	$(BIN)/python train.py
+demo: $(STAMP)  ## train, see what blocks can spare, prune, distil and report on handwritten digits, end to end
+	$(BIN)/python train.py "stage=[all,sensitivity]"
 
 test: $(STAMP)  ## the everyday tests
 	$(PYTEST)

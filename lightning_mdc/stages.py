@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
 import torch
 from lightning import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mdc import assembly, reporting, testing
+from lightning_mdc import assembly, progress, reporting, testing
 from lightning_mdc.artifact import WEIGHTS, load, save
 from lightning_mdc.budget import macs, num_params
 from lightning_mdc.budget.latency import latencies
@@ -280,7 +279,7 @@ def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, Any]:
 def report(run: Run) -> str:
     """Say how it went, on screen, as the page ``report.html`` and as ``report.md`` with ``pictures/``."""
     made = write_report(run.folder.path)
-    console = rich.console.Console()
+    console = progress.console()
     console.print()
     if made.comparison is not None:
         console.print(made.comparison.rich(made.title))
