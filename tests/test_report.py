@@ -17,7 +17,7 @@ from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.reporting.charts import charts
 from lightning_mdc.reporting.comparison import compare
 from lightning_mdc.reporting.outcomes import Outcomes
-from lightning_mdc.reporting.record import RunRecord
+from lightning_mdc.reporting.record import STAGE_NAMES, RunRecord
 from lightning_mdc.reporting.report import report_of
 from lightning_mdc.reporting.result_figures import Point, front, front_figure
 from lightning_mdc.run_folder import RunFolder
@@ -73,6 +73,10 @@ def test_the_page_needs_nothing_else(finished):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert not re.search(r"#333333|#000000", page, flags=re.IGNORECASE)  # ink is the theme's
+
+
+def test_a_record_knows_every_stage_in_its_order():
+    assert tuple(stages.STAGES) == STAGE_NAMES
 
 
 def test_reports_say_how_to_get_the_same_again(finished):

@@ -150,7 +150,7 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         SEARCH,
         "How close to the budget?",
         "What each trial costs as a share of the budget, against what it is worth. None is above the line.",
-        search_figures.cost_figure(study.rows, direction, 1.0),
+        search_figures.cost_figure(study.rows, direction, 1.0, metric),
     )
     if sum(row.value is not None for row in study.rows) >= 2:
         yield Chart(

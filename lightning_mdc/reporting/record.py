@@ -24,6 +24,9 @@ from lightning_mdc.reporting.results import Results
 from lightning_mdc.run_folder import RunFolder
 from lightning_mdc.sensitivity import Sensitivity
 
+# Of ``lightning_mdc.stages``, which cannot be asked: it makes reports.
+STAGE_NAMES = ("dense", "score", "share", "sensitivity", "search", "slim", "distill", "test", "report")
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -61,10 +64,8 @@ class RunRecord:
 
     @cached_property
     def stages(self) -> Mapping[str, Mapping[str, Any]]:
-        """What is known of every stage that is done, the first first: ``seconds``, ``settings``, ``fingerprint``."""
-        paths = sorted((self.folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        names = [path.stem for path in paths]
-        records = {name: RunFolder(self.folder).record(name) for name in names}
+        """What is known of every stage that is done, in their order: ``seconds``, ``settings``, ``fingerprint``."""
+        records = {name: RunFolder(self.folder).record(name) for name in STAGE_NAMES}
         return {name: record for name, record in records.items() if record is not None}
 
     @cached_property

@@ -67,8 +67,8 @@ def progress_figure(rows: Sequence[Tried], direction: str, value: str = "value")
     return figure
 
 
-def cost_figure(rows: Sequence[Tried], direction: str, target: float) -> Figure:
-    """What trials cost against what they are worth, with a line at the target."""
+def cost_figure(rows: Sequence[Tried], direction: str, target: float, value: str = "value") -> Figure:
+    """What trials cost against what they are worth, with a line at the target. `value` is what that is called."""
     figure, panel = _panel(3.1)
     priced = [row for row in rows if row.cost is not None]
     done = [row for row in priced if row.status == "done"]
@@ -89,7 +89,7 @@ def cost_figure(rows: Sequence[Tried], direction: str, target: float) -> Figure:
     panel.set_xlim(left - margin, target + margin)
     panel.ticklabel_format(axis="x", useOffset=False)
     panel.xaxis.set_major_locator(MaxNLocator(6))
-    _finish(panel, "cost", "value", low, high)
+    _finish(panel, "cost", value, low, high)
     return figure
 
 
