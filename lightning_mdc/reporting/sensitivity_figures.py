@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from lightning_mdc.reporting.style import GRAY, INK, WIDTH, new_figure, plain
 from lightning_mdc.sensitivity import Cut, Sensitivity
 
-_INK, _PALE, _NOT_YET = "#333333", "#b8b8b8", "#f2f2f2"
-# As in figures.py; tokens leave at a stage, and all blocks after it have fewer.
+_NOT_YET = "#f2f2f2"
+# On a map's colours, which are the same on a light page and on a dark one; the theme's would not be read there.
+_ON_PALE, _ON_DARK = "#1c1c1c", "#fdfdfd"
+# Tokens leave at a stage, and all blocks after it have fewer.
 _LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens after a stage"}
 _WORDS = {"accuracy": "top-1", "kl": "KL to dense (nats)"}
 # Below this KL two curves differ by noise; above it they are drawn by orders of magnitude.
@@ -31,13 +33,11 @@ def sensitivity_figure(sensitivity: Sensitivity, measure: str = "accuracy") -> F
         measure: ``"accuracy"`` or ``"kl"``.
     """
     names = sensitivity.dimensions
-    figure = Figure(figsize=(4.8, 1.9 * max(len(names), 1) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     if not names:
-        return _nothing_yet(figure)
+        return _nothing_yet()
+    figure, panels = new_figure(WIDTH, 1.9 * len(names) + 0.5, len(names), sharex=True, sharey=True)
     blocks = sorted({cut.block for cut in sensitivity.cuts})
     colours = _colours(blocks[-1] + 1)
-    panels = np.atleast_1d(np.asarray(figure.subplots(len(names), 1, sharex=True, sharey=True)))
     for panel, name in zip(panels, names, strict=True):
         for block in sensitivity.blocks(name):
             curve = sensitivity.curve(name, block)
@@ -47,12 +47,12 @@ def sensitivity_figure(sensitivity: Sensitivity, measure: str = "accuracy") -> F
     dense = max((cut.accuracy for cut in sensitivity.cuts if cut.keep == 1), default=None)
     for panel in panels:
         if measure == "accuracy" and dense is not None:
-            panel.axhline(dense, color=_PALE, lw=0.8, ls=(0, (4, 3)), zorder=0)
+            panel.axhline(dense, color=GRAY, lw=0.8, ls=(0, (4, 3)), zorder=0)
     if measure == "kl":  # one scale for all panels
         panels[-1].set_ylim(0, 1.3 * max(max(cut.kl for cut in sensitivity.cuts), _SMALL_KL))
     panels[-1].set_xlim(1.02, -0.02)
-    panels[-1].set_xlabel("kept of this block's units, all other blocks whole", fontsize=9, color=_INK)
-    _depth_bar(figure, list(panels), colours)
+    panels[-1].set_xlabel("kept of this block's units, all other blocks whole", fontsize=9, color=INK)
+    _depth_bar(figure, panels, colours)
     return figure
 
 
@@ -60,14 +60,12 @@ def sensitivity_map(sensitivity: Sensitivity) -> Figure:
     """Percentage points of top-1 lost, by block and keep ratio: a map per dimension; what is not yet known is pale."""
     names = sensitivity.dimensions
     rows = [len(sensitivity.blocks(name)) for name in names]
-    figure = Figure(figsize=(4.8, 0.24 * sum(rows) + 0.75 * max(len(names), 1) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     if not names:
-        return _nothing_yet(figure)
+        return _nothing_yet()
+    figure, panels = new_figure(WIDTH, 0.24 * sum(rows) + 0.75 * len(names) + 0.5, len(names), height_ratios=rows)
     dense = max((cut.accuracy for cut in sensitivity.cuts if cut.keep == 1), default=0.0)
     worst = max(dense - min(cut.accuracy for cut in sensitivity.cuts), 0.01)
     norm, colours = Normalize(0, 100 * worst), colormaps["magma_r"].with_extremes(bad=_NOT_YET)
-    panels = np.atleast_1d(np.asarray(figure.subplots(len(names), 1, height_ratios=rows)))
     for panel, name in zip(panels, names, strict=True):
         columns = _columns(sensitivity, name)
         lost = np.full((len(sensitivity.blocks(name)), len(columns)), np.nan)
@@ -78,21 +76,21 @@ def sensitivity_map(sensitivity: Sensitivity) -> Figure:
         _numbers(panel, lost, norm)
         panel.set_xticks(range(len(columns)), [f"{column} %" for column in columns])
         panel.set_yticks(range(len(lost)), [str(block) for block in sensitivity.blocks(name)])
-        panel.set_ylabel("block", fontsize=9, color=_INK)
-        panel.set_title(f"{_LABELS[name]} kept", loc="left", fontsize=10, color=_INK)
-        panel.tick_params(labelsize=8, colors=_INK, length=0)
+        panel.set_ylabel("block")
+        plain(panel, f"{_LABELS[name]} kept")
+        panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(panels), aspect=40, pad=0.02)
-    bar.set_label("top-1 lost (percentage points)", fontsize=9, color=_INK)
-    bar.ax.tick_params(labelsize=8, colors=_INK)
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, aspect=40, pad=0.02)
+    bar.set_label("top-1 lost (percentage points)", fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8, colors=INK)
     bar.outline.set_visible(False)
     return figure
 
 
-def _nothing_yet(figure: Figure) -> Figure:
-    panel = figure.subplots()
+def _nothing_yet() -> Figure:
+    figure, (panel,) = new_figure(WIDTH, 1.2)
     panel.set_axis_off()
-    panel.text(0, 0.5, "no cut has been tried yet", color=_INK)
+    panel.text(0, 0.5, "no cut has been tried yet", color=INK)
     return figure
 
 
@@ -106,17 +104,15 @@ def _depth_bar(figure: Figure, panels: list[Axes], colours: ListedColormap) -> N
     norm = BoundaryNorm(np.arange(depth + 1) - 0.5, depth)
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, aspect=40, pad=0.02)
     bar.set_ticks(list(range(0, depth, -(-depth // 12))))
-    bar.set_label("block", fontsize=9, color=_INK)
-    bar.ax.tick_params(labelsize=8, colors=_INK, length=0)
+    bar.set_label("block", fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=8, colors=INK, length=0)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
 
 
 def _finish(panel: Axes, name: str, measure: str) -> None:
-    panel.set_title(_LABELS[name], loc="left", fontsize=10, color=_INK)
-    panel.set_ylabel(_WORDS[measure], fontsize=9, color=_INK)
-    panel.tick_params(labelsize=8, colors=_INK)
-    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_ylabel(_WORDS[measure])
+    plain(panel, _LABELS[name])
     panel.set_xticks([1, 0.75, 0.5, 0.25, 0], ["100 %", "75 %", "50 %", "25 %", "0 %"])
     if measure == "kl":
         panel.set_yscale("symlog", linthresh=_SMALL_KL)
@@ -138,6 +134,6 @@ def _numbers(panel: Axes, lost: np.ndarray, norm: Normalize) -> None:
         return
     for (row, column), points in np.ndenumerate(lost):
         if np.isfinite(points):
-            colour = "white" if norm(points) > 0.55 else _INK
+            colour = _ON_DARK if norm(points) > 0.55 else _ON_PALE
             said = f"{points:.0f}" if abs(points) >= 9.95 else f"{points:.1f}".replace("-0.0", "0.0")
             panel.text(column, row, said, ha="center", va="center", fontsize=7, color=colour)
