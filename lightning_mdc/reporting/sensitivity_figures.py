@@ -95,8 +95,8 @@ def _nothing_yet() -> Figure:
 
 
 def _colours(depth: int) -> ListedColormap:
-    """A colour per block; neither end of the map is as pale as the paper."""
-    return ListedColormap(colormaps["viridis_r"](np.linspace(0.12, 1, depth)))
+    """A colour per block; neither end of the map vanishes on a light page or a dark one."""
+    return ListedColormap(colormaps["viridis_r"](np.linspace(0.12, 0.72, depth)))
 
 
 def _depth_bar(figure: Figure, panels: list[Axes], colours: ListedColormap) -> None:
