@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_mdc.policy import Plan, Policy
     from lightning_mdc.policy_search.driver import SearchResult, Trial, search
     from lightning_mdc.policy_search.held_out import HeldOut
-    from lightning_mdc.surgery import masked, slim
+    from lightning_mdc.surgery import ActivationStatistics, masked, slim
     from lightning_mdc.weight_sharing import WeightSharingModule
 
 # Where each public name lives. Looked up when asked for: a Hydra sweep needs no more than `policy_search`, and starts
@@ -37,7 +37,7 @@ _HOMES = {
     "policy": ("Plan", "Policy"),
     "policy_search.driver": ("SearchResult", "Trial", "search"),
     "policy_search.held_out": ("HeldOut",),
-    "surgery": ("masked", "slim"),
+    "surgery": ("ActivationStatistics", "masked", "slim"),
     "weight_sharing": ("WeightSharingModule",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,6 +45,7 @@ _MODULES = ("data", "errors", "models", "policy_search", "reporting")
 
 __all__ = [
     "HSIC",
+    "ActivationStatistics",
     "Budget",
     "DistillationModule",
     "HeldOut",
