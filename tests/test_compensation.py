@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError, CompensationError, UnsupportedModelError
 from lightning_mdc.models import find_sites
+from lightning_mdc.surgery import compensation
 from lightning_mdc.surgery.compensation import RIDGE, Moments, compensated
 from tests.kinds import DEPTH, KINDS, images, make
 
@@ -194,6 +196,37 @@ def test_rows_are_added_up_in_bounded_pieces(monkeypatch):
     pieces = mdc.ActivationStatistics.of(model, [images()])
     for name, tensor in whole.tensors().items():
         torch.testing.assert_close(pieces.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_agree_on_the_moments_of_all_rows(problem, monkeypatch):
+    z = problem[0]
+    shares = [z[:50], z[:0], z[50:] + 3]
+    meeting, given = threading.Barrier(len(shares)), [None] * len(shares)
+
+    def summed(tensor: Tensor) -> Tensor:
+        given[int(threading.current_thread().name)] = tensor
+        meeting.wait()
+        total = sum(given)
+        meeting.wait()
+        return total
+
+    monkeypatch.setattr(compensation, "summed", summed)
+    zeros = Moments(torch.tensor(0), torch.zeros(10), torch.zeros(10, 10))
+    found = {}
+
+    def work(rank: int) -> None:
+        found[rank] = compensation._over_ranks(moments_of(shares[rank]) if len(shares[rank]) else zeros)
+
+    threads = [threading.Thread(target=work, args=[rank], name=str(rank)) for rank in range(len(shares))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    wanted = moments_of(np.concatenate(shares))
+    for moments in found.values():
+        assert int(moments.rows) == len(z)
+        torch.testing.assert_close(moments.mean, wanted.mean)
+        torch.testing.assert_close(moments.scatter, wanted.scatter)
 
 
 def test_half_precision_models_are_summed_in_fp32():
