@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_mdc.budget import Budget, macs, plan_macs, policy_macs
     from lightning_mdc.callback import MultiDimPruneCallback, plan_from_checkpoint
     from lightning_mdc.distillation import DistillationModule
+    from lightning_mdc.export import export_model
     from lightning_mdc.importance import HSIC, Scores, make_plan, score
     from lightning_mdc.importance.hsic import hsic
     from lightning_mdc.policy import Plan, Policy
@@ -32,6 +33,7 @@ _HOMES = {
     "budget": ("Budget", "macs", "plan_macs", "policy_macs"),
     "callback": ("MultiDimPruneCallback", "plan_from_checkpoint"),
     "distillation": ("DistillationModule",),
+    "export": ("export_model",),
     "importance": ("HSIC", "Scores", "make_plan", "score"),
     "importance.hsic": ("hsic",),
     "policy": ("Plan", "Policy"),
@@ -57,6 +59,7 @@ __all__ = [
     "Trial",
     "WeightSharingModule",
     "errors",
+    "export_model",
     "hsic",
     "load",
     "macs",

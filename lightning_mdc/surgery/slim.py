@@ -38,7 +38,7 @@ def slim(
     dense = find_sites(model)
     dense.check(plan)
     check_compensation(dense, compensate, statistics)
-    copied = _copy(dense.model)
+    copied = plain_copy(dense.model)
     remove_masks(copied)
     sites = find_sites(copied)
     for dimension, kept_units in (("heads", plan.heads), ("neurons", plan.neurons)):
@@ -65,7 +65,8 @@ def plan_of(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy with nothing of it compiled."""
     copied = copy.deepcopy(model)
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
