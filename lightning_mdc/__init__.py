@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from lightning_mdc.budget import Budget, macs, plan_macs, policy_macs
     from lightning_mdc.callback import MultiDimPruneCallback, plan_from_checkpoint
     from lightning_mdc.distillation import DistillationModule
+    from lightning_mdc.export import export_model
     from lightning_mdc.importance import HSIC, Scores, make_plan, score
     from lightning_mdc.importance.hsic import hsic
     from lightning_mdc.policy import Plan, Policy
     from lightning_mdc.policy_search.driver import SearchResult, Trial, search
     from lightning_mdc.policy_search.held_out import HeldOut
-    from lightning_mdc.surgery import masked, slim
+    from lightning_mdc.surgery import ActivationStatistics, masked, slim
     from lightning_mdc.weight_sharing import WeightSharingModule
 
 # Where each public name lives. Looked up when asked for: a Hydra sweep needs no more than `policy_search`, and starts
@@ -32,12 +33,13 @@ _HOMES = {
     "budget": ("Budget", "macs", "plan_macs", "policy_macs"),
     "callback": ("MultiDimPruneCallback", "plan_from_checkpoint"),
     "distillation": ("DistillationModule",),
+    "export": ("export_model",),
     "importance": ("HSIC", "Scores", "make_plan", "score"),
     "importance.hsic": ("hsic",),
     "policy": ("Plan", "Policy"),
     "policy_search.driver": ("SearchResult", "Trial", "search"),
     "policy_search.held_out": ("HeldOut",),
-    "surgery": ("masked", "slim"),
+    "surgery": ("ActivationStatistics", "masked", "slim"),
     "weight_sharing": ("WeightSharingModule",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,6 +47,7 @@ _MODULES = ("data", "errors", "models", "policy_search", "reporting")
 
 __all__ = [
     "HSIC",
+    "ActivationStatistics",
     "Budget",
     "DistillationModule",
     "HeldOut",
@@ -56,6 +59,7 @@ __all__ = [
     "Trial",
     "WeightSharingModule",
     "errors",
+    "export_model",
     "hsic",
     "load",
     "macs",

@@ -1,4 +1,4 @@
-"""``python -m lightning_mdc``: what can be done with a run after it."""
+"""``python -m lightning_mdc``: what can be done with a run, or with a model it left, after it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--output", type=Path, help="the page that compares several runs (default: comparison.html, here)"
     )
     report.add_argument("--open", action="store_true", help="show the page in the browser")
+    export = commands.add_parser(
+        "export",
+        help="write a saved model as one file that runs without this package",
+        description=(
+            "Write a model that train.py or mdc.save left, dense or slim, as an ONNX file or as a program of "
+            "torch.export, for any batch size. It is run and compared with the model before it is kept."
+        ),
+        epilog="example: python -m lightning_mdc export runs/digits/2026-01-31_12-00-00/slim slim.onnx",
+    )
+    export.add_argument("model", type=Path, metavar="DIR", help="folder with model.safetensors and config.json")
+    export.add_argument("output", type=Path, metavar="OUT", help="the file: NAME.onnx, or NAME.pt2 for torch.export")
     given = parser.parse_args(arguments)
     try:
-        path = _report(given.runs, given.output)
+        path = _report(given.runs, given.output) if given.command == "report" else _export(given.model, given.output)
     except (MdcError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(path)
-    if given.open:
+    if given.command == "report" and given.open:
         webbrowser.open(path.absolute().as_uri())
     return 0
 
@@ -55,6 +66,16 @@ def _report(runs: Sequence[Path], output: Path | None) -> Path:
 
     print(write_report(runs[0]).verdict)
     return runs[0] / "report.html"
+
+
+def _export(folder: Path, output: Path) -> Path:
+    """Write the program; returns where it is."""
+    from lightning_mdc.artifact import load
+    from lightning_mdc.export import export_model
+
+    made = export_model(load(folder), output)
+    print(f"{made.format}, {made.size / 1e6:.2f} MB, logits within {made.difference:.1g} of the model's")
+    return made.path
 
 
 if __name__ == "__main__":

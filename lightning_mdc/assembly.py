@@ -58,6 +58,7 @@ from lightning_mdc.policy_search.study import observations
 from lightning_mdc.progress import on_terminal
 from lightning_mdc.randomness import rng_state, set_rng_state
 from lightning_mdc.ranks import is_lost_peer, rank
+from lightning_mdc.surgery.compensation import check_compensable
 from lightning_mdc.tracking import Tracker
 from lightning_mdc.weight_sharing import WeightSharingModule
 
@@ -342,6 +343,22 @@ def check_search(settings: Settings, model: nn.Module) -> None:
     )
     if options["warm_start"] is not None:
         observations(options["warm_start"], space, "maximize")
+
+
+def check_compensation(settings: Settings, model: nn.Module, policy: Policy | None) -> None:
+    """Refuse to compensate for what cannot be, before anything is trained. `policy`: if one is given.
+
+    Raises:
+        UnsupportedModelError: names the module in the way.
+    """
+    sites, wanted = find_sites(model), settings["policy"]["dimensions"]
+    for name in ("heads", "neurons"):
+        if policy is None:
+            pruned = name in (sites.dimensions if wanted is None else wanted)
+        else:
+            pruned = any(ratio < 1 for ratio in getattr(policy, name))
+        for block in sites.blocks if pruned else ():
+            check_compensable(getattr(block, name), settings["surgery"]["compensate"])
 
 
 def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:

@@ -164,7 +164,8 @@ class MultiDimPruneCallback(Callback):
     def slim_model(self, pl_module: LightningModule, in_place: bool = False) -> nn.Module:
         """The physically slim vision transformer of `pl_module`, a plain module.
 
-        With ``in_place=True`` it also takes the dense one's place in `pl_module` (uncompiled), to go on training.
+        With ``in_place=True`` it also takes the dense one's place in `pl_module` (uncompiled), to go on training. There
+        is no compensation here (see `slim`): what stays has been trained without what left.
 
         Raises:
             CallbackError: there is no plan yet, or nothing to replace.

@@ -28,6 +28,10 @@ class CalibrationError(MdcError, ValueError):
     """The batches given for scoring cannot be scored, or scores do not fit the model."""
 
 
+class CompensationError(MdcError, ValueError):
+    """What removed units did cannot be given back: an unknown way, or statistics that are missing or do not fit."""
+
+
 class SearchError(MdcError, ValueError):
     """A search cannot start, or cannot go on: its space, its objective or its study file is not what it has to be."""
 

@@ -23,7 +23,8 @@ from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Policy
 from lightning_mdc.ranks import on_first_rank
 from lightning_mdc.reporting.invocations import note_invocation
 from lightning_mdc.run_folder import RunFolder, fingerprint, open_run, write_text
-from lightning_mdc.stages import STAGES, Run, shares_weights
+from lightning_mdc.stages import STAGES, Run, switched_off
+from lightning_mdc.surgery import COMPENSATIONS
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +123,15 @@ def _opened(settings: assembly.Settings, selected: tuple[str, ...], stack: ExitS
 
 def cached(settings: assembly.Settings) -> tuple[str, ...]:
     """Stages whose results the trials of a sweep share, see `cache_folder`."""
-    return ("dense", "score", "share") if shares_weights(settings) else ("dense", "score")
+    off = switched_off(settings)
+    return tuple(name for name in ("dense", "score", "share", "statistics") if name not in off)
 
 
 def cache_folder(settings: assembly.Settings, marks: Mapping[str, str]) -> Path:
-    """Where sweeps keep the dense model and the scores of these settings, and the shared weights if there are any."""
+    """Where sweeps keep the dense model and the scores of these settings, and what else their trials share.
+
+    Named by the last of them, which is built on all others.
+    """
     return Path(settings["runs"]) / ".cache" / marks[cached(settings)[-1]][:16]
 
 
@@ -182,7 +187,7 @@ def select(settings: assembly.Settings) -> tuple[str, ...]:
         ConfigError: a name that is no stage, one that is switched off, or none left.
     """
     stage, skip = settings["stage"], settings["skip"]
-    off = () if shares_weights(settings) else ("share",)
+    off = switched_off(settings)
     every = [name for name, known in STAGES.items() if known.in_all and name not in off]
     asked = [stage] if isinstance(stage, str) else list(stage or ())
     chosen = [name for word in asked for name in (every if word == "all" else [word])]
@@ -191,8 +196,9 @@ def select(settings: assembly.Settings) -> tuple[str, ...]:
         unknown = [name for name in names if name not in STAGES]
         if unknown:
             raise ConfigError(f"{key}={unknown[0]!r} is no stage; stages are {', '.join(STAGES)}, and all")
-    if set(off) & set(chosen):
-        raise ConfigError("stage='share' has nothing to do with sharing.epochs=0; give some, e.g. sharing.epochs=5")
+    for name in off:
+        if name in chosen:
+            raise ConfigError(f"stage={name!r} has nothing to do with {off[name]}")
     selected = tuple(name for name in STAGES if name in chosen and name not in skipped)
     if not selected:
         raise ConfigError(f"stage={stage!r} with skip={skip!r} leaves nothing to run; name at least one stage")
@@ -215,6 +221,9 @@ def check(settings: assembly.Settings, selected: tuple[str, ...]) -> None:
         )
     if token_score not in TOKEN_SCORES:
         raise ConfigError(f"surgery.token_score={token_score!r}: expected one of {', '.join(TOKEN_SCORES)}")
+    compensate = settings["surgery"]["compensate"]
+    if compensate not in COMPENSATIONS:
+        raise ConfigError(f"surgery.compensate={compensate!r}: expected one of {', '.join(COMPENSATIONS)}")
     assembly.build_budget(settings)
     assembly.build_trackers(settings)
     if "share" in selected and assembly.shards_parameters(settings):
@@ -234,8 +243,10 @@ def check(settings: assembly.Settings, selected: tuple[str, ...]) -> None:
     with torch.device("meta"):
         model = assembly.build_model(settings, run.data, weights=False)
     assembly.check_training(settings, model)
-    if assembly.given_policy(settings, model) is None:
+    policy = assembly.given_policy(settings, model)
+    if policy is None:
         assembly.check_search(settings, model)
+    assembly.check_compensation(settings, model, policy)
 
 
 def _check_values(settings: assembly.Settings) -> None:
@@ -337,7 +348,8 @@ def is_done(run: Run, name: str) -> bool:
 
 def _needs(settings: assembly.Settings, name: str) -> tuple[str, ...]:
     """The stages that `name` is built on under these settings."""
-    return tuple(need for need in STAGES[name].needs if need != "share" or shares_weights(settings))
+    off = switched_off(settings)
+    return tuple(need for need in STAGES[name].needs if need not in off)
 
 
 def _upstream(settings: assembly.Settings, name: str) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def _trial(settings: assembly.Settings, folder: Path, trackers: Trackers) -> flo
     scores = Scores.load(run.folder / "scores.safetensors")
     plan = make_plan(model, scores, policy, token_score=surgery["token_score"], fuse_tokens=surgery["fuse_tokens"])
     held_out = _held_out(run, model)
-    small = slim(model, plan)
+    small = slim(model, plan, **run.compensation)
     value = held_out(small)
     write_text(folder / "policy.json", policy.to_json())
     trackers.show(lambda: _to_show(settings, model, small, policy, value))

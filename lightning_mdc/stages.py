@@ -1,4 +1,4 @@
-"""What each stage of ``train.py`` does: dense, score, share, sensitivity, search, slim, distill, test, report.
+"""What each stage of ``train.py`` does, from dense, score, search and slim to distill, test and report.
 
 Each stage is a function that reads what earlier stages left in the run's folder and writes its own output there. What a
 stage's result depends on is listed in `STAGES`; `lightning_mdc.pipeline` decides from it which stages have to run.
@@ -41,7 +41,7 @@ from lightning_mdc.reporting.outcomes import Outcomes
 from lightning_mdc.reporting.report import write_report
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
 from lightning_mdc.sensitivity import measure_sensitivity
-from lightning_mdc.surgery import slim
+from lightning_mdc.surgery import ActivationStatistics, slim
 from lightning_mdc.tracking import Trackers
 from lightning_mdc.tracking.contents import trial_numbers
 
@@ -75,6 +75,14 @@ class Run:
         """The artifact of an earlier stage."""
         return load(self.folder / name)
 
+    @cached_property
+    def compensation(self) -> dict[str, Any]:
+        """What `slim` is told to do about removed units, as keyword arguments."""
+        if not compensates(self.settings):
+            return {}
+        statistics = ActivationStatistics.load(self.folder / STAGES["statistics"].output)
+        return {"compensate": self.settings["surgery"]["compensate"], "statistics": statistics}
+
     @property
     def plan(self) -> Plan:
         return Plan.from_json((self.folder / "plan.json").read_text())
@@ -89,6 +97,21 @@ def upstream_of_cuts(run: Run) -> dict[str, str]:
 def shares_weights(settings: assembly.Settings) -> bool:
     """Whether there is a stage of weight sharing."""
     return bool(settings["sharing"]["epochs"])
+
+
+def compensates(settings: assembly.Settings) -> bool:
+    """Whether what removed units did is given back, for which there is a stage of statistics."""
+    return bool(settings["surgery"]["compensate"] != "none")
+
+
+def switched_off(settings: assembly.Settings) -> dict[str, str]:
+    """Stages that there are not under these settings, and why."""
+    off = {}
+    if not shares_weights(settings):
+        off["share"] = "sharing.epochs=0; give some, e.g. sharing.epochs=5"
+    if not compensates(settings):
+        off["statistics"] = "surgery.compensate=none; choose surgery.compensate=lstsq or mean"
+    return off
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -112,13 +135,13 @@ def score_units(run: Run) -> str:
     model = run.model("dense").to(run.device)
     criterion, stages = assembly.build_criterion(run.settings), run.settings["surgery"]["stages"]
     scores = score(model, calibration_batches(run), criterion, stages=stages, over_ranks=True)
-    on_first_rank(partial(_write_scores, scores, run.folder / "scores.safetensors"))
+    on_first_rank(partial(_write, scores, run.folder / "scores.safetensors"))
     return f"{criterion.name} over {scores.images} images"
 
 
-def _write_scores(scores: Scores, path: Path) -> None:
-    beside = path.with_name(f".scores.{os.getpid()}")
-    scores.save(beside)
+def _write(found: Scores | ActivationStatistics, path: Path) -> None:
+    beside = path.with_name(f".{path.stem}.{os.getpid()}")
+    found.save(beside)
     os.replace(beside, path)
 
 
@@ -131,11 +154,19 @@ def share(run: Run) -> str:
     return f"{options['epochs']} epochs of weight sharing"
 
 
+def statistics(run: Run) -> str:
+    """Gather what compensation has to know of the weights that are cut; leaves ``statistics.safetensors``."""
+    model = run.model(run.weights).to(run.device)
+    found = ActivationStatistics.of(model, calibration_batches(run), over_ranks=True)
+    on_first_rank(partial(_write, found, run.folder / "statistics.safetensors"))
+    return f"activations of {found.images} images"
+
+
 def sensitivity(run: Run) -> str:
     """Cut every dimension of every block alone, to see which bear it; leaves ``sensitivity.csv`` and a picture."""
     options, surgery = run.settings["sensitivity"], run.settings["surgery"]
     # All but the levels makes a cut what it is: with other levels those that are there are not made again.
-    same = {"images": options["images"], "surgery": surgery}
+    same = {"images": options["images"], "surgery": {k: v for k, v in surgery.items() if k != "compensate"}}
     mark = fingerprint(same, upstream_of_cuts(run))
     state = run.folder / "sensitivity" / f"cuts-{mark[:12]}.csv"
     if on_first_rank(state.exists):
@@ -182,7 +213,7 @@ def cut(run: Run) -> str:
         token_score=surgery["token_score"],
         fuse_tokens=surgery["fuse_tokens"],
     )
-    small = slim(model, plan)
+    small = slim(model, plan, **run.compensation)
     write_text(run.folder / "plan.json", plan.to_json())
     save(small, run.folder / "slim")
     return f"{macs(small) / macs(model):.1%} of the MACs, {num_params(small) / num_params(model):.1%} of the parameters"
@@ -310,9 +341,11 @@ _TRAINING = tuple(
     f"trainer.{key}"
     for key in ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches", "fast_dev_run")
 )
+# What says how tokens leave. Compensation is none of it: it changes neither masks nor what each cut alone shows.
+_TOKENS = ("surgery.token_score", "surgery.fuse_tokens", "surgery.stages")
 # What says which policies there are.
 _SPACE = (
-    *("seed", "budget", "surgery"),
+    *("seed", "budget", *_TOKENS),
     *(f"policy.{key}" for key in ("dimensions", "min_heads", "min_neurons", "round_to")),
     *(f"search.{key}" for key in ("bounds", "groups", "token_ratio")),
 )
@@ -323,17 +356,24 @@ STAGES: Mapping[str, Stage] = {
         score_units, "scores.safetensors", ("dense",), ("seed", "importance", "calibration", "surgery.stages")
     ),
     "share": Stage(share, "shared", ("dense", "score"), ("sharing", *_SPACE, *_TRAINING)),
+    # Not of scores, but with the same ones: a sweep keeps all that its trials share in one place, see `cache_folder`.
+    "statistics": Stage(statistics, "statistics.safetensors", ("dense", "score", "share"), ("seed", "calibration")),
     "sensitivity": Stage(
-        sensitivity, "sensitivity.csv", ("dense", "score", "share"), ("sensitivity", "surgery"), in_all=False
+        sensitivity, "sensitivity.csv", ("dense", "score", "share"), ("sensitivity", *_TOKENS), in_all=False
     ),
     "search": Stage(
         search,
         "policy.json",
-        ("dense", "score", "share"),
+        ("dense", "score", "share", "statistics"),
         ("seed", "budget", "policy", "policy_file", "search", "surgery"),
     ),
     "slim": Stage(
-        cut, "slim", ("dense", "score", "share", "search"), ("surgery",), uses_data=False, on_all_ranks=False
+        cut,
+        "slim",
+        ("dense", "score", "share", "statistics", "search"),
+        ("surgery",),
+        uses_data=False,
+        on_all_ranks=False,
     ),
     "distill": Stage(distill, "finetuned", ("slim",), ("distillation", *_TRAINING)),
     "test": Stage(test, "results.json", ("slim",), ("latency", "test_data")),
@@ -374,7 +414,10 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     options, surgery = dict(run.settings["search"]), run.settings["surgery"]
     # All but the number of trials makes a search what it is: with more of them it goes on.
     same = {key: run.settings[key] for key in ("seed", "budget", "policy", "surgery")}
-    mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream_of_cuts(run))
+    upstream = upstream_of_cuts(run)
+    if compensates(run.settings):
+        upstream["statistics"] = run.marks["statistics"]
+    mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream)
     state = run.folder / "search" / f"trials-{mark[:12]}.jsonl"
     if state.exists():
         log.info("  going on from %s", state)
@@ -394,6 +437,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
         state=state,
         on_trial=lambda row, best: run.trackers.show(lambda: [trial_numbers(row, best)]),
         **assembly.space_options(run.settings),
+        **run.compensation,
     )
     first, best = result.history[0], result.best
     if first.value is not None and first.policy == result.space.uniform:

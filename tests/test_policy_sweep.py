@@ -34,6 +34,20 @@ def no_training(monkeypatch):
     monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained again"))
 
 
+def test_trials_are_judged_with_compensation_by_statistics_they_share(tmp_path):
+    options = settings(tmp_path, "stage=trial", *KEEP, "surgery.compensate=lstsq")
+    value = policy_sweep.trial(options, tmp_path / "0")
+    run = policy_sweep.prepared(options)
+    dense, statistics = run.model("dense"), mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
+    assert statistics.images == 32
+    plan = mdc.make_plan(
+        dense, mdc.Scores.load(run.folder / "scores.safetensors"), assembly.given_policy(options, dense)
+    )
+    held_out = policy_sweep._held_out(run, dense)
+    assert value == held_out(mdc.slim(dense, plan, compensate="lstsq", statistics=statistics))
+    assert value != held_out(mdc.slim(dense, plan))
+
+
 # --- policies that are given ------------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ TINY = (
 
 
 # Stages that the settings switch off, and those that `stage=all` does not run.
-NOT_ASKED_FOR = ("share", "sensitivity")
+NOT_ASKED_FOR = ("share", "statistics", "sensitivity")
 
 
 def settings(tmp_path, *overrides: str) -> dict:
@@ -189,12 +189,16 @@ def test_another_budget_runs_again_from_the_search_on(copied, caplog):
     assert mdc.macs(mdc.load(copied / "finetuned/seed0")) == mdc.macs(mdc.load(copied / "slim"))
 
 
+_BEFORE_DISTILLING = ["dense", "score", "share", "statistics", "sensitivity", "search", "slim"]
+
+
 @pytest.mark.parametrize(
     ("override", "kept"),
     [
         ("importance=random", ["dense"]),
-        ("distillation.kd_weight=0.1", ["dense", "score", "share", "sensitivity", "search", "slim"]),
-        ("latency.rounds=2", ["dense", "score", "share", "sensitivity", "search", "slim", "distill"]),
+        ("distillation.kd_weight=0.1", _BEFORE_DISTILLING),
+        ("latency.rounds=2", [*_BEFORE_DISTILLING, "distill"]),
+        ("surgery.compensate=lstsq", ["dense", "score", "share", "statistics", "sensitivity"]),
         ("sensitivity.images=9", [name for name in pipeline.STAGES if name != "sensitivity"]),
         ("data.num_workers=1", list(pipeline.STAGES)),
         ("trainer.log_every_n_steps=7", list(pipeline.STAGES)),
@@ -315,9 +319,32 @@ def test_weights_that_were_shared_are_searched_over_and_cut(copied, caplog):
     assert torch.equal(slim, shared)
     assert not torch.equal(shared, dense)
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "sharing.epochs=1", "sharing.optimizer.lr=1e-2"))
-    assert picked_up(caplog) == [name for name in pipeline.STAGES if name != "sensitivity"]
+    assert picked_up(caplog) == [name for name in pipeline.STAGES if name not in ("statistics", "sensitivity")]
     pipeline.run(settings(copied.parent.parent, f"resume={copied}"))  # without: another search, over the dense weights
     assert torch.equal(mdc.load(folder / "slim").patch_embed.proj.weight, dense)
+
+
+def test_what_removed_units_did_is_given_back_if_asked_for(copied, caplog, monkeypatch):
+    """By the statistics of the weights that are cut; trials and slim model alike, and without it as before."""
+    plain, searched = mdc.load(copied / "slim"), sorted(copied.glob("search/trials-*.jsonl"))
+    heard = []
+    search = stages.search_policies
+    monkeypatch.setattr(stages, "search_policies", lambda *args, **more: heard.append(more) or search(*args, **more))
+    with_it = ("surgery.compensate=lstsq", "distillation.seeds=[0]", "stage=all", "skip=[distill,test,report]")
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", *with_it))
+    assert picked_up(caplog) == ["dense", "score"]
+    assert heard[0]["compensate"] == "lstsq"
+    assert heard[0]["statistics"].images == 32
+    assert len(list(copied.glob("search/trials-*.jsonl"))) == len(searched) + 1
+    dense, plan = mdc.load(copied / "dense"), mdc.Plan.from_json((copied / "plan.json").read_text())
+    statistics = mdc.ActivationStatistics.load(copied / "statistics.safetensors")
+    wanted = mdc.slim(dense, plan, compensate="lstsq", statistics=statistics).state_dict()
+    found = mdc.load(copied / "slim").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert not torch.equal(found["blocks.0.mlp.fc2.bias"], dense.state_dict()["blocks.0.mlp.fc2.bias"])
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", *with_it[1:]))
+    again = mdc.load(copied / "slim").state_dict()
+    assert all(torch.equal(again[key], value) for key, value in plain.state_dict().items())
 
 
 def test_the_average_of_the_weights_is_what_is_saved(copied):
@@ -416,6 +443,9 @@ WRONG = [
     ("search.warm_start=nowhere", SearchError, "nowhere"),
     ("surgery.stages=[99]", MdcError, "99"),
     ("surgery.token_score=looks", MdcError, "token_score='looks'"),
+    ("surgery.compensate=all", ConfigError, "surgery.compensate='all': expected one of none, mean, lstsq"),
+    (("surgery.compensate=lstsq", "+model.args.scale_mlp_norm=true"), MdcError, r"blocks\.0\.mlp\.norm"),
+    ("stage=statistics", ConfigError, "surgery.compensate=none"),
     ("dense.epochs=0", ConfigError, "leaves the model untrained"),
     ("dense.epochs=-1", ConfigError, "dense.epochs=-1"),
     ("dense.optimizer.opt=adamm", DistillationError, "opt='adamm'"),
@@ -442,11 +472,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("override", "kind", "words"), WRONG, ids=[override for override, *_ in WRONG])
+@pytest.mark.parametrize(("override", "kind", "words"), WRONG, ids=[str(override) for override, *_ in WRONG])
 def test_wrong_settings_are_refused_before_anything_is_trained(override, kind, words, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
     with pytest.raises(kind, match=words):
-        pipeline.run(settings(tmp_path, override))
+        pipeline.run(settings(tmp_path, *([override] if isinstance(override, str) else override)))
     assert not list(tmp_path.glob("tiny/*"))
 
 

@@ -64,7 +64,7 @@ def score(
         shown = bar("Scoring", steps_of(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer, shown as advance:
             for images, labels in _as_tensors(batches, criterion):
-                scorer.update(partial(_predict, model, _on(sites, images), prediction), labels)
+                scorer.update(partial(_predict, model, on_device_of(sites, images), prediction), labels)
                 advance()
     if over_ranks:
         scorer.sum_over_ranks()
@@ -238,7 +238,7 @@ class Scorer:
             return activations * gate
         if self._pass.prediction is None and (not self._pass.remembers or self._pass.overflowed):
             return None
-        with torch.autocast(activations.device.type, enabled=False), _full_precision():
+        with torch.autocast(activations.device.type, enabled=False), full_precision():
             seen = self.criterion.observe(_dimension(name), activations)
         if self._pass.prediction is not None:
             self._add(name, seen, self._pass.prediction)
@@ -247,7 +247,7 @@ class Scorer:
         return None
 
     def _add(self, name: str, seen: tuple[Tensor, ...], prediction: Tensor) -> None:
-        with torch.autocast(prediction.device.type, enabled=False), _full_precision():
+        with torch.autocast(prediction.device.type, enabled=False), full_precision():
             for key, value in self.criterion.contract(_dimension(name), seen, prediction).items():
                 total = self.sums.get(f"{name}.{key}")
                 self.sums[f"{name}.{key}"] = value if total is None else total + value
@@ -304,7 +304,8 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
+    """Inside, matmuls of fp32 are of fp32."""
     # TF32 has three digits; a Gram matrix of close samples would have none left.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -318,7 +319,8 @@ def _dimension(name: str) -> str:
     return name.split(".", 1)[0]
 
 
-def _on(sites: Sites, images: Tensor) -> Tensor:
+def on_device_of(sites: Sites, images: Tensor) -> Tensor:
+    """The images where the model is, in its precision."""
     parameter = next(sites.model.parameters())
     return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
 

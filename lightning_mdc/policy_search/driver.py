@@ -6,7 +6,7 @@ import hashlib
 import logging
 import numbers
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_mdc.budget import Budget
@@ -29,7 +29,8 @@ from lightning_mdc.policy_search.study import Row, Study, has_begun, observation
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
 from lightning_mdc.ranks import first_error, is_first, on_first_rank
-from lightning_mdc.surgery import slim
+from lightning_mdc.surgery import ActivationStatistics, slim
+from lightning_mdc.surgery.compensation import check_compensable, check_compensation
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ def search(
     stages: Sequence[int] | None = None,
     token_score: str = "attention",
     fuse_tokens: bool = True,
+    compensate: str = "none",
+    statistics: ActivationStatistics | None = None,
     n_initial_points: int = 10,
     xi: float = 0.0,
     early_stop: float | None = None,
@@ -130,6 +133,7 @@ def search(
             uninterrupted one.
         dimensions, bounds, groups, token_ratio, min_heads, min_neurons, round_to, stages: see `PolicySpace`.
         token_score, fuse_tokens: see `make_plan`.
+        compensate, statistics: see `slim`; trials are then judged with what they will be delivered with.
         n_initial_points, xi: see `GpEi`.
         early_stop: give up trials that will not come up to the best with this confidence, such as 0.99; `evaluate`
             has to be a `HeldOut` then. None: see every trial through.
@@ -142,6 +146,7 @@ def search(
         SearchError: `evaluate` gives no number, every trial fails, or the state belongs to another search. What had
             been found by then is in `state`.
         BudgetError: the budget cannot be reached.
+        CompensationError, UnsupportedModelError: what may be pruned cannot be compensated for, see `slim`.
     """
     if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
         raise SearchError(f"n_trials={n_trials!r}: expected a whole number of at least 1")
@@ -168,6 +173,10 @@ def search(
         stages=stages,
         fuse_tokens=fuse_tokens,
     )
+    check_compensation(space.sites, compensate, statistics)
+    for dimension in ("heads", "neurons"):
+        for block in space.sites.blocks if dimension in space.dimensions else ():
+            check_compensable(getattr(block, dimension), compensate)
     process = GpEi(
         space,
         space.constraint,
@@ -181,19 +190,21 @@ def search(
         "budget": asdict(space.budget),
         "dense_macs": space.dense_macs,
         "stages": list(space.stage_blocks),
-        "scores": _digest(scores),
+        "scores": _digest_of(scores.tensors(), scores.criterion),
         "xi": float(xi),
         "token_score": token_score,
         "fuse_tokens": fuse_tokens,
         "early_stop": early_stop,
     }
+    if statistics is not None:
+        about |= {"compensate": compensate, "statistics": _digest_of(statistics.tensors())}
 
     # One that was given another __call__ is asked by that.
     judge = evaluate.judge if isinstance(evaluate, HeldOut) and type(evaluate).__call__ is HeldOut.__call__ else None
 
     def tried(policy: Policy, best: float | None) -> Any:
         plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
-        small = slim(model, plan).eval()
+        small = slim(model, plan, compensate=compensate, statistics=statistics).eval()
         with torch.no_grad():
             if early_stop is not None and isinstance(evaluate, HeldOut):
                 return evaluate.judge(small, best, early_stop)
@@ -350,11 +361,11 @@ def _shown(value: float | None) -> str:
     return "failed" if value is None else f"{value:.4f}"
 
 
-def _digest(scores: Scores) -> str:
-    """Short hash: other scores make other plans of the same policy."""
-    sha = hashlib.sha256(scores.criterion.encode())
-    for name, tensor in sorted(scores.tensors().items()):
-        sha.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+def _digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
+    """Short hash: with other scores, or statistics, the same policy gives another model."""
+    sha = hashlib.sha256(name.encode())
+    for key, tensor in sorted(tensors.items()):
+        sha.update(key.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

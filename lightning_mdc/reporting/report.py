@@ -28,6 +28,7 @@ _HOLDS = {
     "dense/": "the dense model, for `lightning_mdc.load`",
     "scores.safetensors": "importance of every head, neuron and token position",
     "shared/": "the dense model after weight sharing",
+    "statistics.safetensors": "activations of the calibration images, for `surgery.compensate`",
     "sensitivity.csv": "accuracy and KL as each dimension of each block alone is cut",
     "policy.json": "how much each block keeps",
     "search/": "every policy that was tried",

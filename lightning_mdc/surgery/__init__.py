@@ -1,6 +1,16 @@
 """Make a plan true in the network: as reversible masks, or physically."""
 
+from lightning_mdc.surgery.compensation import COMPENSATIONS, ActivationStatistics
 from lightning_mdc.surgery.masks import apply_masks, is_masked, masked, remove_masks
 from lightning_mdc.surgery.slim import plan_of, slim
 
-__all__ = ["apply_masks", "is_masked", "masked", "plan_of", "remove_masks", "slim"]
+__all__ = [
+    "COMPENSATIONS",
+    "ActivationStatistics",
+    "apply_masks",
+    "is_masked",
+    "masked",
+    "plan_of",
+    "remove_masks",
+    "slim",
+]

@@ -8,32 +8,47 @@ from torch import nn
 
 from lightning_mdc.models import Sites, find_sites, unwrap
 from lightning_mdc.policy import Plan
+from lightning_mdc.surgery.compensation import ActivationStatistics, check_compensation, compensate_units
 from lightning_mdc.surgery.cutting import cut_units
 from lightning_mdc.surgery.intermediates import guard_intermediates
 from lightning_mdc.surgery.masks import remove_masks
 
 
-def slim(model: nn.Module, plan: Plan) -> nn.Module:
+def slim(
+    model: nn.Module, plan: Plan, *, compensate: str = "none", statistics: ActivationStatistics | None = None
+) -> nn.Module:
     """A physically smaller copy of the vision transformer in `model`, as `plan` says; the dense one is unchanged.
 
     The copy keeps class, state_dict keys, mode, device, dtype, requires_grad and ``pretrained_cfg``; a compiled model
     gives an ordinary copy. Its ``mdc_plan`` attribute holds the plan relative to the dense model.
 
+    Args:
+        model: a supported model or a module that holds one.
+        plan: what is kept.
+        compensate: what becomes of what removed heads and neurons did: ``"none"``, or, folded into the next layer at
+            no cost at run time, ``"mean"`` (their mean) or ``"lstsq"`` (all that the kept ones can tell of it).
+        statistics: of `model`, for compensation.
+
     Raises:
         PlanError: the plan is for another model.
-        UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
+        CompensationError: `compensate` is unknown, or the statistics are missing or of another model.
+        UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; or a norm over
+            the units, or a missing bias, stands in the way of compensation.
     """
     dense = find_sites(model)
     dense.check(plan)
-    copied = _copy(dense.model)
+    check_compensation(dense, compensate, statistics)
+    copied = plain_copy(dense.model)
     remove_masks(copied)
     sites = find_sites(copied)
-    for block, kept in zip(sites.blocks, plan.heads, strict=bool(plan.heads)):
-        if block.heads is not None:
-            cut_units(block.heads, kept)
-    for block, kept in zip(sites.blocks, plan.neurons, strict=bool(plan.neurons)):
-        if block.neurons is not None:
-            cut_units(block.neurons, kept)
+    for dimension, kept_units in (("heads", plan.heads), ("neurons", plan.neurons)):
+        for index, (block, kept) in enumerate(zip(sites.blocks, kept_units, strict=bool(kept_units))):
+            site = getattr(block, dimension)
+            if site is None:
+                continue
+            if statistics is not None:
+                compensate_units(site, kept, getattr(statistics, dimension)[index], compensate)
+            cut_units(site, kept)
     for stage in plan.tokens:
         if stage.keep < 1:
             new = sites.family.token_stage_block(sites, stage.block, stage, plan.fuse)
@@ -50,7 +65,8 @@ def plan_of(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy with nothing of it compiled."""
     copied = copy.deepcopy(model)
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):

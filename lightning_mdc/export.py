@@ -1,0 +1,228 @@
+"""A model as a program that runs without this package, without timm, or without torch: `torch.export` and ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mdc.budget import InputSize, image_size, num_params
+from lightning_mdc.errors import ArtifactError, MdcError
+from lightning_mdc.models import find_sites
+from lightning_mdc.progress import bar
+from lightning_mdc.surgery import is_masked
+from lightning_mdc.surgery.slim import plain_copy
+
+# By the suffix a file of each format has.
+FORMATS = {".onnx": "onnx", ".pt2": "torch_export"}
+INPUT, OUTPUT = "images", "logits"
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# What a protobuf file holds.
+_MOST_ONNX_BYTES = 2**31
+# Images of the two batches: one to trace with, another size to compare on. Not 1, which tracing takes for a constant.
+_TRACED, _COMPARED = 2, 3
+# Of the largest logit. Rounding is far below, even where it makes another of two equally good tokens stay.
+_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A program that was written.
+
+    Attributes:
+        path: the file.
+        format: ``"onnx"`` or ``"torch_export"``.
+        size: of the file, in bytes.
+        difference: largest absolute difference of its logits from the model's on random images.
+    """
+
+    path: Path
+    format: str
+    size: int
+    difference: float
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    format: str | None = None,
+    *,
+    input_size: InputSize | None = None,
+    progress: bool = True,
+) -> Exported:
+    """Write the vision transformer in `model` (dense or slim) as one file that runs without this package.
+
+    Its input ``images`` is (batch, channels, height, width) in fp32 with any batch, its output ``logits``; it computes
+    what the model does in eval mode, token stages included. Weights of another precision are written as fp32. Before
+    the file is put in its place, it is run and compared with the model.
+
+    Args:
+        model: a supported model or a module that holds one; left as it is.
+        path: where to; a file that is there is replaced.
+        format: ``"onnx"``, for ONNX Runtime and others, needs the packages of the extra ``export``;
+            ``"torch_export"``, for ``torch.export.load(path).module()``, where there is only torch. None: by the
+            path's suffix, ``.onnx`` or ``.pt2``.
+        input_size: a side, (height, width) or (channels, height, width) in pixels; None means the model's own.
+        progress: show a bar (on a terminal).
+
+    Raises:
+        ArtifactError: an unknown format, packages that are missing, a model that cannot be expressed, or a place that
+            cannot be written.
+        UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
+    """
+    target = Path(path)
+    format = _format(target, format)
+    sites = find_sites(model)
+    if is_masked(sites.model):
+        raise ArtifactError(
+            f"model={sites.name} has masks on, which are no part of a program; export mdc.slim(model, plan)"
+        )
+    size = image_size(input_size) or sites.input_size[1:]
+    sites.grid_of(size)  # says if the model cannot take it
+    if format == "onnx":
+        _check_onnx(sites.model)
+    network = plain_copy(sites.model).to("cpu", torch.float32).eval().requires_grad_(False)
+    shape = (sites.input_size[0], *size)
+    write, run = _FUNCTIONS[format]
+    beside = target.with_name(f".{os.getpid()}.{target.name}")
+    with bar("Exporting", 2, shown=progress) as advance:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(network, torch.zeros(_TRACED, *shape), beside)
+            advance("comparing")
+            difference = _difference(network, run, beside, shape)
+            os.replace(beside, target)
+            advance()
+        except OSError as error:
+            raise ArtifactError(f"path={str(path)!r} cannot be written: {error}; give another place") from error
+        except MdcError:
+            raise
+        except Exception as error:  # whatever exporters and runtimes raise
+            raise ArtifactError(
+                f"{sites.name} cannot be exported as format={format!r}: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            with suppress(OSError):  # said already
+                beside.unlink(missing_ok=True)
+    return Exported(target, format, target.stat().st_size, difference)
+
+
+def _format(path: Path, format: str | None) -> str:
+    if path.is_dir():
+        raise ArtifactError(f"path={str(path)!r} is a folder; give the name of a file, such as {path / 'model.onnx'}")
+    if format is None:
+        format = FORMATS.get(path.suffix)
+        if format is None:
+            raise ArtifactError(
+                f"path={str(path)!r} does not end like one of the formats, {', '.join(FORMATS)}; name it so, or say "
+                "format='onnx' or 'torch_export'"
+            )
+    if format not in FORMATS.values():
+        raise ArtifactError(f"format={format!r}: expected one of {', '.join(map(repr, FORMATS.values()))}")
+    return format
+
+
+def _check_onnx(model: nn.Module) -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ArtifactError(
+            f"format='onnx' needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install {' '.join(missing)}, or use format='torch_export'"
+        )
+    size = 4 * num_params(model)
+    if size >= _MOST_ONNX_BYTES:
+        raise ArtifactError(
+            f"format='onnx': weights of {size / 1e9:.1f} GB do not fit into one ONNX file (2.1 GB); use "
+            "format='torch_export'"
+        )
+
+
+def _difference(network: nn.Module, run: Callable[[Path, Tensor], Tensor], path: Path, shape: tuple[int, ...]) -> float:
+    """How far the program is from the network.
+
+    Raises:
+        ArtifactError: it computes something else.
+    """
+    images = torch.randn(_COMPARED, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = network(images)
+    found = run(path, images)
+    difference = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("nan")
+    if not difference <= _TOLERANCE * float(wanted.abs().max()) + 1e-6:
+        raise ArtifactError(
+            f"the exported program puts out {tuple(found.shape)} that differ from the model's {tuple(wanted.shape)} by "
+            f"{difference:.3g}, so it was not kept; use the other format, or another release of torch"
+        )
+    return difference
+
+
+# --- torch.export -----------------------------------------------------------------------------------------------------
+
+
+def _program(network: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+def _write_program(network: nn.Module, images: Tensor, path: Path) -> None:
+    # By an open file: torch would look at the name's ending.
+    with path.open("wb") as file:
+        torch.export.save(_program(network, images), file)
+
+
+def _run_program(path: Path, images: Tensor) -> Tensor:
+    with path.open("rb") as file, torch.no_grad():
+        return torch.export.load(file).module()(images)
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+def _stable_sort(x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """``aten.sort.stable`` in ONNX, for which torch's exporter has no translation: a `TopK` of all.
+
+    Of equal values ONNX has the one with the lower index first, so token stages break ties as they do here.
+    """
+    from onnxscript import opset18
+
+    op: Any = opset18  # its types do not know what its own operators give
+    length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
+
+
+def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
+    # What the exporter says of its progress, and of its own deprecations, is nothing that a user could act on.
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        written = torch.onnx.export(
+            _program(network, images),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+            dynamo=True,
+        )
+    assert written is not None  # without a file name the program is handed out
+    written.save(path, external_data=False)
+
+
+def _run_onnx(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+_FUNCTIONS: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Path, Tensor], Tensor]]] = {
+    "onnx": (_write_onnx, _run_onnx),
+    "torch_export": (_write_program, _run_program),
+}

@@ -1,0 +1,372 @@
+"""What removed units did, given to those that stay: the layer that reads them is refitted, at no cost at run time.
+
+A block's `proj` or `fc2` computes ``W z + b`` from its units' channels z. Without the removed ones (D) it is left with
+``W_K z_K + b``. On average, and as far as the kept channels (K) can tell, the rest can be given back:
+
+- ``"mean"``: their mean contribution goes into the bias, ``b + W_D mean(z_D)``.
+- ``"lstsq"``: new weights ``W_K + U`` and bias, with the least squared error to what the dense layer puts out:
+  ``U = W_D S_DK (S_KK + r I)^-1``, where S is the covariance of z and the ridge r is a small share of its mean
+  diagonal. The ridge pulls to W_K, not to 0: if nothing is removed nothing changes, and the error is never larger
+  than that of mean folding, nor than that of doing nothing.
+
+Both need of z only its first and second moments, so one pass of the calibration images serves all plans. These are
+moments in the dense model: what earlier blocks lose changes z further on, and is not accounted for. A layer without
+bias gets none: ``"lstsq"`` then refits the weights alone (S uncentred), ``"mean"`` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_mdc.errors import CompensationError, UnsupportedModelError
+from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
+from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_channels
+from lightning_mdc.progress import bar, steps_of
+from lightning_mdc.randomness import isolated_rng
+from lightning_mdc.ranks import summed
+from lightning_mdc.surgery.masks import is_masked
+
+COMPENSATIONS = ("none", "mean", "lstsq")
+# Share of the channels' mean variance.
+RIDGE = 1e-4
+
+_DIMENSIONS = ("heads", "neurons")
+_PARTS = ("rows", "mean", "scatter")
+_FORMAT = "lightning_mdc.statistics.1"
+# Rows that are added up at once: bounds the centred copy, 50 MB for 3072 neurons.
+_ROWS_AT_ONCE = 2**12
+
+
+# --- the maths --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """First and second moments over rows z (a token of an image each) of the channels that one layer reads.
+
+    Attributes:
+        rows: how many; int64 (), on the CPU.
+        mean: of z; (channels,), fp32 or wider.
+        scatter: sum of ``(z - mean)(z - mean)ᵀ``, the centred Gram matrix; (channels, channels), fp32 or wider. Summed
+            about 0 instead, channels with a mean far from it would lose their variance to rounding.
+    """
+
+    rows: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    def second(self, some: Tensor, others: Tensor, *, centred: bool) -> Tensor:
+        """Covariance (or, not centred, mean product) of channels with channels: (n, m) float64."""
+        covariance = self.scatter.index_select(0, some).index_select(1, others).double() / int(self.rows)
+        return covariance if centred else covariance + torch.outer(self.mean[some].double(), self.mean[others].double())
+
+    def scale(self, *, centred: bool) -> Tensor:
+        """Mean variance (or, not centred, mean square) of a channel: () float64."""
+        variance = self.scatter.diagonal().double() / int(self.rows)
+        return (variance if centred else variance + self.mean.double().square()).mean()
+
+
+def compensated(
+    weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor, how: str, ridge: float = RIDGE
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, kept) and bias (out,) of a layer that reads the `kept` channels only, float64.
+
+    Args:
+        weight: of the dense layer, (out, channels).
+        bias: (out,), or None: there is none then either.
+        moments: of what the dense layer reads, on the device of `weight`.
+        kept: sorted channel numbers, (kept,) int64.
+        how: ``"mean"`` (which needs a bias) or ``"lstsq"``.
+        ridge: as a share of the channels' mean variance, above 0.
+    """
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    is_removed[kept] = False
+    removed = is_removed.nonzero()[:, 0]
+    weight = weight.detach().double()
+    new_weight, lost = weight[:, kept], weight[:, removed]
+    new_bias = None if bias is None else bias.detach().double() + lost @ moments.mean[removed].double()
+    if how == "mean":
+        return new_weight, new_bias
+    centred = bias is not None
+    scale = moments.scale(centred=centred)
+    if not len(kept) or scale <= 0:  # nobody left to take over, or nothing that varies
+        return new_weight, new_bias
+    shared = moments.second(kept, removed, centred=centred) @ lost.T  # (kept, out)
+    update = _ridge_solution(moments.second(kept, kept, centred=centred), shared, float(ridge * scale)).T
+    if new_bias is not None:
+        new_bias = new_bias - update @ moments.mean[kept].double()
+    return new_weight + update, new_bias
+
+
+def _ridge_solution(symmetric: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """``(symmetric + ridge I)^-1 right``, for a matrix that is positive semidefinite up to rounding."""
+    identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
+    factor, failed = torch.linalg.cholesky_ex(symmetric + ridge * identity)
+    if failed:  # rounding outweighs the ridge; how much it is, the negative eigenvalue tells
+        lowest = float(torch.linalg.eigvalsh(symmetric)[0])
+        factor = torch.linalg.cholesky(symmetric - 2 * lowest * identity)
+    return torch.cholesky_solve(right, factor)
+
+
+# --- a model's statistics ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationStatistics:
+    """What compensation has to know of a model: moments of the channels its `proj` and `fc2` layers read. On the CPU.
+
+    One pass, whatever the plans. Memory, and the file: 4 bytes x channels² per layer, 453 MB for the 12 `fc2` of
+    DeiT-B (3072 neurons) and 28 MB for its `proj`, however many images there are; DeiT-S needs a quarter of it.
+
+    Attributes:
+        heads: per block; None where a norm over the units makes them useless, empty if heads cannot be cut.
+        neurons: the same.
+        images: how many images they rest on.
+    """
+
+    heads: tuple[Moments | None, ...]
+    neurons: tuple[Moments | None, ...]
+    images: int
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, batches: Iterable[Any], *, progress: bool = True, over_ranks: bool = False
+    ) -> ActivationStatistics:
+        """Gather them over the batches, ``(images, labels)`` or ``images``; labels are not looked at.
+
+        Args:
+            model: a supported model or a module that holds one; called as ``model(images)`` in eval mode and left
+                exactly as it was, on whatever device it is. The model that is to be cut, with its present weights.
+            batches: of any size; training images, as for scoring. Read once.
+            progress: show a bar (on a terminal).
+            over_ranks: in a distributed run, every rank gives its own share of the batches, or none; the statistics
+                are of all of them and the same on all ranks, which all have to call this.
+
+        Raises:
+            CompensationError: no batches, activations that are no numbers, or a model with masks on.
+            CalibrationError: a batch is something else.
+            UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
+        """
+        sites = find_sites(model)
+        if is_masked(sites.model):
+            raise CompensationError(
+                f"model={sites.name} has masks on, so its removed units are 0 already; gather before masking"
+            )
+        sums = {
+            (dimension, index): _zeros(site)
+            for dimension, index, site in _sites(sites)
+            if site is not None and site.norm is None
+        }
+        count = torch.zeros((), dtype=torch.int64)
+        shown = bar("Gathering", steps_of(batches), shown=progress)
+        with isolated_rng(), evaluating(model), torch.no_grad(), _looking(sites, sums), shown as advance:
+            for images, _ in map(split_batch, batches):
+                model(on_device_of(sites, images))
+                count += len(images)
+                advance()
+        if over_ranks:
+            sums = {key: _over_ranks(moments) for key, moments in sorted(sums.items())}
+            count = summed(count)
+        if not count:
+            raise CompensationError("batches are empty: compensation rests on calibration images; give some")
+        for (dimension, index), moments in sums.items():
+            if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
+                raise CompensationError(
+                    f"activations of the {dimension} of block {index} are not finite on the calibration images; check "
+                    "the weights and the images' range"
+                )
+        on_cpu = {key: Moments(m.rows, m.mean.cpu(), m.scatter.cpu()) for key, m in sums.items()}
+        lists = {
+            name: tuple(on_cpu.get((name, index)) for dimension, index, _ in _sites(sites) if dimension == name)
+            for name in _DIMENSIONS
+        }
+        return cls(**lists, images=int(count))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, e.g. ``neurons.3.scatter``."""
+        return {
+            f"{name}.{index}.{part}": getattr(moments, part)
+            for name in _DIMENSIONS
+            for index, moments in enumerate(getattr(self, name))
+            if moments is not None
+            for part in _PARTS
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
+        blocks = {name: len(getattr(self, name)) for name in _DIMENSIONS}
+        facts = {"format": _FORMAT, "images": str(self.images), "blocks": json.dumps(blocks)}
+        save_file(tensors, str(path), metadata=facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ActivationStatistics:
+        """Read what `save` wrote.
+
+        Raises:
+            CompensationError: the file is missing, damaged, or holds no statistics.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("format") != _FORMAT:
+                    raise CompensationError(
+                        f"statistics={str(path)!r} have format {facts.get('format')!r}, expected {_FORMAT!r}: no "
+                        "statistics of ours; gather them again"
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            lists = {
+                name: tuple(
+                    Moments(*(tensors[f"{name}.{index}.{part}"] for part in _PARTS))
+                    if f"{name}.{index}.rows" in tensors
+                    else None
+                    for index in range(count)
+                )
+                for name, count in json.loads(facts["blocks"]).items()
+            }
+            return cls(**lists, images=int(facts["images"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CompensationError):
+                raise
+            raise CompensationError(f"statistics={str(path)!r} cannot be read: {error}; gather them again") from error
+
+
+def _sites(sites: Sites) -> Iterator[tuple[str, int, UnitSite | None]]:
+    """(dimension, block, its heads or neurons), for the dimensions that can be cut."""
+    for dimension in _DIMENSIONS:
+        if dimension in sites.dimensions:
+            for index, block in enumerate(sites.blocks):
+                yield dimension, index, getattr(block, dimension)
+
+
+def _zeros(site: UnitSite) -> Moments:
+    weight, width = site.consumer.weight, site.num_units * site.unit_width
+    kind: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+    rows = torch.zeros((), dtype=torch.int64, device="cpu")
+    return Moments(rows, torch.zeros(width, **kind), torch.zeros((width, width), **kind))
+
+
+def _looking(sites: Sites, sums: dict[tuple[str, int], Moments]) -> ExitStack:
+    """Inside, what the layers read is added to `sums`."""
+    with ExitStack() as stack:
+        # Compiled code would not see the probes; it runs as it was written meanwhile.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for dimension, index, site in _sites(sites):
+            if site is not None and (dimension, index) in sums:
+                probe = partial(_add, sums[dimension, index])
+                stack.callback(site.consumer.register_forward_pre_hook(probe).remove)
+        return stack.pop_all()
+
+
+def _add(sums: Moments, module: nn.Module, args: tuple[Tensor]) -> None:
+    z = args[0].flatten(0, -2)  # (images * tokens, channels)
+    with torch.autocast(z.device.type, enabled=False), full_precision():
+        for part in z.split(_ROWS_AT_ONCE):
+            part = part.to(sums.scatter.dtype)
+            mean = part.mean(dim=0)
+            part = part - mean
+            sums.scatter.addmm_(part.T, part)
+            # Two groups of rows, each about its own mean, are one about the mean of all (Chan et al. 1979).
+            before, share = int(sums.rows), len(part) / (int(sums.rows) + len(part))
+            apart = mean - sums.mean
+            sums.scatter.addr_(apart, apart, alpha=before * share)
+            sums.mean.add_(apart, alpha=share)
+            sums.rows.add_(len(part))
+
+
+def _over_ranks(mine: Moments) -> Moments:
+    """The moments of the rows of all ranks; one that saw none adds nothing."""
+    rows = summed(mine.rows)
+    mean = summed(mine.mean * int(mine.rows)) / max(int(rows), 1)
+    apart = mine.mean - mean
+    return Moments(rows, mean, summed(torch.addr(mine.scatter, apart, apart, alpha=int(mine.rows))))
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+
+def check_compensation(sites: Sites, compensate: str, statistics: ActivationStatistics | None) -> None:
+    """Whether these statistics can serve to compensate in this model.
+
+    Raises:
+        CompensationError: `compensate` is unknown, or the statistics are missing, of another model or of no use.
+    """
+    if compensate not in COMPENSATIONS:
+        raise CompensationError(f"compensate={compensate!r}: expected one of {COMPENSATIONS}")
+    if compensate == "none":
+        if statistics is not None:
+            raise CompensationError(
+                "statistics are given, but compensate='none' does not use them; pass compensate='lstsq' or 'mean', or "
+                "leave them out"
+            )
+        return
+    if not isinstance(statistics, ActivationStatistics):
+        raise CompensationError(
+            f"statistics={statistics!r:.80}: compensate={compensate!r} needs those of the dense model; pass "
+            "statistics=ActivationStatistics.of(model, batches)"
+        )
+    for name in _DIMENSIONS:
+        mine = [
+            None if site is None or site.norm is not None else site.num_units * site.unit_width
+            for dimension, _, site in _sites(sites)
+            if dimension == name
+        ]
+        theirs = [None if moments is None else len(moments.mean) for moments in getattr(statistics, name)]
+        if mine != theirs:
+            raise CompensationError(
+                f"statistics are of another model: its layers read {theirs} channels of {name}, those of {sites.name} "
+                f"{mine}; gather them from this model"
+            )
+
+
+def check_compensable(site: UnitSite, compensate: str) -> None:
+    """Whether what units of this site did can be given back, if some of them leave.
+
+    Raises:
+        UnsupportedModelError: a norm over the units, or no bias to fold a mean into; names the module.
+    """
+    if compensate != "none" and site.norm is not None:
+        raise UnsupportedModelError(
+            f"compensate={compensate!r}: {site.name}.norm ({type(site.norm).__name__}) is taken over the units, so "
+            "those that stay change when others leave, and statistics of the dense model do not hold; use "
+            "compensate='none', or do not prune these units"
+        )
+    if compensate == "mean" and site.consumer.bias is None:
+        raise UnsupportedModelError(
+            f"compensate='mean': the layer that reads the units of {site.name} has no bias to fold their mean into; "
+            "use compensate='lstsq', which refits its weights alone"
+        )
+
+
+def compensate_units(site: UnitSite, kept: tuple[int, ...], moments: Moments | None, compensate: str) -> None:
+    """Refit the layer that reads one block's heads or neurons, in place, for the removal of all but the `kept` ones.
+
+    Raises:
+        UnsupportedModelError: see `check_compensable`.
+    """
+    if len(kept) == site.num_units:
+        return
+    check_compensable(site, compensate)
+    assert moments is not None  # by check_compensation, that of a site without a norm is there
+    weight, bias = site.consumer.weight, site.consumer.bias
+    # Where float64 is to be had.
+    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    there = Moments(moments.rows, moments.mean.to(device), moments.scatter.to(device))
+    channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), site.unit_width)
+    old_bias = None if bias is None else bias.to(device)
+    new_weight, new_bias = compensated(weight.to(device), old_bias, there, channels, compensate)
+    with torch.no_grad():
+        weight[:, channels.to(weight.device)] = new_weight.to(weight.device, weight.dtype)
+        if new_bias is not None:
+            bias.copy_(new_bias)

@@ -1,0 +1,433 @@
+"""What removed units did is given back: maths against numpy, statistics against direct ones, all kinds of models."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import CalibrationError, CompensationError, UnsupportedModelError
+from lightning_mdc.models import find_sites
+from lightning_mdc.surgery import compensation
+from lightning_mdc.surgery.compensation import RIDGE, Moments, compensated
+from tests.kinds import DEPTH, KINDS, images, make
+
+# Their norm over the units makes what is kept of them depend on what is not.
+NORMED = {
+    "beit3_scale_norms": ("heads", "neurons"),
+    "rms_norms": ("heads", "neurons"),
+    "swiglu_packed_normed": ("neurons",),
+    "swiglu_normed": ("neurons",),
+}
+
+
+def plan_for(model: nn.Module, heads: float = 1.0, neurons: float = 1.0, tokens: float = 1.0) -> mdc.Plan:
+    scores = mdc.score(model, [images(4)], "random")
+    return mdc.make_plan(model, scores, mdc.Policy(heads=heads, neurons=neurons, tokens=tokens))
+
+
+def reads(model: nn.Module, site: str, batch: Tensor) -> np.ndarray:
+    """What the consumer of ``heads.1`` or ``neurons.2`` is given for `batch`: (images * tokens, channels), float64."""
+    dimension, index = site.split(".")
+    seen = []
+    consumer = getattr(find_sites(model).blocks[int(index)], dimension).consumer
+    hook = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(batch)
+    hook.remove()
+    return seen[0].flatten(0, 1).double().numpy()
+
+
+def consumers(model: nn.Module, dimension: str) -> list[nn.Linear]:
+    return [getattr(block, dimension).consumer for block in find_sites(model).blocks]
+
+
+def channels_of(plan: mdc.Plan, dimension: str, block: int, width: int) -> list[int]:
+    units = getattr(plan, dimension)[block]
+    return [unit * width + offset for unit in units for offset in range(width)]
+
+
+# --- the maths --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def problem() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """Channels that depend on each other (rows, 10), weight (4, 10), bias (4,), the kept ones."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(300, 6)) @ rng.normal(size=(6, 10)) + 0.3 * rng.normal(size=(300, 10)) + rng.normal(size=10)
+    return z, rng.normal(size=(4, 10)), rng.normal(size=4), [0, 2, 3, 7]
+
+
+def moments_of(z: np.ndarray) -> Moments:
+    mean = z.mean(axis=0)
+    return Moments(torch.tensor(len(z)), torch.tensor(mean), torch.tensor((z - mean).T @ (z - mean)))
+
+
+def solved(problem, how: str, with_bias: bool = True, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray | None]:
+    z, weight, bias, kept = problem
+    new = compensated(
+        torch.tensor(weight),
+        torch.tensor(bias) if with_bias else None,
+        moments_of(z),
+        torch.tensor(kept, dtype=torch.long),
+        how,
+        ridge,
+    )
+    return new[0].numpy(), None if new[1] is None else new[1].numpy()
+
+
+def test_lstsq_is_numpys_least_squares(problem):
+    z, weight, bias, kept = problem
+    wanted = z @ weight.T + bias
+    with_one = np.column_stack([z[:, kept], np.ones(len(z))])
+    best = np.linalg.lstsq(with_one, wanted, rcond=None)[0]
+    new_weight, new_bias = solved(problem, "lstsq", ridge=1e-12)
+    np.testing.assert_allclose(new_weight, best[:-1].T, atol=1e-8)
+    np.testing.assert_allclose(new_bias, best[-1], atol=1e-8)
+
+
+@pytest.mark.parametrize("ridge", [RIDGE, 0.1, 10.0])
+def test_the_ridge_pulls_to_the_old_weights(problem, ridge):
+    """As least squares with rows added: sqrt(r) (U - 0) beside what is to be rebuilt, all centred."""
+    z, weight, _, kept = problem
+    centred = z - z.mean(axis=0)
+    removed = [channel for channel in range(10) if channel not in kept]
+    strength = ridge * centred.var(axis=0).mean() * len(z)
+    rows = np.vstack([centred[:, kept], np.sqrt(strength) * np.eye(len(kept))])
+    wanted = np.vstack([centred[:, removed] @ weight[:, removed].T, np.zeros((len(kept), 4))])
+    update = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+    np.testing.assert_allclose(solved(problem, "lstsq", ridge=ridge)[0], weight[:, kept] + update, atol=1e-8)
+
+
+def test_without_a_bias_the_weights_alone_are_refitted(problem):
+    z, weight, _, kept = problem
+    best = np.linalg.lstsq(z[:, kept], z @ weight.T, rcond=None)[0]
+    new_weight, new_bias = solved(problem, "lstsq", with_bias=False, ridge=1e-12)
+    np.testing.assert_allclose(new_weight, best.T, atol=1e-8)
+    assert new_bias is None
+
+
+def error_of(problem, weight: np.ndarray, bias: np.ndarray) -> float:
+    z, dense_weight, dense_bias, kept = problem
+    return float(np.square(z @ dense_weight.T + dense_bias - z[:, kept] @ weight.T - bias).sum())
+
+
+@pytest.mark.parametrize("ridge", [RIDGE, 1.0, 1e3])
+@pytest.mark.parametrize("kept", [[], [5], [0, 2, 3, 7], list(range(9))])
+def test_it_is_never_worse_than_mean_and_that_never_than_nothing(problem, kept, ridge):
+    problem = (*problem[:3], kept)
+    nothing = error_of(problem, problem[1][:, kept], problem[2])
+    mean = error_of(problem, *solved(problem, "mean"))
+    lstsq = error_of(problem, *solved(problem, "lstsq", ridge=ridge))
+    assert mean < nothing
+    assert lstsq < mean if kept else lstsq == mean
+
+
+def test_the_mean_output_stays(problem):
+    z, weight, bias, kept = problem
+    wanted = (z @ weight.T + bias).mean(axis=0)
+    for how in ("mean", "lstsq"):
+        new_weight, new_bias = solved(problem, how)
+        np.testing.assert_allclose((z[:, kept] @ new_weight.T + new_bias).mean(axis=0), wanted, atol=1e-10)
+
+
+def test_channels_that_say_nothing_do_no_harm(problem):
+    """Dead or doubled channels make the system singular; the ridge holds."""
+    z, weight, bias, kept = problem
+    z = z.copy()
+    z[:, 2], z[:, 3] = 0.0, z[:, 0]
+    new_weight, new_bias = solved((z, weight, bias, kept), "lstsq")
+    assert np.isfinite(new_weight).all()
+    np.testing.assert_allclose(new_weight[:, 1], weight[:, 2])  # of the dead one
+    still = np.ones_like(z)
+    new_weight, new_bias = solved((still, weight, bias, kept), "lstsq")  # nothing varies: the mean is all there is
+    np.testing.assert_allclose(new_weight, weight[:, kept])
+    np.testing.assert_allclose(new_bias, bias + np.delete(weight, kept, axis=1).sum(axis=1))
+
+
+def test_rounding_that_outweighs_the_ridge_is_borne(problem):
+    """A scatter in fp32 may have negative eigenvalues, for which there is no Cholesky factor."""
+    z, weight, bias, kept = problem
+    z = z.copy()
+    z[:, 3] = z[:, 2]
+    moments = moments_of(z)
+    moments.scatter[2, 3] = moments.scatter[3, 2] = 1.01 * moments.scatter[2, 2]
+    assert torch.linalg.eigvalsh(moments.scatter[kept][:, kept]).min() / len(z) < -RIDGE * moments.scale(centred=True)
+    new = compensated(torch.tensor(weight), torch.tensor(bias), moments, torch.tensor(kept), "lstsq")
+    changed = (z, weight, bias, kept)
+    assert error_of(changed, *(each.numpy() for each in new)) < error_of(changed, *solved(changed, "mean"))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def test_one_pass_gives_the_moments_of_all_batches():
+    model = make("glu").train()
+    before = copy.deepcopy(model.state_dict())
+    batches = [(images(5, seed=1), torch.zeros(5)), images(3, seed=2)]
+    found = mdc.ActivationStatistics.of(model, batches)
+    assert model.training
+    assert not [
+        hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks
+    ]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert found.images == 8
+    model.eval()
+    for site in ("heads.0", "heads.3", "neurons.2"):
+        dimension, index = site.split(".")
+        moments = getattr(found, dimension)[int(index)]
+        z = np.concatenate([reads(model, site, images(5, seed=1)), reads(model, site, images(3, seed=2))])
+        assert int(moments.rows) == len(z) == 8 * 17
+        np.testing.assert_allclose(moments.mean, z.mean(axis=0), rtol=1e-5, atol=1e-6)
+        covariance = np.cov(z.T, bias=True)
+        np.testing.assert_allclose(moments.scatter / len(z), covariance, rtol=0, atol=1e-6 * covariance.max())
+
+
+def test_rows_are_added_up_in_bounded_pieces(monkeypatch):
+    model = make()
+    whole = mdc.ActivationStatistics.of(model, [images()])
+    monkeypatch.setattr("lightning_mdc.surgery.compensation._ROWS_AT_ONCE", 7)
+    pieces = mdc.ActivationStatistics.of(model, [images()])
+    for name, tensor in whole.tensors().items():
+        torch.testing.assert_close(pieces.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_agree_on_the_moments_of_all_rows(problem, monkeypatch):
+    z = problem[0]
+    shares = [z[:50], z[:0], z[50:] + 3]
+    meeting, given = threading.Barrier(len(shares)), [None] * len(shares)
+
+    def summed(tensor: Tensor) -> Tensor:
+        given[int(threading.current_thread().name)] = tensor
+        meeting.wait()
+        total = sum(given)
+        meeting.wait()
+        return total
+
+    monkeypatch.setattr(compensation, "summed", summed)
+    zeros = Moments(torch.tensor(0), torch.zeros(10), torch.zeros(10, 10))
+    found = {}
+
+    def work(rank: int) -> None:
+        found[rank] = compensation._over_ranks(moments_of(shares[rank]) if len(shares[rank]) else zeros)
+
+    threads = [threading.Thread(target=work, args=[rank], name=str(rank)) for rank in range(len(shares))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    wanted = moments_of(np.concatenate(shares))
+    for moments in found.values():
+        assert int(moments.rows) == len(z)
+        torch.testing.assert_close(moments.mean, wanted.mean)
+        torch.testing.assert_close(moments.scatter, wanted.scatter)
+
+
+def test_half_precision_models_are_summed_in_fp32():
+    model = make().to(torch.bfloat16)
+    found = mdc.ActivationStatistics.of(model, [images()])
+    assert {tensor.dtype for tensor in found.tensors().values()} == {torch.float32, torch.int64}
+    plan = plan_for(model, neurons=0.5)
+    slim = mdc.slim(model, plan, compensate="lstsq", statistics=found)
+    assert {parameter.dtype for parameter in slim.parameters()} == {torch.bfloat16}
+    assert slim(images().bfloat16()).isfinite().all()
+
+
+def test_a_file_keeps_them(tmp_path):
+    found = mdc.ActivationStatistics.of(make("swiglu_normed"), [images()])
+    found.save(tmp_path / "statistics.safetensors")
+    again = mdc.ActivationStatistics.load(tmp_path / "statistics.safetensors")
+    assert again.images == found.images == 6
+    assert again.neurons == (None,) * DEPTH  # its norm makes them useless
+    assert again.tensors().keys() == found.tensors().keys()
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in found.tensors().items())
+
+
+def test_a_file_that_holds_none_is_refused(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    with pytest.raises(CompensationError, match=r"cannot be read.*gather them again"):
+        mdc.ActivationStatistics.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(CompensationError, match="no statistics of ours"):
+        mdc.ActivationStatistics.load(path)
+    mdc.ActivationStatistics.of(make(), [images()]).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CompensationError, match="cannot be read"):
+        mdc.ActivationStatistics.load(path)
+
+
+def test_what_cannot_be_gathered_is_said():
+    model = make()
+    with pytest.raises(CompensationError, match="batches are empty"):
+        mdc.ActivationStatistics.of(model, [])
+    with pytest.raises(CalibrationError, match="expected images"):
+        mdc.ActivationStatistics.of(model, [torch.zeros(3)])
+    with mdc.masked(model, plan_for(model, neurons=0.5)), pytest.raises(CompensationError, match="masks on"):
+        mdc.ActivationStatistics.of(model, [images()])
+    with pytest.raises(CompensationError, match="heads of block 0 are not finite"):
+        mdc.ActivationStatistics.of(model, [images() * float("nan")])
+
+
+# --- slim models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["mean", "lstsq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gets_nearer_to_what_its_layers_put_out_or_is_refused(kind, how):
+    model = make(kind)
+    batch = images(12)
+    plan = plan_for(model, heads=0.5, neurons=0.5)
+    statistics = mdc.ActivationStatistics.of(model, [batch[:5], batch[5:]])
+    reason = "is taken over the units" if kind in NORMED else "has no bias"
+    if kind in NORMED or (kind == "no_biases" and how == "mean"):
+        with pytest.raises(UnsupportedModelError, match=rf"compensate='{how}'.*blocks\.0\.(attn|mlp).*{reason}"):
+            mdc.slim(model, plan, compensate=how, statistics=statistics)
+        return
+    before = copy.deepcopy(model.state_dict())
+    plain, better = mdc.slim(model, plan), mdc.slim(model, plan, compensate=how, statistics=statistics)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())  # the dense one
+    assert mdc.macs(better) == mdc.macs(plain)
+    assert better.mdc_plan == plain.mdc_plan
+    for dimension in ("heads", "neurons"):
+        width = model.blocks[0].attn.head_dim if dimension == "heads" else 1
+        for index in range(DEPTH):
+            z = reads(model, f"{dimension}.{index}", batch)
+            kept = z[:, channels_of(plan, dimension, index, width)]
+            layers = [consumers(each, dimension)[index] for each in (model, plain, better)]
+            put_out = [
+                x @ layer.weight.detach().double().numpy().T
+                + (0 if layer.bias is None else layer.bias.detach().double().numpy())
+                for x, layer in zip((z, kept, kept), layers, strict=True)
+            ]
+            errors = [np.square(each - put_out[0]).sum() for each in put_out[1:]]
+            assert errors[1] < errors[0], (dimension, index)
+            if layers[0].bias is not None:
+                np.testing.assert_allclose(put_out[2].mean(axis=0), put_out[0].mean(axis=0), atol=1e-4)
+
+
+def test_of_a_normed_model_what_has_no_norm_is_compensated():
+    model = make("swiglu_normed")
+    statistics = mdc.ActivationStatistics.of(model, [images()])
+    slim = mdc.slim(model, plan_for(model, heads=0.5), compensate="lstsq", statistics=statistics)
+    assert not torch.equal(consumers(slim, "heads")[0].bias, consumers(model, "heads")[0].bias)
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp\.norm \(LayerNorm\) is taken over the units"):
+        mdc.slim(model, plan_for(model, neurons=0.5), compensate="lstsq", statistics=statistics)
+
+
+@pytest.mark.parametrize("how", ["mean", "lstsq"])
+def test_keeping_everything_leaves_weights_as_they_are(how):
+    model = make()
+    statistics = mdc.ActivationStatistics.of(model, [images()])
+    slim = mdc.slim(model, plan_for(model, tokens=0.5), compensate=how, statistics=statistics)
+    assert all(torch.equal(slim.state_dict()[key], value) for key, value in model.state_dict().items())
+    # So does the closed form where all units are among the kept.
+    layer, moments = consumers(model, "neurons")[0], statistics.neurons[0]
+    weight, bias = compensated(layer.weight, layer.bias, moments, torch.arange(layer.in_features), how)
+    torch.testing.assert_close(weight.float(), layer.weight.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(bias.float(), layer.bias.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["mean", "lstsq"])
+def test_a_part_that_loses_all_units_keeps_their_mean(how):
+    model = make()
+    statistics = mdc.ActivationStatistics.of(model, [images()])
+    slim = mdc.slim(model, plan_for(model, heads=0.0, neurons=0.0), compensate=how, statistics=statistics)
+    z = reads(model, "heads.1", images())
+    layer = consumers(model, "heads")[1]
+    mean = (z @ layer.weight.detach().double().numpy().T).mean(axis=0) + layer.bias.detach().double().numpy()
+    np.testing.assert_allclose(consumers(slim, "heads")[1].bias.detach(), mean, atol=1e-4)
+    assert slim(images()).isfinite().all()
+
+
+def test_a_redundant_neuron_costs_nothing():
+    """Two neurons that do the same: without the second, with least squares, the model computes what it did."""
+    model = make()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight[1] = block.mlp.fc1.weight[0]
+            block.mlp.fc1.bias[1] = block.mlp.fc1.bias[0]
+    whole = plan_for(model)
+    hidden = whole.num_neurons[0]
+    kept = tuple(unit for unit in range(hidden) if unit != 1)
+    plan = mdc.Plan(
+        heads=whole.heads,
+        neurons=(kept,) * DEPTH,
+        tokens=whole.tokens,
+        num_heads=whole.num_heads,
+        num_neurons=whole.num_neurons,
+    )
+    # Rows have to outnumber the neurons, or least squares knows more than one answer.
+    statistics = mdc.ActivationStatistics.of(model, [images(64)])
+    slim = mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
+    fresh = images(8, seed=5)
+    with torch.no_grad():
+        apart = (mdc.slim(model, plan)(fresh) - model(fresh)).abs().max()
+        assert (slim(fresh) - model(fresh)).abs().max() < 0.05 * apart
+
+
+def test_a_slim_model_is_compensated_once_more_and_saved(tmp_path):
+    model = make()
+    first = mdc.slim(model, plan_for(model, neurons=0.7, tokens=0.6))
+    statistics = mdc.ActivationStatistics.of(first, [images()])
+    second = mdc.slim(first, plan_for(first, neurons=0.5), compensate="lstsq", statistics=statistics)
+    mdc.save(second, tmp_path / "slim")
+    assert torch.equal(mdc.load(tmp_path / "slim")(images()), second(images()))
+
+
+def test_what_does_not_fit_is_said():
+    model = make()
+    statistics = mdc.ActivationStatistics.of(model, [images()])
+    plan = plan_for(model, neurons=0.5)
+    with pytest.raises(CompensationError, match="compensate='most': expected one of"):
+        mdc.slim(model, plan, compensate="most", statistics=statistics)
+    with pytest.raises(CompensationError, match=r"statistics=None.*pass statistics=ActivationStatistics\.of"):
+        mdc.slim(model, plan, compensate="lstsq")
+    with pytest.raises(CompensationError, match="compensate='none' does not use them"):
+        mdc.slim(model, plan, statistics=statistics)
+    narrow = mdc.slim(model, plan)
+    with pytest.raises(CompensationError, match="statistics are of another model"):
+        mdc.slim(narrow, plan_for(narrow, heads=0.5), compensate="mean", statistics=statistics)
+
+
+# --- searching --------------------------------------------------------------------------------------------------------
+
+
+def test_trials_are_judged_with_what_will_be_delivered(tmp_path):
+    model = make()
+    statistics = mdc.ActivationStatistics.of(model, [images()])
+    scores = mdc.score(model, [images(16)], "magnitude")
+    seen = []
+
+    def judge(slim: nn.Module) -> float:
+        seen.append(slim)
+        return float(len(seen))
+
+    options = {"n_trials": 3, "n_initial_points": 2, "progress": False, "budget": 0.5}
+    result = mdc.search(
+        model, scores, judge, **options, compensate="lstsq", statistics=statistics, state=tmp_path / "state.jsonl"
+    )
+    for slim, trial in zip(seen, result.history, strict=True):
+        plan = mdc.make_plan(model, scores, trial.policy)
+        delivered = mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
+        assert torch.equal(slim(images()), delivered(images()))
+        assert not torch.equal(slim(images()), mdc.slim(model, plan)(images()))
+        assert mdc.macs(slim) == trial.macs <= 0.5 * mdc.macs(model)
+    # Values of other models: another search.
+    with pytest.raises(mdc.errors.SearchError, match="compensate"):
+        mdc.search(model, scores, judge, **options, state=tmp_path / "state.jsonl")
+
+
+def test_a_search_that_cannot_compensate_says_so_before_it_begins():
+    model = make("beit3_scale_norms")
+    statistics = mdc.ActivationStatistics.of(model, [images()])
+    scores = mdc.score(model, [images(16)], "magnitude")
+    options = {"n_trials": 2, "progress": False, "budget": 0.9, "compensate": "lstsq", "statistics": statistics}
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn\.norm"):
+        mdc.search(model, scores, lambda slim: pytest.fail("a trial was made"), **options)
+    mdc.search(model, scores, lambda slim: 1.0, **options, dimensions=["tokens"])
