@@ -1,4 +1,4 @@
-"""What happens at a token stage, as plain tensor functions: score the tokens, keep the best, fuse the rest.
+"""What happens at a token stage: score the tokens, keep the best, fuse the rest.
 
 After Hou & Kung (arXiv 2201.00043, section 3): tokens are ranked by the class token's attention; dependence enters as a
 prior over positions. Token dropping between a block's attention and its MLP, with one fused token, follows EViT
@@ -17,62 +17,57 @@ from lightning_mdc.errors import PlanError
 from lightning_mdc.policy import TokenStage, kept_tokens
 
 
-def drop_tokens(
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    stage: TokenStage,
-    prior: Tensor | None,
-    *,
-    scale: float,
-    class_rows: tuple[int, ...],
-    num_prefix_tokens: int,
-    fuse: bool,
-) -> Tensor:
-    """The whole token stage: `x` itself if nothing is to drop, else what `regroup` leaves of it.
+class TokenSelection(nn.Module):
+    """A token stage: scores the tokens, keeps the best, fuses the rest. A part of a slim block, so that what it keeps
+    can be watched; masks do the same by it."""
 
-    x: (batch, tokens, dim), the residual stream between attention and MLP. q, k: (batch, heads, tokens, head_dim) of
-    that attention, for the heads that are kept (there may be none). prior: (positions,) or None.
-    """
-    split = split_patches(
-        x, q, k, stage, prior, scale=scale, class_rows=class_rows, num_prefix_tokens=num_prefix_tokens
-    )
-    if split is None:
-        return x
-    return regroup(x, *split, num_prefix_tokens, fuse)
+    prior: Tensor | None
 
+    def __init__(self, stage: TokenStage, num_prefix_tokens: int, class_rows: tuple[int, ...], fuse: bool) -> None:
+        super().__init__()
+        self.stage = stage
+        self.num_prefix_tokens = num_prefix_tokens
+        self.class_rows = class_rows
+        self.fuse = fuse
+        # From the plan, not from the weights: the state_dict keeps the dense model's keys.
+        prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device="cpu")
+        self.register_buffer("prior", prior, persistent=False)
 
-def split_patches(
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    stage: TokenStage,
-    prior: Tensor | None,
-    *,
-    scale: float,
-    class_rows: tuple[int, ...],
-    num_prefix_tokens: int,
-) -> tuple[Tensor, Tensor] | None:
-    """Which patches stay, (batch, kept) in their old order, and which go; None if nothing is to drop.
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """`x` itself if nothing is to drop, else what `regroup` leaves of it.
 
-    Indices count the tokens after the prefix. Arguments as of `drop_tokens`.
-    """
-    num_tokens = x.shape[1]
-    num_kept = kept_tokens(num_tokens, stage.keep, num_prefix_tokens)
-    if num_kept == num_tokens:
-        return None
-    if prior is not None:
-        assert stage.grid is not None  # TokenStage checks it
-        prior = resample_prior(prior, stage.grid, num_tokens - num_prefix_tokens)[None].expand(x.shape[0], -1)
-    if prior is not None and (stage.score == "dependence" or q.shape[1] == 0):
-        scores = prior
-    elif q.shape[1] == 0:
-        scores = x.detach()[:, num_prefix_tokens:].abs().mean(dim=-1)
-    else:
-        scores = attention_scores(q, k, scale, class_rows)[:, num_prefix_tokens:]
-        if prior is not None and stage.score == "attention*dependence":
-            scores = scores * prior
-    return best_and_rest(scores, num_kept - num_prefix_tokens)
+        x: (batch, tokens, dim), the residual stream between attention and MLP. q, k: (batch, heads, tokens, head_dim)
+        of that attention, for the heads that are kept (there may be none). scale: of its logits.
+        """
+        split = self.split(x, q, k, scale)
+        return x if split is None else regroup(x, *split, self.num_prefix_tokens, self.fuse)
+
+    def split(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+        """Which patches stay, (batch, kept) in their old order, and which go; None if nothing is to drop.
+
+        Indices count the tokens after the prefix. Arguments as of `forward`.
+        """
+        num_tokens, num_prefix_tokens = x.shape[1], self.num_prefix_tokens
+        num_kept = kept_tokens(num_tokens, self.stage.keep, num_prefix_tokens)
+        if num_kept == num_tokens:
+            return None
+        prior = self.prior
+        if prior is not None:
+            assert self.stage.grid is not None  # TokenStage checks it
+            prior = resample_prior(prior.to(x.device), self.stage.grid, num_tokens - num_prefix_tokens)
+            prior = prior[None].expand(x.shape[0], -1)
+        if prior is not None and (self.stage.score == "dependence" or q.shape[1] == 0):
+            scores = prior
+        elif q.shape[1] == 0:
+            scores = x.detach()[:, num_prefix_tokens:].abs().mean(dim=-1)
+        else:
+            scores = attention_scores(q, k, scale, self.class_rows)[:, num_prefix_tokens:]
+            if prior is not None and self.stage.score == "attention*dependence":
+                scores = scores * prior
+        return best_and_rest(scores, num_kept - num_prefix_tokens)
+
+    def extra_repr(self) -> str:
+        return f"keep={self.stage.keep:.4g}, score={self.stage.score}, fuse={self.fuse}"
 
 
 def best_and_rest(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
@@ -92,52 +87,6 @@ def regroup(x: Tensor, best: Tensor, rest: Tensor, num_prefix_tokens: int, fuse:
     if fuse:
         parts.append(_gather(patches, rest).mean(dim=1, keepdim=True))
     return torch.cat(parts, dim=1)
-
-
-class TokenSelection(nn.Module):
-    """A token stage as a part of a slim model's block: a module, so that what it keeps can be watched."""
-
-    prior: Tensor | None
-
-    def __init__(self, stage: TokenStage, num_prefix_tokens: int, class_rows: tuple[int, ...], fuse: bool) -> None:
-        super().__init__()
-        self.stage = stage
-        self.num_prefix_tokens = num_prefix_tokens
-        self.class_rows = class_rows
-        self.fuse = fuse
-        # From the plan, not from the weights: the state_dict keeps the dense model's keys.
-        prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device="cpu")
-        self.register_buffer("prior", prior, persistent=False)
-
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """See `drop_tokens`."""
-        return drop_tokens(
-            x,
-            q,
-            k,
-            self.stage,
-            self.prior,
-            scale=scale,
-            class_rows=self.class_rows,
-            num_prefix_tokens=self.num_prefix_tokens,
-            fuse=self.fuse,
-        )
-
-    def split(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-        """See `split_patches`."""
-        return split_patches(
-            x,
-            q,
-            k,
-            self.stage,
-            self.prior,
-            scale=scale,
-            class_rows=self.class_rows,
-            num_prefix_tokens=self.num_prefix_tokens,
-        )
-
-    def extra_repr(self) -> str:
-        return f"keep={self.stage.keep:.4g}, score={self.stage.score}, fuse={self.fuse}"
 
 
 def attention_scores(q: Tensor, k: Tensor, scale: float, class_rows: tuple[int, ...]) -> Tensor:

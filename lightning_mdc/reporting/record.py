@@ -25,7 +25,7 @@ from lightning_mdc.run_folder import RunFolder
 from lightning_mdc.sensitivity import Sensitivity
 
 # Of ``lightning_mdc.stages``, which cannot be asked: it makes reports.
-STAGE_NAMES = ("dense", "score", "share", "sensitivity", "search", "slim", "distill", "test", "report")
+STAGE_NAMES = ("dense", "score", "share", "statistics", "sensitivity", "search", "slim", "distill", "test", "report")
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError
 from lightning_mdc.models import BlockSite, Sites, UnitSite, find_sites, hide_hooks, show_hooks, unit_channels
-from lightning_mdc.models.token_stage import drop_tokens
+from lightning_mdc.models.token_stage import TokenSelection
 from lightning_mdc.policy import Plan, TokenStage
 from lightning_mdc.surgery.cutting import narrow_norm
 from lightning_mdc.surgery.intermediates import guard_intermediates, unguard_intermediates
@@ -156,15 +156,9 @@ def _mask_tokens(
     passing = _Passing()
     block.attention.q_norm.register_forward_hook(_Catch(passing, "q", kept_heads))
     block.attention.k_norm.register_forward_hook(_Catch(passing, "k", kept_heads))
-    settings = {
-        "scale": block.attention.scale,
-        "class_rows": sites.class_rows,
-        "num_prefix_tokens": sites.num_prefix_tokens,
-        "fuse": fuse,
-    }
-    device = block.attention.qkv.weight.device
-    prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device=device)
-    block.tokens.residual_norm.register_forward_pre_hook(_Reduce(passing, stage, prior, settings))
+    select = TokenSelection(stage, sites.num_prefix_tokens, sites.class_rows, fuse)
+    reduce = _Reduce(passing, select.to(block.attention.qkv.weight.device), block.attention.scale)
+    block.tokens.residual_norm.register_forward_pre_hook(reduce)
     block.tokens.mlp_out.register_forward_hook(_AddReduced(passing))
     block.module.register_forward_hook(_ReturnReduced(passing))
 
@@ -179,16 +173,15 @@ class _Catch(_Hook):
 
 
 class _Reduce(_Hook):
-    def __init__(self, passing: _Passing, stage: TokenStage, prior: Tensor | None, settings: dict[str, Any]) -> None:
-        self.passing, self.stage, self.prior, self.settings = passing, stage, prior, settings
+    def __init__(self, passing: _Passing, select: TokenSelection, scale: float) -> None:
+        self.passing, self.select, self.scale = passing, select, scale
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
         q, k = self.passing.q, self.passing.k
         assert q is not None and k is not None
         self.passing.q = self.passing.k = None
-        prior = None if self.prior is None else self.prior.to(x.device)
-        self.passing.reduced = drop_tokens(x, q, k, self.stage, prior, **self.settings)
+        self.passing.reduced = self.select(x, q, k, self.scale)
         return (self.passing.reduced,)
 
 
