@@ -30,7 +30,10 @@ def set_up_messages() -> None:
 
 
 # Absolute, so that it is found also when this file is imported.
-@hydra.main(config_path=str(Path(__file__).parent / "conf"), config_name="train", version_base="1.3")
+CONF = Path(__file__).parent.absolute() / "conf"
+
+
+@hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
 def app(cfg: DictConfig) -> float | None:
     set_up_messages()
     try:
@@ -58,6 +61,11 @@ def main() -> None:
     sys.argv[1:] = terminal.overrides(sys.argv[1:])
     try:
         app()
+    except SystemExit as end:
+        # Hydra says what it cannot compose in its own words; here is what to type.
+        if end.code and not HydraConfig.initialized() and (said := terminal.hint(sys.argv[1:], CONF)) is not None:
+            print(f"\n{said}", file=sys.stderr)
+        raise
     except KeyboardInterrupt as stop:  # before the first stage, or of a sweep, which notes how to go on
         print("\n".join(["interrupted", *getattr(stop, "__notes__", ())]), file=sys.stderr)
         sys.exit(terminal.INTERRUPTED)

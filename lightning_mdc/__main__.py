@@ -13,7 +13,9 @@ from lightning_mdc.errors import MdcError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_mdc", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_mdc", description="What can be done with a run of train.py, or with a model it left."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     report = commands.add_parser(
         "report",
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(runs: Sequence[Path], output: Path | None) -> Path:
     """Write the page; returns where it is."""
     if len(runs) > 1:
-        from lightning_mdc.reporting.comparison import write_comparison
+        from lightning_mdc.reporting.comparing import write_comparison
 
         path = output or Path("comparison.html")
         print(f"{write_comparison(runs, path).title}")

@@ -601,5 +601,8 @@ class _PlainProgress(Callback):
         if epoch == epochs or epoch % max(1, epochs // 5) == 0:
             means = [key for key in trainer.callback_metrics if "/" in key and not key.startswith("lr-")]
             means = [key for key in means if not key.endswith("_step")]
+            every = trainer.check_val_every_n_epoch or 1
+            if epoch % every:  # those of an earlier epoch are still there
+                means = [key for key in means if not key.startswith("val/")]
             numbers = (f"{key} {float(trainer.callback_metrics[key]):.4f}" for key in means)
             log.info("  %s: epoch %d of %d, %s", self.title, epoch, epochs, ", ".join(numbers))

@@ -22,7 +22,7 @@ from lightning_mdc.errors import ConfigError
 from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Policy
 from lightning_mdc.ranks import on_first_rank
 from lightning_mdc.reporting.invocations import note_invocation
-from lightning_mdc.run_folder import RunFolder, fingerprint, open_run, write_text
+from lightning_mdc.run_folder import CURRENT_STUDY, RunFolder, fingerprint, open_run, write_text
 from lightning_mdc.stages import STAGES, Run, switched_off
 from lightning_mdc.surgery import COMPENSATIONS
 
@@ -101,9 +101,11 @@ def _opened(settings: assembly.Settings, selected: tuple[str, ...], stack: ExitS
     folder, earlier = open_run(settings["runs"], settings["name"], settings["resume"])
     this = Run(settings, folder)
     this.marks = fingerprints(settings, frozenset())
-    # Finetuned models are tested if this run makes them, or made them with these settings.
-    this.with_finetuned = "distill" in selected or is_done(this, "distill")
-    this.marks = fingerprints(settings, frozenset({"distill"} if this.with_finetuned else ()))
+    # Finetuned models are tested if this run makes them, or made them with these settings; the same holds for others.
+    optional = {name for stage in STAGES.values() for name in stage.looks_at}
+    there = frozenset(name for name in optional if name in selected or is_done(this, name))
+    this.with_finetuned = "distill" in there
+    this.marks = fingerprints(settings, there)
     try:
         for name in selected:
             _require(this, name, selected)
@@ -178,6 +180,8 @@ def _begin(run: Run, name: str) -> None:
         if other == name or begun.intersection(_upstream(run.settings, other)):
             begun.add(other)
             run.folder.start(other)
+    if "search" in begun:
+        (run.folder / CURRENT_STUDY).unlink(missing_ok=True)
 
 
 def select(settings: assembly.Settings) -> tuple[str, ...]:
@@ -297,15 +301,15 @@ def _has_weights(settings: assembly.Settings) -> bool:
     return bool(settings["model"]["pretrained"]) or settings["model"]["checkpoint"] is not None
 
 
-def fingerprints(settings: assembly.Settings, also_tested: frozenset[str]) -> dict[str, str]:
+def fingerprints(settings: assembly.Settings, there: frozenset[str]) -> dict[str, str]:
     """Fingerprint of every stage's result under `settings`.
 
     Args:
-        also_tested: stages whose models are tested although testing does not need them.
+        there: stages that others look at if they are there (see `Stage.looks_at`), and are.
     """
     marks: dict[str, str] = {}
     for name in STAGES:
-        needs = {*_needs(settings, name), *(also_tested if name == "test" else ())}
+        needs = {*_needs(settings, name), *there.intersection(STAGES[name].looks_at)}
         marks[name] = fingerprint(relevant(settings, name), {need: marks[need] for need in sorted(needs)})
     return marks
 
@@ -353,9 +357,8 @@ def _needs(settings: assembly.Settings, name: str) -> tuple[str, ...]:
 
 
 def _upstream(settings: assembly.Settings, name: str) -> tuple[str, ...]:
-    """The same, and for testing what it looks at if it is there."""
-    also = ("distill",) if name == "test" else ()
-    return _needs(settings, name) + also
+    """The same, and what it looks at if it is there."""
+    return _needs(settings, name) + STAGES[name].looks_at
 
 
 def _require(run: Run, name: str, selected: tuple[str, ...]) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 from lightning_mdc.errors import ConfigError
 
 _RECORDS = "stages"
+# Names the file in search/ that the search of the present settings writes.
+CURRENT_STUDY = "search/current"
 
 
 def write_text(path: Path, text: str) -> None:

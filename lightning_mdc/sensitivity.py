@@ -143,7 +143,7 @@ def measure_sensitivity(
         progress: show a progress bar where there is a terminal.
 
     Raises:
-        ConfigError: `held_out` does not tell both accuracy and KL, or `state` cannot be read.
+        ConfigError: `held_out` does not tell both accuracy and KL.
     """
     sites = find_sites(model)
     costs = CostModel(sites)
@@ -187,7 +187,13 @@ def measure_sensitivity(
 def _known(state: Path | None) -> dict[tuple[str, int, float], Cut]:
     if state is None or not state.exists():
         return {}
-    return {cut.place: cut for cut in Sensitivity.load(state).cuts}
+    try:
+        return {cut.place: cut for cut in Sensitivity.load(state).cuts}
+    except ConfigError as error:
+        aside = state.with_name(f"{state.name}.damaged")
+        state.replace(aside)
+        log.warning("%s; the file is now %s, and all cuts are made again", error, aside)
+        return {}
 
 
 def _cuts(

@@ -11,7 +11,7 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -24,7 +24,7 @@ from lightning import seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mdc import assembly, progress, reporting, testing
+from lightning_mdc import assembly, evaluation, progress, reporting
 from lightning_mdc.artifact import WEIGHTS, load, save
 from lightning_mdc.budget import macs, num_params
 from lightning_mdc.budget.latency import latencies
@@ -39,13 +39,16 @@ from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.ranks import on_first_rank, rank, world_size
 from lightning_mdc.reporting.outcomes import Outcomes
 from lightning_mdc.reporting.report import write_report
-from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
+from lightning_mdc.run_folder import CURRENT_STUDY, RunFolder, fingerprint, write_text
 from lightning_mdc.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import ActivationStatistics, slim
 from lightning_mdc.tracking import Trackers
 from lightning_mdc.tracking.contents import trial_numbers
 
 log = logging.getLogger(__name__)
+
+# Columns of a table that goes to a file or pipe.
+_WIDE = 160
 
 
 @dataclass
@@ -188,7 +191,7 @@ def sensitivity(run: Run) -> str:
     worst = max(found.cuts, key=lambda cut: cut.kl)
     return (
         f"{len(found.cuts)} cuts on {held_out.num_images} images; worst: {worst.dimension} of block {worst.block} to "
-        f"{worst.keep:.0%} (top-1 {worst.accuracy:.1%})"
+        f"{worst.keep:.0%} (KL {worst.kl:.3g}, top-1 {worst.accuracy:.1%})"
     )
 
 
@@ -258,7 +261,7 @@ def test(run: Run) -> str:
     dense_model, slim_model = models[reporting.DENSE, None][1], models[reporting.SLIM, None][1]
     # All slim models have one architecture, and so has dense: two are timed, in turn, for all.
     times = on_first_rank(partial(_times, run, {"dense": dense_model, "slim": slim_model}))
-    found = testing.outcomes(dict(models.values()), run.data.test_dataloader(), run.device, run.data.class_names)
+    found = evaluation.outcomes(dict(models.values()), run.data.test_dataloader(), run.device, run.data.class_names)
     if not len(found.labels):
         raise DataError(
             "the test split is empty: nothing can be reported; raise data.test_fraction or give a test split"
@@ -287,11 +290,11 @@ def test(run: Run) -> str:
 
 def _keep_results(run: Run, results: reporting.Results, found: Outcomes, models: Mapping[str, nn.Module]) -> None:
     place = found.slim_places[0]
-    shown = testing.examples(
+    shown = evaluation.examples(
         models["dense"],
         models[place],
         place,
-        run.data.test_dataloader(),
+        _all_test_images(run),
         run.device,
         run.data.class_names,
         run.data.to_pixels,
@@ -299,6 +302,14 @@ def _keep_results(run: Run, results: reporting.Results, found: Outcomes, models:
     found.save(run.folder / "predictions.safetensors")
     shown.save(run.folder / "examples.safetensors")
     write_text(run.folder / "results.json", results.to_json())
+
+
+def _all_test_images(run: Run) -> Iterable[Any]:
+    """Not only this rank's share; of a stream that is all there is."""
+    dataset = run.data.splits.test
+    if isinstance(dataset, IterableDataset):
+        return run.data.test_dataloader()
+    return DataLoader(dataset, run.data.batch_size, num_workers=run.data.num_workers)
 
 
 def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, Any]:
@@ -311,15 +322,14 @@ def report(run: Run) -> str:
     """Say how it went, on screen, as the page ``report.html`` and as ``report.md`` with ``pictures/``."""
     made = write_report(run.folder.path)
     console = progress.console()
-    console.print()
     if made.comparison is not None:
-        console.print(made.comparison.rich(made.title))
+        console.print()
+        # Without a terminal there is no width to keep to.
+        console.print(made.comparison.rich(made.title), width=None if console.is_terminal else _WIDE, crop=False)
     for line in (made.verdict, *made.findings):
-        console.print(f"- {line}", highlight=False)
-    console.print()
+        log.info("- %s", line)
     for what, command in made.commands:
-        console.print(f"{what}:\n  {command}", highlight=False, markup=False, soft_wrap=True)
-    console.print()
+        log.info("%s:\n  %s", what, command)
     return f"{run.folder / 'report.html'}"
 
 
@@ -330,6 +340,7 @@ class Stage:
     work: Callable[[Run], str]
     output: str
     needs: tuple[str, ...] = ()
+    looks_at: tuple[str, ...] = ()  # of stages that may be left out, what it shows if they are done
     settings: tuple[str, ...] = ()  # dotted keys
     uses_data: bool = True
     on_all_ranks: bool = True
@@ -351,33 +362,35 @@ _SPACE = (
 )
 
 STAGES: Mapping[str, Stage] = {
-    "dense": Stage(dense, "dense", (), ("seed", "data", "model", "dense", *_TRAINING)),
+    "dense": Stage(dense, "dense", settings=("seed", "data", "model", "dense", *_TRAINING)),
     "score": Stage(
-        score_units, "scores.safetensors", ("dense",), ("seed", "importance", "calibration", "surgery.stages")
+        score_units, "scores.safetensors", ("dense",), settings=("seed", "importance", "calibration", "surgery.stages")
     ),
-    "share": Stage(share, "shared", ("dense", "score"), ("sharing", *_SPACE, *_TRAINING)),
+    "share": Stage(share, "shared", ("dense", "score"), settings=("sharing", *_SPACE, *_TRAINING)),
     # Not of scores, but with the same ones: a sweep keeps all that its trials share in one place, see `cache_folder`.
-    "statistics": Stage(statistics, "statistics.safetensors", ("dense", "score", "share"), ("seed", "calibration")),
+    "statistics": Stage(
+        statistics, "statistics.safetensors", ("dense", "score", "share"), settings=("seed", "calibration")
+    ),
     "sensitivity": Stage(
-        sensitivity, "sensitivity.csv", ("dense", "score", "share"), ("sensitivity", *_TOKENS), in_all=False
+        sensitivity, "sensitivity.csv", ("dense", "score", "share"), settings=("sensitivity", *_TOKENS), in_all=False
     ),
     "search": Stage(
         search,
         "policy.json",
         ("dense", "score", "share", "statistics"),
-        ("seed", "budget", "policy", "policy_file", "search", "surgery"),
+        settings=("seed", "budget", "policy", "policy_file", "search", "surgery"),
     ),
     "slim": Stage(
         cut,
         "slim",
         ("dense", "score", "share", "statistics", "search"),
-        ("surgery",),
+        settings=("surgery",),
         uses_data=False,
         on_all_ranks=False,
     ),
-    "distill": Stage(distill, "finetuned", ("slim",), ("distillation", *_TRAINING)),
-    "test": Stage(test, "results.json", ("slim",), ("latency", "test_data")),
-    "report": Stage(report, "report.html", ("test",), (), uses_data=False, on_all_ranks=False),
+    "distill": Stage(distill, "finetuned", ("slim",), settings=("distillation", *_TRAINING)),
+    "test": Stage(test, "results.json", ("slim",), ("distill",), settings=("latency", "test_data")),
+    "report": Stage(report, "report.html", ("test",), ("sensitivity",), uses_data=False, on_all_ranks=False),
 }
 
 
@@ -419,6 +432,8 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
         upstream["statistics"] = run.marks["statistics"]
     mark = fingerprint({**same, **{k: v for k, v in options.items() if k != "n_trials"}}, upstream)
     state = run.folder / "search" / f"trials-{mark[:12]}.jsonl"
+    # There may be others, of other budgets: whoever reads the folder has to know which one this is.
+    on_first_rank(partial(write_text, run.folder / CURRENT_STUDY, state.name))
     if state.exists():
         log.info("  going on from %s", state)
     held_out = assembly.build_held_out(run.settings, held_out_batches(run), model, run.device)
@@ -441,7 +456,8 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     )
     first, best = result.history[0], result.best
     if first.value is not None and first.policy == result.space.uniform:
-        log.info("  %s: uniform %.4f, best %.4f (trial %d)", held_out.metric, first.value, best.value, best.number)
+        metric = held_out.metric if held_out.metric == "accuracy" else f"-{held_out.metric}"
+        log.info("  %s: uniform %.4g, best %.4g (trial %d)", metric, first.value, best.value, best.number)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import logging
 import re
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 
 from lightning_mdc.errors import MdcError
 from lightning_mdc.ranks import causes, is_first
@@ -85,6 +88,44 @@ def log_file(path: Path) -> Iterator[None]:
         root.removeHandler(file)
         with suppress(OSError):  # said already, by handleError
             file.close()
+
+
+def hint(arguments: Sequence[str], conf: Path) -> str | None:
+    """What to type instead of a setting that does not exist, after Hydra has refused it; None if all of them do.
+
+    Args:
+        arguments: the command line.
+        conf: folder of the configuration.
+    """
+    words = [word.lstrip("+~") for word in arguments if not word.startswith("-")]
+    names = [word.partition("=")[0] for word in words]
+    if missing := [word for word in words if "=" not in word]:
+        return f"{missing[0]!r} gives no value; write {missing[0]}=VALUE"
+    groups = {
+        path.name: sorted(option.stem for option in path.glob("*.yaml")) for path in conf.iterdir() if path.is_dir()
+    }
+    chosen = [word for word, name in zip(words, names, strict=True) if name in groups]
+    for word in chosen:
+        group, _, options = word.partition("=")
+        for option in options.strip("[]").split(","):
+            if option not in groups[group]:
+                return f"{group}={option!r} is none of {', '.join(groups[group])}"
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        known = [*_keys(OmegaConf.to_container(compose("train", chosen), resolve=False)), *groups]
+    unknown = [name for name in names if name not in known and not name.startswith("hydra")]
+    if not unknown:
+        return None
+    close = difflib.get_close_matches(unknown[0], known, n=3)
+    also = [key for key in known if key.rpartition(".")[2] == unknown[0]][:3]
+    meant = f"did you mean {' or '.join(dict.fromkeys([*also, *close]))}? " if also or close else ""
+    return f"there is no setting {unknown[0]!r}; {meant}python train.py --cfg job shows all of them"
+
+
+def _keys(settings: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in settings.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 # --- what to type next ------------------------------------------------------------------------------------------------

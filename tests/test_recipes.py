@@ -11,7 +11,7 @@ from PIL import Image
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc import pipeline, stages
+from lightning_mdc import evaluation, pipeline, stages
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.test_configs import CONF, EXPERIMENTS
 
@@ -107,14 +107,14 @@ def test_no_val_image_reaches_what_decides(tmp_path, images, monkeypatch):
         seen["train"].append(batch[0])
         return step(self, batch, index)
 
-    def tested(run, model, title):
-        seen["test"].extend(batch[0] for batch in run.data.test_dataloader())
-        return predictions(run, model, title)
+    def tested(models, loader, *args):
+        seen["test"].extend(batch[0] for batch in loader)
+        return outcomes(models, loader, *args)
 
-    initialise, step, predictions = HeldOut.__init__, mdc.DistillationModule.training_step, stages.predictions
+    initialise, step, outcomes = HeldOut.__init__, mdc.DistillationModule.training_step, evaluation.outcomes
     monkeypatch.setattr(HeldOut, "__init__", judged)
     monkeypatch.setattr(mdc.DistillationModule, "training_step", trained)
-    monkeypatch.setattr(stages, "predictions", tested)
+    monkeypatch.setattr(evaluation, "outcomes", tested)
     sample = stages.calibration_batches
     monkeypatch.setattr(stages, "calibration_batches", lambda run: spied("score", sample(run)))
     pipeline.run(settings("deit_small_imagenet_40", tmp_path, images))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +16,10 @@ from lightning_mdc import pipeline, stages
 from lightning_mdc.__main__ import main
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.reporting.charts import charts
-from lightning_mdc.reporting.comparison import compare
+from lightning_mdc.reporting.comparing import compare
 from lightning_mdc.reporting.outcomes import Outcomes
 from lightning_mdc.reporting.record import STAGE_NAMES, RunRecord
-from lightning_mdc.reporting.report import report_of
+from lightning_mdc.reporting.report import commands, report_of
 from lightning_mdc.reporting.result_figures import Point, front, front_figure
 from lightning_mdc.run_folder import RunFolder
 from lightning_mdc.terminal import again
@@ -215,7 +216,57 @@ def test_results_of_older_settings_are_not_taken_for_new_ones(copied, monkeypatc
     record = RunRecord(copied)
     assert (record.results, record.plan, record.policy) == (None, None, None)
     assert record.scores is not None
+    assert record.study is not None
+    assert record.study.header["about"]["budget"]["macs"] == 0.5
+    assert [row.status for row in record.study.rows] == []
     assert "Not finished: " in report_of(record).verdict
+    assert {place.path for place in report_of(record).places}.isdisjoint({"slim/", "finetuned/", "results.json"})
+    monkeypatch.undo()
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", "policy.kind=uniform"))
+    assert RunRecord(copied).study is None
+    assert not {chart.key for chart in charts(RunRecord(copied))} & {"search/value", "search/front"}
+
+
+def test_the_search_of_another_budget_adds_to_the_front_and_to_nothing_else(copied):
+    for budget in (0.5, 0.6):
+        pipeline.run(
+            settings(copied.parent.parent, f"resume={copied}", f"budget={budget}", "skip=[distill,test,report]")
+        )
+    record = RunRecord(copied)
+    assert record.study is not None
+    assert record.study.header["about"]["budget"]["macs"] == 0.6
+    assert len(record.studies) == 2
+    (figure,) = [chart.figure for chart in charts(record) if chart.key == "search/front"]
+    dense = mdc.macs(mdc.load(copied / "dense"))
+    costs = {round(float(x), 6) for dots in figure.axes[0].collections for x, _ in np.asarray(dots.get_offsets())}
+    for study in record.studies:
+        for row in study.rows:
+            assert round(row.facts["macs"] / dense, 6) in costs
+    assert 1.0 in costs
+
+
+def test_a_sensitivity_that_came_later_is_in_the_next_report(copied, tmp_path):
+    runs = copied.parent.parent
+    shutil.rmtree(copied / "sensitivity")
+    for path in (copied / "sensitivity.csv", copied / "stages" / "sensitivity.json"):
+        path.unlink()
+    pipeline.run(settings(runs, f"resume={copied}"))
+    assert "What can be removed" not in (copied / "report.html").read_text()
+    few = ("sensitivity.neurons=[0.5,0]", "sensitivity.tokens=[0.5,0]")
+    pipeline.run(settings(runs, f"resume={copied}", "stage=[sensitivity,report]", *few))
+    assert "What can be removed" in (copied / "report.html").read_text()
+
+
+def test_what_to_type_next_fits_the_run(finished, tmp_path):
+    said = dict(commands(RunRecord(finished)))
+    assert len(said) == 2
+    assert shlex.split(said["Use the slim model"])[2].endswith(f"mdc.load('{finished}/finetuned/seed0'))")
+    (smaller,) = [command for what, command in said.items() if "smaller" in what]
+    assert smaller.endswith(f"resume={finished} budget=0.48")
+    odd = tmp_path / "it's $HOME"
+    shutil.copytree(finished, odd)
+    command = dict(commands(RunRecord(odd)))["Use the slim model"]
+    assert shlex.split(command)[2] == f"import lightning_mdc as mdc; print(mdc.load({str(odd / 'finetuned/seed0')!r}))"
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,8 @@ def test_the_picture_shows_every_stage_and_what_was_said() -> None:
     assert len(pictures) == 6
     assert np.array_equal(pictures[3], an_example(1).image)
     assert np.array_equal(pictures[5], faded(an_example(1).image, an_example(1).kept[1], (4, 4)))
-    assert (
-        figure.axes[0].get_title(loc="left") == "truck: dense truck 97 %, slim dog 55 %" == said(an_example(0), names)
-    )
+    assert said(an_example(0), names) == "is truck · dense: truck (97 %) · slim: dog (55 %)"
+    assert figure.axes[0].get_title(loc="left") == said(an_example(0), names)
     assert [text.get_text() for panel in figure.axes[:3] for text in panel.texts] == [
         "block 1: 12 of 16",
         "block 4: 7 of 16",
@@ -118,15 +117,11 @@ def test_the_picture_shows_every_stage_and_what_was_said() -> None:
 @pytest.mark.parametrize("stages", [0, 2])
 def test_examples_go_to_a_file_and_back(tmp_path, stages: int) -> None:
     items = tuple(an_example(number, stages) for number in range(3))
-    examples = Examples(items, "finetuned/seed0", (4, 4), (1, 4)[:stages], ("a", "b", "c", "d"))
+    examples = Examples(items, "finetuned/seed0", (4, 4), (1, 4)[:stages], ("a", "b", "c", "d"), 360)
     examples.save(tmp_path / "examples.safetensors")
     read = Examples.load(tmp_path / "examples.safetensors")
-    assert (read.place, read.grid, read.blocks, read.class_names) == (
-        examples.place,
-        examples.grid,
-        examples.blocks,
-        examples.class_names,
-    )
+    for name in ("place", "grid", "blocks", "class_names", "looked_at"):
+        assert getattr(read, name) == getattr(examples, name)
     for before, after in zip(items, read.items, strict=True):
         assert np.array_equal(before.image, after.image)
         assert np.array_equal(before.kept, after.kept)

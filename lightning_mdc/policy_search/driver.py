@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -236,12 +237,13 @@ def search(
 
 def _remember(study: Study | None, evaluate: HeldOut, dense: nn.Module) -> None:
     """What values mean, and what the dense model is worth, for whoever reads the file."""
-    if on_first_rank(lambda: study is not None and "dense" in study.remembered):
+    metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
+    if on_first_rank(lambda: study is not None and study.remembered.get("metric") == metric):
         return
     judgement = evaluate.judge(dense)
-    metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
-    facts = {"metric": metric, "dense": {"value": judgement.value, **judgement.facts}}
-    on_first_rank(lambda: None if study is None else study.remember(**facts))
+    known = {"value": judgement.value, **judgement.facts}
+    worth = {name: value for name, value in known.items() if math.isfinite(value)}
+    on_first_rank(lambda: None if study is None else study.remember(metric=metric, dense=worth))
 
 
 def _run(
@@ -267,8 +269,14 @@ def _run(
         if judgement is None:
             return study.finish(row.number, None, seconds=seconds, note=note)
         status = "stopped" if judgement.stopped else None
+        facts = {**judgement.facts, "macs": float(space.macs(space.point(row.params)[None])[0])}
         return study.finish(
-            row.number, judgement.value, status=status, seconds=seconds, note=note, facts=judgement.facts
+            row.number,
+            judgement.value,
+            status=status,
+            seconds=seconds,
+            note=note,
+            facts=facts,
         )
 
     finished, row, best = on_first_rank(following)
@@ -287,7 +295,7 @@ def _run(
             if is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
                 left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
                 log.info(
-                    "  trial %d of %d: %s at %.2f %% of the budget, best %s, about %.0f s left",
+                    "  %d of %d trials: the last %s at %.2f %% of the budget, best %s, about %.0f s left",
                     finished,
                     n_trials,
                     _shown(over.value),
@@ -358,7 +366,7 @@ def _trial(space: PolicySpace, row: Row) -> Trial:
 
 
 def _shown(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.4f}"
+    return "failed" if value is None else f"{value:.4g}"
 
 
 def _digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:

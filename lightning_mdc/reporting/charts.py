@@ -78,10 +78,16 @@ def charts(record: RunRecord, stage: str | None = None) -> list[Chart]:
 
 
 def save_charts(found: Sequence[Chart], folder: Path) -> dict[str, Path]:
-    """Write each as ``<folder>/<key>.png``; returns the paths by key."""
-    paths = {chart.key: folder / f"{chart.key}.png" for chart in found}
+    """Write each as ``<folder>/<key>.png``; returns the paths by key, of those that could be drawn."""
+    paths = {}
     for chart in found:
-        save_figure(chart.figure, paths[chart.key])
+        path = folder / f"{chart.key}.png"
+        try:
+            save_figure(chart.figure, path)
+        except (ValueError, RuntimeError):  # a name that cannot be drawn, say; the others still can
+            log.warning("%s could not be drawn", chart.key, exc_info=True)
+        else:
+            paths[chart.key] = path
     return paths
 
 
@@ -105,7 +111,7 @@ def _removed(record: RunRecord) -> Iterator[Chart]:
             REMOVED,
             "Where the MACs went",
             f"Of the {scaled(before.total)}MACs of an image {scaled(after.total)} are left, "
-            f"{share(after.total / before.total)}. The rest is patch embedding and classifier.",
+            f"{share(after.total / before.total)}. The bars named *rest* are patch embedding and classifier.",
             plan_figures.macs_figure(before, after),
         )
 
@@ -136,15 +142,17 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         "The line is the best so far.",
         search_figures.progress_figure(study.rows, direction, metric),
     )
-    yield Chart(
-        "search/improvement",
-        SEARCH,
-        "Has it converged?",
-        "What the Gaussian process expected to gain when it chose a trial. Where the dots have come down, more trials "
-        "promise little.",
-        search_figures.improvement_figure(study.rows),
-    )
-    yield from _fronts(record, study)
+    has_chosen = any(row.improvement is not None for row in study.rows)
+    if has_chosen:
+        yield Chart(
+            "search/improvement",
+            SEARCH,
+            "Has it converged?",
+            "What the Gaussian process expected to gain when it chose a trial. Where the dots have come down, more "
+            "trials promise little.",
+            search_figures.improvement_figure(study.rows),
+        )
+    yield from _fronts(record, study, metric)
     yield Chart(
         "search/cost",
         SEARCH,
@@ -152,7 +160,7 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         "What each trial costs as a share of the budget, against what it is worth. None is above the line.",
         search_figures.cost_figure(study.rows, direction, 1.0, metric),
     )
-    if sum(row.value is not None for row in study.rows) >= 2:
+    if has_chosen:
         yield Chart(
             "search/dependence",
             SEARCH,
@@ -163,38 +171,38 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         )
 
 
-def _fronts(record: RunRecord, study: StudyFile) -> Iterator[Chart]:
+def _fronts(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
     """Accuracy against cost of everything that was evaluated under any budget."""
     best = _best(study)
-    names: dict[str, list[Point]] = {}
+    dense_macs, reference = study.header["about"].get("dense_macs"), study.remembered.get("dense", {})
+    by_accuracy = "accuracy" in reference
+    points: dict[str, list[Point]] = {}
     for other in record.studies:
-        part = _share_of_dense(other)
         for row in other.rows:
-            if part is None or row.status != "done" or row.value is None or row.cost is None:
-                continue
-            accuracy, chosen = row.facts.get("accuracy"), row is best
-            name = "chosen" if row is best else ""
-            if accuracy is not None:
-                names.setdefault("accuracy", []).append(Point(row.cost * part, accuracy, name, chosen))
-            else:
-                names.setdefault(_metric(other), []).append(Point(row.cost * part, row.value, name, chosen))
-    for name, worth in study.remembered.get("dense", {}).items():
-        value = _metric(study) if name == "value" else name
-        names.setdefault(value, []).append(Point(1.0, worth, "dense"))
-    for cut in record.sensitivity.cuts if record.sensitivity is not None else ():
-        names.setdefault("accuracy", []).append(Point(cut.cost, cut.accuracy, "dense" if cut.keep == 1 else ""))
-    for value, points in names.items():
-        points = _once_each(points)
-        costs = [point.cost for point in points]
-        if not any(point.chosen for point in points) or max(costs) - min(costs) < _NARROW:
+            value = row.facts.get("accuracy") if by_accuracy else row.value
+            if row.status == "done" and value is not None and dense_macs and "macs" in row.facts:
+                name = "chosen" if row is best else ""
+                point = Point(row.facts["macs"] / dense_macs, value, name, chosen=row is best)
+                points.setdefault("accuracy" if by_accuracy else metric, []).append(point)
+    for name, worth in reference.items():
+        points.setdefault(metric if name == "value" else name, []).append(Point(1.0, worth, _reference(record)))
+    # Of sensitivity, the cuts that were judged on the same images.
+    cuts = record.sensitivity.cuts if record.sensitivity is not None else ()
+    if any(cut.keep == 1 and cut.accuracy == reference.get("accuracy") for cut in cuts):
+        points["accuracy"] += [Point(cut.cost, cut.accuracy) for cut in cuts if cut.keep < 1]
+    for value_name, these in points.items():
+        costs = [point.cost for point in these]
+        if not any(point.chosen for point in these) or max(costs) - min(costs) < _NARROW:
             continue
         yield Chart(
             "search/front",
             SEARCH,
             "What does a MAC buy?",
             "Every policy that was evaluated, not finetuned, on held-out training images. The line joins those that "
-            "no other one beats, the ring is the one that was cut.",
-            result_figures.front_figure(points, "MACs, as a share of dense", value, percent=value == "accuracy"),
+            "no other one beats, the ring is the one that was chosen.",
+            result_figures.front_figure(
+                these, "MACs, as a share of dense", value_name, percent=value_name == "accuracy"
+            ),
         )
 
 
@@ -202,10 +210,11 @@ def _tokens(record: RunRecord) -> Iterator[Chart]:
     examples = record.examples
     if examples is None:
         return
+    among = f"Of the first {examples.looked_at} test images those on which slim and dense"
     for key, why, title, caption in (
-        ("tokens/most-changed", MOST_CHANGED, "Most changed", "The images on which slim and dense differ most."),
+        ("tokens/most-changed", MOST_CHANGED, "Most changed", f"{among} differ most."),
         ("tokens/first", FIRST, "As they come", "The first test images."),
-        ("tokens/least-changed", LEAST_CHANGED, "Least changed", "The images on which they agree best."),
+        ("tokens/least-changed", LEAST_CHANGED, "Least changed", f"{among} agree best."),
     ):
         items = [example for example in examples.items if example.why == why]
         if items:
@@ -244,6 +253,7 @@ def _sensitivity(record: RunRecord) -> Iterator[Chart]:
     if sensitivity is None or not sensitivity.cuts:
         return
     alone = "One dimension of one block is cut, all else stays whole; not finetuned, on held-out training images."
+    reference = _reference(record)
     yield Chart(
         "sensitivity/accuracy",
         SENSITIVITY,
@@ -255,7 +265,7 @@ def _sensitivity(record: RunRecord) -> Iterator[Chart]:
         "sensitivity/kl",
         SENSITIVITY,
         "How far predictions move",
-        f"{alone} KL(dense ‖ cut) also sees what does not turn an answer into a wrong one.",
+        f"{alone} KL({reference} ‖ cut) also sees what does not turn an answer into a wrong one.",
         sensitivity_figures.sensitivity_figure(sensitivity, "kl"),
     )
     yield Chart(
@@ -273,12 +283,14 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
         return
     heads, neurons, tokens = ([t.double().numpy() for t in getattr(scores, d)] for d in ("heads", "neurons", "tokens"))
     how = f"By {scores.criterion}, over {scores.images} images." if scores.images else f"By {scores.criterion}."
+    cross, line = "; a cross is a head that was removed", "; what is right of the line was removed"
+    removed = ("", "") if plan is None else (cross, line)
     if heads:
         yield Chart(
             "importance/heads",
             IMPORTANCE,
             "Heads",
-            f"{how} Scaled within each block; a cross is a head that was removed.",
+            f"{how} Scaled within each block{removed[0]}.",
             importance_figures.heads_figure(heads, plan.heads if plan else None),
         )
     if neurons:
@@ -286,7 +298,7 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
             "importance/neurons",
             IMPORTANCE,
             "Neurons",
-            f"{how} The most important of each block on the left; what is right of the red line was removed.",
+            f"{how} The most important of each block on the left{removed[1]}.",
             importance_figures.neurons_figure(neurons, plan.neurons if plan else None),
         )
     if tokens and dense is not None and len(tokens[0]) == np.prod(dense.sites.grid):
@@ -334,13 +346,9 @@ def _best(study: StudyFile) -> Row | None:
     return max(done, key=lambda row: (sign * (row.value or 0.0), -row.number), default=None)
 
 
-def _share_of_dense(study: StudyFile) -> float | None:
-    """The search's budget as a share of the dense MACs; None where it was not MACs alone."""
-    budget, dense = study.header["about"].get("budget"), study.header["about"].get("dense_macs")
-    if not isinstance(budget, dict) or not dense or budget.get("params") is not None or not budget.get("macs"):
-        return None
-    macs = float(budget["macs"])
-    return macs / dense if macs > 1 else macs
+def _reference(record: RunRecord) -> str:
+    """What trials are compared with: the model whose weights they share."""
+    return "shared" if record.settings.get("sharing", {}).get("epochs") else "dense"
 
 
 def _process(study: StudyFile) -> GpEi:
@@ -368,8 +376,3 @@ def _uniform(record: RunRecord) -> Policy | None:
     if not isinstance(budget, dict):
         return None
     return Policy.uniform(dense.sites.model, Budget(**budget), stages=policy.stages, **options)
-
-
-def _once_each(points: Sequence[Point]) -> list[Point]:
-    """Named points once: every sensitivity curve begins at the dense model."""
-    return list({(p.name or i): p for i, p in enumerate(points)}.values())

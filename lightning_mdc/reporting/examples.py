@@ -50,6 +50,7 @@ class Examples:
         grid: (height, width) in patches.
         blocks: after whose attention each token stage comes.
         class_names: in the order of the labels.
+        looked_at: of how many test images they were chosen.
     """
 
     items: tuple[Example, ...]
@@ -57,6 +58,7 @@ class Examples:
     grid: tuple[int, int]
     blocks: tuple[int, ...]
     class_names: tuple[str, ...]
+    looked_at: int
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, so that it is there whole or not at all."""
@@ -67,6 +69,7 @@ class Examples:
             "grid": self.grid,
             "blocks": self.blocks,
             "class_names": self.class_names,
+            "looked_at": self.looked_at,
         }
         tensors = {
             "images": np.stack([example.image for example in self.items]),
@@ -92,6 +95,7 @@ class Examples:
                     images, kept, facts["items"], strict=True
                 )
             )
-            return cls(items, facts["place"], tuple(facts["grid"]), tuple(facts["blocks"]), tuple(facts["class_names"]))
+            grid, blocks, names = (tuple(facts[name]) for name in ("grid", "blocks", "class_names"))
+            return cls(items, facts["place"], grid, blocks, names, facts["looked_at"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} holds no examples ({error}); run the stage 'test' again") from error

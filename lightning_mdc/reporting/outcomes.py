@@ -63,8 +63,8 @@ class Outcomes:
     @property
     def slim_places(self) -> tuple[str, ...]:
         """Of the slim models to speak of: the finetuned ones if there are any."""
-        finetuned = tuple(sorted(place for place in self.predicted if place.startswith("finetuned/")))
-        return finetuned or ("slim",)
+        finetuned = [place for place in self.predicted if place.startswith("finetuned/")]
+        return tuple(sorted(finetuned, key=lambda place: (len(place), place))) or ("slim",)
 
     def class_changes(self) -> tuple[ClassChange, ...]:
         """How each class that has test images fared, the worst first."""

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from lightning_mdc.reporting import style
 from lightning_mdc.reporting.charts import Chart
-from lightning_mdc.reporting.comparison import Comparison
+from lightning_mdc.reporting.comparing import Comparison
 from lightning_mdc.reporting.report import Report
 
 # Colours of the pictures that the page's style sheet redefines for a dark background.
@@ -30,7 +30,7 @@ _THEMED = {
     style.PURPLE: "purple",
 }
 # A picture may be shown a little smaller than drawn; below that it scrolls, so that a phone's reader can read it.
-_SMALLEST = 0.72
+_SMALLEST = 0.69
 
 
 def page(report: Report) -> str:

@@ -20,6 +20,7 @@ from lightning_mdc.reporting.style import (
     PALE,
     WIDTH,
     legend_above,
+    named,
     new_figure,
     plain,
     width_of_blocks,
@@ -124,7 +125,8 @@ def macs_figure(dense: BlockMacs, slim: BlockMacs) -> Figure:
     panel.set_xlabel("block: dense pale on the left, slim on the right")
     panel.set_ylabel("MACs per image")
     panel.yaxis.set_major_formatter(FuncFormatter(lambda macs, _: scaled(macs).strip()))
-    panel.set_ylim(0, 1.06 * max(a + m for a, m in zip(dense.attention, dense.mlp, strict=True)))
+    tallest = max(dense.outside, *(a + m for a, m in zip(dense.attention, dense.mlp, strict=True)))
+    panel.set_ylim(0, 1.06 * tallest)
     plain(panel)
     legend_above(panel)
     return figure
@@ -142,7 +144,7 @@ def kept_overview_figure(runs: Sequence[tuple[str, tuple[Kept, ...]]]) -> Figure
         }
         at = np.fromiter(shares, dtype=float) + 0.27 * (number - 1)
         panel.bar(at, list(shares.values()), 0.25, color=COLOURS[dimension], label=_LABELS[dimension])
-    panel.set_xticks(range(len(runs)), [name for name, _ in runs])
+    panel.set_xticks(range(len(runs)), [named(name, 40) for name, _ in runs], rotation=20, ha="right")
     panel.set_ylim(0, 1.15)
     panel.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
     plain(panel)

@@ -21,11 +21,14 @@ from lightning_mdc.reporting.examples import Examples
 from lightning_mdc.reporting.invocations import Invocation, invocations
 from lightning_mdc.reporting.outcomes import ClassChange, Outcomes
 from lightning_mdc.reporting.results import Results
-from lightning_mdc.run_folder import RunFolder
+from lightning_mdc.run_folder import CURRENT_STUDY, RunFolder, newest_run
 from lightning_mdc.sensitivity import Sensitivity
 
 # Of ``lightning_mdc.stages``, which cannot be asked: it makes reports.
 STAGE_NAMES = ("dense", "score", "share", "statistics", "sensitivity", "search", "slim", "distill", "test", "report")
+
+# Of settings, those that are groups and are looked into.
+_GROUPS = ("policy", "search", "sharing")
 
 T = TypeVar("T")
 
@@ -44,9 +47,10 @@ class RunRecord:
 
     def __post_init__(self) -> None:
         if not (self.folder / "stages").is_dir():
+            newest = newest_run(self.folder) or "runs/digits/2026-01-31_12-00-00"
             raise ConfigError(
                 f"{str(self.folder)!r} holds no run (no folder stages/ in it); give a folder that train.py made, such "
-                "as runs/digits/2026-01-31_12-00-00"
+                f"as {newest}"
             )
 
     @cached_property
@@ -56,7 +60,9 @@ class RunRecord:
             settings = json.loads((self.folder / "settings.json").read_text())
         except (OSError, ValueError):
             return {}
-        return settings if isinstance(settings, dict) else {}
+        if not isinstance(settings, dict) or any(not isinstance(settings.get(k, {}), dict) for k in _GROUPS):
+            return {}  # edited by somebody
+        return settings
 
     @cached_property
     def name(self) -> str:
@@ -82,16 +88,24 @@ class RunRecord:
         return self._of("score", "scores.safetensors", Scores.load)
 
     @cached_property
-    def studies(self) -> tuple[StudyFile, ...]:
-        """All searches, of other budgets say, with every trial so far; the one that was worked on last comes last."""
-        files = sorted((self.folder / "search").glob("trials-*.jsonl"), key=lambda path: path.stat().st_mtime)
-        found = (self._read(str(path.relative_to(self.folder)), read_study) for path in files)
-        return tuple(study for study in found if study is not None)
-
-    @property
     def study(self) -> StudyFile | None:
-        """The search that was worked on last."""
-        return self.studies[-1] if self.studies else None
+        """The search of the present settings with every trial so far; None if the policy was given."""
+        try:
+            name = (self.folder / CURRENT_STUDY).read_text().strip()
+        except OSError:
+            return None
+        return self._read(f"search/{Path(name).name}", read_study)
+
+    @cached_property
+    def studies(self) -> tuple[StudyFile, ...]:
+        """That search, and others in the folder that judged the same weights on the same images, for other budgets."""
+        study = self.study
+        if study is None:
+            return ()
+        paths = sorted((self.folder / "search").glob("trials-*.jsonl"))
+        found = [self._read(str(path.relative_to(self.folder)), read_study) for path in paths]
+        others = [other for other in found if other is not None and _is_comparable(other, study)]
+        return (study, *(other for other in others if other != study))
 
     @cached_property
     def policy(self) -> Policy | None:
@@ -142,3 +156,9 @@ class RunRecord:
         except (MdcError, OSError, ValueError) as error:  # the rest is still worth a report
             log.warning("%s is left out of the report: %s", path, error)
             return None
+
+
+def _is_comparable(study: StudyFile, other: StudyFile) -> bool:
+    """Whether values of the two mean the same; what the dense model is worth tells other images and other weights."""
+    same_scores = study.header["about"].get("scores") == other.header["about"].get("scores")
+    return same_scores and "dense" in study.remembered and study.remembered == other.remembered

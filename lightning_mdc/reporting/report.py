@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
 from lightning_mdc.reporting.charts import Chart, charts, save_charts
 from lightning_mdc.reporting.findings import findings, verdict
@@ -43,6 +45,23 @@ _HOLDS = {
     "log.txt": "what the run said, with times",
     "settings.json": "all settings of the run",
     "stages/": "which stages are done, with what settings and in what time",
+}
+
+# By which stage; the others are made from the start.
+_MADE_BY = {
+    "dense/": "dense",
+    "scores.safetensors": "score",
+    "shared/": "share",
+    "statistics.safetensors": "statistics",
+    "sensitivity.csv": "sensitivity",
+    "policy.json": "search",
+    "plan.json": "slim",
+    "slim/": "slim",
+    "finetuned/": "distill",
+    "reference/": "distill",
+    "results.json": "test",
+    "predictions.safetensors": "test",
+    "examples.safetensors": "test",
 }
 
 
@@ -111,13 +130,13 @@ def report_of(record: RunRecord) -> Report:
         folder=record.folder,
         verdict=_unfinished(record) if results is None else verdict(results),
         headline=_headline(record),
-        findings=() if results is None else tuple(findings(results)[1:]),
+        findings=() if results is None else (*_warnings(record), *findings(results)[1:]),
         stages=tuple((name, known.get("seconds")) for name, known in record.stages.items()),
         comparison=None if results is None else comparison(results),
         seeds=by_seed(results) if results is not None and by_seed(results).rows else None,
         classes=by_class(changes) if changes else None,
         charts=tuple(charts(record)),
-        places=places(record.folder),
+        places=places(record),
         commands=commands(record),
         reproduction=_reproduction(record),
     )
@@ -133,7 +152,9 @@ def write_report(folder: Path) -> Report:
 
     record = RunRecord(folder)
     report = report_of(record)
+    shutil.rmtree(folder / PICTURES, ignore_errors=True)  # of an earlier report, which may have had others
     pictures = {key: path.relative_to(folder) for key, path in save_charts(report.charts, folder / PICTURES).items()}
+    report = replace(report, charts=tuple(chart for chart in report.charts if chart.key in pictures))
     write_text(folder / "report.md", markdown(report, pictures))
     write_text(folder / "report.html", page(report))
     return report
@@ -173,9 +194,14 @@ def markdown(report: Report, pictures: Mapping[str, Path]) -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def places(folder: Path) -> tuple[Place, ...]:
-    """What lies in a run's folder, the report included that is about to be written."""
-    return tuple(Place(path, holds) for path, holds in _HOLDS.items() if path in _WRITTEN or (folder / path).exists())
+def places(record: RunRecord) -> tuple[Place, ...]:
+    """What lies in a run's folder, the report included that is about to be written; nothing of older settings."""
+
+    def is_there(path: str) -> bool:
+        stage = _MADE_BY.get(path)
+        return path in _WRITTEN or ((stage is None or stage in record.stages) and (record.folder / path).exists())
+
+    return tuple(Place(path, holds) for path, holds in _HOLDS.items() if is_there(path))
 
 
 def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
@@ -183,20 +209,37 @@ def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
     folder = record.folder
     command = record.invocations[-1].command if record.invocations else "python train.py"
     once = ("stage", "skip")
-    if record.results is None:
+    results = record.results
+    if results is None:
         return (("Go on where it stopped", again(command, folder, without=once)),)
-    place = record.outcomes.slim_places[0] if record.outcomes is not None else "slim"
-    found = [
-        ("Use the slim model", f"python -c \"import lightning_mdc as mdc; print(mdc.load('{folder / place}'))\""),
-        (
-            "Make it smaller still (the dense model and its scores are picked up)",
-            again(command, folder, "budget=0.5", without=once),
-        ),
-    ]
+    best = results.slimmest
+    place = folder / ("slim" if best.seed is None else f"finetuned/seed{best.seed}")
+    use = f"import lightning_mdc as mdc; print(mdc.load({str(place)!r}))"
+    found = [("Use the slim model", shlex.join(["python", "-c", use]))]
+    policy = record.settings.get("policy", {})
+    is_given = policy.get("file") or any(ratios is not None for ratios in policy.get("keep", {}).values())
+    if not is_given:
+        smaller = 0.8 * best.macs / results.of(DENSE)[0].macs
+        said = "Make it smaller still (dense model and scores are picked up, the slim models and this report replaced)"
+        found.append((said, again(command, folder, f"budget={smaller:.2g}", without=once)))
     if record.sensitivity is None:
         look = again(command, folder, "stage=[sensitivity,report]", without=once)
         found.append(("See what each block alone can spare", look))
     return tuple(found)
+
+
+def _warnings(record: RunRecord) -> tuple[str, ...]:
+    """What makes all other numbers worth little."""
+    results, outcomes = record.results, record.outcomes
+    if results is None or outcomes is None:
+        return ()
+    chance, top1 = 1 / len(outcomes.class_names), results.of(DENSE)[0].top1
+    if top1 > 2 * chance:
+        return ()
+    return (
+        f"The dense model gets {share(top1)} right, and guessing among {len(outcomes.class_names)} classes "
+        f"{share(chance)}: nothing can be concluded from a comparison with it. Train it longer (dense.epochs).",
+    )
 
 
 def _headline(record: RunRecord) -> tuple[tuple[str, str], ...]:
@@ -238,5 +281,5 @@ def _reproduction(record: RunRecord) -> Reproduction:
         facts.append(("versions", ", ".join(f"{name} {number}" for name, number in last.versions.items())))
         facts.append(("machine", last.machine))
         facts.append(("started", last.started))
-    config = OmegaConf.to_yaml(OmegaConf.create(dict(record.settings))) if record.settings else ""
+    config = yaml.safe_dump(dict(record.settings), sort_keys=False, allow_unicode=True) if record.settings else ""
     return Reproduction(tuple(each.command for each in record.invocations), tuple(facts), config)

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from lightning_mdc.reporting.outcomes import ClassChange
 from lightning_mdc.reporting.results import DENSE, Results
-from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, INK, PALE, RED, WIDTH, new_figure, plain
+from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, INK, PALE, RED, WIDTH, named, new_figure, plain
 from lightning_mdc.reporting.tables import seconds
 
 # Classes in the picture; the table has all.
@@ -118,7 +118,7 @@ def classes_figure(changes: Sequence[ClassChange]) -> Figure:
             color=INK,
         )
     panel.set_xlim(-1.3 * reach, 1.3 * reach)
-    panel.set_yticks(places, [each.name for each in shown])
+    panel.set_yticks(places, [named(each.name) for each in shown])
     panel.invert_yaxis()
     panel.axvline(0, color=GRAY, lw=1)
     panel.set_xlabel("change of accuracy against dense, in points")
@@ -132,7 +132,7 @@ def runs_figure(results: Mapping[str, Results]) -> Figure:
     for name, run in results.items():
         dense = run.of(DENSE)[0]
         top1 = run.slim_correct / run.slimmest.images
-        _joined(panel, (1.0, dense.top1), (run.slimmest.macs / dense.macs, top1), name)
+        _joined(panel, (1.0, dense.top1), (run.slimmest.macs / dense.macs, top1), named(name, 40))
     panel.set_xlabel("MACs, as a share of the run's dense model")
     panel.set_ylabel("top-1 on the test images")
     for axis in (panel.xaxis, panel.yaxis):

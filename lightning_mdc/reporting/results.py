@@ -92,7 +92,10 @@ class Results:
                 Result(**{**row, "latency": {int(size): value for size, value in row["latency"].items()}})
                 for row in fields["rows"]
             )
-            return cls(rows=rows, name=fields["name"], device=fields["device"])
+            results = cls(rows=rows, name=fields["name"], device=fields["device"])
+            if not (results.of(DENSE) and results.of(SLIM)) or any(not row.images or not row.latency for row in rows):
+                raise ValueError("dense or slim is missing, or was not measured")
+            return results
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} holds no results ({error}); run the stage 'test' again") from error
 

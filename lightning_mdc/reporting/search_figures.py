@@ -60,7 +60,8 @@ def progress_figure(rows: Sequence[Tried], direction: str, value: str = "value")
         panel.step([*numbers, end], np.clip([*best, best[-1]], low, high), where="post", color=_BEST, lw=1.8)
         where = int(np.flatnonzero(best == best[-1])[0])
         panel.scatter([numbers[where]], [best[-1]], s=60, facecolors="none", edgecolors=_BEST, lw=1.8, label="best")
-        title = f"best value {best[-1]:.6g}: trial {numbers[where]} of {len(rows)}"
+        over = sum(row.status != "running" for row in rows)
+        title = f"best value {best[-1]:.6g}: trial {numbers[where]} of {over}"
         panel.set_title(title, loc="left", fontsize=9.5, color=INK)
     _finish(panel, "trial", value, low, high)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,18 @@ def legend_above(panel: Axes, columns: int = 3) -> None:
     )
 
 
+def named(name: str, most: int = 22) -> str:
+    """A name that somebody gave, to be drawn: no formula, and of several synonyms or many letters the beginning."""
+    short = name.split(",")[0].strip() or name
+    return (short if len(short) <= most else f"{short[: most - 1]}…").replace("$", r"\$")
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(beside, dpi=160, format="png")
+    with warnings.catch_warnings():
+        # Of names in scripts that there are no letters for.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(beside, dpi=160, format="png")
     beside.replace(path)

@@ -23,7 +23,9 @@ class Table:
     def markdown(self) -> str:
         """A GitHub table, numbers to the right."""
         rule = ("---", *("---:" for _ in self.header[1:]))
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in (self.header, rule, *self.rows)) + "\n"
+        lines = [[_escaped(cell) for cell in cells] for cells in (self.header, *self.rows)]
+        lines.insert(1, list(rule))
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
     def rich(self, title: str) -> rich.table.Table:
         """The same for a terminal."""
@@ -89,6 +91,11 @@ def count(number: float, total: int) -> str:
     """n/N and its share: ``351/360 (97.50 %)``; a mean over seeds keeps one decimal, ``350.7/360``."""
     shown = f"{number:.0f}" if float(number).is_integer() else f"{number:.1f}"
     return f"{shown}/{total} ({number / total:.2%})".replace("%", " %")
+
+
+def _escaped(cell: str) -> str:
+    """Text that Markdown shows as it is."""
+    return cell.replace("|", r"\|").replace("<", "&lt;")
 
 
 def share(part: float) -> str:

@@ -11,10 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_mdc.reporting.examples import Example
-from lightning_mdc.reporting.style import INK, WIDTH, new_figure
+from lightning_mdc.reporting.style import INK, WIDTH, named, new_figure
 
 # What is left of a faded patch, and the gray it fades into.
 _LEFT, _FADE_TO = 0.22, 225.0
+# Letters that fit above a row of pictures.
+_LINE = 62
 
 
 def faded(image: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -65,9 +67,10 @@ def tokens_figure(
 
 
 def said(example: Example, class_names: Sequence[str]) -> str:
-    """What the two models say of an image: ``cat: dense cat 97 %, slim dog 55 %``."""
+    """What an image is and what the two models say: ``is cat · dense: cat (97 %) · slim: dog (55 %)``."""
     parts = [
-        f"{name} {class_names[kind]} {sure:.0%}".replace("%", " %")
+        f"{name}: {named(class_names[kind])} ({sure:.0%})".replace("%", " %")
         for name, (kind, sure) in (("dense", example.dense), ("slim", example.slim))
     ]
-    return f"{class_names[example.label]}: {', '.join(parts)}"
+    line = f"is {named(class_names[example.label])} · {' · '.join(parts)}"
+    return line if len(line) <= _LINE else line.replace(" · ", "\n", 1)

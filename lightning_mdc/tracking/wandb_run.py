@@ -23,6 +23,8 @@ from lightning_mdc.tracking.tracker import About, Tracker
 log = logging.getLogger(__name__)
 
 _MODES = ("online", "offline", "disabled")
+# Steps; a run that is killed has noted all but the last so many.
+_NOTED_EVERY = 50
 
 # What a list of runs shows of a curve, where the last value is not what counts.
 _BEST_OF = {"search/value": "max,last", "search/incumbent": "max", "search/improvement": "min,last"}
@@ -80,7 +82,7 @@ class WandbTracker(Tracker):
         self._run = self._opened(self.mode, home, run_id, about)
         if known.get("steps") and self._run.settings.mode == "offline":
             # A server would know how far the run is. Steps have to grow, else what comes now is dropped by wandb sync.
-            self._first_step = int(known["steps"])
+            self._first_step = int(known["steps"]) + _NOTED_EVERY
         for key, best in _BEST_OF.items():
             self._run.define_metric(key, step_metric="search/trial", summary=best)
         self._run.define_metric("search/cost", step_metric="search/trial")
@@ -171,6 +173,8 @@ class WandbTracker(Tracker):
         """Add one line to the run's history."""
         self._run.log(dict(values), step=self._first_step)
         self._first_step = None
+        if self._run.step % _NOTED_EVERY == 0:
+            self._note_steps()
 
     def _upload(self, model: Model) -> None:
         import wandb
@@ -208,7 +212,7 @@ class WandbTracker(Tracker):
         if self._run.settings.mode == "online":
             return str(self._run.url)
         folder = self._run.settings.sync_dir
-        return f"{folder} (offline; `wandb sync {folder}` uploads it)"
+        return f"recorded offline; to upload it: wandb sync {folder}"
 
 
 class _Curves(WandbLogger):

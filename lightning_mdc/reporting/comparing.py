@@ -12,12 +12,13 @@ from lightning_mdc.reporting.charts import REMOVED, SPEED_AND_CLASSES, Chart
 from lightning_mdc.reporting.plan_figures import kept_by_block, kept_overview_figure
 from lightning_mdc.reporting.record import RunRecord
 from lightning_mdc.reporting.result_figures import runs_figure
-from lightning_mdc.reporting.results import DENSE
-from lightning_mdc.reporting.tables import Table, count, scaled, share
+from lightning_mdc.reporting.results import DENSE, FINETUNED, REFERENCE, mean_correct
+from lightning_mdc.reporting.tables import Table, share
 from lightning_mdc.run_folder import write_text
 
-# Settings that differ between any two runs, and say nothing.
-_SILENT = ("resume", "stage", "skip", "runs")
+# Settings that differ between any two runs, or change no result.
+_SILENT = ("resume", "stage", "skip", "runs", "logger", "latency")
+_COLUMNS = ("MACs", "parameters", "dense", "dense, same training", "slim", "points", "as fast, by batch size")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     return Comparison(
         title=f"{len(records)} runs side by side",
         table=Table(
-            ("run", "budget", "MACs", "parameters", "dense", "slim", "change", "speed"),
+            ("run", *_COLUMNS),
             tuple((name, *_row(record)) for name, record in records.items()),
         ),
         differences=_differences(records),
@@ -76,7 +77,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Comparison:
 def _names(folders: Sequence[Path]) -> list[str]:
     """As much of the end of each path as tells them apart: ``digits/2026-01-31_12-00-00``."""
     parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
+    for length in range(2, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names
@@ -84,20 +85,19 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
-    budget, results = str(record.settings.get("budget", "")), record.results
+    results = record.results
     if results is None:
-        done = [name for name in record.stages if name != "report"]
-        return budget, "", "", "", "", f"not finished; done: {', '.join(done) or 'nothing'}", ""
-    dense, slim, batch = results.of(DENSE)[0], results.slimmest, results.batch_sizes[-1]
+        return ("not finished", *[""] * (len(_COLUMNS) - 1))
+    dense, slim, reference = results.of(DENSE)[0], results.slimmest, results.of(REFERENCE)
     images = slim.images
     return (
-        budget,
-        f"{scaled(slim.macs)} ({share(slim.macs / dense.macs)})",
-        f"{scaled(slim.params)} ({share(slim.params / dense.params)})",
-        count(dense.correct, images),
-        count(results.slim_correct, images),
-        f"{100 * (results.slim_correct / images - dense.top1):+.1f} points",
-        f"{results.speedup(batch):.2f}x at batch {batch}",
+        share(slim.macs / dense.macs),
+        share(slim.params / dense.params),
+        share(dense.top1),
+        share(mean_correct(reference) / images) if reference else "",
+        share(results.slim_correct / images) + ("" if results.of(FINETUNED) else " (not finetuned)"),
+        f"{100 * (results.slim_correct / images - dense.top1):+.1f}",
+        ", ".join(f"{results.speedup(size):.2f}x" for size in results.batch_sizes),
     )
 
 

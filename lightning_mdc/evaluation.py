@@ -106,7 +106,7 @@ def examples(
         for pixels, kept, (why, each) in zip(to_pixels(stacked), survivors.numpy(), chosen, strict=True)
     )
     grid = sites.grid_of((stacked.shape[-2], stacked.shape[-1]))
-    return Examples(items, place, grid, tuple(stage.block for stage in sites.stages), tuple(class_names))
+    return Examples(items, place, grid, tuple(stage.block for stage in sites.stages), tuple(class_names), looked_at)
 
 
 def _compared(dense: nn.Module, slim: nn.Module, images: Tensor, labels: Any) -> list[_Seen]:
