@@ -115,7 +115,7 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
     unknown = [name for name in names if name not in known and not name.startswith("hydra")]
     if not unknown:
         return None
-    close = difflib.get_close_matches(unknown[0], known, n=3)
+    close = difflib.get_close_matches(unknown[0], known, n=1)
     also = [key for key in known if key.rpartition(".")[2] == unknown[0]][:3]
     meant = f"did you mean {' or '.join(dict.fromkeys([*also, *close]))}? " if also or close else ""
     return f"there is no setting {unknown[0]!r}; {meant}python train.py --cfg job shows all of them"

@@ -330,3 +330,25 @@ def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeyp
     said = capsys.readouterr()
     assert said.err.count("cannot be written, so it ends here") == 1
     assert "score:   done in" in said.out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("bugdet=0.5", "there is no setting 'bugdet'; did you mean budget? "),
+        (
+            "epochs=3",
+            "there is no setting 'epochs'; did you mean distillation.epochs or dense.epochs",
+        ),
+        ("logger=wanb", "logger='wanb' is none of csv, none, tensorboard, wandb, wandb_offline"),
+        ("budget", "'budget' gives no value; write budget=VALUE"),
+        ("xyzzy=1", "there is no setting 'xyzzy'; python train.py --cfg job shows all of them"),
+    ],
+)
+def test_a_misspelt_setting_is_named_with_the_one_that_is_meant(given, said):
+    assert terminal.hint(["-q", "budget=0.5", "logger=[csv,wandb]", given], train.CONF).startswith(said)
+
+
+def test_settings_that_exist_need_no_hint():
+    fine = ["budget=0.5", "model=timm", "model.name=x", "+model.args.extra=1", "hydra.verbose=true", "-m"]
+    assert terminal.hint(fine[:3] + fine[4:], train.CONF) is None

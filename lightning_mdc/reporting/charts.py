@@ -66,8 +66,8 @@ def charts(record: RunRecord, stage: str | None = None) -> list[Chart]:
         stage: only those that come with the result of this stage.
     """
     found: list[Chart] = []
-    for made_by, part in _PARTS:
-        if stage not in (None, made_by):
+    for stages, part in _PARTS:
+        if stage is not None and stage not in stages:
             continue
         try:
             found.extend(part(record))
@@ -318,16 +318,16 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
     )
 
 
-# By the stage that each comes with, in the order of the report.
-_PARTS: tuple[tuple[str, Callable[[RunRecord], Iterator[Chart]]], ...] = (
-    ("slim", _removed),
-    ("search", _policy),
-    ("search", _search),
-    ("test", _tokens),
-    ("test", _speed),
-    ("test", _classes),
-    ("sensitivity", _sensitivity),
-    ("score", _importance),
+# By the stages with whose results each comes, in the order of the report; importance again once there is a plan.
+_PARTS: tuple[tuple[tuple[str, ...], Callable[[RunRecord], Iterator[Chart]]], ...] = (
+    (("slim",), _removed),
+    (("search",), _policy),
+    (("search",), _search),
+    (("test",), _tokens),
+    (("test",), _speed),
+    (("test",), _classes),
+    (("sensitivity",), _sensitivity),
+    (("score", "slim"), _importance),
 )
 
 
