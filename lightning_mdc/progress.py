@@ -21,6 +21,9 @@ from lightning_mdc.ranks import is_first
 
 Advance = Callable[..., None]
 
+# Columns of a table that goes to a file or a pipe, which has no width of its own.
+_WIDE = 160
+
 
 def on_terminal() -> bool:
     """Whether bars can be seen, and are wanted (see `is_quiet`)."""
@@ -36,7 +39,10 @@ def is_quiet() -> bool:
 
 def console() -> Console:
     """What to print tables on; under ``-q`` it prints nothing."""
-    return Console(quiet=True) if is_quiet() else rich.get_console()
+    if is_quiet():
+        return Console(quiet=True)
+    shared = rich.get_console()
+    return shared if shared.is_terminal else Console(width=_WIDE)
 
 
 @contextmanager

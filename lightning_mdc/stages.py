@@ -47,9 +47,6 @@ from lightning_mdc.tracking.contents import trial_numbers
 
 log = logging.getLogger(__name__)
 
-# Columns of a table that goes to a file or pipe.
-_WIDE = 160
-
 
 @dataclass
 class Run:
@@ -324,8 +321,7 @@ def report(run: Run) -> str:
     console = progress.console()
     if made.comparison is not None:
         console.print()
-        # Without a terminal there is no width to keep to.
-        console.print(made.comparison.rich(made.title), width=None if console.is_terminal else _WIDE, crop=False)
+        console.print(made.comparison.rich(made.title))
     for line in (made.verdict, *made.findings):
         log.info("- %s", line)
     for what, command in made.commands:
