@@ -94,7 +94,7 @@ def test_exactly_the_patches_that_are_gone_are_faded() -> None:
 
 def an_example(number: int, stages: int = 2) -> Example:
     rng = np.random.default_rng(number)
-    pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    pixels = rng.integers(0, 255, (3, 8, 8), dtype=np.uint8).transpose(1, 2, 0)  # as it comes from a tensor of channels
     kept = np.arange(16) < np.array([12, 7, 3])[:stages, None]
     return Example(pixels, "first of the test images", 3, (3, 0.97), (1, 0.554), 0.25, kept)
 

@@ -72,8 +72,9 @@ class Examples:
             "looked_at": self.looked_at,
         }
         tensors = {
-            "images": np.stack([example.image for example in self.items]),
-            "kept": np.stack([example.kept for example in self.items]).astype(np.uint8),
+            # safetensors writes memory as it lies, and stacking keeps the order of channels that come first in it.
+            "images": np.ascontiguousarray(np.stack([example.image for example in self.items])),
+            "kept": np.ascontiguousarray(np.stack([example.kept for example in self.items]), dtype=np.uint8),
         }
         save_file(tensors, beside, metadata={"examples": json.dumps(facts)})
         os.replace(beside, path)

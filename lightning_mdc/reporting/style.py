@@ -20,10 +20,10 @@ WIDTH = 4.8
 
 
 def new_figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+    width: float, height: float, rows: int = 1, columns: int = 1, layout: Any = "constrained", **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure of that size in inches, and its panels row by row."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     panels = np.asarray(figure.subplots(rows, columns, squeeze=False, **options)).reshape(-1)
     return figure, list(panels)

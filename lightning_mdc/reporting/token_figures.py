@@ -15,6 +15,8 @@ from lightning_mdc.reporting.style import INK, WIDTH, named, new_figure
 
 # What is left of a faded patch, and the gray it fades into.
 _LEFT, _FADE_TO = 0.22, 225.0
+# Inches above a picture for a title of two lines and below it for a label; a picture's share of its column.
+_ABOVE, _BELOW, _SHARE = 0.38, 0.22, 0.94
 # Letters that fit above a row of pictures.
 _LINE = 62
 
@@ -38,12 +40,15 @@ def tokens_figure(
     examples: Sequence[Example], blocks: Sequence[int], grid: tuple[int, int], class_names: Sequence[str]
 ) -> Figure:
     """A row per image: as it is, and after each token stage; above it what dense and slim say of it."""
-    columns = 1 + len(blocks)
-    side = WIDTH / max(columns, 4)
+    columns, rows = 1 + len(blocks), len(examples)
     shape = examples[0].image.shape
-    figure, panels = new_figure(
-        side * columns, len(examples) * (side * shape[0] / shape[1] + 0.42), len(examples), columns
-    )
+    width = WIDTH / max(columns, 4) * columns
+    high = WIDTH / max(columns, 4) * _SHARE * shape[0] / shape[1]
+    height = rows * (high + _ABOVE + _BELOW)
+    # A layout engine would make room for a title beside its picture; it may reach over all of them.
+    figure, panels = new_figure(width, height, rows, columns, layout=None)
+    between = {"wspace": 1 / _SHARE - 1, "hspace": (_ABOVE + _BELOW) / high}
+    figure.subplots_adjust(0.01, _BELOW / height, 0.99, 1 - _ABOVE / height, **between)
     for panel in panels:
         panel.set_axis_off()
     for row, example in enumerate(examples):
@@ -55,7 +60,7 @@ def tokens_figure(
         for panel, kept, block in zip(line[1:], example.kept, blocks, strict=True):
             panel.text(
                 0.5,
-                -0.04,
+                -0.05,
                 f"block {block}: {kept.sum()} of {kept.size}",
                 transform=panel.transAxes,
                 ha="center",
