@@ -111,7 +111,7 @@ def _removed(record: RunRecord) -> Iterator[Chart]:
             REMOVED,
             "Where the MACs went",
             f"Of the {scaled(before.total)}MACs of an image {scaled(after.total)} are left, "
-            f"{share(after.total / before.total)}. The bars named *rest* are patch embedding and classifier.",
+            f"{share(after.total / before.total)}. The bars named “rest” are patch embedding and classifier.",
             plan_figures.macs_figure(before, after),
         )
 
