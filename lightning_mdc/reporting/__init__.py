@@ -4,33 +4,26 @@ What is imported here works without torch, for sweeps of other apps; a report of
 `lightning_mdc.reporting.report`.
 """
 
-from lightning_mdc.reporting.findings import findings, overhead_line, verdict
-from lightning_mdc.reporting.plan_figures import Kept, kept_by_block, kept_figure, policy_figure
+from lightning_mdc.reporting.findings import findings, overhead_line
+from lightning_mdc.reporting.plan_figures import kept_by_block, kept_figure, policy_figure
 from lightning_mdc.reporting.results import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
-from lightning_mdc.reporting.search_figures import cost_figure, dependence_figure, progress_figure
 from lightning_mdc.reporting.style import save_figure
-from lightning_mdc.reporting.tables import Table, by_seed, comparison, scaled
+from lightning_mdc.reporting.tables import by_seed, comparison, scaled
 
 __all__ = [
     "DENSE",
     "FINETUNED",
     "REFERENCE",
     "SLIM",
-    "Kept",
     "Result",
     "Results",
-    "Table",
     "by_seed",
     "comparison",
-    "cost_figure",
-    "dependence_figure",
     "findings",
     "kept_by_block",
     "kept_figure",
     "overhead_line",
     "policy_figure",
-    "progress_figure",
     "save_figure",
     "scaled",
-    "verdict",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from lightning_mdc.policy import Policy
+from lightning_mdc.policy_search.study import Row
 from lightning_mdc.reporting import policy_figure
 from lightning_mdc.tracking.contents import picture, policy_table, search_table, trial_numbers
 from lightning_mdc.tracking.items import Item, Picture, Summary
@@ -22,27 +22,13 @@ _PICTURES = {
 }
 
 
-@dataclass(frozen=True)
-class SweptTrial:
-    """A trial as the sweeper tells of it in the end; see `Row` of a study."""
-
-    number: int
-    params: Mapping[str, Any]
-    cost: float | None
-    value: float | None
-    status: str
-    seconds: float | None
-    improvement: float | None = None
-
-    @classmethod
-    def of(cls, trial: Mapping[str, Any]) -> SweptTrial:
-        """From one of ``results["trials"]``; lists of ratios get a column for each."""
-        params: dict[str, Any] = {}
-        for name, value in trial["params"].items():
-            each = {f"{name}.{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
-            params |= each
-        names = ("number", "cost", "value", "status", "seconds", "improvement")
-        return cls(params=params, **{name: trial.get(name) for name in names})  # type: ignore[arg-type]
+def swept_row(trial: Mapping[str, Any]) -> Row:
+    """A trial of a sweep as a row: from one of ``results["trials"]``; lists of ratios get a column for each."""
+    params: dict[str, Any] = {}
+    for name, value in trial["params"].items():
+        params |= {f"{name}.{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+    names = ("number", "cost", "value", "status", "seconds", "improvement")
+    return Row(params=params, **{name: trial.get(name) for name in names})  # type: ignore[arg-type]
 
 
 def trial_items(policy: Policy, uniform: Policy, value: float, cost: float, macs_ratio: float) -> Iterator[Item]:
@@ -68,7 +54,7 @@ def sweep_items(results: Mapping[str, Any], folder: Path, direction: str, best: 
         direction: ``minimize`` or ``maximize``.
         best: the best policy, drawn; None if no trial succeeded.
     """
-    trials = [SweptTrial.of(trial) for trial in results["trials"]]
+    trials = [swept_row(trial) for trial in results["trials"]]
     better: Callable[[Sequence[float]], float] = min if direction == "minimize" else max
     incumbent: float | None = None
     for trial in trials:
