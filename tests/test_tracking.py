@@ -501,15 +501,15 @@ def test_a_missing_package_is_said_with_the_remedy(name, tmp_path, monkeypatch):
 
 def test_the_trial_that_failed_is_in_the_table_without_a_value():
     rows = (
-        Row(0, {"x": 0.5}, 1.0, 2.0, "done", 0.1),
+        Row(0, {"x": 0.5}, 1.0, 2.0, "done", 0.1, facts={"macs": 200.0}),
         Row(1, {"x": 0.6}, 0.9, None, "failed", 0.1),
-        Row(2, {"x": 0.7}, 0.8, 9.0, "stopped", 0.1),
-        Row(3, {"x": 0.8}, 0.8, 1.0, "done", 0.1, improvement=0.2),
+        Row(2, {"x": 0.7}, 0.8, 9.0, "stopped", 0.1, facts={"macs": 160.0}),
+        Row(3, {"x": 0.8}, 0.8, 1.0, "done", 0.1, improvement=0.2, facts={"macs": 160.0}),
     )
-    lowest = search_table(rows, "minimize", macs_per_cost=200.0)
+    lowest = search_table(rows, "minimize")
     assert [row[:6] for row in lowest.rows] == [
         (0, 2.0, 2.0, 1.0, 200, None),
-        (1, None, 2.0, 0.9, 180, None),
+        (1, None, 2.0, 0.9, None, None),
         (2, 9.0, 2.0, 0.8, 160, None),  # an estimate is never the best
         (3, 1.0, 1.0, 0.8, 160, 0.2),
     ]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_mdc.budget import Budget
 from lightning_mdc.policy import DIMENSIONS, Policy
+from lightning_mdc.policy_search.study import Row
 from lightning_mdc.reporting import DENSE, FINETUNED, REFERENCE, SLIM, comparison, kept_by_block
 from lightning_mdc.reporting.charts import charts
 from lightning_mdc.reporting.record import RunRecord
@@ -26,25 +26,6 @@ _SEARCH_PANELS = (
     Panel("search/expected", "Expected improvement of each trial", "line", "trial", ("improvement",)),
     Panel("search/tradeoff", "Value by cost", "scatter", "cost", ("value",)),
 )
-
-
-class Tried(Protocol):
-    """A trial as dashboards see it: a `Row` of a study."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def params(self) -> Any: ...
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def cost(self) -> float | None: ...
-    @property
-    def improvement(self) -> float | None: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def seconds(self) -> float | None: ...
 
 
 def published(record: RunRecord, stage: str) -> Iterator[Item]:
@@ -66,19 +47,18 @@ def picture(key: str, caption: str, figure: Figure) -> Picture:
 # --- the search, here and in a sweep ----------------------------------------------------------------------------------
 
 
-def trial_numbers(row: Tried, incumbent: float | None) -> Numbers:
+def trial_numbers(row: Row, incumbent: float | None) -> Numbers:
     """One trial as a point of the search's curves; `incumbent` is the best value so far, this one counted."""
     known = {"value": row.value, "incumbent": incumbent, "cost": row.cost, "improvement": row.improvement}
     values = {f"search/{name}": float(value) for name, value in known.items() if value is not None}
     return Numbers(values, "search/trial", row.number)
 
 
-def search_table(rows: Iterable[Tried], direction: str, macs_per_cost: float | None = None) -> Table:
+def search_table(rows: Iterable[Row], direction: str) -> Table:
     """All trials, a line each, with every keep ratio.
 
     Args:
         direction: ``minimize`` or ``maximize``.
-        macs_per_cost: MACs that a cost of 1 stands for; None: costs are not MACs.
     """
     rows = tuple(rows)
     names = tuple(dict.fromkeys(name for row in rows for name in row.params))
@@ -88,8 +68,7 @@ def search_table(rows: Iterable[Tried], direction: str, macs_per_cost: float | N
         if row.status == "done" and row.value is not None:
             better = min if direction == "minimize" else max
             best = row.value if best is None else better(best, row.value)
-        macs = None if macs_per_cost is None or row.cost is None else round(row.cost * macs_per_cost)
-        facts = (row.number, row.value, best, row.cost, macs, row.improvement, row.status, row.seconds)
+        facts = (row.number, row.value, best, row.cost, row.facts.get("macs"), row.improvement, row.status, row.seconds)
         lines.append((*facts, *(_cell(row.params.get(name)) for name in names)))
     columns = ("trial", "value", "incumbent", "cost", "macs", "improvement", "status", "seconds", *names)
     return Table("search/trials", columns, tuple(lines), _SEARCH_PANELS)
@@ -134,17 +113,9 @@ def _share(record: RunRecord) -> Iterator[Item]:
 
 def _search(record: RunRecord) -> Iterator[Item]:
     if (study := record.study) is not None:
-        yield search_table(study.rows, study.header["direction"], _macs_per_cost(study.header.get("about", {})))
+        yield search_table(study.rows, study.header["direction"])
     if record.policy is not None:
         yield policy_table(record.policy)
-
-
-def _macs_per_cost(about: Mapping[str, Any]) -> float | None:
-    """MACs of a policy that is just on the budget, if the budget limits nothing else."""
-    budget = about.get("budget") or {}
-    if budget.get("macs") is None or budget.get("params") is not None or "dense_macs" not in about:
-        return None
-    return Budget(macs=budget["macs"]).limits(about["dense_macs"], 0)["macs"]
 
 
 def _slim(record: RunRecord) -> Iterator[Item]:
