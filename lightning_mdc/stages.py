@@ -163,7 +163,7 @@ def statistics(run: Run) -> str:
 
 
 def sensitivity(run: Run) -> str:
-    """Cut every dimension of every block alone, to see which bear it; leaves ``sensitivity.csv`` and a picture."""
+    """Cut every dimension of every block alone, to see which bear it; leaves ``sensitivity.csv``."""
     options, surgery = run.settings["sensitivity"], run.settings["surgery"]
     # All but the levels makes a cut what it is: with other levels those that are there are not made again.
     same = {"images": options["images"], "surgery": {k: v for k, v in surgery.items() if k != "compensate"}}

@@ -243,6 +243,7 @@ def test_the_search_of_another_budget_adds_to_the_front_and_to_nothing_else(copi
         for row in study.rows:
             assert round(row.facts["macs"] / dense, 6) in costs
     assert 1.0 in costs
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["chosen", "dense"]  # each once
 
 
 def test_a_sensitivity_that_came_later_is_in_the_next_report(copied, tmp_path):

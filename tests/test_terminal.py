@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
 import train
@@ -21,7 +20,7 @@ from lightning_mdc import pipeline, progress, stages, terminal
 from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.kinds import images, make
-from tests.test_train import ROOT, TINY, settings
+from tests.test_train import ROOT, TINY, script, settings
 
 # Anything but printable characters and line ends.
 CONTROL = re.compile(r"[^\x20-\x7e\n\u00a0-\uffff]")
@@ -36,17 +35,6 @@ def logging_as_before():
     root.handlers[:] = handlers
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
-
-
-def script(monkeypatch, *overrides: str) -> int:
-    """Exit code of ``python train.py ...``, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
-    GlobalHydra.instance().clear()
-    try:
-        train.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def newest(runs: Path) -> Path:

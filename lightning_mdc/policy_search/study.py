@@ -124,9 +124,7 @@ class Study:
     @property
     def best(self) -> Row | None:
         """The best trial that is done, the first of equals; None if there is none."""
-        sign = 1.0 if self.search.direction == "minimize" else -1.0
-        done = [row for row in self.rows if row.status == "done" and row.value is not None]
-        return min(done, key=lambda row: (sign * (row.value or 0.0), row.number), default=None)
+        return _best(self.rows, self.search.direction)
 
     def next(self, n: int = 1) -> tuple[Row, ...]:
         """The trials to run now: those a killed process left running, then new ones, `n` in all.
@@ -396,6 +394,17 @@ class StudyFile:
     header: Mapping[str, Any]
     rows: tuple[Row, ...]
     remembered: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Row | None:
+        """The best trial that is done so far, the first of equals; None if there is none."""
+        return _best(self.rows, self.header["direction"])
+
+
+def _best(rows: Sequence[Row], direction: str) -> Row | None:
+    sign = 1.0 if direction == "minimize" else -1.0
+    done = [row for row in rows if row.status == "done" and row.value is not None]
+    return min(done, key=lambda row: (sign * (row.value or 0.0), row.number), default=None)
 
 
 def read_study(path: str | Path) -> StudyFile:

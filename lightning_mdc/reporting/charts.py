@@ -15,7 +15,7 @@ from lightning_mdc.errors import MdcError
 from lightning_mdc.policy import Policy
 from lightning_mdc.policy_search.gp_ei import GpEi
 from lightning_mdc.policy_search.space import Axis, Space
-from lightning_mdc.policy_search.study import Row, StudyFile
+from lightning_mdc.policy_search.study import StudyFile
 from lightning_mdc.reporting import (
     importance_figures,
     plan_figures,
@@ -152,7 +152,7 @@ def _search(record: RunRecord) -> Iterator[Chart]:
             "trials promise little.",
             search_figures.improvement_figure(study.rows),
         )
-    yield from _fronts(record, study, metric)
+    yield from _front(record, study, metric)
     yield Chart(
         "search/cost",
         SEARCH,
@@ -171,39 +171,34 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         )
 
 
-def _fronts(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
+def _front(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
     """Accuracy against cost of everything that was evaluated under any budget."""
-    best = _best(study)
     dense_macs, reference = study.header["about"].get("dense_macs"), study.remembered.get("dense", {})
-    by_accuracy = "accuracy" in reference
-    points: dict[str, list[Point]] = {}
+    best = study.best
+    # Top-1 is what readers ask for, whatever the search looked at.
+    worth, name = ("accuracy", "accuracy") if "accuracy" in reference else ("value", metric)
+    points = [Point(1.0, reference[worth], _reference(record))] if worth in reference else []
     for other in record.studies:
         for row in other.rows:
-            value = row.facts.get("accuracy") if by_accuracy else row.value
+            value = row.facts.get("accuracy") if worth == "accuracy" else row.value
             if row.status == "done" and value is not None and dense_macs and "macs" in row.facts:
-                name = "chosen" if row is best else ""
-                point = Point(row.facts["macs"] / dense_macs, value, name, chosen=row is best)
-                points.setdefault("accuracy" if by_accuracy else metric, []).append(point)
-    for name, worth in reference.items():
-        points.setdefault(metric if name == "value" else name, []).append(Point(1.0, worth, _reference(record)))
+                chosen = row is best
+                points.append(Point(row.facts["macs"] / dense_macs, value, "chosen" if chosen else "", chosen))
     # Of sensitivity, the cuts that were judged on the same images.
     cuts = record.sensitivity.cuts if record.sensitivity is not None else ()
-    if any(cut.keep == 1 and cut.accuracy == reference.get("accuracy") for cut in cuts):
-        points["accuracy"] += [Point(cut.cost, cut.accuracy) for cut in cuts if cut.keep < 1]
-    for value_name, these in points.items():
-        costs = [point.cost for point in these]
-        if not any(point.chosen for point in these) or max(costs) - min(costs) < _NARROW:
-            continue
-        yield Chart(
-            "search/front",
-            SEARCH,
-            "What does a MAC buy?",
-            "Every policy that was evaluated, not finetuned, on held-out training images. The line joins those that "
-            "no other one beats, the ring is the one that was chosen.",
-            result_figures.front_figure(
-                these, "MACs, as a share of dense", value_name, percent=value_name == "accuracy"
-            ),
-        )
+    if worth == "accuracy" and any(cut.keep == 1 and cut.accuracy == reference["accuracy"] for cut in cuts):
+        points += [Point(cut.cost, cut.accuracy) for cut in cuts if cut.keep < 1]
+    costs = [point.cost for point in points]
+    if not any(point.chosen for point in points) or max(costs) - min(costs) < _NARROW:
+        return
+    yield Chart(
+        "search/front",
+        SEARCH,
+        "What does a MAC buy?",
+        "Every policy that was evaluated, not finetuned, on held-out training images. The line joins those that "
+        "no other one beats, the ring is the one that was chosen.",
+        result_figures.front_figure(points, "MACs, as a share of dense", name, percent=name == "accuracy"),
+    )
 
 
 def _tokens(record: RunRecord) -> Iterator[Chart]:
@@ -338,12 +333,6 @@ def _metric(study: StudyFile) -> str:
     """What the values are."""
     name = study.remembered.get("metric", "value")
     return {"kl": "−KL to dense", "loss": "−cross-entropy"}.get(name, str(name))
-
-
-def _best(study: StudyFile) -> Row | None:
-    sign = 1 if study.header["direction"] == "maximize" else -1
-    done = [row for row in study.rows if row.status == "done" and row.value is not None]
-    return max(done, key=lambda row: (sign * (row.value or 0.0), -row.number), default=None)
 
 
 def _reference(record: RunRecord) -> str:

@@ -264,9 +264,8 @@ def _unfinished(record: RunRecord) -> str:
         over = [row for row in study.rows if row.status != "running"]
         total = record.settings.get("search", {}).get("n_trials", "?")
         words.append(f"the search has {len(over)} of {total} trials")
-        values = [row.value for row in over if row.status == "done" and row.value is not None]
-        if values:
-            words[-1] += f", the best with {max(values):.4g}"
+        if study.best is not None:
+            words[-1] += f", the best with {study.best.value:.4g}"
     return f"Not finished: {'; '.join(words)}."
 
 

@@ -207,10 +207,9 @@ def _summary(record: RunRecord, stage: str) -> Summary:
         budget = record.settings.get("budget")
         if isinstance(budget, (int, float)):
             values["budget"] = float(budget)
-        if record.study is not None:
-            done = [row.value for row in record.study.rows if row.status == "done" and row.value is not None]
-            if done:
-                values["search/best"] = (min if record.study.header["direction"] == "minimize" else max)(done)
+        best = record.study.best if record.study is not None else None
+        if best is not None and best.value is not None:
+            values["search/best"] = best.value
     elif stage == "slim" and record.plan is not None and record.dense is not None:
         values["macs_ratio"] = record.dense.of_plan(record.plan) / record.dense.of_model()
     elif stage == "test" and record.results is not None:
