@@ -6,6 +6,7 @@ error of the part that refused.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import difflib
 import inspect
@@ -57,7 +58,7 @@ from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.policy_search.study import observations
 from lightning_mdc.progress import on_terminal
 from lightning_mdc.randomness import rng_state, set_rng_state
-from lightning_mdc.ranks import is_lost_peer, rank
+from lightning_mdc.ranks import disband, is_lost_peer, rank
 from lightning_mdc.surgery.compensation import check_compensable
 from lightning_mdc.tracking import Tracker
 from lightning_mdc.weight_sharing import WeightSharingModule
@@ -459,6 +460,7 @@ def ddp(**options: Any) -> DDPStrategy:
     No buffer of a vision transformer changes, and a sync of them before each forward pass would wait for ever where
     ranks have unequal numbers of batches to validate.
     """
+    atexit.register(disband)  # Lightning does so for nccl only
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPStrategy(**{name: False, **options})

@@ -34,6 +34,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def disband() -> None:
+    """End this process's part in the distributed run, if there is one. To be called last, when all have done their
+    work: an interpreter that ends while gloo's threads still run may abort.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def on_first_rank(work: Callable[[], T], *, share: bool = True) -> T:
     """What `work` gives on rank 0, on all ranks; its error too, so that none waits for ever.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_mdc as mdc
+from lightning_mdc.ranks import disband
 
 SIDE = 16
 
@@ -142,3 +143,4 @@ if __name__ == "__main__":
         train(Path(folder), killed_at=int(rest[0]) if rest[0] != "-" else None, resume=rest[1] == "resume")
     else:
         train_ddp(Path(folder), devices=int(rest[0]), data=rest[1])
+        disband()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_mdc.ranks import disband
 from tests.test_data_loading import Numbered, Recorder, every_step, fit, steps_done
 
 ROOT = Path(__file__).parent.parent
@@ -111,3 +112,4 @@ def test_one_process_goes_on_where_two_were(run, tmp_path):
 
 if __name__ == "__main__":
     two_processes(Path(sys.argv[1]))
+    disband()
