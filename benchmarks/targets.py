@@ -1,0 +1,35 @@
+"""What a benchmark was to reach, beside what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise: `measured` is to stand in this `relation` to `wanted`."""
+
+    what: str
+    measured: float
+    relation: Literal["<=", ">="]
+    wanted: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.measured <= self.wanted if self.relation == "<=" else self.measured >= self.wanted
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "met": self.is_met}
+
+
+def verdicts(targets: Iterable[Target]) -> str:
+    """A markdown table: each target, what was measured, and whether that meets it."""
+    sign = {"<=": "≤", ">=": "≥"}
+    rows = [
+        f"| {t.what} | {t.measured:.3g} | {sign[t.relation]} {t.wanted:g} | {'pass' if t.is_met else 'miss'} |"
+        for t in targets
+    ]
+    return "\n".join(["| target | measured | wanted | |", "|---|---:|---:|---|", *rows])
