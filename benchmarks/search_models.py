@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/search_models.py --run runs/digits/… --run runs/cifar10/…
     .venv/bin/python benchmarks/search_models.py            # trains the digits model of the demo and takes that
-    .venv/bin/python benchmarks/search_models.py --quick    # with one seed of the search
+    .venv/bin/python benchmarks/search_models.py --quick    # trained for 10 epochs, and with one seed of the search
 
 Takes runs of ``train.py`` that have a dense model and its scores (``stage=[dense,score]``). Per run and seed: 60 trials
 of the search at budget 0.5, and the uniform policy with 60 random ones on the same budget, all without finetuning, on
@@ -33,6 +33,7 @@ from readme import put
 from targets import Target, verdicts
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc import assembly, reporting
@@ -46,8 +47,8 @@ METHODS = {"uniform": "uniform", "random": "best of {} random", "searched": "sea
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed; nothing is kept")
-    parser.add_argument("--run", type=Path, action="append", help="a run of train.py; may be given twice")
+    parser.add_argument("--quick", action="store_true", help="one seed, a model trained for 10 epochs")
+    parser.add_argument("--run", type=Path, action="append", help="of train.py, may be given twice; default: makes one")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", help="of the search (default: 0 1 2; quick: 0)")
@@ -59,7 +60,7 @@ def main() -> None:
     path = folder / "search_models.json"
     goes_on = path.exists() and (arguments.table_only or not arguments.quick)
     found: dict[str, Any] = json.loads(path.read_text())["models"] if goes_on else {}
-    for run in [] if arguments.table_only else arguments.run or [trained_digits(folder)]:
+    for run in [] if arguments.table_only else arguments.run or [trained_digits(folder, arguments.quick)]:
         settings = json.loads((run / "settings.json").read_text())
         found[settings["name"]] = measured(run, settings, arguments)
     if not found:
@@ -72,10 +73,11 @@ def main() -> None:
         put("search_models", table(found))
 
 
-def trained_digits(folder: Path) -> Path:
+def trained_digits(folder: Path, quick: bool) -> Path:
     """The run of a dense digits model and its scores, below `folder`."""
     runs = folder / "runs"
     command = [sys.executable, "train.py", "stage=[dense,score]", f"runs={runs}", "name=digits", "logger=none"]
+    command += ["dense.epochs=10"] if quick else []
     subprocess.run(command, cwd=ROOT, check=True)
     run = newest_run(runs / "digits")
     assert run is not None
@@ -168,7 +170,7 @@ def trial_cost(
         ways["compensated"] = {"compensate": "lstsq", "statistics": activations}
     rows: list[dict[str, float]] = []
     held_out(dense)
-    for _ in range(rounds):
+    for _ in tqdm(range(rounds), desc="cost of a trial"):
         start = time.perf_counter()
         held_out(dense)
         row = {"dense": time.perf_counter() - start}
