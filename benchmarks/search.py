@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from readme import put
 from search_models import trial_cost
 from synthetic import Problem
 from targets import Target, verdicts
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 from tqdm import tqdm
 
 import lightning_mdc as mdc
@@ -249,7 +248,8 @@ def measure_speed(problem: Problem, results: dict[str, Any], model: str, images:
     rng = np.random.default_rng(0)
     points = space.snap(space.from_unit(rng.random((10_000, len(space)))))
     known = on_budget(rng.random((190, len(space))))
-    speed: dict[str, Any] = {"threads_by_default": os.cpu_count(), "ask_and_tell_cpu_seconds": {}}
+    threads_by_default = max(pool["num_threads"] for pool in threadpool_info())
+    speed: dict[str, Any] = {"threads_by_default": threads_by_default, "ask_and_tell_cpu_seconds": {}}
     started = time.perf_counter()
     for _ in range(20):
         space.load(points)
