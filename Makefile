@@ -2,11 +2,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs clean
+.PHONY: help demo test test-slow lint docs bench bench-thorough clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 # Two test processes of one thread each: the models in the tests are too small to be worth sharing out.
 WORKERS ?= 2
 # PYTHON=... is taken as given; without it the first of these that is new enough is used.
@@ -14,7 +15,7 @@ PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 pyt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # The stamp is removed first and written last: without it a folder left by an interrupted install is rebuilt.
 $(STAMP): pyproject.toml
@@ -40,6 +41,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# Peers that benchmarks measure against.
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
 demo: $(STAMP)  ## train, see what blocks can spare, prune, distil and report on handwritten digits, end to end
 	$(BIN)/python train.py "stage=[all,sensitivity]"
 
@@ -56,6 +62,12 @@ lint: $(STAMP)  ## ruff and mypy
 
 docs: $(STAMP)  ## write docs/configuration.md anew from conf/ and its comments
 	$(BIN)/python docs/make_configuration.py
+
+bench: $(BENCH_STAMP)  ## all benchmarks in quick form, each target beside what was measured: 15 minutes; BENCH=--help says more
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+bench-thorough: $(BENCH_STAMP)  ## as README shows them, unattended, over hours; started again, it goes on
+	$(BIN)/python benchmarks/run.py --thorough --resume $(BENCH)
 
 clean:  ## remove .venv and every cache (results under runs/ and outputs/ stay)
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,17 +1,20 @@
-"""The README's search table, measured: the best of 25 keep ratios on a budget, found by us and by others.
+"""What does the search find, and what does it cost? The best of 25 keep ratios on a budget, found by us and by others.
 
     .venv/bin/python benchmarks/search.py                                     # everything, about an hour on one core
+    .venv/bin/python benchmarks/search.py --quick                             # fewer runs, and shorter ones
     .venv/bin/python benchmarks/search.py --methods ours random --seeds 3
     .venv/bin/python benchmarks/search.py --best-known                        # how much there is to be found: minutes
-    .venv/bin/python benchmarks/search.py --speed
+    .venv/bin/python benchmarks/search.py --speed                             # what an ask and a trial cost
 
-Every run is in ``benchmarks/results/search.json`` as soon as it is over; started again, this goes on from there.
-``search.png`` shows how fast each search gets how far.
+Every run is in ``benchmarks/results/search.json`` as soon as it is over; started again, this goes on from there, and
+does those again that another version of the search made. ``search.png`` shows how fast each search gets how far.
+``--quick`` begins anew and only prints its tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -21,16 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
+import timm
+import torch
 from matplotlib.figure import Figure
 from readme import put
+from search_models import trial_cost
 from synthetic import Problem
+from targets import Target, verdicts
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+import lightning_mdc as mdc
 from lightning_mdc.policy_search.gp_ei import GpEi
 from lightning_mdc.policy_search.on_budget import Projection
-from lightning_mdc.reporting.figures import save_figure
+from lightning_mdc.reporting.style import save_figure
 from lightning_mdc.reporting.tables import Table
 from lightning_mdc.run_folder import write_json
 
@@ -108,8 +115,19 @@ def skopt_rejecting(evaluate: Evaluations, seed: int) -> None:
         point = optimizer.ask()
 
 
+def the_peer() -> Any:
+    """Optuna, which is imported only where it is needed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise SystemExit("Optuna is missing: pip install -e '.[bench]', or leave it out by --methods") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
 def optuna_projected(evaluate: Evaluations, seed: int, sampler: Any) -> None:
     """Optuna suggests in the unit cube; what is evaluated is that point on the budget."""
+    optuna = the_peer()
     problem, on_budget = evaluate.problem, projection(evaluate.problem, seed)
     names = [axis.name for axis in problem.space.axes]
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -121,18 +139,18 @@ def optuna_projected(evaluate: Evaluations, seed: int, sampler: Any) -> None:
 
 
 def tpe_projected(evaluate: Evaluations, seed: int) -> None:
-    optuna_projected(evaluate, seed, optuna.samplers.TPESampler(seed=seed))
+    optuna_projected(evaluate, seed, the_peer().samplers.TPESampler(seed=seed))
 
 
 def gp_projected(evaluate: Evaluations, seed: int) -> None:
-    optuna_projected(evaluate, seed, optuna.samplers.GPSampler(seed=seed))
+    optuna_projected(evaluate, seed, the_peer().samplers.GPSampler(seed=seed))
 
 
 def tpe_with_constraints(evaluate: Evaluations, seed: int) -> None:
     """Optuna's own way: it suggests ratios and is told by how much they are above the budget."""
-    space = evaluate.problem.space
+    optuna, space = the_peer(), evaluate.problem.space
 
-    def above(trial: optuna.trial.FrozenTrial) -> tuple[float]:
+    def above(trial: Any) -> tuple[float]:
         return (float(space.load(np.array([[trial.params[axis.name] for axis in space.axes]]))[0]) - 1,)
 
     sampler = optuna.samplers.TPESampler(seed=seed, constraints_func=above)
@@ -163,16 +181,26 @@ def projection(problem: Problem, seed: int) -> Callable[[np.ndarray], np.ndarray
     return lambda unit: project.fill(project(unit), rng)
 
 
-def run(problem: Problem, methods: list[str], seeds: int, evaluations: int, results: dict[str, Any]) -> None:
-    """Add the runs that `results` lacks."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+def made_by() -> str:
+    """Marks the code that a run's values depend on; peers search where our projection puts them, so theirs too."""
+    search = ROOT / "lightning_mdc" / "policy_search"
+    files = [search / f"{name}.py" for name in ("gp_ei", "on_budget", "policy_space", "space")]
+    text = b"".join(file.read_bytes() for file in (*files, ROOT / "benchmarks" / "synthetic.py"))
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+def run(
+    problem: Problem, methods: list[str], seeds: int, evaluations: int, results: dict[str, Any], stored_at: Path
+) -> None:
+    """Add the runs that `results` lacks or has from another version of the search."""
+    code = made_by()
     stored = {method: results.setdefault("runs", {}).setdefault(method, {}) for method in methods}
     # Seed by seed, so that a run broken off has something of every method.
     missing = [
         (method, seed)
         for seed in range(seeds)
         for method in methods
-        if len(stored[method].get(str(seed), {"values": []})["values"]) < evaluations
+        if (known := stored[method].get(str(seed), {})).get("code") != code or len(known["values"]) < evaluations
     ]
     with tqdm(total=len(missing) * evaluations, unit="evaluation", mininterval=1) as bar:
         for method, seed in missing:
@@ -182,8 +210,8 @@ def run(problem: Problem, methods: list[str], seeds: int, evaluations: int, resu
                 warnings.simplefilter("ignore")  # of other libraries, about experimental parts and bounds met
                 METHODS[method][1](evaluate, seed)
             seconds = time.process_time() - started
-            stored[method][str(seed)] = {"values": evaluate.values, "cpu_seconds": round(seconds, 2)}
-            write_json(RESULTS / "search.json", results)
+            stored[method][str(seed)] = {"values": evaluate.values, "cpu_seconds": round(seconds, 2), "code": code}
+            write_json(stored_at, results)
 
 
 # --- what there is to be found ----------------------------------------------------------------------------------------
@@ -210,8 +238,13 @@ def best_known(
     return best
 
 
-def measure_speed(problem: Problem, results: dict[str, Any]) -> None:
-    """Milliseconds to price 10 000 policies; CPU seconds of ask and tell where 190 points are known."""
+def measure_speed(problem: Problem, results: dict[str, Any], model: str, images: int, rounds: int) -> None:
+    """What the search adds to its trials, and what a trial costs.
+
+    Milliseconds to price 10 000 policies, CPU seconds of ask and tell where 190 points are known; seconds of a trial of
+    a timm `model` (random weights: time does not depend on them) on so many random images, and of looking at them with
+    the dense model.
+    """
     space, on_budget = problem.space, projection(problem, 0)
     rng = np.random.default_rng(0)
     points = space.snap(space.from_unit(rng.random((10_000, len(space)))))
@@ -226,11 +259,44 @@ def measure_speed(problem: Problem, results: dict[str, Any]) -> None:
         search.tell(known, problem.value(known).tolist())
         with threadpool_limits(threads):
             started = time.process_time()
-            for _ in range(10):
+            for _ in tqdm(range(10), desc=f"ask and tell, {name}"):
                 asked = search.ask()
                 search.tell(asked, problem.value(asked).tolist())
             speed["ask_and_tell_cpu_seconds"][name] = round((time.process_time() - started) / 10, 3)
+    torch.manual_seed(0)
+    dense = timm.create_model(model).eval()
+    size, batch = dense.pretrained_cfg["input_size"], min(images, 64)
+    batches = [(torch.randn(batch, *size), torch.randint(10, (batch,))) for _ in range(images // batch)]
+    scores = mdc.score(dense, batches[:1], "magnitude", progress=False)
+    speed["trial"] = {
+        "model": model,
+        "images": batch * len(batches),
+        **trial_cost(
+            dense,
+            scores,
+            mdc.HeldOut(batches, "accuracy", batch_size=batch),
+            mdc.ActivationStatistics.of(dense, batches[:1], progress=False),
+            rounds,
+        ),
+    }
     results["speed"] = speed
+
+
+def targets(results: dict[str, Any], evaluations: int, seeds: int) -> list[Target]:
+    """What the issues of the search and of the benchmarks ask for, as far as it was measured."""
+    ends = {method: best_so_far(results, method, evaluations, seeds)[:, -1] for method in METHODS}
+    found = [
+        Target(f"ours − {METHODS[peer][0]}, after {evaluations}", float(ends["ours"].mean() - end.mean()), ">=", 0)
+        for peer, end in ends.items()
+        if not peer.startswith("ours") and len(end) and len(ends["ours"])
+    ]
+    if speed := results.get("speed"):
+        ask = speed["ask_and_tell_cpu_seconds"]["one thread"]
+        found.append(Target("ask and tell, 190 to 200 points known, CPU seconds", ask, "<=", 0.6))
+        found.append(Target("pricing 10 000 policies, ms", speed["pricing_10000_ms"], "<=", 50))
+        if trial := speed.get("trial"):
+            found.append(Target(f"trial at 60 % / evaluation of dense, {trial['model']}", trial["ratio"], "<=", 0.75))
+    return found
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -252,9 +318,9 @@ def table(results: dict[str, Any], evaluations: int, seeds: int) -> Table:
     for method in sorted((m for m in METHODS if len(curves[m])), key=lambda m: -curves[m][:, -1].mean()):
         runs = results["runs"][method].values()
         cells = [f"{curves[method][:, m - 1].mean():.2f} ± {curves[method][:, m - 1].std():.2f}" for m in marks]
-        seconds = np.mean([run["cpu_seconds"] for run in runs])
-        rows.append((METHODS[method][0], *cells, str(len(curves[method])), f"{seconds:.0f} s"))
-    header = ("search", *(f"after {mark}" for mark in marks), "seeds", "its CPU time")
+        asks = [run["cpu_seconds"] / len(run["values"]) for run in runs]
+        rows.append((METHODS[method][0], *cells, str(len(curves[method])), f"{np.mean(asks) * 1e3:.0f} ms"))
+    header = ("search", *(f"after {mark}" for mark in marks), "seeds", "CPU time per ask and tell")
     return Table(header=header, rows=tuple(rows))
 
 
@@ -273,14 +339,29 @@ def note(results: dict[str, Any]) -> str:
         "*Constraints*: Optuna's `constraints_func`; points above the budget do not count as found. "
         "Measured by `python benchmarks/search.py`."
     )
-    if "speed" in results:
-        speed, seconds = results["speed"], results["speed"]["ask_and_tell_cpu_seconds"]
-        parts.append(
-            f"\n\nPricing 10 000 policies takes {speed['pricing_10000_ms']:.0f} ms; one ask and tell between 190 and "
-            f"200 points {seconds['one thread']:.2f} s of CPU time on one thread, {seconds['default threads']:.2f} s "
-            f"on {speed['threads_by_default']}."
-        )
     return "".join(parts)
+
+
+def costs(speed: dict[str, Any]) -> str:
+    """The table of what an ask and a trial cost."""
+    seconds = speed["ask_and_tell_cpu_seconds"]
+    rows = [
+        ("pricing 10 000 policies", f"{speed['pricing_10000_ms']:.1f} ms", ""),
+        ("ask and tell, 190 to 200 points known", f"{seconds['one thread']:.2f} s", "CPU time, one thread"),
+        ("the same", f"{seconds['default threads']:.2f} s", f"CPU time, {speed['threads_by_default']} threads"),
+    ]
+    if trial := speed.get("trial"):
+        each = f"{trial['model']}, {trial['images']} images, {trial['threads']} CPU thread(s)"
+        rows += [
+            ("evaluation of the dense model", f"{trial['dense']:.2f} s", each),
+            ("trial at 60 % of the MACs", f"{trial['trial']:.2f} s", f"{trial['ratio']:.2f} of the dense model's"),
+            (
+                "trial with least squares",
+                f"{trial['compensated']:.2f} s",
+                f"{trial['compensated_ratio']:.2f} of the dense model's",
+            ),
+        ]
+    return Table(header=("what", "takes", ""), rows=tuple(rows)).markdown()
 
 
 def picture(results: dict[str, Any], evaluations: int, seeds: int) -> Figure:
@@ -326,34 +407,48 @@ def main() -> None:
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=list(METHODS),
         metavar="METHOD",
-        help=f"of {', '.join(METHODS)}; default: all",
+        help=f"of {', '.join(METHODS)}; default: all; quick: all but ours-4",
     )
-    parser.add_argument("--seeds", type=int, default=10, help="runs of each (default: %(default)s)")
-    parser.add_argument("--evaluations", type=int, default=100, help="in one run (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="short runs, and a small model for the trial's cost")
+    parser.add_argument("--seeds", type=int, help="runs of each (default: 10; quick: 2)")
+    parser.add_argument("--evaluations", type=int, help="in one run (default: 100; quick: 50)")
     parser.add_argument("--best-known", action="store_true", help="only search for the best value there is")
-    parser.add_argument("--speed", action="store_true", help="only measure how long pricing and asking take")
+    parser.add_argument("--speed", action="store_true", help="only measure how long pricing, asking and a trial take")
+    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     args = parser.parse_args()
-    if args.seeds < 1 or args.evaluations < 2:
+    seeds = args.seeds if args.seeds is not None else 2 if args.quick else 10
+    evaluations = args.evaluations if args.evaluations is not None else 50 if args.quick else 100
+    methods = args.methods or [method for method in METHODS if not (args.quick and method == "ours-4")]
+    if seeds < 1 or evaluations < 2:
         parser.error("give at least 1 seed and 2 evaluations")
-    RESULTS.mkdir(exist_ok=True)
-    stored = RESULTS / "search.json"
-    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {"runs": {}}
+    folder = RESULTS / "quick" if args.quick else RESULTS
+    stored = folder / "search.json"
+    # Quick is of the code as it is now; what is kept would have to be checked for that, too.
+    goes_on = stored.is_file() and (args.table_only or not args.quick)
+    results: dict[str, Any] = json.loads(stored.read_text()) if goes_on else {"runs": {}}
     problem = Problem()
     results["uniform"] = float(problem.value(problem.uniform)[0])
+    only = args.best_known or args.speed or args.table_only
     if args.best_known:
         best_known(problem, results)
-    if args.speed:
-        measure_speed(problem, results)
-    if not (args.best_known or args.speed):
-        run(problem, args.methods, args.seeds, args.evaluations, results)
+    if args.speed or not only:
+        model, images, rounds = ("deit_tiny_patch16_224", 64, 3) if args.quick else ("deit_small_patch16_224", 256, 5)
+        measure_speed(problem, results, model, images, rounds)
+    if not only:
+        run(problem, methods, seeds, evaluations, results, stored)
+    asked = targets(results, evaluations, seeds)
+    results["targets"] = [target.facts() for target in asked]
     write_json(stored, results)
-    text = note(results)
+    parts = [note(results), costs(results["speed"]) if "speed" in results else "", verdicts(asked)]
     if any(results["runs"].values()):
-        text = f"{table(results, args.evaluations, args.seeds).markdown()}\n{text}"
-        save_figure(picture(results, args.evaluations, args.seeds), RESULTS / "search.png")
-    put("search", text)
+        parts.insert(0, table(results, evaluations, seeds).markdown())
+        save_figure(picture(results, evaluations, seeds), folder / "search.png")
+    text = "\n\n".join(part.strip() for part in parts if part)
+    if args.quick:
+        print(text)
+    else:
+        put("search", text)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Target:
-    """One promise: `measured` is to stand in this `relation` to `wanted`."""
+    """One promise: `measured` is to stand in this `relation` to `wanted`. What was not measured (NaN) is missed."""
 
     what: str
     measured: float
@@ -21,8 +21,13 @@ class Target:
         return self.measured <= self.wanted if self.relation == "<=" else self.measured >= self.wanted
 
     def facts(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """JSON-ready; `from_facts` reads it."""
         return {**vars(self), "met": self.is_met}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Target:
+        """Whether it is met is asked of the numbers again."""
+        return cls(facts["what"], float(facts["measured"]), facts["relation"], float(facts["wanted"]))
 
 
 def verdicts(targets: Iterable[Target]) -> str:
