@@ -160,7 +160,8 @@ def summary(outcomes: Iterable[Outcome], results: Path, most_minutes: float | No
     if most_minutes is not None:
         targets.append(Target("minutes for all", seconds / 60, "<=", most_minutes))
     missed = sum(not target.is_met for target in targets)
-    lines = [verdicts(targets), "", f"{len(targets) - missed} targets passed, {missed} missed; {seconds / 60:.1f} min."]
+    lines = [verdicts(targets), ""] if targets else []
+    lines += [f"{len(targets) - missed} targets passed, {missed} missed; {seconds / 60:.1f} min."]
     lines += [f"FAILED: {outcome.script}: {outcome.failure}" for outcome in outcomes if outcome.failure]
     return "\n".join(lines)
 

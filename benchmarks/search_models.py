@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def trained_digits(folder: Path, quick: bool) -> Path:
     command += ["dense.epochs=10"] if quick else []
     subprocess.run(command, cwd=ROOT, check=True)
     run = newest_run(runs / "digits")
-    assert run is not None
+    if run is None or not (run / "scores.safetensors").exists():  # it was stopped, which it does not call a failure
+        raise SystemExit(f"{shlex.join(command)} left no dense model and scores in {run}")
     return run
 
 
