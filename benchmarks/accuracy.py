@@ -330,7 +330,9 @@ def table(found: dict[str, Any]) -> str:
         cells = []
         for budget in budgets:
             before, after = means(found, name, budget, "before"), means(found, name, budget, "after")
-            cells.append(f"{before.mean():.1f} → {_spread(after)}" if after.size else "out of reach")
+            tried = any(row["method"] == name and row["budget"] == budget for row in found["rows"])
+            nothing = "out of reach" if tried else ""
+            cells.append(f"{before.mean():.1f} → {_spread(after)}" if after.size else nothing)
         if any(row["method"] == name for row in found["rows"]):
             lines.append(f"| {name} | {' | '.join(cells)} | `--method '{name}'` |")
     seeds = len({row["seed"] for row in found["rows"]})

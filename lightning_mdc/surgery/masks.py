@@ -126,6 +126,7 @@ class _ZeroChannels(_Hook):
         (x,) = args
         if self.dropped.device != x.device:  # the model moved since
             self.dropped = self.dropped.to(x.device)
+        module.__dict__.pop("weight", None)  # of a forward pass that failed before `_OwnWeight`
         weight = module._parameters.get("weight")
         # Compiled code fuses the fill with what is before it. A weight that is none of the module's own parameters is
         # somebody's parametrization.
