@@ -186,16 +186,16 @@ def text(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    """How long each step takes, as a share of the dense one's."""
+    """How long each step takes, as a share of the dense one's in the same round."""
     names = [what for what, _ in result["compared"]][::-1]
-    dense = statistics.median(result["seconds"]["dense"])
-    shares = [statistics.median(result["seconds"][what]) / dense for what in names]
+    shares = [against(result, what, "dense")[0] for what in names]
     picture, (panel,) = style.new_figure(style.WIDTH + 1.6, 0.3 * len(names) + 0.8)
     colours = [style.ORANGE if "teacher" in what else style.BLUE for what in names]
     panel.barh(names, shares, color=colours, height=0.6)
     panel.axvline(1, color=style.GRAY, linewidth=0.8)
     for place, share in enumerate(shares):
         panel.annotate(f"{share:.2f}", (share, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    panel.margins(x=0.1)
     style.plain(panel, f"Training step of {result['model']}, dense = 1")
     return picture
 
