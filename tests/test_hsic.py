@@ -136,3 +136,12 @@ def test_one_exponential_serves_all_kernels() -> None:
     x = 3 * torch.randn(2, 9, 4, dtype=torch.float64)
     expected = np.stack([gaussian_kernel(unit) for unit in x.numpy()]) - 1
     np.testing.assert_allclose(maths.gaussian_gram(x), expected, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 9])
+def test_pairs_say_as_much_as_whole_gram_matrices(n: int) -> None:
+    x, y = torch.randn(5, n, 3, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)
+    weights = maths.linear_weights(y, "biased")
+    expected = maths.dependence(maths.gaussian_gram(x), weights)
+    found = maths.dependence(maths.gaussian_pairs(x), maths.pair_weights(weights))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)

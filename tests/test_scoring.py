@@ -26,7 +26,7 @@ def traces(model: nn.Module) -> tuple[object, ...]:
     return modes, hooks, rng, gradients, torch.cat([w.flatten() for w in weights]).tolist()
 
 
-@pytest.mark.parametrize("criterion", ["hsic", "activation", "taylor", "magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["hsic", "conditional", "activation", "taylor", "magnitude", "random"])
 def test_nothing_is_left_behind(criterion: str) -> None:
     model = make().train()
     model.blocks[1].eval()  # an odd mode has to come back as well

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -201,6 +202,38 @@ def test_gradients_flow_to_what_is_kept_and_only_there() -> None:
     kept = model.blocks[2].mlp.fc1.weight.grad[list(plan.neurons[2])]
     torch.testing.assert_close(slim.blocks[2].mlp.fc1.weight.grad, kept, rtol=1e-3, atol=1e-5)
     assert slim.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["vit", "gated" if "gated" in KINDS else "glu", "beit3_scale_norms"])
+def test_training_masks_weights_and_comes_to_the_same(kind: str) -> None:
+    model, x = make(kind), images()
+    plan, weights = planned(model), [block.mlp.fc2.weight for block in model.blocks]
+    keys = list(model.state_dict())
+
+    def gradients(net: nn.Module, network: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        net.zero_grad()
+        network(x).square().sum().backward()
+        return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+    with mdc.masked(model, plan):
+        in_training = model(x)
+        with torch.no_grad():
+            assert torch.equal(in_training, model(x))  # there activations are masked
+        got = gradients(model, model)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model.blocks[0].mlp.fc2(x)
+        assert list(model.state_dict()) == keys
+    assert all(block.mlp.fc2.weight is weight for block, weight in zip(model.blocks, weights, strict=True))
+
+    def activations_masked(x: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch, mdc.masked(model, plan):
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            return model(x)
+
+    expected = gradients(model, activations_masked)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ TINY = (
 
 
 # Stages that the settings switch off, and those that `stage=all` does not run.
-NOT_ASKED_FOR = ("share", "statistics", "sensitivity")
+NOT_ASKED_FOR = ("share", "sensitivity")
 
 
 def settings(tmp_path, *overrides: str) -> dict:
@@ -184,7 +184,7 @@ def test_a_run_that_is_not_resumed_gets_a_folder_of_its_own(copied):
 
 def test_another_budget_runs_again_from_the_search_on(copied, caplog):
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "budget=0.5"))
-    assert picked_up(caplog) == ["dense", "score"]
+    assert picked_up(caplog) == ["dense", "score", "statistics"]
     assert mdc.macs(mdc.load(copied / "slim")) <= 0.5 * mdc.macs(mdc.load(copied / "dense"))
     assert mdc.macs(mdc.load(copied / "finetuned/seed0")) == mdc.macs(mdc.load(copied / "slim"))
 
@@ -198,7 +198,7 @@ _BEFORE_DISTILLING = ["dense", "score", "share", "statistics", "sensitivity", "s
         ("importance=random", ["dense"]),
         ("distillation.kd_weight=0.1", _BEFORE_DISTILLING),
         ("latency.rounds=2", [*_BEFORE_DISTILLING, "distill"]),
-        ("surgery.compensate=lstsq", ["dense", "score", "share", "statistics", "sensitivity"]),
+        ("surgery.compensate=none", ["dense", "score", "share", "statistics", "sensitivity"]),
         ("sensitivity.images=9", [name for name in pipeline.STAGES if name != "sensitivity"]),
         ("data.num_workers=1", list(pipeline.STAGES)),
         ("trainer.log_every_n_steps=7", list(pipeline.STAGES)),
@@ -319,32 +319,37 @@ def test_weights_that_were_shared_are_searched_over_and_cut(copied, caplog):
     assert torch.equal(slim, shared)
     assert not torch.equal(shared, dense)
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "sharing.epochs=1", "sharing.optimizer.lr=1e-2"))
-    assert picked_up(caplog) == [name for name in pipeline.STAGES if name not in ("statistics", "sensitivity")]
+    assert picked_up(caplog) == [name for name in pipeline.STAGES if name != "sensitivity"]
     pipeline.run(settings(copied.parent.parent, f"resume={copied}"))  # without: another search, over the dense weights
     assert torch.equal(mdc.load(folder / "slim").patch_embed.proj.weight, dense)
 
 
-def test_what_removed_units_did_is_given_back_if_asked_for(copied, caplog, monkeypatch):
-    """By the statistics of the weights that are cut; trials and slim model alike, and without it as before."""
-    plain, searched = mdc.load(copied / "slim"), sorted(copied.glob("search/trials-*.jsonl"))
+def test_what_removed_units_did_is_given_back_unless_told_not_to(copied, caplog, monkeypatch):
+    """By the statistics of the weights that are cut; trials and slim model alike, and afterwards as before."""
+    before, searched = mdc.load(copied / "slim"), sorted(copied.glob("search/trials-*.jsonl"))
     heard = []
     search = stages.search_policies
     monkeypatch.setattr(stages, "search_policies", lambda *args, **more: heard.append(more) or search(*args, **more))
-    with_it = ("surgery.compensate=lstsq", "distillation.seeds=[0]", "stage=all", "skip=[distill,test,report]")
-    pipeline.run(settings(copied.parent.parent, f"resume={copied}", *with_it))
+    short = ("distillation.seeds=[0]", "stage=all", "skip=[distill,test,report]")
+
+    def cut(**how: object) -> dict:
+        dense, plan = mdc.load(copied / "dense"), mdc.Plan.from_json((copied / "plan.json").read_text())
+        return mdc.slim(dense, plan, **how).state_dict()
+
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", "surgery.compensate=none", *short))
     assert picked_up(caplog) == ["dense", "score"]
-    assert heard[0]["compensate"] == "lstsq"
-    assert heard[0]["statistics"].images == 32
+    assert heard[0]["compensate"] == "none"
     assert len(list(copied.glob("search/trials-*.jsonl"))) == len(searched) + 1
-    dense, plan = mdc.load(copied / "dense"), mdc.Plan.from_json((copied / "plan.json").read_text())
-    statistics = mdc.ActivationStatistics.load(copied / "statistics.safetensors")
-    wanted = mdc.slim(dense, plan, compensate="lstsq", statistics=statistics).state_dict()
     found = mdc.load(copied / "slim").state_dict()
-    assert all(torch.equal(found[key], value) for key, value in wanted.items())
-    assert not torch.equal(found["blocks.0.mlp.fc2.bias"], dense.state_dict()["blocks.0.mlp.fc2.bias"])
-    pipeline.run(settings(copied.parent.parent, f"resume={copied}", *with_it[1:]))
+    assert all(torch.equal(found[key], value) for key, value in cut().items())
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", *short))
+    statistics = mdc.ActivationStatistics.load(copied / "statistics.safetensors")
+    assert statistics.images == 32
     again = mdc.load(copied / "slim").state_dict()
-    assert all(torch.equal(again[key], value) for key, value in plain.state_dict().items())
+    wanted = cut(compensate="lstsq", statistics=statistics)
+    assert all(torch.equal(again[key], value) for key, value in wanted.items())
+    assert all(torch.equal(again[key], value) for key, value in before.state_dict().items())
+    assert not torch.equal(again["blocks.0.mlp.fc2.bias"], mdc.load(copied / "dense").blocks[0].mlp.fc2.bias)
 
 
 def test_the_average_of_the_weights_is_what_is_saved(copied):
@@ -445,7 +450,7 @@ WRONG = [
     ("surgery.token_score=looks", MdcError, "token_score='looks'"),
     ("surgery.compensate=all", ConfigError, "surgery.compensate='all': expected one of none, mean, lstsq"),
     (("surgery.compensate=lstsq", "+model.args.scale_mlp_norm=true"), MdcError, r"blocks\.0\.mlp\.norm"),
-    ("stage=statistics", ConfigError, "surgery.compensate=none"),
+    (("stage=statistics", "surgery.compensate=none"), ConfigError, "surgery.compensate=none"),
     ("dense.epochs=0", ConfigError, "leaves the model untrained"),
     ("dense.epochs=-1", ConfigError, "dense.epochs=-1"),
     ("dense.optimizer.opt=adamm", DistillationError, "opt='adamm'"),

@@ -13,6 +13,7 @@ import timm.scheduler
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -32,6 +33,7 @@ from lightning_mdc.distillation.optimization import (
     named_groups,
 )
 from lightning_mdc.distillation.teacher import PRECISIONS, FrozenTeacher, build_teacher, renormalization
+from lightning_mdc.distillation.teacher_cache import TeacherCache, check_teacher_cache
 from lightning_mdc.errors import DistillationError
 
 Batch = tuple[Tensor, Tensor]
@@ -72,6 +74,7 @@ class DistillationModule(LightningModule):
         teacher_precision: Literal["32", "bf16", "fp16"] | None = None,
         teacher_compile: bool | Mapping[str, Any] = False,
         teacher_normalization: str | Mapping[str, Any] | None = "auto",
+        teacher_cache: bool | int = False,
         distill_token: bool | None = None,
         hidden_weight: float = 0.0,
         mixup: Mapping[str, Any] | None = None,
@@ -101,6 +104,9 @@ class DistillationModule(LightningModule):
             teacher_normalization: ``auto`` normalises the images anew for the teacher where the ``pretrained_cfg`` of
                 student and teacher name different means or standard deviations; or the teacher's, ``{"mean": ...,
                 "std": ...}``; ``None``: the teacher gets the student's images as they are.
+            teacher_cache: whether the teacher's logits of training images are kept in host memory (in no checkpoint)
+                and looked up when the same image, pixel for pixel, comes again, which takes unaugmented images: of up
+                to 2^18 images, or of so many. Not beside `hidden_weight` or `mixup`.
             distill_token: whether the distillation head of a distilled student learns from the teacher, and the other
                 from the labels alone; ``None``: if it has one and there is a teacher.
             hidden_weight: factor of *hidden* in the loss, at least 0; needs a teacher of the same depth and width.
@@ -138,13 +144,18 @@ class DistillationModule(LightningModule):
         num_classes = _num_classes(num_classes, student, network)
         _check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
         # After the defaults are filled in: the checkpoint then says what was in force.
+        num_cached = check_teacher_cache(teacher_cache)
+        _check_teacher_can_be_cached(num_cached, network, hidden_weight, mixup)
         self.save_hyperparameters(ignore=["student", "teacher", "teacher_checkpoint", "teacher_args"])
 
         self.student = student
         self.teacher = None
+        self.teacher_cache: TeacherCache | None = None
         if network is not None:
             normalization = renormalization(student, network, teacher_normalization)
             self.teacher = FrozenTeacher(network, teacher_precision, teacher_compile, normalization)
+            if num_cached:
+                self.teacher_cache = TeacherCache(self.teacher, num_cached)
         self.kd = kd
         self.kd_weight = kd_weight
         self.temperature = temperature
@@ -156,6 +167,7 @@ class DistillationModule(LightningModule):
         self.optimizer_kwargs = optimizer
         self.schedule_kwargs = schedule
         self.mixing = None if mixup is None else Mixing(mixup, num_classes)
+        self._first_epoch = 0
         self._groups: Groups | None = None
         self._hidden_states: HiddenStates | None = None
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
@@ -183,7 +195,7 @@ class DistillationModule(LightningModule):
                 logits = for_labels if for_labels is for_teacher else (for_labels + for_teacher) / 2
                 task = self._task_loss(logits, labels)
                 return {"task": task, "loss": task}
-            teacher_logits = self._teacher_logits(images, for_teacher)
+            teacher_logits = self._teacher_logits(images, for_teacher, self.teacher_cache)
             parts = {"task": self._task_loss(for_labels, labels)}
             if self.kd == "soft":
                 parts["kd"] = soft_distillation_loss(for_teacher, teacher_logits, self.temperature)
@@ -205,6 +217,17 @@ class DistillationModule(LightningModule):
             # Rank 0's own: averaging over ranks would make them wait for one another in every step.
             self.log(f"train/{name}_step", value.detach(), on_step=True, on_epoch=False)
         return parts["loss"]
+
+    def on_train_start(self) -> None:
+        self._first_epoch = self.current_epoch  # a resumed run's cache begins empty
+
+    def on_train_epoch_end(self) -> None:
+        cache = self.teacher_cache
+        if cache is not None and self.current_epoch > self._first_epoch and not cache.hits:
+            rank_zero_warn(
+                f"teacher_cache has found none of the {cache.misses} images of this run again: they are augmented, or"
+                " each is seen once. Turn augmentation off, or pass teacher_cache=False"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_top1)
@@ -275,6 +298,8 @@ class DistillationModule(LightningModule):
         # Lightning takes the student off the device; a teacher left behind would hold its memory.
         if self.teacher is not None:
             self.teacher.to("cpu")
+        if self.teacher_cache is not None:
+            self.teacher_cache.clear()  # its owner may train the teacher on
 
     def _teaches_the_token(self) -> bool | None:
         """Whether a distilled student is put into distilled training; None: it is left as it is."""
@@ -304,9 +329,9 @@ class DistillationModule(LightningModule):
             " two logits of a distilled model; wrap it in a module that returns its logits"
         )
 
-    def _teacher_logits(self, images: Tensor, student_logits: Tensor) -> Tensor:
+    def _teacher_logits(self, images: Tensor, student_logits: Tensor, cache: TeacherCache | None = None) -> Tensor:
         assert self.teacher is not None  # both callers ask first
-        logits = self.teacher(images)
+        logits = self.teacher(images) if cache is None else cache(images)
         if not isinstance(logits, Tensor) or logits.shape != student_logits.shape:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise DistillationError(
@@ -519,6 +544,25 @@ def _check_student_can(
         )
     if hidden_weight and teacher is not None:
         comparable(student, teacher)
+
+
+def _check_teacher_can_be_cached(
+    num_images: int, teacher: nn.Module | None, hidden_weight: float, mixup: Mapping[str, Any] | None
+) -> None:
+    if not num_images:
+        return
+    if teacher is None:
+        raise DistillationError("teacher_cache needs a teacher whose logits it keeps, but teacher=None; give one")
+    if hidden_weight:
+        raise DistillationError(
+            f"teacher_cache keeps logits, but hidden_weight={hidden_weight} also needs the teacher's hidden states in"
+            " every step; pass hidden_weight=0 or teacher_cache=False"
+        )
+    if mixup is not None:
+        raise DistillationError(
+            f"teacher_cache looks images up, but mixup={dict(mixup)!r} makes new ones in every step; pass mixup=None or"
+            " teacher_cache=False"
+        )
 
 
 def _num_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None) -> int:

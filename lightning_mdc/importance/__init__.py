@@ -1,5 +1,6 @@
 """How much does each unit matter? `hsic` is the maths, `criteria` the choices, `scoring` runs them over a model."""
 
+from lightning_mdc.importance.conditional import ConditionalDependence
 from lightning_mdc.importance.criteria import HSIC, Criterion, Place, as_criterion, register
 from lightning_mdc.importance.plans import make_plan
 from lightning_mdc.importance.scores import Scores
@@ -7,6 +8,7 @@ from lightning_mdc.importance.scoring import Scorer, as_prediction, score, split
 
 __all__ = [
     "HSIC",
+    "ConditionalDependence",
     "Criterion",
     "Place",
     "Scorer",

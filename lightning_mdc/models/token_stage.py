@@ -82,10 +82,9 @@ def regroup(x: Tensor, best: Tensor, rest: Tensor, num_prefix_tokens: int, fuse:
 
     x: (batch, tokens, dim); best, rest: indices (batch, n) among the tokens after the prefix.
     """
-    prefix, patches = x[:, :num_prefix_tokens], x[:, num_prefix_tokens:]
-    parts = [prefix, _gather(patches, best)]
+    parts = [x[:, :num_prefix_tokens], _rows(x, num_prefix_tokens + best)]
     if fuse:
-        parts.append(_gather(patches, rest).mean(dim=1, keepdim=True))
+        parts.append(_rows(x, num_prefix_tokens + rest).mean(dim=1, keepdim=True))
     return torch.cat(parts, dim=1)
 
 
@@ -121,5 +120,8 @@ def resample_prior(prior: Tensor, grid: tuple[int, int], num_positions: int) -> 
     return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False).flatten()
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    # `gather` would look up an index for every channel: on a CPU it takes three times as long, in training too.
+    batch, num_tokens, _ = x.shape
+    rows = torch.arange(batch, device=x.device)[:, None] * num_tokens + index
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)

@@ -1,0 +1,338 @@
+"""How much faster is a slim model really? Against the dense one, against what its MACs promise, and against a peer's.
+
+    .venv/bin/python benchmarks/slim_speed.py
+    .venv/bin/python benchmarks/slim_speed.py --quick
+
+Dense models (random weights: time does not depend on them) against their slim forms at 0.6 and 0.4 of the MACs by the
+uniform policy, once with heads, neurons and tokens, once without tokens, and against Torch-Pruning's model with as many
+heads and neurons. In PyTorch as written and compiled (where there is a C++ compiler), as an exported program, and in
+ONNX Runtime. Readings are taken in turns. The ideal speed-up is dense MACs / slim MACs. Leaves
+``benchmarks/results/slim_speed.json``, ``.png`` and the table in README.md; ``--quick`` only prints its table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from matplotlib.figure import Figure
+from readme import put
+from targets import Target, verdicts
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import lightning_mdc as mdc
+from lightning_mdc import reporting
+from lightning_mdc.budget import num_params
+from lightning_mdc.budget.latency import latencies
+from lightning_mdc.export import INPUT, OUTPUT, export_model
+from lightning_mdc.models import find_sites
+from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, ORANGE, new_figure, plain
+from lightning_mdc.run_folder import write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "t2t_vit_14")
+BUDGETS = (0.6, 0.4)
+DENSE, ALL, UNITS, PEER = "dense", "heads, neurons, tokens", "heads, neurons", "Torch-Pruning"
+COLOURS = {ALL: BLUE, UNITS: ORANGE, PEER: GRAY}
+# Of the ideal speed-up at the largest batch, in PyTorch as written.
+WANTED = {UNITS: 0.95, ALL: 0.9}
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def variants(name: str, peer: bool) -> dict[str, nn.Module]:
+    """The dense model and its slim forms, by ``kind`` or ``kind at budget``."""
+    torch.manual_seed(0)
+    dense = timm.create_model(name).eval()
+    scores = mdc.score(dense, criterion="random")
+    found = {DENSE: dense}
+    for budget in BUDGETS:
+        for kind, dimensions in ((ALL, None), (UNITS, ("heads", "neurons"))):
+            policy = mdc.Policy.uniform(dense, budget, dimensions=dimensions)
+            found[f"{kind} at {budget}"] = mdc.slim(dense, mdc.make_plan(dense, scores, policy))
+        if peer:
+            found[f"{PEER} at {budget}"] = of_torch_pruning(dense, found[f"{UNITS} at {budget}"])
+    return found
+
+
+def of_torch_pruning(dense: nn.Module, slim: nn.Module) -> nn.Module:
+    """Torch-Pruning's cut of `dense` to as many heads and neurons as `slim` has in each block."""
+    try:
+        import torch_pruning as tp
+    except ImportError as error:
+        raise SystemExit("Torch-Pruning is missing: pip install -e '.[bench]', or leave it out by --no-peer") from error
+    model = copy.deepcopy(dense)
+    less: dict[nn.Module, float] = {}
+    num_heads: dict[nn.Module, int] = {}
+    for mine, theirs in zip(find_sites(slim).blocks, find_sites(model).blocks, strict=True):
+        for kept, all_of in ((mine.heads, theirs.heads), (mine.neurons, theirs.neurons)):
+            assert kept and all_of
+            # It rounds against us where a product is a hair above or below the whole number.
+            less[all_of.producers[0].linear] = max(0.0, 1 - kept.num_units / all_of.num_units - 1e-6)
+        assert theirs.heads
+        num_heads[theirs.heads.producers[0].linear] = theirs.heads.num_units
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the class token is no layer
+        pruner = tp.pruner.BasePruner(
+            model,
+            torch.zeros(1, *dense.pretrained_cfg["input_size"]),
+            importance=tp.importance.MagnitudeImportance(),
+            pruning_ratio=0,
+            pruning_ratio_dict=less,
+            num_heads=num_heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio_dict={qkv: less[qkv] for qkv in num_heads},
+            ignored_layers=[
+                layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer not in less
+            ],
+        )
+        pruner.step()
+    for module in model.modules():  # what is left to the user: the sizes that attention modules keep of themselves
+        qkv = getattr(module, "qkv", None)
+        if qkv in pruner.num_heads:
+            module.num_heads, module.attn_dim = pruner.num_heads[qkv], qkv.out_features // 3
+    if num_params(model) != num_params(slim):
+        raise RuntimeError(f"Torch-Pruning left {num_params(model)} parameters, wanted were {num_params(slim)}")
+    return model.eval()
+
+
+# --- ways to run them -------------------------------------------------------------------------------------------------
+
+
+class Program(nn.Module):
+    """Anything that maps images to logits, as a module without layers of its own."""
+
+    def __init__(self, run: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.run = (run,)  # in a tuple, so that an exported module is not switched to eval mode, which it refuses
+        self.where = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Any:
+        return self.run[0](images)
+
+
+def eager(model: nn.Module, folder: Path) -> nn.Module:
+    return model
+
+
+def compiled(model: nn.Module, folder: Path) -> nn.Module:
+    return Program(torch.compile(copy.deepcopy(model).eval(), dynamic=False))
+
+
+def exported(model: nn.Module, folder: Path) -> nn.Module:
+    path = folder / "model.pt2"
+    export_model(model, path, progress=False)
+    return Program(torch.export.load(path).module())
+
+
+def onnx_runtime(model: nn.Module, folder: Path) -> nn.Module:
+    import onnxruntime
+
+    path = folder / "model.onnx"
+    export_model(model, path, progress=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as PyTorch has
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Program(lambda images: session.run([OUTPUT], {INPUT: images.numpy()}))
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "eager": eager,
+    "compiled": compiled,
+    "exported": exported,
+    "onnx": onnx_runtime,
+}
+
+
+def missing(runtime: str) -> str | None:
+    """Why this machine cannot run it."""
+    if runtime == "compiled" and not any(
+        shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
+    ):
+        return "no C++ compiler"
+    if runtime == "onnx":
+        absent = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+        return f"{', '.join(absent)} not installed" if absent else None
+    return None
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    left_out = {runtime: why for runtime in arguments.runtimes if (why := missing(runtime))}
+    runtimes = [runtime for runtime in arguments.runtimes if runtime not in left_out]
+    rows = []
+    shown = tqdm(desc="Slim speed", total=len(arguments.models) * len(runtimes) * len(arguments.batches), unit="round")
+    with shown as progress, tempfile.TemporaryDirectory() as folder:
+        for name in arguments.models:
+            models = variants(name, arguments.peer)
+            macs = {kind: mdc.macs(model) for kind, model in models.items() if not kind.startswith(PEER)}
+            for budget in BUDGETS if arguments.peer else ():
+                macs[f"{PEER} at {budget}"] = macs[f"{UNITS} at {budget}"]
+            size = models[DENSE].pretrained_cfg["input_size"]
+            for runtime in runtimes:
+                # The peer's have the same shapes, so that other runtimes have nothing to add.
+                wanted = {k: m for k, m in models.items() if runtime == "eager" or not k.startswith(PEER)}
+                programs = {kind: RUNTIMES[runtime](model, Path(folder)) for kind, model in wanted.items()}
+                for batch in arguments.batches:
+                    seconds = latencies(programs, batch, size, rounds=arguments.rounds)
+                    for kind in programs:
+                        rows.append(
+                            {
+                                "model": name,
+                                "runtime": runtime,
+                                "batch": batch,
+                                "kind": kind.split(" at ")[0],
+                                "budget": float(kind.split(" at ")[1]) if " at " in kind else 1.0,
+                                "macs": macs[kind],
+                                "seconds_per_image": seconds[kind],
+                                "speed_up": seconds[DENSE] / seconds[kind],
+                                "ideal": macs[DENSE] / macs[kind],
+                            }
+                        )
+                    progress.update()
+                del programs
+                torch.compiler.reset()
+    result = {
+        "threads": torch.get_num_threads(),
+        "rounds": arguments.rounds,
+        "left_out": left_out,
+        "rows": rows,
+    }
+    result["targets"] = [target.facts() for target in targets(result)]
+    return result
+
+
+def targets(result: dict[str, Any]) -> list[Target]:
+    rows = [row for row in result["rows"] if row["runtime"] == "eager"]
+    largest = max(row["batch"] for row in rows)
+    found = []
+    for kind, wanted in WANTED.items():
+        for model in dict.fromkeys(row["model"] for row in rows):
+            mine = [r for r in rows if r["batch"] == largest and r["kind"] == kind and r["model"] == model]
+            found += [
+                Target(
+                    f"speed-up / ideal, {model}, {kind}, {row['budget']:.0%} of the MACs, batch {largest}",
+                    row["speed_up"] / row["ideal"],
+                    ">=",
+                    wanted,
+                )
+                for row in mine
+            ]
+    ones = [row for row in rows if row["batch"] == 1 and row["kind"] in WANTED]
+    if ones:
+        slowest = min(ones, key=lambda row: row["speed_up"])
+        what = f"least speed-up at batch 1 ({slowest['model']}, {slowest['kind']}, {slowest['budget']:.0%})"
+        found.append(Target(what, slowest["speed_up"], ">=", 1))
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """The README's table, targets, and how it was measured."""
+    batches = sorted({row["batch"] for row in result["rows"]})
+    lines = [
+        "| model | runtime | kept | MACs | ideal | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+        "| --- | --- | --- | ---: | ---: |" + " ---: |" * len(batches),
+    ]
+    grouped: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        key = tuple(row[name] for name in ("model", "runtime", "kind", "budget"))
+        grouped.setdefault(key, {})[row["batch"]] = row
+    for (model, runtime, kind, _), by_batch in grouped.items():
+        first = next(iter(by_batch.values()))
+        if kind == DENSE:
+            cells = [f"{1000 * by_batch[batch]['seconds_per_image']:.2f} ms" for batch in batches]
+        else:
+            cells = [f"{by_batch[batch]['speed_up']:.2f}x" for batch in batches]
+        share = "100 %" if kind == DENSE else f"{1 / first['ideal']:.0%}".replace("%", " %")
+        ideal = "" if kind == DENSE else f"{first['ideal']:.2f}x"
+        lines.append(f"| {model} | {runtime} | {kind} | {share} | {ideal} | {' | '.join(cells)} |")
+    left_out = "".join(f" Left out: {runtime} ({why})." for runtime, why in result["left_out"].items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            verdicts(targets(result)),
+            "",
+            f"Dense: milliseconds an image; others: speed-up against dense. {result['threads']} CPU thread(s), fp32, "
+            f"medians of {result['rounds']} readings taken in turns; uniform policies, random weights. Torch-Pruning's "
+            f"models have as many heads and neurons as ours in each block.{left_out} Measured by "
+            "`python benchmarks/slim_speed.py`.",
+        ]
+    )
+
+
+def figure(result: dict[str, Any]) -> Figure:
+    """Speed-up of each slim model against its ideal, a panel per batch size; eager."""
+    rows = [row for row in result["rows"] if row["runtime"] == "eager" and row["kind"] != DENSE]
+    batches = sorted({row["batch"] for row in rows})
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    markers = dict(zip(models, "os^D", strict=False))
+    picture, panels = new_figure(4.8 * len(batches), 3.6, columns=len(batches))
+    most = max(max(row["ideal"], row["speed_up"]) for row in rows) * 1.08
+    for panel, batch in zip(panels, batches, strict=True):
+        panel.plot([1, most], [1, most], color=GREEN, linewidth=1)
+        panel.annotate("ideal", (most, most), (-30, 0), textcoords="offset points", color=GREEN)
+        for row in (row for row in rows if row["batch"] == batch):
+            panel.plot(row["ideal"], row["speed_up"], markers[row["model"]], color=COLOURS[row["kind"]], alpha=0.8)
+        plain(panel, f"batch {batch}")
+        panel.set_xlabel("dense MACs / slim MACs")
+        panel.set_ylabel("speed-up")
+    for kind, colour in COLOURS.items():
+        panels[0].plot([], [], "o", color=colour, label=kind)
+    for model, marker in markers.items():
+        panels[0].plot([], [], marker, color=GRAY, fillstyle="none", label=model)
+    panels[0].legend(frameon=False, fontsize=8)
+    return picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="DeiT-T, batches of 1 and 16, eager and ONNX")
+    parser.add_argument("--models", nargs="+", help=f"of timm (default: {' '.join(MODELS)})")
+    parser.add_argument("--batches", nargs="+", type=int, help="images per pass (default: 1 64; quick: 1 16)")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, help="default: all; quick: eager onnx")
+    parser.add_argument("--rounds", type=int, help="readings of each (default: 15; quick: 7)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="without Torch-Pruning")
+    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
+    arguments = parser.parse_args()
+    thorough: dict[str, Any] = {"models": MODELS, "batches": [1, 64], "runtimes": list(RUNTIMES), "rounds": 15}
+    quick = {"models": MODELS[:1], "batches": [1, 16], "runtimes": ["eager", "onnx"], "rounds": 7}
+    for name, value in (quick if arguments.quick else thorough).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    folder = RESULTS / "quick" if arguments.quick else RESULTS
+    stored = folder / "slim_speed.json"
+    if not arguments.table_only:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(stored, measure(arguments))
+    result = json.loads(stored.read_text())
+    reporting.save_figure(figure(result), folder / "slim_speed.png")
+    if arguments.quick:
+        print(table(result))
+    else:
+        put("slim_speed", table(result))
+
+
+if __name__ == "__main__":
+    main()
