@@ -154,7 +154,7 @@ def test_help_is_given_also_where_no_peer_is_installed(script, module, monkeypat
     said = capsys.readouterr().out
     assert ended.value.code == 0
     assert said.startswith(f"usage: {script.name}")
-    if script.stem in module("run").SCRIPTS and script.stem != "training":  # it is about to learn it
+    if script.stem in module("run").SCRIPTS:
         assert "--quick" in said
 
 
