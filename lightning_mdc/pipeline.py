@@ -200,6 +200,8 @@ def select(settings: assembly.Settings) -> tuple[str, ...]:
         unknown = [name for name in names if name not in STAGES]
         if unknown:
             raise ConfigError(f"{key}={unknown[0]!r} is no stage; stages are {', '.join(STAGES)}, and all")
+    if "search" in chosen and "statistics" not in off:
+        chosen.append("statistics")  # nothing to look at, so nobody names it; but trials need it
     for name in off:
         if name in chosen:
             raise ConfigError(f"stage={name!r} has nothing to do with {off[name]}")

@@ -160,7 +160,7 @@ class PolicyLoad:
     def first(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The uniform policy in the shape of `params`."""
         space, points, columns = self._points(params)
-        return _replaced(params, columns, np.repeat(uniform_point(space, 0), len(points), axis=0))
+        return _replaced(params, columns, np.repeat(uniform_point(space), len(points), axis=0))
 
     def _points(self, params: Mapping[str, Any]) -> tuple[PolicySpace, np.ndarray, dict[str, slice]]:
         """The space that these parameters span, their points (n, axes), and which columns belong to which.

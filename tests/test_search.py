@@ -106,8 +106,23 @@ def test_options_reach_the_trials(model, scores):
         assert set(trial.policy.heads) == {1.0} == set(trial.policy.tokens)
 
 
+def test_it_begins_with_the_uniform_policies_of_all_and_of_fewer_dimensions(model, scores):
+    """So that what is found is never worse than what any one dimension gives."""
+    result = quick(model, scores, budget=0.8, n_trials=8)
+    begun = [trial.policy for trial in result.history]
+    some = [("heads", "neurons", "tokens"), ("heads", "neurons"), ("heads", "tokens"), ("neurons", "tokens")]
+    wanted = [mdc.Policy.uniform(model, 0.8, names) for names in (*some, ("heads",), ("neurons",), ("tokens",))]
+    assert [policy.neurons for policy in begun[:7]] == [policy.neurons for policy in wanted]
+    assert [policy.heads for policy in begun[:7]] == [policy.heads for policy in wanted]
+    assert begun[5].tokens == (1.0, 1.0, 1.0)
+    assert begun[6].tokens[0] == wanted[6].tokens[0]  # the stages share a ratio, and later ones have fewer to drop
+    far = quick(model, scores, budget=0.3, n_trials=1)  # out of reach of neurons alone: passed over
+    assert len(far.space.uniform_of_fewer) < 6
+
+
 def test_it_finds_better_than_it_started_with(model, scores):
-    result = quick(model, scores, n_trials=25, n_initial_points=8)
+    options = {"dimensions": ("heads", "neurons"), "budget": 0.7}  # `worth` does not see tokens
+    result = quick(model, scores, n_trials=25, n_initial_points=8, **options)
     initial = [trial.value for trial in result.history[:8]]
     assert result.value > max(initial)
 
@@ -232,11 +247,11 @@ def test_a_search_of_another_budget_is_not_gone_on_with_but_can_be_learnt_from(m
     earlier = quick(model, scores, n_trials=10, state=state)
     with pytest.raises(SearchError, match=r"another search: about.budget.macs was 0.6, now 0.5"):
         quick(model, scores, budget=0.5, state=state)
-    warm = quick(model, scores, budget=0.5, n_trials=4, warm_start=state)
+    warm = quick(model, scores, budget=0.5, n_trials=8, warm_start=state)
     assert all(trial.macs <= 0.5 * mdc.macs(model) for trial in warm.history)
-    assert len(warm.history) == 4
+    assert len(warm.history) == 8
     assert len(warm.search.prior) == len(earlier.history)
-    assert history(warm) != history(quick(model, scores, budget=0.5, n_trials=4))
+    assert history(warm) != history(quick(model, scores, budget=0.5, n_trials=8))
 
 
 def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:

@@ -119,8 +119,10 @@ def search(
 ) -> SearchResult:
     """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
 
-    Every trial meets the budget in whole units. The first one is the uniform policy, the next ones are random, then a
-    Gaussian process and expected improvement choose. In a distributed run rank 0 chooses and all ranks follow.
+    Every trial meets the budget in whole units. The first one is the uniform policy; then come the uniform policies of
+    fewer dimensions, such as neurons alone, that reach the budget, so that what is found is never worse than a single
+    dimension; the next ones are random, then a Gaussian process and expected improvement choose. In a distributed run
+    rank 0 chooses and all ranks follow.
 
     Args:
         model: the dense model (or a module that holds it); unchanged.
@@ -183,7 +185,7 @@ def search(
         space.constraint,
         seed=seed,
         n_initial_points=n_initial_points,
-        first=uniform_point(space, seed),
+        first=starting_points(space),
         prior=_prior(warm_start, space, state),
         xi=xi,
     )
@@ -386,9 +388,19 @@ def _prior(warm_start: str | Path | None, space: PolicySpace, state: str | Path 
     return observations(warm_start, space, "maximize")
 
 
-def uniform_point(space: PolicySpace, seed: int) -> np.ndarray:
+def uniform_point(space: PolicySpace) -> np.ndarray:
     """The uniform policy as a point (1, axes); where blocks are tied, the nearest below, filled up."""
-    point = space.nearest(space.uniform)[None]
-    if space.policy(point[0]) == space.uniform:
+    return _as_point(space, space.uniform)
+
+
+def starting_points(space: PolicySpace) -> np.ndarray:
+    """The uniform policy, and those that leave dimensions whole, (n, axes); the process passes over what is beyond the
+    budget where bounds stand in the way."""
+    return np.concatenate([_as_point(space, policy) for policy in (space.uniform, *space.uniform_of_fewer)])
+
+
+def _as_point(space: PolicySpace, policy: Policy) -> np.ndarray:
+    point = space.nearest(policy)[None]
+    if space.policy(point[0]) == policy or not space.constraint.holds(space.load(point))[0]:
         return point
-    return Projection(space, space.constraint, seed).fill(point, np.random.default_rng(seed))
+    return Projection(space, space.constraint, seed=0).fill(point, np.random.default_rng(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,8 @@ from lightning_mdc.policy import DIMENSIONS, Policy, default_stages
 from lightning_mdc.policy_search.on_budget import Constraint
 from lightning_mdc.policy_search.space import Axis, Space
 
-# Without bounds of the user's own, no block goes below this share of what the uniform policy keeps of it.
+# Without bounds of the user's own, no block goes below this share of what the uniform policy keeps of it, unless a
+# uniform policy of fewer dimensions does.
 _LEAST_OF_UNIFORM = 0.3
 
 Bounds = Mapping[str, Any]
@@ -65,16 +68,10 @@ class PolicySpace(Space):
         self.sites: Sites = find_sites(model)
         if dimensions is None:
             dimensions = self.sites.dimensions
+        dimensions = tuple(dimensions)
+        units: dict[str, Any] = {"min_heads": min_heads, "min_neurons": min_neurons, "round_to": round_to}
         # Also checks dimensions, stages and the fewest units, and that the budget can be reached at all.
-        self.uniform = Policy.uniform(
-            model,
-            budget,
-            dimensions,
-            min_heads=min_heads,
-            min_neurons=min_neurons,
-            round_to=round_to,
-            stages=stages,
-        )
+        self.uniform = Policy.uniform(model, budget, dimensions, stages=stages, **units)
         self.costs = CostModel(self.sites)
         self.budget = as_budget(budget)
         self.dense_macs = self.costs.of_model()
@@ -92,6 +89,12 @@ class PolicySpace(Space):
         least = {"heads": min_heads, "neurons": -(-min_neurons // round_to) * round_to, "tokens": 0}
         bounds, tied = _checked_bounds(bounds, self.dimensions), _checked_groups(groups, self.dimensions)
         tied["tokens"] = 1 if token_ratio == "shared" else None
+        # The uniform policies of some of the dimensions, those of most first.
+        self.uniform_of_fewer: list[Policy] = []
+        for count in range(len(self.dimensions) - 1, 0, -1):
+            for some in itertools.combinations(self.dimensions, count):
+                with contextlib.suppress(BudgetError):  # out of reach of these alone
+                    self.uniform_of_fewer.append(Policy.uniform(model, budget, some, stages=stages, **units))
         # Which blocks (stages for tokens) each axis moves, by dimension.
         self._members: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in DIMENSIONS}
         axes: list[Axis] = []
@@ -111,7 +114,8 @@ class PolicySpace(Space):
             "neurons": self.costs.neurons,
             "tokens": np.full(len(self.stage_blocks), self.costs.num_tokens),
         }[dimension]
-        low, high = _bounds_of(dimension, bounds, sizes, getattr(self.uniform, dimension))
+        fewer = [getattr(policy, dimension) for policy in self.uniform_of_fewer]
+        low, high = _bounds_of(dimension, bounds, sizes, getattr(self.uniform, dimension), fewer)
         if dimension != "tokens":  # whole units inside the bounds
             fewest = np.maximum(np.ceil(sizes * low / step - 1e-6) * step, np.minimum(sizes, least))
             low = np.minimum(fewest, sizes) / np.maximum(sizes, 1)
@@ -292,13 +296,15 @@ def _checked_groups(groups: Any, dimensions: tuple[str, ...]) -> dict[str, int |
     return dict(groups)
 
 
-def _bounds_of(dimension: str, bounds: Any, sizes: np.ndarray, uniform: tuple[float, ...]) -> tuple[Any, Any]:
+def _bounds_of(
+    dimension: str, bounds: Any, sizes: np.ndarray, uniform: tuple[float, ...], fewer: list[tuple[float, ...]]
+) -> tuple[Any, Any]:
     """Smallest and largest keep ratio of each block or stage, (blocks,) each."""
     if bounds is None:
         if dimension == "heads":  # few and coarse: down to the fewest
             return np.zeros(len(sizes)), np.ones(len(sizes))
-        kept = np.array(uniform if len(uniform) == len(sizes) else [uniform[0]] * len(sizes))
-        return _LEAST_OF_UNIFORM * kept, np.ones(len(sizes))
+        ratios = [_LEAST_OF_UNIFORM * np.array(uniform), *map(np.array, fewer)]
+        return np.min([np.broadcast_to(kept, len(sizes)) for kept in ratios], axis=0), np.ones(len(sizes))
     try:
         pairs = np.broadcast_to(np.asarray(bounds, dtype=np.float64), (len(sizes), 2))
     except (ValueError, TypeError) as error:
