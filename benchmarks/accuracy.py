@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
@@ -95,7 +96,7 @@ SINGLE = tuple(name for name, method in METHODS.items() if len(method.dimensions
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a run of train.py with a dense model; without it, one on digits")
+    parser.add_argument("--run", type=Path, help="a run of train.py with a dense model; --quick makes one on digits")
     parser.add_argument("--method", action="append", choices=[*METHODS, REFERENCE], help="these alone; may be repeated")
     parser.add_argument("--budget", type=float, action="append", help="of the MACs (default: 0.6, 0.5 and 0.4)")
     parser.add_argument("--seeds", type=int, default=3)
@@ -119,13 +120,20 @@ def main() -> None:
     else:
         if asked.quick:
             asked.budget, asked.seeds, asked.trials = asked.budget or [0.5], 1, 8
+            asked.work = asked.work or results / "accuracy-work"
+            shutil.rmtree(asked.work, ignore_errors=True)  # rows of older code
+        elif asked.run is None:
+            parser.error("--run: give the folder of a run of train.py with a dense model (or --quick)")
         found = Benchmark(asked.run or digits_run(), asked).measured()
     targets = list(judged(found))
+    text = f"{table(found)}\n\n{verdicts(targets)}"
+    if asked.method and not asked.quick:  # some rows are not the table
+        print(text)
+        return
     results.mkdir(parents=True, exist_ok=True)
     write_json(path, found | {"targets": [target.facts() for target in targets]})
     reporting.save_figure(figure(found), results / "accuracy.png")
-    text = f"{table(found)}\n\n{verdicts(targets)}"
-    if asked.quick or asked.method:
+    if asked.quick:
         print(text)
     else:
         put("accuracy", text)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
+from lightning_mdc.models import find_sites
 
-IMPORTANCES = ("taylor", "magnitude")
-MISSING = "needs Torch-Pruning: pip install -e '.[bench]'"
+MISSING = "Torch-Pruning is missing: pip install -e '.[bench]'"
 
 
 def torch_pruning(
-    model: VisionTransformer, policy: mdc.Policy, importance: str, batches: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module, policy: mdc.Policy, importance: str, batches: Iterable[tuple[Tensor, Tensor]] = ()
 ) -> nn.Module:
-    """A slim copy of a timm vision transformer by Torch-Pruning, with as many heads and neurons per block as `policy`
-    keeps; tokens all stay.
+    """A slim copy of a vision transformer by Torch-Pruning, with as many heads and neurons per block as `policy` keeps;
+    tokens all stay.
 
     Args:
         model: the dense model.
@@ -32,37 +32,45 @@ def torch_pruning(
     try:
         import torch_pruning as tp
     except ImportError as error:
-        raise SystemExit(f"{__file__} {MISSING}") from error
+        raise SystemExit(MISSING) from error
     slim = copy.deepcopy(model).eval()
-    counts = mdc.models.find_sites(model).counts(policy)
-    blocks: Any = list(slim.blocks)
-    heads = {block.attn.qkv: block.attn.num_heads for block in blocks}
-    fewer_heads = {qkv: 1 - kept / heads[qkv] - 1e-6 for qkv, kept in zip(heads, counts.heads, strict=True)}
-    fewer_neurons = {
-        block.mlp.fc1: 1 - (kept + 0.5) / block.mlp.fc1.out_features if kept < block.mlp.fc1.out_features else 0.0
-        for block, kept in zip(blocks, counts.neurons, strict=True)
-    }
+    counts = find_sites(model).counts(policy)
+    fewer: dict[nn.Module, float] = {}
+    num_heads: dict[nn.Module, int] = {}
+    for block, heads, neurons in zip(find_sites(slim).blocks, counts.heads, counts.neurons, strict=True):
+        for site, kept in ((block.heads, heads), (block.neurons, neurons)):
+            assert site is not None
+            # It rounds against us where a product is a hair above or below the whole number.
+            fewer[site.producers[0].linear] = max(0.0, 1 - int(kept) / site.num_units - 1e-6)
+        assert block.heads is not None
+        num_heads[block.heads.producers[0].linear] = block.heads.num_units
+    layers = (layer for layer in slim.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
     score = {"taylor": tp.importance.GroupTaylorImportance, "magnitude": tp.importance.GroupMagnitudeImportance}
-    pruner = tp.pruner.BasePruner(
-        slim,
-        torch.zeros(1, *mdc.models.find_sites(model).input_size),
-        importance=score[importance](),
-        # Of channels inside a head, which do not leave; at 0 no head would be looked at either.
-        pruning_ratio=0.5,
-        pruning_ratio_dict=fewer_neurons,
-        num_heads=dict(heads),
-        prune_num_heads=True,
-        prune_head_dims=False,
-        head_pruning_ratio_dict={qkv: max(ratio, 0.0) for qkv, ratio in fewer_heads.items()},
-        ignored_layers=[slim.patch_embed, slim.head, *(m for b in blocks for m in (b.attn.proj, b.mlp.fc2))],
-    )
-    if importance == "taylor":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the class token is no layer
+        pruner = tp.pruner.BasePruner(
+            slim,
+            torch.zeros(1, *find_sites(model).input_size),
+            importance=score[importance](),
+            # Of the channels inside a head, none of which leaves; at 0 no head would be looked at either.
+            pruning_ratio=0.5,
+            pruning_ratio_dict={layer: ratio for layer, ratio in fewer.items() if layer not in num_heads},
+            num_heads=dict(num_heads),
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio_dict={layer: fewer[layer] for layer in num_heads},
+            ignored_layers=[layer for layer in layers if layer not in fewer],
+        )
         slim.zero_grad()
         for images, labels in batches:
             F.cross_entropy(slim(images), labels).backward()
-    pruner.step()
+        pruner.step()
     slim.zero_grad()
-    for block in blocks:
-        block.attn.num_heads = pruner.num_heads[block.attn.qkv]
-        block.attn.attn_dim = block.attn.qkv.out_features // 3
+    for module in slim.modules():  # what is left to the user: the sizes that attention modules keep of themselves
+        qkv: Any = getattr(module, "qkv", None)
+        if qkv in pruner.num_heads:
+            module.num_heads, module.attn_dim = pruner.num_heads[qkv], qkv.out_features // 3
+    wanted = mdc.policy_macs(model, mdc.Policy(heads=policy.heads, neurons=policy.neurons))
+    if (left := mdc.macs(slim)) != wanted:
+        raise RuntimeError(f"Torch-Pruning left {left} MACs, wanted were {wanted}")
     return slim

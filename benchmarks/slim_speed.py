@@ -20,11 +20,11 @@ import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peers
 import timm
 import torch
 from matplotlib.figure import Figure
@@ -35,10 +35,8 @@ from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc import reporting
-from lightning_mdc.budget import num_params
 from lightning_mdc.budget.latency import latencies
 from lightning_mdc.export import INPUT, OUTPUT, export_model
-from lightning_mdc.models import find_sites
 from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, ORANGE, new_figure, plain
 from lightning_mdc.run_folder import write_json
 
@@ -65,50 +63,8 @@ def variants(name: str, peer: bool) -> dict[str, nn.Module]:
             policy = mdc.Policy.uniform(dense, budget, dimensions=dimensions)
             found[f"{kind} at {budget}"] = mdc.slim(dense, mdc.make_plan(dense, scores, policy))
         if peer:
-            found[f"{PEER} at {budget}"] = of_torch_pruning(dense, found[f"{UNITS} at {budget}"])
+            found[f"{PEER} at {budget}"] = peers.torch_pruning(dense, policy, "magnitude")  # that of heads and neurons
     return found
-
-
-def of_torch_pruning(dense: nn.Module, slim: nn.Module) -> nn.Module:
-    """Torch-Pruning's cut of `dense` to as many heads and neurons as `slim` has in each block."""
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise SystemExit("Torch-Pruning is missing: pip install -e '.[bench]', or leave it out by --no-peer") from error
-    model = copy.deepcopy(dense)
-    less: dict[nn.Module, float] = {}
-    num_heads: dict[nn.Module, int] = {}
-    for mine, theirs in zip(find_sites(slim).blocks, find_sites(model).blocks, strict=True):
-        for kept, all_of in ((mine.heads, theirs.heads), (mine.neurons, theirs.neurons)):
-            assert kept and all_of
-            # It rounds against us where a product is a hair above or below the whole number.
-            less[all_of.producers[0].linear] = max(0.0, 1 - kept.num_units / all_of.num_units - 1e-6)
-        assert theirs.heads
-        num_heads[theirs.heads.producers[0].linear] = theirs.heads.num_units
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the class token is no layer
-        pruner = tp.pruner.BasePruner(
-            model,
-            torch.zeros(1, *dense.pretrained_cfg["input_size"]),
-            importance=tp.importance.MagnitudeImportance(),
-            pruning_ratio=0,
-            pruning_ratio_dict=less,
-            num_heads=num_heads,
-            prune_num_heads=True,
-            prune_head_dims=False,
-            head_pruning_ratio_dict={qkv: less[qkv] for qkv in num_heads},
-            ignored_layers=[
-                layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer not in less
-            ],
-        )
-        pruner.step()
-    for module in model.modules():  # what is left to the user: the sizes that attention modules keep of themselves
-        qkv = getattr(module, "qkv", None)
-        if qkv in pruner.num_heads:
-            module.num_heads, module.attn_dim = pruner.num_heads[qkv], qkv.out_features // 3
-    if num_params(model) != num_params(slim):
-        raise RuntimeError(f"Torch-Pruning left {num_params(model)} parameters, wanted were {num_params(slim)}")
-    return model.eval()
 
 
 # --- ways to run them -------------------------------------------------------------------------------------------------
