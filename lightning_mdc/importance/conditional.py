@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_mdc.importance.criteria import HSIC, Place, register
+from lightning_mdc.ridge import ridge_cholesky
 
 # Share of the channels' mean variance that is added to each: what a unit adds below it is noise of the sample.
 RIDGE = 1e-4
@@ -60,8 +61,11 @@ class ConditionalDependence(HSIC):
         if dimension == "tokens":
             return super().finish(dimension, sums, place)
         assert place.site is not None  # that of tokens only is None
-        mean = sums["sum"].double() / sums["rows"]
-        covariance = sums["products"].double() / sums["rows"] - torch.outer(mean, mean)
+        products, total, rows = sums["products"], sums["sum"], sums["rows"]
+        if products.device.type not in ("cpu", "cuda"):  # where float64 is not to be had
+            products, total, rows = products.cpu(), total.cpu(), rows.cpu()
+        mean = total.double() / rows
+        covariance = products.double() / rows - torch.outer(mean, mean)
         return lost_by_elimination(covariance, place.site.consumer.weight.detach().to(covariance), place.num_units)
 
 
@@ -83,9 +87,7 @@ def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int, ridg
         return losses
     width = len(covariance) // num_units
     units = torch.arange(num_units, device=covariance.device)  # those that are left
-    precision = torch.cholesky_inverse(
-        torch.linalg.cholesky(covariance + noise * torch.eye(len(covariance)).to(covariance))
-    )
+    precision = torch.cholesky_inverse(ridge_cholesky(covariance, noise))
     total = 0.0
     while len(units):
         ranked = _loss(precision, weight, width).sort(stable=True)

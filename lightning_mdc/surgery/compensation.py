@@ -35,6 +35,7 @@ from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_c
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.ranks import summed
+from lightning_mdc.ridge import ridge_cholesky
 from lightning_mdc.surgery.masks import is_masked
 
 COMPENSATIONS = ("none", "mean", "lstsq")
@@ -103,20 +104,11 @@ def compensated(
     if not len(kept) or scale <= 0:  # nobody left to take over, or nothing that varies
         return new_weight, new_bias
     shared = moments.second(kept, removed, centred=centred) @ lost.T  # (kept, out)
-    update = _ridge_solution(moments.second(kept, kept, centred=centred), shared, float(ridge * scale)).T
+    factor = ridge_cholesky(moments.second(kept, kept, centred=centred), float(ridge * scale))
+    update = torch.cholesky_solve(shared, factor).T
     if new_bias is not None:
         new_bias = new_bias - update @ moments.mean[kept].double()
     return new_weight + update, new_bias
-
-
-def _ridge_solution(symmetric: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """``(symmetric + ridge I)^-1 right``, for a matrix that is positive semidefinite up to rounding."""
-    identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
-    factor, failed = torch.linalg.cholesky_ex(symmetric + ridge * identity)
-    if failed:  # rounding outweighs the ridge; how much it is, the negative eigenvalue tells
-        lowest = float(torch.linalg.eigvalsh(symmetric)[0])
-        factor = torch.linalg.cholesky(symmetric - 2 * lowest * identity)
-    return torch.cholesky_solve(right, factor)
 
 
 # --- a model's statistics ---------------------------------------------------------------------------------------------

@@ -1,0 +1,16 @@
+"""Ridge regression's one difficulty: second moments are positive semidefinite only up to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ridge_cholesky(symmetric: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of ``symmetric + ridge I``, (n, n), with a larger ridge where rounding outweighs it."""
+    identity = torch.eye(len(symmetric), dtype=symmetric.dtype, device=symmetric.device)
+    factor, failed = torch.linalg.cholesky_ex(symmetric + ridge * identity)
+    if failed:  # how large rounding is, the negative eigenvalue tells
+        lowest = float(torch.linalg.eigvalsh(symmetric)[0])
+        factor = torch.linalg.cholesky(symmetric - 2 * lowest * identity)
+    return factor
