@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from lightning_mdc import errors
     from lightning_mdc.artifact import load, save
-    from lightning_mdc.budget import Budget, macs, plan_macs, policy_macs
+    from lightning_mdc.budget import Budget, LatencyTable, macs, plan_macs, policy_macs
     from lightning_mdc.callback import MultiDimPruneCallback, plan_from_checkpoint
     from lightning_mdc.distillation import DistillationModule
     from lightning_mdc.export import export_model
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # without torch, also where there is none.
 _HOMES = {
     "artifact": ("load", "save"),
-    "budget": ("Budget", "macs", "plan_macs", "policy_macs"),
+    "budget": ("Budget", "LatencyTable", "macs", "plan_macs", "policy_macs"),
     "callback": ("MultiDimPruneCallback", "plan_from_checkpoint"),
     "distillation": ("DistillationModule",),
     "export": ("export_model",),
@@ -51,6 +51,7 @@ __all__ = [
     "Budget",
     "DistillationModule",
     "HeldOut",
+    "LatencyTable",
     "MultiDimPruneCallback",
     "Plan",
     "Policy",

@@ -14,6 +14,7 @@ import logging
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,8 @@ def build_criterion(settings: Settings) -> Criterion:
 def build_budget(settings: Settings) -> Budget:
     """``budget``: a fraction of the dense MACs, or limits by name, ``{macs: 1.84e9}``.
 
+    Latency is measured on the Trainer's device, unless the limits say otherwise.
+
     Raises:
         BudgetError: see `Budget`.
         ConfigError: a limit of another name.
@@ -248,9 +251,14 @@ def build_budget(settings: Settings) -> Budget:
     if not isinstance(budget, Mapping):
         return as_budget(budget)
     try:
-        return Budget(**budget)
+        limits = Budget(**budget)
     except TypeError as error:
-        raise ConfigError(f"budget={budget!r}: expected a fraction, or limits named macs or params") from error
+        raise ConfigError(
+            f"budget={budget!r}: expected a fraction, or limits named macs, params or latency (with batch_size, device "
+            "or table)"
+        ) from error
+    measures_here = limits.latency is not None and limits.table is None and limits.device is None
+    return replace(limits, device=str(device(settings))) if measures_here else limits
 
 
 def given_policy(settings: Settings, model: nn.Module) -> Policy | None:

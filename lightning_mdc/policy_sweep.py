@@ -25,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_mdc import assembly, pipeline, reporting, tracking
-from lightning_mdc.budget import macs, num_params
+from lightning_mdc.budget import CostModel, macs
+from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.importance import Scores, make_plan
+from lightning_mdc.models import find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy
 from lightning_mdc.policy_search.driver import uniform_point
 from lightning_mdc.policy_search.held_out import HeldOut, gathered
@@ -86,13 +88,12 @@ def _trial(settings: assembly.Settings, folder: Path, trackers: Trackers) -> flo
 def _to_show(
     settings: assembly.Settings, model: nn.Module, small: nn.Module, policy: Policy, value: float
 ) -> Iterator[Item]:
-    costs = {"macs": (macs(small), macs(model)), "params": (num_params(small), num_params(model))}
-    limits = assembly.build_budget(settings).limits(costs["macs"][1], costs["params"][1])
-    cost = max(costs[name][0] / limit for name, limit in limits.items())
+    pricing = Pricing(CostModel(find_sites(model)), assembly.build_budget(settings))
+    cost = pricing.of_policy(policy, fuse=settings["surgery"]["fuse_tokens"])
     uniform = {**settings, "policy": {**settings["policy"], "kind": "uniform", "file": None, "keep": {}}}
     even = assembly.given_policy(uniform, model)
     assert even is not None  # of this kind it is
-    return trial_items(policy, even, value, cost, costs["macs"][0] / costs["macs"][1])
+    return trial_items(policy, even, value, cost, macs(small) / macs(model))
 
 
 def prepared(settings: assembly.Settings, trackers: Trackers | None = None) -> Run:

@@ -7,15 +7,15 @@ labels, and one random policy of the same weights on what the dense model says.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_mdc.budget import Budget
+from lightning_mdc.budget import Budget, LatencyTable
 from lightning_mdc.distillation import DistillationModule, soft_distillation_loss
 from lightning_mdc.errors import DistillationError
 from lightning_mdc.importance import Scores, make_plan
@@ -55,7 +55,7 @@ class WeightSharingModule(DistillationModule):
         self,
         model: nn.Module,
         scores: Scores,
-        budget: float | Budget | Mapping[str, float | None] = 0.6,
+        budget: float | Budget | Mapping[str, Any] = 0.6,
         *,
         dimensions: Iterable[str] | None = None,
         bounds: Bounds | None = None,
@@ -129,7 +129,10 @@ class WeightSharingModule(DistillationModule):
         # The smallest policy needs the scores of every unit that may go.
         make_plan(model, scores, self.space.policy(self.space.low), **self._plan_options)
 
-        own = {"budget": asdict(self.space.budget), "seed": seed, "shared_weight": shared_weight}
+        limits = self.space.budget.facts()
+        if isinstance(table := self.space.budget.table, LatencyTable):  # another machine has other latencies
+            limits["table"] = json.loads(table.to_json())
+        own = {"budget": limits, "seed": seed, "shared_weight": shared_weight}
         for name in _OF_A_TEACHER:
             self.hparams.pop(name, None)
         self.save_hyperparameters({**own, **options, "token_score": token_score})

@@ -436,7 +436,7 @@ WRONG = [
     ("name=a/b", ConfigError, "name='a/b' is no folder name"),
     ("budget=1.5", BudgetError, "budget=1.5"),
     ("budget=0.01", BudgetError, "smallest reachable"),
-    ("budget={flops:1}", ConfigError, "limits named macs or params"),
+    ("budget={flops:1}", ConfigError, "limits named macs, params or latency"),
     ("policy.file=nowhere.json", PolicyError, "nowhere.json"),
     ("policy.dimensions=[wings]", PolicyError, "wings"),
     ("search.n_trials=0", ConfigError, "search.n_trials=0"),

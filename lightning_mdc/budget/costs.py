@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from lightning_mdc.models import Counts, Sites, UnitSite
-from lightning_mdc.policy import Plan
+from lightning_mdc.policy import Plan, Policy
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,23 @@ class TokenDrop:
     block: int
     keep: Any
     scored: bool = True  # False when a prior alone decides, so that no attention row is computed
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """How many tokens one block sees: arrays, or numbers, one per policy.
+
+    Attributes:
+        attention: that reach its attention.
+        mlp: that reach its MLP, the fused token included.
+        dropped: whether any leave in between; plain False where there is no token stage.
+        scored: False when a prior alone decides which.
+    """
+
+    attention: Any
+    mlp: Any
+    dropped: Any
+    scored: bool
 
 
 @dataclass(frozen=True)
@@ -87,22 +104,31 @@ class CostModel:
     ) -> tuple[list[Any], list[Any], Any]:
         """MACs of each block's attention (token scores included) and MLP, and of all outside the blocks, (...) each."""
         heads, neurons = np.asarray(heads), np.asarray(neurons)
+        flow = self.flow(drops, fuse)
+        attention, mlp = [], []
+        for block, tokens in enumerate(flow):
+            n, width = tokens.attention, heads[..., block] * self.head_dims[block]
+            spent = n * heads[..., block] * self.head_weights[block] + 2 * n * n * width
+            if tokens.dropped is not False:
+                spent = spent + np.where(tokens.dropped & tokens.scored, (self.num_rows or n) * n * width, 0)
+            attention.append(spent)
+            mlp.append(tokens.mlp * neurons[..., block] * self.neuron_weights[block])
+        return attention, mlp, self.sites.fixed_macs(self.size, flow[-1].mlp)
+
+    def flow(self, drops: Sequence[TokenDrop], fuse: bool) -> list[BlockTokens]:
+        """The tokens that each block sees. Built-in token stages hold anyway."""
         by_block = {drop.block: drop for drop in (*drops, *self.built_in)}
         tokens: Any = np.asarray(self.num_tokens, dtype=np.float64)
-        attention, mlp = [], []
+        blocks = []
         for block in range(self.sites.depth):
-            width = heads[..., block] * self.head_dims[block]
-            spent = tokens * heads[..., block] * self.head_weights[block] + 2 * tokens * tokens * width
-            drop = by_block.get(block)
+            before, drop = tokens, by_block.get(block)
+            dropped: Any = False
             if drop is not None:
                 kept = self.tokens_left(tokens, drop.keep)
-                rows = self.num_rows or tokens
                 dropped = kept < tokens
-                spent = spent + np.where(dropped & drop.scored, rows * tokens * width, 0)
                 tokens = np.where(dropped, kept + fuse, tokens)
-            attention.append(spent)
-            mlp.append(tokens * neurons[..., block] * self.neuron_weights[block])
-        return attention, mlp, self.sites.fixed_macs(self.size, tokens)
+            blocks.append(BlockTokens(before, tokens, dropped, drop is not None and drop.scored))
+        return blocks
 
     def by_block(self, plan: Plan | None = None) -> BlockMacs:
         """Where the MACs of the slim model of `plan` go; without one, those of the model as it is."""
@@ -119,8 +145,15 @@ class CostModel:
 
     def of_counts(self, counts: Counts) -> int:
         """MACs of a policy in whole units."""
+        return int(self.macs(*self._of_counts(counts), fuse=self.sites.fuse))
+
+    def of_policy(self, policy: Policy) -> tuple[Any, Any, list[TokenDrop]]:
+        """A policy as the first arguments of `macs`: heads and neurons (blocks,), and where tokens leave."""
+        return self._of_counts(self.sites.counts(policy))
+
+    def _of_counts(self, counts: Counts) -> tuple[Any, Any, list[TokenDrop]]:
         drops = [TokenDrop(block, keep) for block, keep in zip(counts.stages, counts.tokens, strict=True)]
-        return int(self.macs(*self._filled(counts.heads, counts.neurons), drops, fuse=self.sites.fuse))
+        return *self._filled(counts.heads, counts.neurons), drops
 
     def of_plan(self, plan: Plan) -> int:
         """MACs of the slim model of `plan`, exactly."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.costs import CostModel, TokenDrop
+from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, kept_tokens
@@ -46,7 +48,7 @@ def uniform_policy(
         round_to=round_to,
         stages=default_stages(sites.depth) if stages is None else tuple(stages),
     )
-    solver.check_reachable(budget)
+    solver.check_reachable()
     heads, neurons, kept = solver.solve()
     return Policy(
         heads=1.0 if "heads" in sites.reasons else _ratios(heads, solver.costs.heads),
@@ -54,6 +56,11 @@ def uniform_policy(
         tokens=1.0 if "tokens" in sites.reasons else solver.token_ratios(kept) or 1.0,
         stages=stages,
     )
+
+
+def _said(budget: Budget) -> str:
+    """A fraction of the MACs is what a plain number says."""
+    return str(budget.macs if budget == Budget(macs=budget.macs or 1) and (budget.macs or 2) <= 1 else budget)
 
 
 def _ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:
@@ -101,10 +108,9 @@ class _Solver:
     ) -> None:
         self.costs, self.stages, self.round_to = costs, stages, round_to
         self.dimensions = dimensions
-        self.dense_macs = float(costs.macs(costs.heads, costs.neurons, fuse=costs.sites.fuse))
-        self.limits = budget.limits(self.dense_macs, float(costs.params(costs.heads, costs.neurons)))
-        # Dropping tokens saves no parameter; under a parameter budget it would only hurt.
-        self.drops_tokens = "tokens" in dimensions and "macs" in self.limits
+        self.pricing = Pricing(costs, budget)
+        # Where dropping tokens saves nothing it would only hurt.
+        self.drops_tokens = "tokens" in dimensions and self.pricing.rewards_dropping_tokens
         self.least_heads = np.minimum(costs.heads, min_heads) if "heads" in dimensions else costs.heads
         # Neurons move in groups of round_to; a block's last, incomplete group is kept only by keeping them all.
         whole = -(-min_neurons // round_to) * round_to
@@ -114,11 +120,9 @@ class _Solver:
         """Cost as a fraction of the budget: feasible up to 1. `kept` may be one ratio for all stages."""
         ratios = self.token_ratios(kept) if isinstance(kept, list) else [kept] * len(self.stages)
         drops = [TokenDrop(block, keep) for block, keep in zip(self.stages, ratios, strict=True)]
-        macs = self.costs.macs(heads, neurons, drops, fuse=self.costs.sites.fuse)
-        cost = {"macs": macs, "params": self.costs.params(heads, neurons)}
-        loads = {name: float(cost[name]) / limit for name, limit in self.limits.items()}
-        self.tightest = max(loads, key=lambda name: loads[name])
-        return loads[self.tightest]
+        loads = self.pricing.loads(heads, neurons, drops, fuse=self.costs.sites.fuse)
+        self.tightest = max(loads, key=lambda name: float(loads[name]))
+        return float(loads[self.tightest])
 
     def token_ratios(self, kept: list[int]) -> list[float]:
         """Whole tokens left per stage as ratios of what reaches the stage, e.g. 137 of 197, then 96 of 138."""
@@ -128,25 +132,21 @@ class _Solver:
             tokens = count + 1 if count < tokens else tokens
         return ratios
 
-    def check_reachable(self, budget: float | Budget) -> None:
+    def check_reachable(self) -> None:
         smallest = self.load(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
         if smallest <= 1:
             return
-        limit, name = self.limits[self.tightest], self.tightest
-        fraction = budget.macs if isinstance(budget, Budget) and budget.params is None else budget
-        as_fraction = not isinstance(fraction, Budget) and fraction is not None and fraction <= 1
-
-        def cost(load: float) -> str:
-            return f"{load * limit / self.dense_macs:.4g}" if as_fraction else f"{load * limit:.4g} {name}"
-
+        said = partial(self.pricing.said, self.tightest)
         remedies = ["raise budget"]
         if "heads" in self.dimensions and self.least_heads.any():
             headless = self.load(self.least_heads * 0, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
-            remedies.append(f"pass min_heads=0 (reaches {cost(headless)})")
+            remedies.append(f"pass min_heads=0 (reaches {said(headless)})")
         if len(self.dimensions) < len(DIMENSIONS):
             remedies.append("allow more dimensions")
+        if "latency" in self.pricing.limits:
+            remedies.append("measure with a larger batch_size, where starting operations takes less of the time")
         raise BudgetError(
-            f"budget={fraction if as_fraction else budget} is below the smallest reachable cost {cost(smallest)} of "
+            f"budget={_said(self.pricing.budget)} is below the smallest reachable cost {said(smallest)} of "
             f"this model ({self.least_heads.min()} head(s), {self.least_neurons.min()} neuron(s) per block"
             f"{', one patch token' if self.drops_tokens else ''}); {' or '.join(remedies)}"
         )

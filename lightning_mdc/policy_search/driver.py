@@ -8,7 +8,7 @@ import math
 import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_mdc.budget import Budget
+from lightning_mdc.budget import Budget, LatencyTable
 from lightning_mdc.errors import SearchError
 from lightning_mdc.importance import Scores, make_plan
 from lightning_mdc.policy import Policy
@@ -190,7 +190,7 @@ def search(
         xi=xi,
     )
     about = {
-        "budget": asdict(space.budget),
+        "budget": space.budget.facts(),
         "dense_macs": space.dense_macs,
         "stages": list(space.stage_blocks),
         "scores": _digest_of(scores.tensors(), scores.criterion),
@@ -199,6 +199,8 @@ def search(
         "fuse_tokens": fuse_tokens,
         "early_stop": early_stop,
     }
+    if isinstance(table := space.budget.table, LatencyTable):
+        about["latency_of"] = {name: table.about.get(name) for name in ("device", "threads", "dtype", "batch_size")}
     if statistics is not None:
         about |= {"compensate": compensate, "statistics": _digest_of(statistics.tensors())}
 
@@ -271,7 +273,10 @@ def _run(
         if judgement is None:
             return study.finish(row.number, None, seconds=seconds, note=note)
         status = "stopped" if judgement.stopped else None
-        facts = {**judgement.facts, "macs": float(space.macs(space.point(row.params)[None])[0])}
+        point = space.point(row.params)[None]
+        facts = {**judgement.facts, "macs": float(space.macs(point)[0])}
+        if (latency := space.latency(point)) is not None:
+            facts["latency"] = float(latency[0])
         return study.finish(
             row.number,
             judgement.value,

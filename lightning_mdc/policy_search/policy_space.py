@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from lightning_mdc.budget import Budget, CostModel, TokenDrop, as_budget
+from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import BudgetError, SearchError
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy, default_stages
@@ -69,18 +70,16 @@ class PolicySpace(Space):
         if dimensions is None:
             dimensions = self.sites.dimensions
         dimensions = tuple(dimensions)
+        self.costs = CostModel(self.sites)
+        self.pricing = Pricing(self.costs, as_budget(budget))
+        self.budget, self.limits = self.pricing.budget, self.pricing.limits
+        self.dense_macs = self.costs.of_model()
         units: dict[str, Any] = {"min_heads": min_heads, "min_neurons": min_neurons, "round_to": round_to}
         # Also checks dimensions, stages and the fewest units, and that the budget can be reached at all.
-        self.uniform = Policy.uniform(model, budget, dimensions, stages=stages, **units)
-        self.costs = CostModel(self.sites)
-        self.budget = as_budget(budget)
-        self.dense_macs = self.costs.of_model()
-        self.limits = self.budget.limits(
-            self.dense_macs, float(self.costs.params(self.costs.heads, self.costs.neurons))
-        )
+        self.uniform = Policy.uniform(model, self.budget, dimensions, stages=stages, **units)
         names = self.sites.require(dimensions)
-        # Dropping tokens saves no parameter; under a parameter budget it would only hurt.
-        self.dimensions = tuple(name for name in names if name != "tokens" or "macs" in self.limits)
+        # Where dropping tokens saves nothing it would only hurt.
+        self.dimensions = tuple(name for name in names if name != "tokens" or self.pricing.rewards_dropping_tokens)
         self.stages = stages
         self.stage_blocks = default_stages(self.sites.depth) if stages is None else tuple(stages)
         self.fuse, self._round_to = fuse_tokens, round_to
@@ -94,7 +93,7 @@ class PolicySpace(Space):
         for count in range(len(self.dimensions) - 1, 0, -1):
             for some in itertools.combinations(self.dimensions, count):
                 with contextlib.suppress(BudgetError):  # out of reach of these alone
-                    self.uniform_of_fewer.append(Policy.uniform(model, budget, some, stages=stages, **units))
+                    self.uniform_of_fewer.append(Policy.uniform(model, self.budget, some, stages=stages, **units))
         # Which blocks (stages for tokens) each axis moves, by dimension.
         self._members: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in DIMENSIONS}
         axes: list[Axis] = []
@@ -238,26 +237,30 @@ class PolicySpace(Space):
     def load(self, points: np.ndarray) -> np.ndarray:
         """Cost of points (n, axes) as a fraction of the budget, (n,): affordable up to 1."""
         heads, neurons, tokens = self._kept(points)
-        loads = []
-        if "macs" in self.limits:
-            loads.append(self._macs(heads, neurons, tokens) / self.limits["macs"])
-        if "params" in self.limits:
-            loads.append(self.costs.params(heads, neurons) / self.limits["params"])
-        return np.max(loads, axis=0)
+        loads = self.pricing.loads(heads, neurons, self._drops(tokens), fuse=self.fuse)
+        return np.max(list(loads.values()), axis=0)
 
     def macs(self, points: np.ndarray) -> np.ndarray:
         """MACs of one image, (n, axes) -> (n,)."""
-        return self._macs(*self._kept(points))
+        heads, neurons, tokens = self._kept(points)
+        return np.asarray(self.costs.macs(heads, neurons, self._drops(tokens), fuse=self.fuse))
 
-    def _macs(self, heads: np.ndarray, neurons: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def latency(self, points: np.ndarray) -> np.ndarray | None:
+        """Seconds per image, (n, axes) -> (n,), as the budget's table has it; None without a limit of latency."""
+        if "latency" not in self.limits:
+            return None
+        heads, neurons, tokens = self._kept(points)
+        loads = self.pricing.loads(heads, neurons, self._drops(tokens), fuse=self.fuse)
+        return loads["latency"] * self.limits["latency"]
+
+    def _drops(self, tokens: np.ndarray) -> list[TokenDrop]:
         can_drop = bool(self._members["tokens"])
-        drops = [TokenDrop(block, tokens[:, stage]) for stage, block in enumerate(self.stage_blocks) if can_drop]
-        return np.asarray(self.costs.macs(heads, neurons, drops, fuse=self.fuse))
+        return [TokenDrop(block, tokens[:, stage]) for stage, block in enumerate(self.stage_blocks) if can_drop]
 
     def _check_reachable(self, budget: float | Budget) -> None:
         least = float(self.load(self.snap(self.low[None]))[0])
         if least > 1:
-            limit = self.budget.macs if self.budget.params is None else None
+            limit = self.budget.macs if set(self.limits) == {"macs"} else None
             as_fraction = limit is not None and limit <= 1
             reachable = f"{least * limit:.4g}" if as_fraction and limit else f"{least:.4g} times the budget"
             raise BudgetError(

@@ -362,6 +362,6 @@ def _uniform(record: RunRecord) -> Policy | None:
     names = ("dimensions", "min_heads", "min_neurons", "round_to")
     options = {name: record.settings.get("policy", {}).get(name) for name in names}
     options = {name: value for name, value in options.items() if value is not None}
-    if not isinstance(budget, dict):
+    if not isinstance(budget, dict) or budget.get("latency") is not None:  # nothing is measured for a picture
         return None
     return Policy.uniform(dense.sites.model, Budget(**budget), stages=policy.stages, **options)

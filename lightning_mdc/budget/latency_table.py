@@ -1,0 +1,342 @@
+"""What the parts of one model take on one device, and what whole policies take by it: their sum.
+
+A block is split into its attention and its MLP. Each was timed at some widths and numbers of tokens (the knots); in
+between, seconds are linear. Token stages and what is outside the blocks come on top. `measured_table` makes a table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_mdc.budget.costs import CostModel, TokenDrop, num_params
+from lightning_mdc.budget.latency import latencies
+from lightning_mdc.errors import BudgetError
+from lightning_mdc.models import Sites, find_sites
+from lightning_mdc.policy import Plan, Policy, TokenStage
+from lightning_mdc.run_folder import write_text
+from lightning_mdc.surgery.slim import slim
+
+# Matrix kernels are slower where a row of neurons is no whole number of vector registers (or tensor core tiles): 457
+# neurons take 7 to 15 % longer than 456 on a CPU. Widths of either kind have knots of their own.
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Seconds as a function of units kept and tokens: linear between knots, constant beyond them.
+
+    Attributes:
+        units, tokens: the knots, increasing.
+        seconds: per image at each knot, (units, tokens); never less for more.
+    """
+
+    units: tuple[int, ...]
+    tokens: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        for knots in (self.units, self.tokens):
+            if not knots or list(knots) != sorted(set(knots)):
+                raise BudgetError(f"latency table: knots {list(knots)} do not increase")
+        shape = (len(self.units), len(self.tokens))
+        values = np.asarray(self.seconds, dtype=np.float64)
+        if values.shape != shape or not (np.isfinite(values).all() and (values >= 0).all()):
+            raise BudgetError(f"latency table: expected {shape} finite, non-negative seconds, got {values.shape}")
+
+    @classmethod
+    def fitted(cls, units: Sequence[int], tokens: Sequence[int], readings: np.ndarray) -> Surface:
+        """Through `readings` (units, tokens), noise of the clock smoothed out: more never takes less."""
+        seconds = np.asarray(readings, dtype=np.float64)
+        for axis in (0, 1):
+            rising = np.maximum.accumulate(seconds, axis=axis)
+            falling = np.flip(np.minimum.accumulate(np.flip(seconds, axis), axis=axis), axis)
+            seconds = (rising + falling) / 2
+        return cls(tuple(map(int, units)), tuple(map(int, tokens)), tuple(tuple(map(float, row)) for row in seconds))
+
+    def __call__(self, units: Any, tokens: Any) -> Any:
+        """Seconds per image; arrays are broadcast against each other."""
+        seconds = np.asarray(self.seconds)
+        low_u, high_u, part_u = _between(self.units, units)
+        low_t, high_t, part_t = _between(self.tokens, tokens)
+        fewer = seconds[low_u, low_t] * (1 - part_t) + seconds[low_u, high_t] * part_t
+        more = seconds[high_u, low_t] * (1 - part_t) + seconds[high_u, high_t] * part_t
+        return fewer * (1 - part_u) + more * part_u
+
+
+def _between(knots: tuple[int, ...], values: Any) -> tuple[Any, Any, Any]:
+    """Indices of the knots on either side of values, and how far values are from the first to the second."""
+    if len(knots) == 1:
+        zero = np.zeros(np.shape(values), dtype=np.int64)
+        return zero, zero, zero
+    places = np.asarray(knots, dtype=np.float64)
+    low = np.clip(np.searchsorted(places, values, side="right") - 1, 0, len(knots) - 2)
+    part = (values - places[low]) / (places[low + 1] - places[low])
+    return low, low + 1, np.clip(part, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """What the parts of one kind of block take.
+
+    Attributes:
+        attention: by heads and tokens.
+        mlp: by neurons and tokens, for multiples of `ALIGNMENT` and for the whole width.
+        unaligned_mlp: for other numbers of neurons.
+        stage: what choosing and gathering tokens adds, by heads and the tokens that reach it; None: tokens
+            cannot leave.
+    """
+
+    attention: Surface
+    mlp: Surface
+    unaligned_mlp: Surface
+    stage: Surface | None
+
+    def mlp_seconds(self, neurons: Any, tokens: Any) -> Any:
+        """Seconds per image; arrays are broadcast against each other."""
+        aligned = (np.mod(neurons, ALIGNMENT) == 0) | (np.asarray(neurons) == self.mlp.units[-1])
+        return np.where(aligned, self.mlp(neurons, tokens), self.unaligned_mlp(neurons, tokens))
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured seconds per image of the parts of one model on one device.
+
+    Attributes:
+        about: what it was measured of and on: device, threads, versions, dtype, batch size, input size, widths.
+        kinds: the different blocks.
+        kind_of_block: index into `kinds` of each block.
+        outside: everything outside the blocks, by the tokens at the end (its one number of units is 0).
+        whole: (sum of parts, timed in one piece) of the dense model and a few slim ones, both increasing. Where they
+            differ the sum is corrected: dense MLPs, one after the other, make an allocator give memory back to the
+            system and fetch it again, which parts among smaller ones do not, and a busy machine is harder on what
+            takes long. Linear in between, in proportion beyond; empty: nothing to correct.
+    """
+
+    about: Mapping[str, Any]
+    kinds: tuple[BlockTimes, ...]
+    kind_of_block: tuple[int, ...]
+    outside: Surface
+    whole: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.kinds or not all(0 <= kind < len(self.kinds) for kind in self.kind_of_block):
+            raise BudgetError(f"latency table: kind_of_block={self.kind_of_block!r} for {len(self.kinds)} kind(s)")
+        steps = np.diff(np.array([(0.0, 0.0), *self.whole]), axis=0)
+        if not (np.isfinite(steps).all() and (steps > 0).all()):
+            raise BudgetError(f"latency table: the sums and times of whole models do not increase: {self.whole}")
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        batch_size: int = 1,
+        *,
+        device: str | torch.device | None = None,
+        cache: str | Path | None = None,
+        seconds: float = 30.0,
+        progress: bool = True,
+    ) -> LatencyTable:
+        """The table of `model`, measured now or read from the cache.
+
+        Args:
+            model: the dense model (or a module that holds it); unchanged, and it need have no weights (meta device).
+            batch_size: images per forward pass.
+            device: where to measure; None: where the model is.
+            cache: folder of tables; None: ``lightning_mdc/latency`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+            seconds: how long to measure, about.
+            progress: show a progress bar where there is a terminal.
+
+        Raises:
+            BudgetError: `batch_size` or `seconds` is no positive number, or `device` none that is here.
+        """
+        from lightning_mdc.budget.measuring import cached_table  # it builds on this module
+
+        return cached_table(model, batch_size, device=device, cache=cache, seconds=seconds, progress=progress)
+
+    def check(self, sites: Sites) -> None:
+        """Whether this table is of a model like that of `sites`.
+
+        Raises:
+            BudgetError: it is not.
+        """
+        mine, theirs = self.about.get("model"), widths(sites)
+        if mine != theirs:
+            raise BudgetError(
+                f"the latency table is of another model than this {sites.name} (other widths, blocks or input size); "
+                "measure one of this model: LatencyTable.of(model)"
+            )
+
+    def seconds(
+        self, costs: CostModel, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
+    ) -> Any:
+        """Seconds per image of policies, as `CostModel.macs` takes them: (..., blocks) counts give (...)."""
+        parts = self.sum_of_parts(costs, heads, neurons, drops, fuse)
+        if not self.whole:
+            return parts
+        sums, timed = np.array([(0.0, 0.0), *self.whole]).T
+        return np.where(parts > sums[-1], parts * (timed[-1] / sums[-1]), np.interp(parts, sums, timed))
+
+    def sum_of_parts(
+        self, costs: CostModel, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
+    ) -> Any:
+        """``outside + attention + MLP + token stages``, as they were timed; see `whole`."""
+        heads, neurons = np.asarray(heads), np.asarray(neurons)
+        flow = costs.flow(drops, fuse)
+        shape = np.broadcast_shapes(heads.shape[:-1], neurons.shape[:-1], np.shape(flow[-1].mlp))
+        total = np.zeros(shape) + self.outside(0, flow[-1].mlp)
+        for number, kind in enumerate(self.kinds):
+            blocks = [block for block, of in enumerate(self.kind_of_block) if of == number]
+            # All blocks of a kind at once, whatever number of tokens each sees.
+            before = np.stack([np.broadcast_to(flow[b].attention, shape) for b in blocks], axis=-1)
+            after = np.stack([np.broadcast_to(flow[b].mlp, shape) for b in blocks], axis=-1)
+            total = total + kind.attention(heads[..., blocks], before).sum(axis=-1)
+            total = total + kind.mlp_seconds(neurons[..., blocks], after).sum(axis=-1)
+            for place, block in enumerate(blocks):
+                if kind.stage is not None and flow[block].dropped is not False:
+                    stage = kind.stage(heads[..., block], before[..., place])
+                    total = total + np.where(flow[block].dropped, stage, 0.0)
+        return total
+
+    def of_dense(self, costs: CostModel) -> float:
+        """Seconds per image of the model as it is."""
+        return float(self.seconds(costs, costs.heads, costs.neurons, fuse=costs.sites.fuse))
+
+    def of_policy(self, model: nn.Module, policy: Policy) -> float:
+        """Seconds per image of the slim model that `policy` makes of the dense `model`, by this table."""
+        sites = find_sites(model)
+        self.check(sites)
+        costs = CostModel(sites)
+        return float(self.seconds(costs, *costs.of_policy(policy), fuse=sites.fuse))
+
+    def errors(self, model: nn.Module, policies: Sequence[Policy], *, rounds: int = 7) -> list[float]:
+        """How far off this table is for slim models that `policies` make of `model`: predicted / timed - 1, for each.
+
+        The model has to be on the device of the table. Which units stay does not matter to the time: the first.
+        """
+        sites = find_sites(model)
+        self.check(sites)
+        models = {str(number): slim(model, first_units(sites, policy)) for number, policy in enumerate(policies)}
+        timed = latencies(models, self.about["batch_size"], sites.input_size, rounds=rounds)
+        return [self.of_policy(model, p) / timed[str(number)] - 1 for number, p in enumerate(policies)]
+
+    # --- as JSON ------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Sorted JSON."""
+        return json.dumps({"format": 1, **asdict(self)}, sort_keys=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file at `path`, for `load` on another machine say."""
+        write_text(Path(path), self.to_json() + "\n")
+
+    @classmethod
+    def from_json(cls, text: str) -> LatencyTable:
+        """The table written by `to_json`.
+
+        Raises:
+            BudgetError: the text is no such table.
+        """
+        try:
+            return cls.from_fields(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, BudgetError):
+                raise
+            raise BudgetError(f"latency table JSON cannot be parsed: {error}") from error
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> LatencyTable:
+        """The table that `to_json` wrote, as JSON has been read.
+
+        Raises:
+            BudgetError: they are of no such table.
+        """
+        try:
+            if fields["format"] != 1:
+                raise BudgetError("latency table: its format is none this version knows")
+            return cls(
+                about=dict(fields["about"]),
+                kinds=tuple(_block_times(kind) for kind in fields["kinds"]),
+                kind_of_block=tuple(map(int, fields["kind_of_block"])),
+                outside=_surface(fields["outside"]),
+                whole=tuple((float(parts), float(timed)) for parts, timed in fields["whole"]),
+            )
+        except BudgetError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BudgetError(f"latency table JSON is malformed: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """The table in the JSON file at `path`, measured here or on another machine.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise BudgetError(f"table={str(path)!r} cannot be read: {error}") from error
+
+
+def _block_times(fields: Mapping[str, Any]) -> BlockTimes:
+    surfaces = {name: _surface(fields[name]) for name in ("attention", "mlp", "unaligned_mlp")}
+    return BlockTimes(**surfaces, stage=None if fields["stage"] is None else _surface(fields["stage"]))
+
+
+def _surface(fields: Mapping[str, Any]) -> Surface:
+    seconds = tuple(tuple(map(float, row)) for row in fields["seconds"])
+    return Surface(tuple(map(int, fields["units"])), tuple(map(int, fields["tokens"])), seconds)
+
+
+def first_units(sites: Sites, policy: Policy) -> Plan:
+    """A plan of `policy` for timing, which does not depend on which units stay: the first ones."""
+    counts = sites.counts(policy)
+    return Plan(
+        heads=tuple(tuple(range(int(count))) for count in counts.heads),
+        neurons=tuple(tuple(range(int(count))) for count in counts.neurons),
+        tokens=tuple(TokenStage(b, float(keep)) for b, keep in zip(counts.stages, counts.tokens, strict=True)),
+        num_heads=sites.num_heads,
+        num_neurons=sites.num_neurons,
+    )
+
+
+def widths(sites: Sites) -> dict[str, Any]:
+    """What has to be the same for two models to take the same time, JSON-ready."""
+    kinds, kind_of_block = block_kinds(sites)
+    inside = sum(p.numel() for block in sites.blocks for p in block.module.parameters())
+    return {
+        "class": type(sites.model).__name__,
+        "input_size": list(sites.input_size),
+        "grid": list(sites.grid),
+        "prefix_tokens": sites.num_prefix_tokens,
+        "class_rows": len(sites.class_rows),
+        "params_outside": num_params(sites.model) - inside,
+        "kinds": [kind for kind, _ in kinds],
+        "kind_of_block": kind_of_block,
+    }
+
+
+def block_kinds(sites: Sites) -> tuple[list[tuple[dict[str, Any], int]], list[int]]:
+    """The different blocks, each as its widths and the index of the first such block; and the kind of every block."""
+    kinds: list[tuple[dict[str, Any], int]] = []
+    kind_of_block = []
+    for index, block in enumerate(sites.blocks):
+        units = {name: getattr(block, name) for name in ("heads", "neurons")}
+        kind: dict[str, Any] = {
+            name: None if site is None else [site.num_units, site.unit_width] for name, site in units.items()
+        }
+        kind["weights"] = {name: list(p.shape) for name, p in block.module.named_parameters()}
+        known = [other for other, _ in kinds]
+        if kind not in known:
+            kinds.append((kind, index))
+            known.append(kind)
+        kind_of_block.append(known.index(kind))
+    return kinds, kind_of_block
