@@ -85,8 +85,8 @@ METHODS: dict[str, Method] = {
     "ours, neurons alone": Method(dimensions=("neurons",)),
     "ours, tokens alone": Method(dimensions=("tokens",)),
     "ours, heads and neurons": Method(dimensions=("heads", "neurons")),
-    "paper's criterion, nothing made up for": Method("hsic", "none"),
-    "conditional, nothing made up for": Method(compensate="none"),
+    "hsic as in the paper": Method("hsic", "none"),
+    "conditional, not compensated": Method(compensate="none"),
     **{f"{name}, lstsq": Method(name) for name in ("hsic", "taylor", "magnitude", "activation", "random")},
 }
 OURS = ("ours, uniform", "ours, searched")
@@ -368,7 +368,7 @@ def figure(found: dict[str, Any]) -> Figure:
     picture = Figure(figsize=(7.6, 4.2), layout="constrained")
     FigureCanvasAgg(picture)
     panel = picture.subplots()
-    shown = (*OURS, *PEERS, *SINGLE, "paper's criterion, nothing made up for")
+    shown = (*OURS, *PEERS, *SINGLE, "hsic as in the paper")
     colours = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#BBBBBB", "#888888", "#555555", "#CC79A7")
     budgets = budgets_of(found)
     for name, colour in zip(shown, colours, strict=True):

@@ -81,7 +81,7 @@ def test_defaults_of_the_conf_are_those_of_the_classes():
     from lightning_mdc import HSIC
     from lightning_mdc.data import DigitsDataModule
 
-    criterion = assembly.build_criterion(settings())
+    criterion = assembly.build_criterion(settings("importance=hsic"))
     assert vars(criterion) == vars(HSIC())
     ours, theirs = assembly.build_data(settings()), DigitsDataModule()
     for name in ("img_size", "in_chans", "batch_size", "val_fraction", "test_fraction", "split_seed"):

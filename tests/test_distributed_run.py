@@ -91,7 +91,7 @@ def test_every_test_image_counts_once(one, two):
 def test_what_two_processes_left_goes_on_in_one(two):
     folder, _ = two
     _, printed = run(folder.parent.parent, *ONE, f"resume={folder}")
-    assert printed.count("picked up") == 7
+    assert printed.count("picked up") == 8
 
 
 def test_a_killed_process_ends_the_run_with_a_message_and_one_goes_on(tmp_path):

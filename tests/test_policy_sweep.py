@@ -106,7 +106,9 @@ def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_trai
     run = policy_sweep.prepared(composed)
     policy = mdc.Policy.load(tmp_path / "policy.json")
     scores = mdc.Scores.load(run.folder / "scores.safetensors")
-    slim = mdc.slim(run.model("dense"), mdc.make_plan(run.model("dense"), scores, policy))
+    statistics = mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
+    plan = mdc.make_plan(run.model("dense"), scores, policy)
+    slim = mdc.slim(run.model("dense"), plan, compensate="lstsq", statistics=statistics)
     images, labels = map(torch.cat, zip(*run.data.val_dataloader(), strict=True))
     right = (slim(images).argmax(dim=1) == labels).sum().item()
     assert int(value * len(labels)) == right

@@ -163,7 +163,7 @@ def test_the_stage_is_asked_for_by_name_and_goes_on(tmp_path, monkeypatch):
     expected = (folder / "sensitivity.csv").read_bytes()
     assert b"\ntokens,2," in expected
     assert "sensitivity" not in pipeline.select(settings(tmp_path))
-    assert pipeline.select(settings(tmp_path, "stage=[all,sensitivity]"))[2:4] == ("sensitivity", "search")
+    assert pipeline.select(settings(tmp_path, "stage=[all,sensitivity]"))[3:5] == ("sensitivity", "search")
 
     judged, calls = HeldOut.judge, []
 

@@ -152,7 +152,7 @@ def test_a_run_through_a_pipe_is_plain_and_its_log_has_every_line(tmp_path):
     assert [line[28:] for line in logged] == lines
     for stage in ("dense", "score", "search"):
         assert len([line for line in lines if re.match(rf"{stage}: +done in [\d.]+ s: \w", line)]) == 1
-    assert lines[-3] == f"all of it is in {folder}: dense, scores.safetensors, policy.json"
+    assert lines[-3] == f"all of it is in {folder}: dense, scores.safetensors, statistics.safetensors, policy.json"
     assert lines[-2] == "go on with slim, distill, test, report:"
     typed = shlex.split(lines[-1])
     assert typed == ["python", str(ROOT / "train.py"), *TINY, f"runs={tmp_path}", f"resume={folder}"]
