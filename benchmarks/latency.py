@@ -1,0 +1,185 @@
+"""How far off is the latency table? What it says of random policies, against their slim models timed in one piece.
+
+    .venv/bin/python benchmarks/latency.py
+
+Per model and batch size a table is measured anew, then the slim models of 20 random policies (heads, neurons and tokens
+of every block drawn by themselves, none of which the table was made from) are timed in turn. Leaves
+``benchmarks/results/latency.json`` and ``.png`` and the table in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from matplotlib.figure import Figure
+from readme import put
+from targets import Target, verdicts
+from torch import nn
+from tqdm.auto import tqdm
+
+import lightning_mdc as mdc
+from lightning_mdc.budget import CostModel
+from lightning_mdc.budget.latency import latencies
+from lightning_mdc.budget.latency_table import first_units
+from lightning_mdc.models import find_sites
+from lightning_mdc.reporting.style import BLUE, COLOURS, GRAY, new_figure, plain, save_figure
+from lightning_mdc.run_folder import write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+THOROUGH = [("deit_tiny_patch16_224", 16), ("deit_tiny_patch16_224", 1), ("deit_small_patch16_224", 16)]
+QUICK = THOROUGH[:1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="DeiT-T at batch 16 only; README stays as it is")
+    parser.add_argument("--policies", type=int, default=20, help="random policies (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="to measure a table (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="readings of each slim model (default: 15, quick: 7)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="cpu", help="where (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the policies")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    rounds = arguments.rounds or (7 if arguments.quick else 15)
+    cases = []
+    for name, batch in tqdm(QUICK if arguments.quick else THOROUGH, desc="Latency", unit="table"):
+        cases.append(measured(name, batch, rounds, arguments))
+    targets = [
+        Target(
+            f"largest relative error over {len(case['policies'])} random policies, {short(case)}",
+            case["largest_error"],
+            "<=",
+            0.10,
+        )
+        for case in cases
+    ]
+    result = {
+        "threads": torch.get_num_threads(),
+        "device": cases[0]["about"]["device"],
+        "cases": cases,
+        "targets": [target.facts() for target in targets],
+    }
+    folder = RESULTS / "quick" if arguments.quick else RESULTS
+    write_json(folder / "latency.json", result)
+    save_figure(figure(cases), folder / "latency.png")
+    text = f"{table(result)}\n\n{verdicts(targets)}"
+    if arguments.quick:
+        print(text)
+    else:
+        put("latency", text)
+
+
+def measured(name: str, batch: int, rounds: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval().to(arguments.device)
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        found = mdc.LatencyTable.of(model, batch, cache=cache, seconds=arguments.seconds)
+    seconds = time.perf_counter() - begun
+    policies = random_policies(arguments.policies, model, arguments.seed)
+    sites = find_sites(model)
+    models = {str(number): mdc.slim(model, first_units(sites, policy)) for number, policy in enumerate(policies)}
+    timed = latencies({"dense": model, **models}, batch, sites.input_size, rounds=rounds, progress=True)
+    dense = found.of_dense(CostModel(sites))
+    rows = []
+    for number, policy in enumerate(policies):
+        rows.append(
+            {
+                "policy": json.loads(policy.to_json()),
+                "predicted": found.of_policy(model, policy),
+                "measured": timed[str(number)],
+                "macs": mdc.policy_macs(model, policy) / mdc.macs(model),
+            }
+        )
+    errors = [row["predicted"] / row["measured"] - 1 for row in rows]
+    shares = [(row["predicted"] / dense) / (row["measured"] / timed["dense"]) - 1 for row in rows]
+    # What a budget of MACs takes for granted.
+    by_macs = [row["macs"] / (row["measured"] / timed["dense"]) - 1 for row in rows]
+    return {
+        "model": name,
+        "batch": batch,
+        "seconds_to_measure": seconds,
+        "dense": {"predicted": dense, "measured": timed["dense"]},
+        "sums_against_whole_models": [parts / whole - 1 for parts, whole in found.whole],
+        "policies": rows,
+        "largest_error": largest(errors),
+        "mean_error": statistics.mean(map(abs, errors)),
+        "largest_error_of_share": largest(shares),
+        "mean_error_of_share": statistics.mean(map(abs, shares)),
+        "largest_error_of_macs": largest(by_macs),
+        "about": {key: value for key, value in found.about.items() if key != "model"},
+    }
+
+
+def short(case: dict[str, Any]) -> str:
+    return f"{case['model'].split('_patch')[0]}, batch {case['batch']}"
+
+
+def largest(errors: list[float]) -> float:
+    return max(map(abs, errors))
+
+
+def random_policies(count: int, model: nn.Module, seed: int) -> list[mdc.Policy]:
+    """Every block by itself: one head to all, a quarter of the neurons to all, half of a stage's tokens to all."""
+    rng, sites = np.random.default_rng(seed), find_sites(model)
+    policies = []
+    for _ in range(count):
+        heads = [int(rng.integers(1, heads + 1)) / heads for heads in sites.num_heads]
+        neurons = rng.uniform(0.25, 1, sites.depth).tolist()
+        policies.append(mdc.Policy(heads, neurons, rng.uniform(0.5, 1, 3).tolist()))
+    return policies
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| latency by the table | batch | largest error | mean error | largest, of dense | largest, by MACs |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for case in result["cases"]:
+        lines.append(
+            f"| {case['model']} | {case['batch']} | {case['largest_error']:.1%} | {case['mean_error']:.1%} | "
+            f"{case['largest_error_of_share']:.1%} | {case['largest_error_of_macs']:.1%} |"
+        )
+    took = ", ".join(f"{case['seconds_to_measure']:.0f} s" for case in result["cases"])
+    threads = f"{result['threads']} thread{'' if result['threads'] == 1 else 's'}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Predicted against timed latency of {len(result['cases'][0]['policies'])} random slim models, on "
+            f"{result['device']}, {threads}. *Of dense*: latency as a share of the dense model's. *By MACs*: that "
+            f"share taken to be the one of the MACs. The tables took {took} to measure. Measured by "
+            "`python benchmarks/latency.py`.",
+        ]
+    )
+
+
+def figure(cases: list[dict[str, Any]]) -> Figure:
+    drawn, panels = new_figure(3.6 * len(cases), 3.4, columns=len(cases))
+    for panel, case in zip(panels, cases, strict=True):
+        points = np.array([(row["measured"], row["predicted"]) for row in case["policies"]]) * 1e3
+        dense = np.array([[case["dense"]["measured"], case["dense"]["predicted"]]]) * 1e3
+        ends = np.array([0.0, 1.05 * max(points.max(), dense.max())])
+        panel.fill_between(ends, 0.9 * ends, 1.1 * ends, color=GRAY, alpha=0.3, lw=0, label="± 10 %")
+        panel.plot(ends, ends, color=GRAY, lw=1)
+        panel.scatter(*points.T, s=16, color=BLUE, label="random policies")
+        panel.scatter(*dense.T, s=30, color=COLOURS["neurons"], marker="D", label="dense")
+        panel.set(xlabel="timed, ms per image", ylabel="by the table, ms per image", xlim=ends, ylim=ends)
+        plain(panel, short(case))
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
