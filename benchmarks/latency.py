@@ -57,8 +57,7 @@ def main() -> None:
         cases.append(measured(name, batch, rounds, arguments))
     targets = [
         Target(
-            f"largest relative error over {len(case['policies'])} random policies, {case['model']}, batch "
-            f"{case['batch']}",
+            f"largest relative error over {len(case['policies'])} random policies, {short(case)}",
             case["largest_error"],
             "<=",
             0.10,
@@ -123,6 +122,10 @@ def measured(name: str, batch: int, rounds: int, arguments: argparse.Namespace) 
     }
 
 
+def short(case: dict[str, Any]) -> str:
+    return f"{case['model'].split('_patch')[0]}, batch {case['batch']}"
+
+
 def largest(errors: list[float]) -> float:
     return max(map(abs, errors))
 
@@ -140,7 +143,7 @@ def random_policies(count: int, model: nn.Module, seed: int) -> list[mdc.Policy]
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| table of | batch | largest error | mean error | of the share of dense: largest | by MACs alone: largest |",
+        "| latency by the table | batch | largest error | mean error | largest, of dense | largest, by MACs |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for case in result["cases"]:
@@ -149,13 +152,15 @@ def table(result: dict[str, Any]) -> str:
             f"{case['largest_error_of_share']:.1%} | {case['largest_error_of_macs']:.1%} |"
         )
     took = ", ".join(f"{case['seconds_to_measure']:.0f} s" for case in result["cases"])
+    threads = f"{result['threads']} thread{'' if result['threads'] == 1 else 's'}"
     return "\n".join(
         [
             *lines,
             "",
             f"Predicted against timed latency of {len(result['cases'][0]['policies'])} random slim models, on "
-            f"{result['device']}, {result['threads']} thread(s); a table took {took} to measure. "
-            "Measured by `python benchmarks/latency.py`.",
+            f"{result['device']}, {threads}. *Of dense*: latency as a share of the dense model's. *By MACs*: that "
+            f"share taken to be the one of the MACs. The tables took {took} to measure. Measured by "
+            "`python benchmarks/latency.py`.",
         ]
     )
 
@@ -171,7 +176,7 @@ def figure(cases: list[dict[str, Any]]) -> Figure:
         panel.scatter(*points.T, s=16, color=BLUE, label="random policies")
         panel.scatter(*dense.T, s=30, color=COLOURS["neurons"], marker="D", label="dense")
         panel.set(xlabel="timed, ms per image", ylabel="by the table, ms per image", xlim=ends, ylim=ends)
-        plain(panel, f"{case['model'].split('_patch')[0]}, batch {case['batch']}")
+        plain(panel, short(case))
     panels[0].legend(frameon=False, fontsize=8, loc="lower right")
     return drawn
 

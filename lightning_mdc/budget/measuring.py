@@ -29,6 +29,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from lightning_mdc.budget.costs import CostModel
+from lightning_mdc.budget.latency import settled_memory
 from lightning_mdc.budget.latency_table import (
     ALIGNMENT,
     BlockTimes,
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100
 # What a token stage costs hardly depends on how many it keeps.
 _STAGE_KEEP = 0.5
-# Keep ratios, of all dimensions alike, of the whole models that a sum of parts is corrected by.
+# Keep ratios, of all dimensions alike, of the whole models that sums of parts are corrected by.
 _WHOLE = (1.0, 0.8, 0.6, 0.4)
 
 
@@ -75,7 +76,7 @@ def _measured(
     whole = _Whole(model, batch_size, device)
     timed: list[_Bench | _Outside | _Whole] = [*benches, outside, whole]
     works = [work for each in timed for work in each.works()]
-    with torch.inference_mode():
+    with torch.inference_mode(), settled_memory():
         begun = time.perf_counter()
         for work in works:  # caches, kernels and the allocator warm up
             work()
@@ -460,7 +461,6 @@ class _Whole:
 
     def _time(self, number: int) -> None:
         model = self.models[number][1]
-        model(self.images)  # the second of two passes finds memory and caches as such a model leaves them
         self.watch.wait()
         start = self.watch.mark()
         model(self.images)
@@ -469,19 +469,16 @@ class _Whole:
         self.readings[number].append(self.watch.between(start, end))
 
     def against(self, table: LatencyTable) -> tuple[tuple[float, float], ...]:
-        """(sum of parts, the median of what was timed) of each model, in seconds per image, where both increase."""
+        """(sum of parts, the median of what was timed) of each model, in seconds per image, dense first."""
         sites = find_sites(self.dense)
         costs = CostModel(sites)
-        pairs: list[tuple[float, float]] = []
+        pairs = []
         for (policy, _), readings in zip(self.models, self.readings, strict=True):
             parts = float(table.sum_of_parts(costs, *costs.of_policy(policy), fuse=sites.fuse))
-            timed = float(np.median(readings)) / self.batch_size
-            # Dense first: what is no slower than a larger model is noise, or has nothing left to lose.
-            if not pairs or (parts < pairs[-1][0] and timed < pairs[-1][1]):
-                pairs.append((parts, timed))
+            pairs.append((parts, float(np.median(readings)) / self.batch_size))
         log.info(
-            "  latency table: dense takes %.4g ms per image; sums of parts are off by %s (dense first), mended",
+            "  latency table: dense takes %.4g ms per image; of whole models, dense first, sums of parts are off by %s",
             pairs[0][1] * 1e3,
             ", ".join(f"{parts / timed - 1:+.1%}" for parts, timed in pairs),
         )
-        return tuple(reversed(pairs))
+        return tuple(pairs)
