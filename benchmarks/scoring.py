@@ -260,17 +260,19 @@ def figure(result: dict[str, Any]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="64 images, 3 readings of the most important ways")
-    parser.add_argument("--model", default="deit_small_patch16_224", help="of timm (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="images per batch (default: %(default)s)")
-    parser.add_argument("--batches", type=int, help="batches per reading (default: 2; quick: 1)")
+    parser.add_argument("--quick", action="store_true", help="DeiT-T, 3 readings of the most important ways")
+    parser.add_argument("--model", help="of timm (default: deit_small_patch16_224; quick: deit_tiny_patch16_224)")
+    parser.add_argument("--batch", type=int, help="images per batch (default: 64; quick: 16)")
+    parser.add_argument("--batches", type=int, help="batches per reading (default: 2)")
     parser.add_argument("--rounds", type=int, help="readings of each (default: 7; quick: 3)")
     parser.add_argument("--sampled", type=int, default=SAMPLED, help="neurons per block of the loop (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="without Torch-Pruning")
     parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     arguments = parser.parse_args()
-    arguments.batches = arguments.batches or (1 if arguments.quick else 2)
+    arguments.model = arguments.model or f"deit_{'tiny' if arguments.quick else 'small'}_patch16_224"
+    arguments.batch = arguments.batch or (16 if arguments.quick else 64)
+    arguments.batches = arguments.batches or 2
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 7)
     folder = RESULTS / "quick" if arguments.quick else RESULTS
     stored = folder / "scoring.json"
