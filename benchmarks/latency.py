@@ -35,7 +35,7 @@ from lightning_mdc.reporting.style import BLUE, COLOURS, GRAY, new_figure, plain
 from lightning_mdc.run_folder import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
-THOROUGH = [("deit_tiny_patch16_224", 16), ("deit_tiny_patch16_224", 1), ("deit_small_patch16_224", 16)]
+THOROUGH = [(name, batch) for name in ("deit_tiny_patch16_224", "deit_small_patch16_224") for batch in (16, 1)]
 QUICK = THOROUGH[:1]
 
 
@@ -44,11 +44,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="DeiT-T at batch 16 only; README stays as it is")
     parser.add_argument("--policies", type=int, default=20, help="random policies (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure a table (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="readings of each slim model (default: 15, quick: 7)")
+    parser.add_argument("--rounds", type=int, help="readings of each slim model, 2 at least (default: 15, quick: 7)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="where (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the policies")
     arguments = parser.parse_args()
+    if arguments.rounds is not None and arguments.rounds < 2:
+        parser.error(f"--rounds {arguments.rounds}: at least 2, whose difference says how well timings repeat")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     rounds = arguments.rounds or (7 if arguments.quick else 15)
@@ -91,7 +93,8 @@ def measured(name: str, batch: int, rounds: int, arguments: argparse.Namespace) 
     sites = find_sites(model)
     models = {str(number): mdc.slim(model, first_units(sites, policy)) for number, policy in enumerate(policies)}
     images = torch.zeros(batch, *sites.input_size, device=arguments.device)
-    timed = in_turn({"dense": model, **models}, images, rounds)
+    readings = in_turn({"dense": model, **models}, images, rounds)
+    timed = {of: statistics.median(each) for of, each in readings.items()}
     dense = found.of_dense(CostModel(sites))
     rows = []
     for number, policy in enumerate(policies):
@@ -105,6 +108,8 @@ def measured(name: str, batch: int, rounds: int, arguments: argparse.Namespace) 
         )
     errors = [row["predicted"] / row["measured"] - 1 for row in rows]
     shares = [(row["predicted"] / dense) / (row["measured"] / timed["dense"]) - 1 for row in rows]
+    # What of an error may be the clock's; that the machine changes between table and timings comes on top.
+    repeats = [statistics.median(each[::2]) / statistics.median(each[1::2]) - 1 for each in readings.values()]
     # What a budget of MACs takes for granted.
     by_macs = [row["macs"] / (row["measured"] / timed["dense"]) - 1 for row in rows]
     return {
@@ -119,12 +124,13 @@ def measured(name: str, batch: int, rounds: int, arguments: argparse.Namespace) 
         "largest_error_of_share": largest(shares),
         "mean_error_of_share": statistics.mean(map(abs, shares)),
         "largest_error_of_macs": largest(by_macs),
+        "largest_difference_of_repeats": largest(repeats),
         "about": {key: value for key, value in found.about.items() if key != "model"},
     }
 
 
-def in_turn(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, float]:
-    """Seconds per image, medians. Each reading is the second of two passes: the other models have taken the caches."""
+def in_turn(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds per image of each round. Readings are of the second of two passes: the others have taken the caches."""
     readings: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), settled_memory():
         for _ in tqdm(range(rounds), desc=f"Slim models at batch {len(images)}", unit="round", leave=False):
@@ -135,7 +141,7 @@ def in_turn(models: dict[str, nn.Module], images: Tensor, rounds: int) -> dict[s
                 model(images)
                 wait(images)
                 readings[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) / len(images) for name, seconds in readings.items()}
+    return {name: [each / len(images) for each in seconds] for name, seconds in readings.items()}
 
 
 def wait(images: Tensor) -> None:
@@ -164,13 +170,14 @@ def random_policies(count: int, model: nn.Module, seed: int) -> list[mdc.Policy]
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| latency by the table | batch | largest error | mean error | largest, of dense | largest, by MACs |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| latency by table | batch | largest error | mean error | largest, of dense | largest, by MACs | repeats |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for case in result["cases"]:
         lines.append(
             f"| {case['model']} | {case['batch']} | {case['largest_error']:.1%} | {case['mean_error']:.1%} | "
-            f"{case['largest_error_of_share']:.1%} | {case['largest_error_of_macs']:.1%} |"
+            f"{case['largest_error_of_share']:.1%} | {case['largest_error_of_macs']:.1%} | "
+            f"{case['largest_difference_of_repeats']:.1%} |"
         )
     took = ", ".join(f"{case['seconds_to_measure']:.0f} s" for case in result["cases"])
     threads = f"{result['threads']} thread{'' if result['threads'] == 1 else 's'}"
@@ -180,7 +187,8 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"Predicted against timed latency of {len(result['cases'][0]['policies'])} random slim models, on "
             f"{result['device']}, {threads}. *Of dense*: latency as a share of the dense model's. *By MACs*: that "
-            f"share taken to be the one of the MACs. The tables took {took} to measure. Measured by "
+            f"share taken to be the one of the MACs. *Repeats*: the largest difference between the "
+            f"medians of a model's odd and even readings. The tables took {took} to measure. Measured by "
             "`python benchmarks/latency.py`.",
         ]
     )
