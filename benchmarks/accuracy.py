@@ -8,8 +8,9 @@ ours alone, and Torch-Pruning, all cut from one dense model to the same MACs.
 
 A seed draws the calibration images, and orders the training images of the finetune: an epoch under the dense model as
 teacher, without augmentation, so that the teacher is asked once about each image. "Dense, same training" is the dense
-model given the same epoch and the same teacher: what a row lost, it lost against that. Nothing is chosen on the test
-images; the search judges on held-out training images.
+model given the same epoch and the same teacher: what a row lost, it lost against that. A search judges on
+held-out training images. Torch-Pruning has as many heads and neurons as our uniform policy of those two; it searches
+nothing and nothing is compensated, so its distance to "ours, searched" is that of whole tools, not of criteria.
 
 Every finished row is kept in ``--work``. Leaves ``benchmarks/results/accuracy.json`` and ``.png`` and the table in
 README.md.
