@@ -19,6 +19,7 @@ README.md.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import shutil
@@ -48,6 +49,7 @@ from lightning_mdc import assembly, reporting
 from lightning_mdc.budget import num_params
 from lightning_mdc.distillation import DistillationModule, TeacherCache
 from lightning_mdc.errors import BudgetError
+from lightning_mdc.importance.criteria import Random
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.run_folder import fingerprint, newest_run, write_json
 
@@ -159,7 +161,7 @@ class Remembered(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.cache = TeacherCache(network)  # type: ignore[arg-type]  # anything that gives logits
+        self.cache = TeacherCache(network)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.cache(images)
@@ -217,7 +219,7 @@ class Benchmark:
         begun = time.perf_counter()
         row: dict[str, Any] = {"method": name, "budget": budget, "seed": seed}
         try:
-            slim = mdc.slim(self.dense, _nothing(self.dense)) if name == REFERENCE else self.slim(name, budget, seed)
+            slim = copy.deepcopy(self.dense) if name == REFERENCE else self.slim(name, budget, seed)
         except BudgetError as error:
             return row | {"failure": str(error)}
         row |= {"macs": mdc.macs(slim), "before": values(slim, self.test)["top1"]}
@@ -275,17 +277,6 @@ class Benchmark:
         )
         trainer.fit(module, loader)
         slim.cpu().eval()
-
-
-def Random(seed: int) -> mdc.Criterion:  # noqa: N802 (a criterion with its seed)
-    from lightning_mdc.importance.criteria import Random as Criterion
-
-    return Criterion(seed)
-
-
-def _nothing(model: nn.Module) -> mdc.Plan:
-    """The plan that keeps everything."""
-    return mdc.make_plan(model, mdc.score(model, (), "magnitude", progress=False), mdc.Policy())
 
 
 def _place(row: dict[str, Any]) -> tuple[str, float, int]:

@@ -14,14 +14,14 @@ import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import put
+from readme import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -31,10 +31,8 @@ from lightning_mdc.budget import CostModel
 from lightning_mdc.budget.latency import settled_memory
 from lightning_mdc.budget.latency_table import first_units
 from lightning_mdc.models import find_sites
-from lightning_mdc.reporting.style import BLUE, COLOURS, GRAY, new_figure, plain, save_figure
-from lightning_mdc.run_folder import write_json
+from lightning_mdc.reporting.style import BLUE, COLOURS, GRAY, new_figure, plain
 
-RESULTS = Path(__file__).resolve().parent / "results"
 THOROUGH = [(name, batch) for name in ("deit_tiny_patch16_224", "deit_small_patch16_224") for batch in (16, 1)]
 QUICK = THOROUGH[:1]
 
@@ -48,16 +46,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="where (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the policies")
+    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     arguments = parser.parse_args()
     if arguments.rounds is not None and arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: at least 2, whose difference says how well timings repeat")
+    arguments.rounds = arguments.rounds or (7 if arguments.quick else 15)
+    publish("latency", arguments, partial(measure, arguments), figure, table)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    rounds = arguments.rounds or (7 if arguments.quick else 15)
-    cases = []
-    for name, batch in tqdm(QUICK if arguments.quick else THOROUGH, desc="Latency", unit="table"):
-        cases.append(measured(name, batch, rounds, arguments))
-    targets = [
+    wanted = QUICK if arguments.quick else THOROUGH
+    cases = [measured(name, batch, arguments) for name, batch in tqdm(wanted, desc="Latency", unit="table")]
+    return {
+        "threads": torch.get_num_threads(),
+        "device": cases[0]["about"]["device"],
+        "cases": cases,
+        "targets": [target.facts() for target in targets(cases)],
+    }
+
+
+def targets(cases: list[dict[str, Any]]) -> list[Target]:
+    return [
         Target(
             f"largest relative error over {len(case['policies'])} random policies, {short(case)}",
             case["largest_error"],
@@ -66,23 +77,9 @@ def main() -> None:
         )
         for case in cases
     ]
-    result = {
-        "threads": torch.get_num_threads(),
-        "device": cases[0]["about"]["device"],
-        "cases": cases,
-        "targets": [target.facts() for target in targets],
-    }
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
-    write_json(folder / "latency.json", result)
-    save_figure(figure(cases), folder / "latency.png")
-    text = f"{table(result)}\n\n{verdicts(targets)}"
-    if arguments.quick:
-        print(text)
-    else:
-        put("latency", text)
 
 
-def measured(name: str, batch: int, rounds: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = timm.create_model(name).eval().to(arguments.device)
     begun = time.perf_counter()
@@ -93,7 +90,7 @@ def measured(name: str, batch: int, rounds: int, arguments: argparse.Namespace) 
     sites = find_sites(model)
     models = {str(number): mdc.slim(model, first_units(sites, policy)) for number, policy in enumerate(policies)}
     images = torch.zeros(batch, *sites.input_size, device=arguments.device)
-    readings = in_turn({"dense": model, **models}, images, rounds)
+    readings = in_turn({"dense": model, **models}, images, arguments.rounds)
     timed = {of: statistics.median(each) for of, each in readings.items()}
     dense = found.of_dense(CostModel(sites))
     rows = []
@@ -190,11 +187,14 @@ def table(result: dict[str, Any]) -> str:
             f"share taken to be the one of the MACs. *Repeats*: the largest difference between the "
             f"medians of a model's odd and even readings. The tables took {took} to measure. Measured by "
             "`python benchmarks/latency.py`.",
+            "",
+            verdicts(targets(result["cases"])),
         ]
     )
 
 
-def figure(cases: list[dict[str, Any]]) -> Figure:
+def figure(result: dict[str, Any]) -> Figure:
+    cases = result["cases"]
     drawn, panels = new_figure(3.6 * len(cases), 3.4, columns=len(cases))
     for panel, case in zip(panels, cases, strict=True):
         points = np.array([(row["measured"], row["predicted"]) for row in case["policies"]]) * 1e3

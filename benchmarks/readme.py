@@ -1,10 +1,42 @@
-"""Where a benchmark's table goes: into README.md, between two comments that carry its name."""
+"""Where a benchmark's results go: JSON, a picture, and a table in README.md between two comments with its name."""
 
+import json
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lightning_mdc.run_folder import write_text
+from matplotlib.figure import Figure
+
+from lightning_mdc.reporting import save_figure
+from lightning_mdc.run_folder import write_json, write_text
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def publish(
+    name: str,
+    arguments: Namespace,
+    measure: Callable[[], dict[str, Any]],
+    figure: Callable[[dict[str, Any]], Figure],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure, keep the numbers, draw them, and put their table into README.md.
+
+    With ``arguments.table_only`` the numbers are those kept before. With ``arguments.quick`` all goes to
+    ``benchmarks/results/quick/``, and the table is only printed.
+    """
+    folder = RESULTS / "quick" if arguments.quick else RESULTS
+    stored = folder / f"{name}.json"
+    if not arguments.table_only:
+        write_json(stored, measure())
+    result = json.loads(stored.read_text())
+    save_figure(figure(result), folder / f"{name}.png")
+    if arguments.quick:
+        print(table(result))
+    else:
+        put(name, table(result))
 
 
 def put(name: str, text: str) -> None:

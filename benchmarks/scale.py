@@ -12,19 +12,18 @@ Leaves ``benchmarks/results/scale.json``, ``.png`` and the table in README.md; `
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
 import time
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import put
+from readme import publish
 from targets import Target, verdicts
 from tqdm.auto import tqdm
 
@@ -32,9 +31,7 @@ import lightning_mdc as mdc
 from lightning_mdc import reporting
 from lightning_mdc.budget import num_params
 from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, ORANGE, new_figure, plain
-from lightning_mdc.run_folder import write_json
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224")
 STEPS = {"score": BLUE, "plan": GREEN, "slim": ORANGE}
 STEEPEST = 1.1  # linear, up to noise
@@ -181,17 +178,7 @@ def main() -> None:
             setattr(arguments, name, value)
     if wrong := [images for images in arguments.images if images % min(arguments.batch, images)]:
         parser.error(f"--images {wrong}: give multiples of --batch {arguments.batch}")
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
-    stored = folder / "scale.json"
-    if not arguments.table_only:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(stored, measure(arguments))
-    result = json.loads(stored.read_text())
-    reporting.save_figure(figure(result), folder / "scale.png")
-    if arguments.quick:
-        print(table(result))
-    else:
-        put("scale", table(result))
+    publish("scale", arguments, partial(measure, arguments), figure, table)
 
 
 if __name__ == "__main__":

@@ -14,33 +14,29 @@ README.md; ``--quick`` only prints its table.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from readme import put
+from readme import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc import reporting
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import default_stages
 from lightning_mdc.reporting.style import BLUE, GRAY, new_figure, plain
-from lightning_mdc.run_folder import write_json
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FORWARD, OURS, LOOP, PEER = "forward pass", "ours: hsic", "hsic, a unit at a time", "Torch-Pruning: Taylor"
 OTHERS = ("activation", "taylor")  # our criteria that need images, beside hsic
 SAMPLED = 8  # neurons per block of the loop
@@ -274,17 +270,7 @@ def main() -> None:
     arguments.batch = arguments.batch or (16 if arguments.quick else 64)
     arguments.batches = arguments.batches or 2
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 7)
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
-    stored = folder / "scoring.json"
-    if not arguments.table_only:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(stored, measure(arguments))
-    result = json.loads(stored.read_text())
-    reporting.save_figure(figure(result), folder / "scoring.png")
-    if arguments.quick:
-        print(table(result))
-    else:
-        put("scoring", table(result))
+    publish("scoring", arguments, partial(measure, arguments), figure, table)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,16 @@ import peers
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import put
+from readme import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc import reporting
 from lightning_mdc.budget.latency import latencies
 from lightning_mdc.export import INPUT, OUTPUT, export_model
 from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, ORANGE, new_figure, plain
-from lightning_mdc.run_folder import write_json
 
-RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "t2t_vit_14")
 BUDGETS = (0.6, 0.4)
 DENSE, ALL, UNITS, PEER = "dense", "heads, neurons, tokens", "heads, neurons", "Torch-Pruning"
@@ -277,17 +274,7 @@ def main() -> None:
     for name, value in (quick if arguments.quick else thorough).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
-    stored = folder / "slim_speed.json"
-    if not arguments.table_only:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(stored, measure(arguments))
-    result = json.loads(stored.read_text())
-    reporting.save_figure(figure(result), folder / "slim_speed.png")
-    if arguments.quick:
-        print(table(result))
-    else:
-        put("slim_speed", table(result))
+    publish("slim_speed", arguments, partial(measure, arguments), figure, table)
 
 
 if __name__ == "__main__":

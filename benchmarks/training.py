@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import random
 import statistics
@@ -25,14 +24,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import lightning as L
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import put
+from readme import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -41,9 +40,7 @@ from tqdm.auto import tqdm
 import lightning_mdc as mdc
 from lightning_mdc.policy import DIMENSIONS
 from lightning_mdc.reporting import style
-from lightning_mdc.run_folder import write_json
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP = 2  # rounds; in the first one the cache is filled
 MASKED = "dense, heads and neurons masked"
 MASKED_WITH_TOKENS = "dense, heads and neurons masked, token stages on"
@@ -119,7 +116,7 @@ def measure(name: str, batch: int, rounds: int, precision: str) -> dict[str, Any
             for what in order:
                 seconds[what].append(timed(ways[what], images, labels, precision))
                 progress.update()
-    return {
+    result = {
         "model": name,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
         "precision": precision,
@@ -129,6 +126,7 @@ def measure(name: str, batch: int, rounds: int, precision: str) -> dict[str, Any
         "compared": [(what, way.base) for what, way in ways.items()],
         "seconds": {what: each[WARM_UP:] for what, each in seconds.items()},
     }
+    return {**result, "targets": [target.facts() for target in targets(result)]}
 
 
 def timed(way: Way, images: Tensor, labels: Tensor, precision: str) -> float:
@@ -161,7 +159,7 @@ def targets(result: dict[str, Any]) -> list[Target]:
     ]
 
 
-def text(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     lines = [
         "| training step | ms | against | time ratio (quartiles) | images/s |",
         "| --- | ---: | --- | ---: | ---: |",
@@ -212,18 +210,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
-    stored = folder / "training.json"
-    if not arguments.table_only:
-        batch, rounds = (16, 8) if arguments.quick else (64, 30)
-        result = measure(arguments.model, arguments.batch or batch, arguments.rounds or rounds, arguments.precision)
-        write_json(stored, {**result, "targets": [target.facts() for target in targets(result)]})
-    result = json.loads(stored.read_text())
-    style.save_figure(figure(result), folder / "training.png")
-    if arguments.quick:
-        print(text(result))
-    else:
-        put("training", text(result))
+    batch, rounds = (16, 8) if arguments.quick else (64, 30)
+    batch, rounds = arguments.batch or batch, arguments.rounds or rounds
+    measured = partial(measure, arguments.model, batch, rounds, arguments.precision)
+    publish("training", arguments, measured, figure, table)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Share of the channels' mean variance that is added to each: what a channel says below it is noise of the sample.
+RIDGE = 1e-4
+
 
 def ridge_cholesky(symmetric: Tensor, ridge: float) -> Tensor:
     """Cholesky factor of ``symmetric + ridge I``, (n, n), with a larger ridge where rounding outweighs it."""

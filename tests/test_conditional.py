@@ -10,8 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import lightning_mdc as mdc
 from lightning_mdc.importance import conditional
-from lightning_mdc.importance.conditional import RIDGE, lost_by_elimination
+from lightning_mdc.importance.conditional import lost_by_elimination
 from lightning_mdc.models import find_sites
+from lightning_mdc.ridge import RIDGE
 from tests.kinds import BASE, images, make
 
 Array = NDArray[np.float64]

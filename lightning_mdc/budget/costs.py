@@ -145,13 +145,13 @@ class CostModel:
 
     def of_counts(self, counts: Counts) -> int:
         """MACs of a policy in whole units."""
-        return int(self.macs(*self._of_counts(counts), fuse=self.sites.fuse))
+        return int(self.macs(*self._arguments_of(counts), fuse=self.sites.fuse))
 
-    def of_policy(self, policy: Policy) -> tuple[Any, Any, list[TokenDrop]]:
+    def arguments_of(self, policy: Policy) -> tuple[Any, Any, list[TokenDrop]]:
         """A policy as the first arguments of `macs`: heads and neurons (blocks,), and where tokens leave."""
-        return self._of_counts(self.sites.counts(policy))
+        return self._arguments_of(self.sites.counts(policy))
 
-    def _of_counts(self, counts: Counts) -> tuple[Any, Any, list[TokenDrop]]:
+    def _arguments_of(self, counts: Counts) -> tuple[Any, Any, list[TokenDrop]]:
         drops = [TokenDrop(block, keep) for block, keep in zip(counts.stages, counts.tokens, strict=True)]
         return *self._filled(counts.heads, counts.neurons), drops
 

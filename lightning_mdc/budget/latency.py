@@ -59,7 +59,7 @@ def latencies(
         raise BudgetError(f"input_size={tuple(input_size)!r}: expected (channels, height, width) in pixels")
     readings: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), evaluating(*models.values()), settled_memory():
-        images = {name: _images(model, batch_size, input_size) for name, model in models.items()}
+        images = {name: blank_images(model, batch_size, input_size) for name, model in models.items()}
         passes = {name: _passes_per_reading(model, images[name]) for name, model in models.items()}
         # Drawn between readings only: a clock that ticks would be in them.
         with bar(f"Timing batches of {batch_size}", rounds, shown=progress, in_background=False) as advance:
@@ -89,7 +89,8 @@ def settled_memory() -> Iterator[None]:
     yield
 
 
-def _images(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Tensor:
+def blank_images(model: nn.Module, batch_size: int, input_size: Sequence[int]) -> Tensor:
+    """(batch_size, *input_size) of zeros where the model is, in its precision: what is in them takes no time."""
     parameter = next(model.parameters())
     return torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
 

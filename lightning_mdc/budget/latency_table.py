@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lightning_mdc.budget.latency import latencies
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import Plan, Policy, TokenStage
+from lightning_mdc.ranks import on_first_rank
 from lightning_mdc.run_folder import write_text
 from lightning_mdc.surgery.slim import slim
 
@@ -158,7 +160,8 @@ class LatencyTable:
         """
         from lightning_mdc.budget.measuring import cached_table  # it builds on this module
 
-        return cached_table(model, batch_size, device=device, cache=cache, seconds=seconds, progress=progress)
+        # In a distributed run the first rank measures for all.
+        return on_first_rank(partial(cached_table, model, batch_size, device, cache, seconds, progress))
 
     def check(self, sites: Sites) -> None:
         """Whether this table is of a model like that of `sites`.
@@ -214,7 +217,7 @@ class LatencyTable:
         sites = find_sites(model)
         self.check(sites)
         costs = CostModel(sites)
-        return float(self.seconds(costs, *costs.of_policy(policy), fuse=sites.fuse))
+        return float(self.seconds(costs, *costs.arguments_of(policy), fuse=sites.fuse))
 
     def errors(self, model: nn.Module, policies: Sequence[Policy], *, rounds: int = 7) -> list[float]:
         """How far off this table is for slim models that `policies` make of `model`: predicted / timed - 1, for each.

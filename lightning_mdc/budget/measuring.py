@@ -29,7 +29,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from lightning_mdc.budget.costs import CostModel
-from lightning_mdc.budget.latency import settled_memory
+from lightning_mdc.budget.latency import blank_images, settled_memory
 from lightning_mdc.budget.latency_table import (
     ALIGNMENT,
     BlockTimes,
@@ -45,7 +45,6 @@ from lightning_mdc.models.token_stage import TokenSelection
 from lightning_mdc.policy import Policy, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.ranks import on_first_rank
 from lightning_mdc.surgery.cutting import cut_units
 from lightning_mdc.surgery.masks import remove_masks
 from lightning_mdc.surgery.slim import plain_copy, slim
@@ -60,17 +59,11 @@ _STAGE_KEEP = 0.5
 _WHOLE = (1.0, 0.8, 0.6, 0.4)
 
 
+@isolated_rng()  # a run that finds its table in the cache draws nothing either
 def measured_table(
     model: nn.Module, batch_size: int, device: torch.device, *, seconds: float, about: dict[str, Any], progress: bool
 ) -> LatencyTable:
     """Time the parts of `model` on `device`, for about so many seconds."""
-    with isolated_rng():  # a run that finds its table in the cache draws nothing either
-        return _measured(model, batch_size, device, seconds, about, progress)
-
-
-def _measured(
-    model: nn.Module, batch_size: int, device: torch.device, seconds: float, about: dict[str, Any], progress: bool
-) -> LatencyTable:
     benches: list[_Bench] = [_Bench(model, index, batch_size, device) for _, index in block_kinds(find_sites(model))[0]]
     outside = _Outside(model, batch_size, device)
     whole = _Whole(model, batch_size, device)
@@ -102,25 +95,12 @@ def _measured(
 def cached_table(
     model: nn.Module,
     batch_size: int,
-    *,
     device: str | torch.device | None,
     cache: str | Path | None,
     seconds: float,
     progress: bool,
 ) -> LatencyTable:
-    """See `LatencyTable.of`. Of processes that ask for the same table one measures, the others wait for it; in a
-    distributed run it is the first rank's."""
-    return on_first_rank(partial(_cached_table, model, batch_size, device, cache, seconds, progress))
-
-
-def _cached_table(
-    model: nn.Module,
-    batch_size: int,
-    device: str | torch.device | None,
-    cache: str | Path | None,
-    seconds: float,
-    progress: bool,
-) -> LatencyTable:
+    """See `LatencyTable.of`. Of processes that ask for the same table one measures, the others wait for it."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise BudgetError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
     if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
@@ -130,15 +110,14 @@ def _cached_table(
     about = _about(sites, batch_size, place)
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = (_cache_folder() if cache is None else Path(cache)) / f"{name}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock: Any = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
-    except OSError as error:
-        log.warning("latency tables cannot be kept in %s (%s): measuring anew every time", path.parent, error)
-        return measured_table(model, batch_size, place, seconds=seconds, about=about, progress=progress)
-    with lock:
-        lock.release()  # `with` holds it once more
+    measure = partial(measured_table, model, batch_size, place, seconds=seconds, about=about, progress=progress)
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
+        except OSError as error:
+            log.warning("latency tables cannot be kept in %s (%s): measuring anew every time", path.parent, error)
+            return measure()
         if path.exists():
             try:
                 table = LatencyTable.load(path)
@@ -148,7 +127,7 @@ def _cached_table(
             except BudgetError as error:
                 log.warning("%s is damaged (%s): measuring anew", path, error)
         log.info("  measuring block latencies on %s at batch %d, about %.0f s", about["device"], batch_size, seconds)
-        table = measured_table(model, batch_size, place, seconds=seconds, about=about, progress=progress)
+        table = measure()
         table.save(path)
         return table
 
@@ -291,6 +270,11 @@ def _with_blocks(model: nn.Module, index: int, count: int) -> Sites:
     return find_sites(model)
 
 
+def _can_drop(sites: Sites) -> bool:
+    """Whether tokens may leave, or do already."""
+    return "tokens" not in sites.reasons or bool(sites.stages)
+
+
 def _random_tokens(sites: Sites, batch_size: int, num_tokens: int) -> Tensor:
     parameter = next(sites.model.parameters())
     return torch.randn(batch_size, num_tokens, sites.dim, device=parameter.device, dtype=parameter.dtype)
@@ -301,7 +285,7 @@ class _Bench:
 
     def __init__(self, model: nn.Module, index: int, batch_size: int, device: torch.device) -> None:
         site = find_sites(model).blocks[index]
-        can_drop = "tokens" not in find_sites(model).reasons or bool(find_sites(model).stages)
+        can_drop = _can_drop(find_sites(model))
         costs = CostModel(find_sites(model))
         self.heads = head_knots(site.heads.num_units) if site.heads else [0]
         self.aligned, self.odd = neuron_knots(site.neurons.num_units) if site.neurons else ([0], [0])
@@ -398,7 +382,7 @@ class _Outside:
     def __init__(self, model: nn.Module, batch_size: int, device: torch.device) -> None:
         self.watch, self.batch_size = _Stopwatch(device), batch_size
         costs = CostModel(find_sites(model))
-        can_drop = "tokens" not in find_sites(model).reasons or bool(find_sites(model).stages)
+        can_drop = _can_drop(find_sites(model))
         self.models = {costs.num_tokens: _with_blocks(_copy_on(model, device), 0, 1)}
         if can_drop:
             sites = _with_blocks(_copy_on(model, device), 0, 1)
@@ -407,10 +391,7 @@ class _Outside:
             sites.container._modules["0"] = new
             if left < costs.num_tokens:
                 self.models[left + 1] = sites
-        parameter = next(self.models[costs.num_tokens].model.parameters())
-        self.images = torch.zeros(
-            batch_size, *find_sites(model).input_size, device=parameter.device, dtype=parameter.dtype
-        )
+        self.images = blank_images(self.models[costs.num_tokens].model, batch_size, find_sites(model).input_size)
         self.forget()
 
     def forget(self) -> None:
@@ -447,8 +428,7 @@ class _Whole:
         sites = find_sites(self.dense)
         policies = [Policy(**dict.fromkeys(sites.dimensions, keep)) for keep in _WHOLE]  # type: ignore[arg-type]
         self.models = [(policy, slim(self.dense, first_units(sites, policy))) for policy in policies]
-        parameter = next(self.dense.parameters())
-        self.images = torch.zeros(batch_size, *sites.input_size, device=parameter.device, dtype=parameter.dtype)
+        self.images = blank_images(self.dense, batch_size, sites.input_size)
         self.forget()
 
     def forget(self) -> None:
@@ -475,7 +455,7 @@ class _Whole:
         costs = CostModel(sites)
         pairs = []
         for (policy, _), readings in zip(self.models, self.readings, strict=True):
-            parts = float(table.sum_of_parts(costs, *costs.of_policy(policy), fuse=sites.fuse))
+            parts = float(table.sum_of_parts(costs, *costs.arguments_of(policy), fuse=sites.fuse))
             pairs.append((parts, float(np.median(readings)) / self.batch_size))
         log.info(
             "  latency table: dense takes %.4g ms per image; of whole models, dense first, sums of parts are off by %s",

@@ -30,6 +30,12 @@ class Pricing:
         self.limits = self.budget.limits(self.dense)
 
     @property
+    def fraction(self) -> float | None:
+        """The budget as a plain number: a fraction of the dense MACs and nothing else; None if it is not."""
+        limit = self.budget.macs
+        return limit if set(self.limits) == {"macs"} and limit is not None and limit <= 1 else None
+
+    @property
     def rewards_dropping_tokens(self) -> bool:
         """Whether fewer tokens cost less: they save no parameter."""
         return "macs" in self.limits or "latency" in self.limits
@@ -52,7 +58,7 @@ class Pricing:
 
     def of_policy(self, policy: Policy, fuse: bool = True) -> float:
         """The tightest limit's share for one policy."""
-        heads, neurons, drops = self.costs.of_policy(policy)
+        heads, neurons, drops = self.costs.arguments_of(policy)
         return max(float(load) for load in self.loads(heads, neurons, drops, fuse=fuse).values())
 
     def said(self, name: str, load: float) -> str:

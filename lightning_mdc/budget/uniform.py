@@ -58,11 +58,6 @@ def uniform_policy(
     )
 
 
-def _said(budget: Budget) -> str:
-    """A fraction of the MACs is what a plain number says."""
-    return str(budget.macs if budget == Budget(macs=budget.macs or 1) and (budget.macs or 2) <= 1 else budget)
-
-
 def _ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:
     return [int(k) / int(n) if n else 1.0 for k, n in zip(kept, sizes, strict=True)]
 
@@ -146,9 +141,9 @@ class _Solver:
         if "latency" in self.pricing.limits:
             remedies.append("measure with a larger batch_size, where starting operations takes less of the time")
         raise BudgetError(
-            f"budget={_said(self.pricing.budget)} is below the smallest reachable cost {said(smallest)} of "
-            f"this model ({self.least_heads.min()} head(s), {self.least_neurons.min()} neuron(s) per block"
-            f"{', one patch token' if self.drops_tokens else ''}); {' or '.join(remedies)}"
+            f"budget={self.pricing.fraction or self.pricing.budget} is below the smallest reachable cost "
+            f"{said(smallest)} of this model ({self.least_heads.min()} head(s), {self.least_neurons.min()} neuron(s) "
+            f"per block{', one patch token' if self.drops_tokens else ''}); {' or '.join(remedies)}"
         )
 
     def solve(self) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mdc.distillation.teacher import FrozenTeacher
 from lightning_mdc.errors import DistillationError
 
 DEFAULT_NUM_IMAGES = 2**18  # in fp32, 1 GiB for 1000 classes
@@ -28,7 +28,7 @@ class TeacherCache:
         hits, misses: images looked up, and asked for, since `clear`.
     """
 
-    def __init__(self, teacher: FrozenTeacher, num_images: int = DEFAULT_NUM_IMAGES) -> None:
+    def __init__(self, teacher: Callable[[Tensor], Tensor], num_images: int = DEFAULT_NUM_IMAGES) -> None:
         self.teacher = teacher
         self.num_images = num_images
         self.clear()

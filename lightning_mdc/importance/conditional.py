@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from lightning_mdc.importance.criteria import HSIC, Place, register
-from lightning_mdc.ridge import ridge_cholesky
+from lightning_mdc.models import unit_channels
+from lightning_mdc.ridge import RIDGE, ridge_cholesky
 
-# Share of the channels' mean variance that is added to each: what a unit adds below it is noise of the sample.
-RIDGE = 1e-4
 # Units among which those that leave are chosen before all others are updated: enough for large matrix products.
 _CANDIDATES = 64
 
@@ -95,7 +94,7 @@ def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int, ridg
         # Candidates alone are followed exactly, for as long as no other unit would have been better.
         limit = float(ranked.values[_CANDIDATES]) if len(units) > _CANDIDATES else float("inf")
         leaving: list[int] = []
-        near = _channels(candidates, width)
+        near = unit_channels(candidates, width)
         small_precision, small_weight = precision[near][:, near], weight[:, near]
         while candidates.numel():
             loss = _loss(small_precision, small_weight, width)
@@ -120,18 +119,12 @@ def _loss(precision: Tensor, weight: Tensor, width: int) -> Tensor:
     units = len(precision) // width
     own = precision.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     of_unit = weight.view(-1, units, width).permute(1, 2, 0)  # (units, width, out)
-    if width == 1:
-        return of_unit[:, 0].square().sum(dim=1) / own[:, 0, 0]
     return torch.linalg.solve_triangular(torch.linalg.cholesky(own), of_unit, upper=False).square().sum(dim=(1, 2))
 
 
 def _without(precision: Tensor, weight: Tensor, gone: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Precision and refitted weight of the channels that are left, when the units `gone` (units,) are not there."""
-    left, out = (_channels(which.nonzero()[:, 0], width) for which in (~gone, gone))
+    left, out = (unit_channels(which.nonzero()[:, 0], width) for which in (~gone, gone))
     shared = precision[out][:, left]
     taken_over = torch.linalg.solve(precision[out][:, out], shared)
     return precision[left][:, left] - shared.T @ taken_over, weight[:, left] - weight[:, out] @ taken_over
-
-
-def _channels(units: Tensor, width: int) -> Tensor:
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

@@ -52,7 +52,7 @@ class Criterion(ABC):
         raise NotImplementedError
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
-        """Sums over this batch, each (units,). prediction: (images, classes)."""
+        """Sums over this batch, of any shape, always the same. prediction: (images, classes)."""
         raise NotImplementedError
 
     @abstractmethod

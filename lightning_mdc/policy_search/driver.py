@@ -120,9 +120,9 @@ def search(
     """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
 
     Every trial meets the budget in whole units. The first one is the uniform policy; then come the uniform policies of
-    fewer dimensions that reach the budget, such as neurons alone, so that what is found is never worse than a single
-    dimension; up to `n_initial_points` the next ones are random, then a Gaussian process and expected improvement
-    choose. In a distributed run rank 0 chooses and all ranks follow.
+    fewer dimensions that reach the budget, such as neurons alone, so that no single dimension is overlooked; up to
+    `n_initial_points` the next ones are random, then a Gaussian process and expected improvement choose. In a
+    distributed run rank 0 chooses and all ranks follow.
 
     Args:
         model: the dense model (or a module that holds it); unchanged.
@@ -185,7 +185,7 @@ def search(
         space.constraint,
         seed=seed,
         n_initial_points=n_initial_points,
-        first=starting_points(space)[:n_initial_points],
+        first=starting_points(space),
         prior=_prior(warm_start, space, state),
         xi=xi,
     )

@@ -49,7 +49,7 @@ class GpEi:
         direction: ``"maximize"`` or ``"minimize"``.
         seed: of the candidates and of the kernel's fit.
         n_initial_points: how many points to try before the Gaussian process is believed.
-        first: points (n, axes) to try before any other, where the constraint holds.
+        first: points (n, axes) to try before any other, where the constraint holds; no more than `n_initial_points`.
         prior: observations from elsewhere, another budget's search say; they inform the process, but are no trials.
         n_candidates: how many points expected improvement is compared at.
         xi: by how much a point has to be better to count, in units of the value.
@@ -89,7 +89,8 @@ class GpEi:
         self.seed, self.n_initial_points, self.n_candidates = int(seed), int(n_initial_points), int(n_candidates)
         self.xi = float(xi)
         self._project = None if constraint is None else Projection(space, constraint, seed)
-        self._first = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
+        known = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
+        self._first = known[: self.n_initial_points]
         self.prior = tuple(prior)  # not scaled down to this space's bounds
         self._history: list[Observation] = []
         self._kernels: dict[str, tuple[int, Any, float]] = {}  # by target, fitted to so many points: kernel and noise

@@ -260,12 +260,11 @@ class PolicySpace(Space):
     def _check_reachable(self, budget: float | Budget) -> None:
         least = float(self.load(self.snap(self.low[None]))[0])
         if least > 1:
-            limit = self.budget.macs if set(self.limits) == {"macs"} else None
-            as_fraction = limit is not None and limit <= 1
-            reachable = f"{least * limit:.4g}" if as_fraction and limit else f"{least:.4g} times the budget"
+            fraction = self.pricing.fraction
+            reachable = f"{least:.4g} times the budget" if fraction is None else f"{least * fraction:.4g}"
             raise BudgetError(
-                f"budget={budget if not isinstance(budget, Budget) or not as_fraction else limit} is below the "
-                f"smallest cost inside the bounds, {reachable}; raise budget or lower the bounds"
+                f"budget={fraction or budget} is below the smallest cost inside the bounds, {reachable}; raise budget "
+                "or lower the bounds"
             )
 
 

@@ -35,12 +35,10 @@ from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_c
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.ranks import summed
-from lightning_mdc.ridge import ridge_cholesky
+from lightning_mdc.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.surgery.masks import is_masked
 
 COMPENSATIONS = ("none", "mean", "lstsq")
-# Share of the channels' mean variance.
-RIDGE = 1e-4
 
 _DIMENSIONS = ("heads", "neurons")
 _PARTS = ("rows", "mean", "scatter")
