@@ -29,7 +29,7 @@ from targets import Target, verdicts
 
 HERE = Path(__file__).resolve().parent
 # In the order in which people ask: what does it cost, how fast does it get, how good does it stay.
-SCRIPTS = ("scoring", "slim_speed", "training", "search", "search_models", "latency", "scale", "accuracy")
+SCRIPTS = ("scoring", "slim_speed", "training", "search", "search_models", "latency", "scale", "criteria", "accuracy")
 MINUTES = 15  # what all quick forms together may take on two cores
 
 
