@@ -270,6 +270,7 @@ class Benchmark:
             accelerator="cpu",
             max_epochs=self.asked.epochs,
             gradient_clip_val=self.settings["trainer"]["gradient_clip_val"],
+            limit_val_batches=0,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -31,7 +31,7 @@ from lightning_mdc.errors import ConfigError
 from lightning_mdc.importance import Scores, make_plan
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy
-from lightning_mdc.policy_search.driver import uniform_point
+from lightning_mdc.policy_search.driver import starting_points
 from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.run_folder import RunFolder, fingerprint, write_text
@@ -159,9 +159,14 @@ class PolicyLoad:
         return _replaced(params, columns, space.snap(points))
 
     def first(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The uniform policy in the shape of `params`."""
-        space, points, columns = self._points(params)
-        return _replaced(params, columns, np.repeat(uniform_point(space), len(points), axis=0))
+        """Where `search` begins too: the uniform policy, then those of fewer dimensions; the rest as in `params`."""
+        space, _, columns = self._points(params)
+        points = starting_points(space)
+        rows = {
+            key: np.repeat(value[:1], len(points), axis=0) if isinstance(value, np.ndarray) else value
+            for key, value in params.items()
+        }
+        return _replaced(rows, columns, points)
 
     def _points(self, params: Mapping[str, Any]) -> tuple[PolicySpace, np.ndarray, dict[str, slice]]:
         """The space that these parameters span, their points (n, axes), and which columns belong to which.

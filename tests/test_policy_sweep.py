@@ -180,9 +180,22 @@ def test_snapped_trials_cost_and_keep_the_same(load):
     assert all(np.array_equal(again[key], snapped[key]) for key in params if key != "stage")
 
 
-def test_the_first_trial_is_nearly_uniform_and_on_the_budget(load):
-    first = load.first(columns(np.random.default_rng(0), 1))
-    assert 0.95 < load(first)[0] <= 1
+def test_a_sweep_begins_where_a_search_does(load):
+    params = columns(np.random.default_rng(0), 1) | {"lr": np.array([0.5])}
+    first = load.first(params)
+    loads = load(first)
+    assert 0.95 < loads[0] <= 1  # nearly uniform
+    kept = [
+        {name: first[f"policy.keep.{name}"][i].tolist() for name in ("heads", "neurons", "tokens")}
+        for i in range(len(loads))
+    ]
+    whole = [tuple(name for name, ratios in keep.items() if np.min(ratios) == 1) for keep in kept]
+    assert whole[0] == ()
+    assert ("heads", "tokens") in whole  # neurons alone
+    assert all(whole[1:])
+    assert len(set(whole)) == len(whole)
+    assert first["lr"].tolist() == [0.5] * len(loads)
+    assert first["stage"] == "trial"
 
 
 # --- a whole sweep ----------------------------------------------------------------------------------------------------

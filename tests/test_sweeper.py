@@ -407,6 +407,14 @@ def test_what_means_the_same_is_tried_once(sweep, tmp_path, vectorized):
     assert "the search ends after 3 trials: there is no other point to try" in printed
 
 
+def test_the_callable_may_name_several_trials_to_begin_with(sweep, tmp_path):
+    given = ("x=interval(0,0.95)", "y=range(0.1,0.4,0.1)", "n=1", f"hydra.sweeper.constraint.callable={HERE}TwoStarts")
+    given += ("hydra.sweeper.constraint.target=0.65", "hydra.sweeper.constraint.vectorized=true")
+    assert sweep(*given, n_trials=2)[0] == 0
+    found = [(float(row["x"]), float(row["y"])) for row in rows(tmp_path / "out")]
+    assert found == [(pytest.approx(0.2), 0.3), (pytest.approx(0.4), 0.1)]
+
+
 def test_fixed_parameters_are_priced_too(sweep, tmp_path):
     assert (
         sweep(*XY, "lr=0.1", f"hydra.sweeper.constraint.callable={HERE}cost", "hydra.sweeper.constraint.target=2")[0]
@@ -496,6 +504,15 @@ def test_without_matplotlib_there_are_no_pictures(sweep, tmp_path, monkeypatch):
                 f"hydra.sweeper.constraint.callable={HERE}wordy",
             ],
             "trials at once and returned 'cheap'; expected",
+        ),
+        (
+            [
+                *XY,
+                *BUDGET,
+                "hydra.sweeper.constraint.vectorized=true",
+                f"hydra.sweeper.constraint.callable={HERE}Uneven",
+            ],
+            "app.Uneven.first returned arrays of different lengths, [2, 1]",
         ),
         ([*XY, "hydra.sweeper.warm_start=nowhere.jsonl"], "warm_start='nowhere.jsonl' cannot be read"),
         ([*XY, "hydra.sweeper.study=."], "cannot be read: "),

@@ -98,7 +98,7 @@ class _Prices:
         return np.concatenate([self._changed("snap", point[None]) for point in unique])[places.reshape(-1)]
 
     def first(self) -> np.ndarray:
-        """(1, axes): what to try first."""
+        """(n, axes): what to try first; one point unless vectorised."""
         return self._changed("first", ((self.space.low + self.space.high) / 2)[None])
 
     # --- one at a time --------------------------------------------------------------------------------------------
@@ -147,20 +147,24 @@ class _Prices:
             raise SearchError(f"constraint.callable: {called} raised {words(error)} for {_shown(params)}") from error
 
     def _changed(self, method: str, points: np.ndarray) -> np.ndarray:
-        """What a method makes of parameters: of one point (1, axes), or, vectorised, of points (n, axes)."""
+        """What a method makes of the parameters of one point (1, axes) or, vectorised, of points (n, axes).
+
+        Vectorised, ``first`` may make any number of one.
+        """
         given = self._columns(points) if self.vectorized else self._dict(points[0])
         params, parts = self._call(getattr(self.function, method), f".{method}", given), []
+        count = -1 if method == "first" and self.vectorized else len(points)
         called = f"constraint.callable: {self.path}.{method}"
         for parameter in self.params.searched:
             if not isinstance(params, Mapping) or parameter.name not in params:
                 raise SearchError(f"{called} returned no {parameter.name!r}; it has to return all that it is given")
             try:
-                parts.append(
-                    _numbers(parameter.axes[0], params[parameter.name]).reshape(len(points), len(parameter.axes))
-                )
+                parts.append(_numbers(parameter.axes[0], params[parameter.name]).reshape(count, len(parameter.axes)))
             except (TypeError, ValueError) as error:
                 value = _short(params[parameter.name])
                 raise SearchError(f"{called} returned {value} for {parameter.name!r}: {words(error)}") from error
+        if len({len(part) for part in parts}) > 1:
+            raise SearchError(f"{called} returned arrays of different lengths, {[len(part) for part in parts]}")
         return np.concatenate(parts, axis=1)
 
 

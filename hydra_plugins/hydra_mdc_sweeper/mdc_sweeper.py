@@ -22,7 +22,7 @@ class ConstraintConf:
     # Dotted path of a function ``params -> cost``: the parameters by name, fixed ones too, as a dict. Or of a class
     # that is made once, from the app's config, and whose instance is such a function. The instance may have methods
     # that take and return such a dict: ``snap`` makes parameters equal that mean the same, ``first`` says which are to
-    # be tried first. null: no constraint.
+    # be tried first (vectorised, any number of them, n_initial_points at most). null: no constraint.
     callable: str | None = None
     # The most a trial may cost.
     target: float | None = None

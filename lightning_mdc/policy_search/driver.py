@@ -393,11 +393,6 @@ def _prior(warm_start: str | Path | None, space: PolicySpace, state: str | Path 
     return observations(warm_start, space, "maximize")
 
 
-def uniform_point(space: PolicySpace) -> np.ndarray:
-    """The uniform policy as a point (1, axes); where blocks are tied, the nearest below, filled up."""
-    return _as_point(space, space.uniform)
-
-
 def starting_points(space: PolicySpace) -> np.ndarray:
     """The uniform policy, and those that leave dimensions whole, (n, axes); the process passes over what is beyond the
     budget where bounds stand in the way."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -83,6 +84,20 @@ class Tenths:
     def first(self, params: dict[str, Any]) -> dict[str, Any]:
         """Likewise."""
         return {**params, "x": params["x"] * 0 + 0.27, "y": params["y"] * 0 + 0.3}
+
+
+class TwoStarts(Tenths):
+    """Wants two trials to be tried first, if it may say so."""
+
+    def first(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {**params, "x": np.array([0.27, 0.47]), "y": np.array([0.3, 0.1])}
+
+
+class Uneven(Tenths):
+    """Names two values of one parameter, and one of the other."""
+
+    def first(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {**params, "x": np.array([0.27, 0.47])}
 
 
 def broken(params: dict[str, Any]) -> float:
