@@ -37,13 +37,11 @@ from weight_sharing import Images, labelled, values
 
 import lightning_mdc as mdc
 from lightning_mdc import assembly
-from lightning_mdc.importance import hsic
-from lightning_mdc.importance.conditional import lost_by_elimination
+from lightning_mdc.importance import ConditionalDependence, hsic
 from lightning_mdc.importance.criteria import Criterion, Random
 from lightning_mdc.models import UnitSite, find_sites
 from lightning_mdc.reporting.style import BLUE, GRAY, new_figure, plain
 from lightning_mdc.ridge import RIDGE
-from lightning_mdc.surgery.compensation import Moments
 
 BATCH = 128
 _NAMES = ("heads", "neurons")
@@ -52,6 +50,7 @@ CUTS = {
     "1/2 of the heads": mdc.Policy(heads=0.5),
     "both, 1/4 and 3/4": mdc.Policy(heads=0.75, neurons=0.25),
 }
+HOWS = ("none", "lstsq")
 HALF_OF_THE_TOKENS = mdc.Policy(tokens=0.5)
 OURS = "`conditional`"
 # What it has to be ahead of.
@@ -87,18 +86,13 @@ class Layer:
         """Of the layer that reads them, (out, channels), float64."""
         return self.site.consumer.weight.detach().double()
 
-    def moments(self, class_weight: float = 1.0) -> Moments:
-        """Of all rows, those of the class token (the first) weighing so much more."""
-        weights = torch.ones(self.z.shape[:2], dtype=torch.float64)
-        weights[:, 0] = class_weight
-        weights, rows = weights.flatten() / weights.sum(), self.z.flatten(0, 1).double()
-        mean = weights @ rows
-        scatter = len(rows) * ((rows - mean).T @ (weights[:, None] * (rows - mean)))
-        return Moments(torch.tensor(len(rows)), mean, scatter)
+    @property
+    def rows(self) -> Tensor:
+        """Activations of all tokens alike, (images * tokens, channels), float64."""
+        return self.z.flatten(0, 1).double()
 
-    def covariance(self, class_weight: float = 1.0) -> Tensor:
-        moments = self.moments(class_weight)
-        return moments.scatter / int(moments.rows)
+    def covariance(self) -> Tensor:
+        return torch.cov(self.rows.T, correction=0)
 
     def of_units(self, values: Tensor) -> Tensor:
         """Sums of what is given by channel, (channels,) -> (units,)."""
@@ -214,8 +208,7 @@ def forward_selection_for_prediction(layer: Layer) -> Tensor:
 
 def removal_without_refit(layer: Layer) -> Tensor:
     """Units leave one after another, each time the one that adds least to the output's error; no other is refitted."""
-    moments = layer.moments()
-    second = moments.scatter / int(moments.rows) + torch.outer(moments.mean, moments.mean)
+    second = layer.rows.T @ layer.rows / len(layer.rows)
     by_channel = (layer.weight.T @ layer.weight) * second
     error = by_channel.unflatten(0, (layer.units, -1)).unflatten(2, (layer.units, -1)).sum(dim=(1, 3))
     scores, cross = torch.full((layer.units,), torch.inf).double(), torch.zeros(layer.units).double()
@@ -227,18 +220,13 @@ def removal_without_refit(layer: Layer) -> Tensor:
     return scores
 
 
-def conditional_class_token_up(layer: Layer) -> Tensor:
-    """The class token's rows weigh as much as those of all patches together."""
-    return lost_by_elimination(layer.covariance(layer.z.shape[1] - 1), layer.weight, layer.units)
-
-
 Tried: TypeAlias = str | Criterion | Callable[[Layer], Tensor]
 
 
 def criteria(seed: int) -> dict[str, Tried]:
     return {
         OURS: "conditional",
-        "conditional, class token as heavy as all patches": conditional_class_token_up,
+        "`conditional`, plain": ConditionalDependence(balance_class_token=False),
         "forward selection": forward_selection,
         "forward selection for the prediction": forward_selection_for_prediction,
         "removal without refit": removal_without_refit,
@@ -276,7 +264,10 @@ class Case:
         images, labels = labelled(DataLoader(sample, BATCH), None)
         self.batches: list[Images] = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
         self.layers = layers_of(self.dense, images, labels)
-        self.statistics = mdc.ActivationStatistics.of(self.dense, self.batches, progress=False)
+        self.plain, self.balanced = (
+            mdc.ActivationStatistics.of(self.dense, self.batches, balance_class_token=balanced, progress=False)
+            for balanced in (False, True)
+        )
 
     def top1(self, model: nn.Module) -> float:
         return 100 * values(model, self.held_out)["top1"]
@@ -293,11 +284,17 @@ class Case:
             images=sum(len(labels) for _, labels in self.batches),
         )
 
-    def slim(self, scores: mdc.Scores, policy: mdc.Policy, how: str = "none", of: Any = None, **options: Any) -> float:
+    def slim(
+        self,
+        scores: mdc.Scores,
+        policy: mdc.Policy,
+        compensate: str = "none",
+        statistics: mdc.ActivationStatistics | None = None,
+        **options: Any,
+    ) -> float:
         """Top-1 of the slim model."""
         plan = mdc.make_plan(self.dense, scores, policy, **options)
-        gathered = {} if how == "none" else {"statistics": of or self.statistics}
-        return self.top1(mdc.slim(self.dense, plan, compensate=how, **gathered))
+        return self.top1(mdc.slim(self.dense, plan, compensate=compensate, statistics=statistics))
 
     def by_criterion(self) -> dict[str, dict[str, dict[str, float]]]:
         """Top-1 by criterion, compensation and cut."""
@@ -305,21 +302,19 @@ class Case:
         for name, tried in tqdm(criteria(self.seed).items(), "Criteria", leave=False):
             scores = self.score(tried)
             found[name] = {
-                how: {cut: self.slim(scores, policy, how) for cut, policy in CUTS.items()} for how in ("none", "lstsq")
+                how: {cut: self.slim(scores, policy, how, of) for cut, policy in CUTS.items()}
+                for how, of in (("none", None), ("lstsq", self.plain))
             }
         return found
 
     def by_compensation(self) -> dict[str, dict[str, float]]:
-        """Top-1 by compensation and cut; our criterion."""
-        scores = self.score("conditional")
-        heavy = self.layers["heads"][0].z.shape[1] - 1
-        lists = {name: tuple(layer.moments(heavy) for layer in layers) for name, layers in self.layers.items()}
-        weighed = mdc.ActivationStatistics(**lists, images=self.statistics.images)
+        """Top-1 by compensation and cut; units as the plain criterion ranks them."""
+        scores = self.score(ConditionalDependence(balance_class_token=False))
         ways = {
             "`none`": ("none", None),
-            "`mean`": ("mean", None),
-            "`lstsq`": ("lstsq", None),
-            "lstsq, class token as heavy as all patches": ("lstsq", weighed),
+            "`mean`, plain": ("mean", self.plain),
+            "`lstsq`, plain": ("lstsq", self.plain),
+            "`lstsq`": ("lstsq", self.balanced),
         }
         return {
             name: {cut: self.slim(scores, policy, how, of) for cut, policy in CUTS.items()}
@@ -375,12 +370,22 @@ def means(model: dict[str, Any], criterion: str, how: str) -> list[float]:
 def targets(result: dict[str, Any]) -> list[Target]:
     found = []
     for model in result["models"]:
-        for how in ("none", "lstsq"):
+        for how in HOWS:
             best = max(statistics.mean(means(model, name, how)) for name in RIVALS)
             ahead = statistics.mean(means(model, OURS, how)) - best
             what = "conditional − best of Taylor, magnitudes and the paper's (points)"
             found.append(Target(f"{model['name']}, compensate={how}: {what}", ahead, ">=", 0))
     return found
+
+
+def ranked(result: dict[str, Any]) -> list[str]:
+    """Criteria, the best first."""
+    models = result["models"]
+
+    def mean(name: str) -> float:
+        return statistics.mean(value for model in models for how in HOWS for value in means(model, name, how))
+
+    return sorted(models[0]["criteria"][0], key=mean, reverse=True)
 
 
 def spread(values: list[float]) -> str:
@@ -395,9 +400,9 @@ def grid(head: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]
 
 def table(result: dict[str, Any]) -> str:
     models = result["models"]
-    ways = [(model, how) for model in models for how in ("none", "lstsq")]
+    ways = [(model, how) for model in models for how in HOWS]
     cuts = [(model, cut) for model in models for cut in CUTS]
-    by_criterion = {name: [spread(means(model, name, how)) for model, how in ways] for name in models[0]["criteria"][0]}
+    by_criterion = {name: [spread(means(model, name, how)) for model, how in ways] for name in ranked(result)}
     by_compensation = {
         name: [spread([found[name][cut] for found in model["compensation"]]) for model, cut in cuts]
         for name in models[0]["compensation"][0]
@@ -419,9 +424,10 @@ def table(result: dict[str, Any]) -> str:
             "",
             "Top-1 in % on held-out training images, nothing finetuned: mean over "
             f"{result['seeds']} calibration samples of {result['calibration']} images ± standard deviation. Criteria: "
-            f"mean over three cuts ({'; '.join(CUTS)}), without and with least squares. Token scores: half of the "
-            f"tokens per stage. Dense: {dense}. Names set as code are in the package. Measured by "
-            "`python benchmarks/criteria.py`.",
+            f"mean over three cuts ({'; '.join(CUTS)}), without and with plain least squares. *Plain*: the "
+            "class token counts as much as one patch, else as much as all. Compensation: of units that plain "
+            f"`conditional` ranks last. Token scores: half of the tokens per stage. Dense: {dense}. Names set as code "
+            "are in the package. Measured by `python benchmarks/criteria.py`.",
         ]
     )
 
@@ -429,7 +435,7 @@ def table(result: dict[str, Any]) -> str:
 def figure(result: dict[str, Any]) -> Figure:
     """Top-1 by criterion, without and with least squares."""
     models = result["models"]
-    names = list(models[0]["criteria"][0])[::-1]
+    names = ranked(result)[::-1]
     picture, panels = new_figure(5.2 * len(models), 0.24 * len(names) + 0.9, columns=len(models))
     for panel, model in zip(panels, models, strict=True):
         for how, colour in (("none", GRAY), ("lstsq", BLUE)):

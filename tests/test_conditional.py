@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 import lightning_mdc as mdc
-from lightning_mdc.importance import conditional
+from lightning_mdc.importance import ConditionalDependence, conditional
 from lightning_mdc.importance.conditional import lost_by_elimination
 from lightning_mdc.models import find_sites
 from lightning_mdc.ridge import RIDGE
@@ -70,21 +70,25 @@ def test_nothing_varies() -> None:
     assert (lost_by_elimination(torch.zeros(4, 4).double(), torch.ones(2, 4).double(), 4) == 0).all()
 
 
-def test_scores_of_a_model_are_of_what_its_layers_read() -> None:
+@pytest.mark.parametrize("balanced", [True, False])
+def test_scores_of_a_model_are_of_what_its_layers_read(balanced: bool) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(**BASE, mlp_ratio=0.5).eval()  # few neurons, and numpy tries them all
     batches = [images(12, seed=1), images(12, seed=2)]
-    scores = mdc.score(model, batches, "conditional")
+    scores = mdc.score(model, batches, ConditionalDependence(balance_class_token=balanced))
     assert scores.criterion == "conditional"
     site = find_sites(model).blocks[1].neurons
     assert site is not None
     seen: list[torch.Tensor] = []
-    handle = site.consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    handle = site.consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         for batch in batches:
             model(batch)
     handle.remove()
-    z = torch.cat(seen).double().numpy()
+    tokens = torch.cat(seen).double()
+    # The class token comes first, and is there as often as there are patches.
+    parts = [tokens[:, 1:].flatten(0, 1), *[tokens[:, 0]] * (tokens.shape[1] - 1 if balanced else 1)]
+    z = torch.cat(parts).numpy()
     expected = eliminated(np.cov(z.T, bias=True), site.consumer.weight.detach().double().numpy(), site.num_units)
     np.testing.assert_allclose(scores.neurons[1].numpy(), expected, rtol=1e-3)
     raw = mdc.score(model, batches, mdc.HSIC(hsic_weight=1, activation_weight=0))

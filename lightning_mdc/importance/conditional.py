@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_mdc.importance.criteria import HSIC, Place, register
-from lightning_mdc.models import unit_channels
+from lightning_mdc.models import unit_channels, weighed_rows
 from lightning_mdc.ridge import RIDGE, ridge_cholesky
 
 # Units among which those that leave are chosen before all others are updated: enough for large matrix products.
@@ -37,19 +37,29 @@ class ConditionalDependence(HSIC):
     `HSIC`. No labels, no gradients.
 
     Its sums are second moments of the channels, 4 bytes x channels² per layer: 453 MB for the neurons of DeiT-B.
+
+    Args:
+        balance_class_token: the class token's rows count as often as there are other tokens, see `weighed_rows`; as in
+            `ActivationStatistics.of`.
     """
 
     name = "conditional"
 
-    def __init__(self) -> None:
+    def __init__(self, balance_class_token: bool = True) -> None:
+        self.balance_class_token = balance_class_token
         super().__init__(hsic_weight=1.0, activation_weight=0.0, redundancy_weight=0.0)
 
-    def observe(self, dimension: str, activations: Tensor) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
         if dimension == "tokens":
-            return super().observe(dimension, activations)
-        rows = activations.flatten(0, 1).flatten(1)  # (images * tokens, channels)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return rows.T @ rows, rows.sum(dim=0), rows.new_tensor(float(len(rows)))
+            return super().observe(dimension, activations, place)
+        x = activations.flatten(2)  # (images, tokens, channels)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        products, total, count = x.new_zeros(x.shape[-1], x.shape[-1]), x.new_zeros(x.shape[-1]), x.new_zeros(())
+        for rows, weight in weighed_rows(x, place.num_class_rows if self.balance_class_token else 0):
+            products.addmm_(rows.T, rows, alpha=weight)
+            total.add_(rows.sum(dim=0), alpha=weight)
+            count.add_(weight * len(rows))
+        return products, total, count
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
         if dimension == "tokens":

@@ -27,11 +27,16 @@ _CACHE_LINE = 16  # floats
 
 @dataclass(frozen=True)
 class Place:
-    """What is scored together: one block's heads or neurons, or one stage's token positions (then `site` is None)."""
+    """What is scored together: one block's heads or neurons, or one stage's token positions (then `site` is None).
+
+    Attributes:
+        num_class_rows: how many of the tokens, the first, are those that the classifier reads.
+    """
 
     name: str
     num_units: int
     site: UnitSite | None
+    num_class_rows: int = 0
 
 
 class Criterion(ABC):
@@ -47,7 +52,7 @@ class Criterion(ABC):
     needs_equal_batches: bool = False
     min_batch: ClassVar[int] = 1
 
-    def observe(self, dimension: str, activations: Tensor) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
         """What to remember of one forward pass until the prediction is known."""
         raise NotImplementedError
 
@@ -119,7 +124,7 @@ class HSIC(Criterion):
         self.redundancy_weight, self.estimator = redundancy_weight, estimator
         self.needs_equal_batches = estimator == "biased"
 
-    def observe(self, dimension: str, activations: Tensor) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
         if dimension == "heads":
             # Few, and compared with each other as well: whole Gram matrices.
             means = activations.mean(dim=-1, dtype=torch.float32).permute(2, 0, 1)  # (heads, n, tokens)
@@ -156,7 +161,7 @@ class Activation(Criterion):
 
     name = "activation"
 
-    def observe(self, dimension: str, activations: Tensor) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
         return (_magnitude(activations),)
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
@@ -177,7 +182,7 @@ class Taylor(Criterion):
     name = "taylor"
     needs_gradients = True
 
-    def observe(self, dimension: str, activations: Tensor) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
         return (activations.float().abs().sum(dim=0),)
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:

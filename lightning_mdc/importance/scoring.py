@@ -96,6 +96,7 @@ class Scorer:
             raise CalibrationError(f"stages={list(self.stages)}: {sites.name} has only {sites.depth} blocks")
         device = next(sites.model.parameters()).device
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
+        self.places = dict(self._places())
         self._contexts = ExitStack()
         self._pass = _Pass()
         self._two_passes = False
@@ -169,7 +170,11 @@ class Scorer:
         with torch.no_grad():
             for (name, gate), gradient in zip(self._pass.gates.items(), gradients, strict=True):
                 change = torch.zeros_like(gate) if gradient is None else gradient
-                self._add(name, self.criterion.observe(_dimension(name), change.flatten(1)), prediction.detach())
+                self._add(
+                    name,
+                    self.criterion.observe(_dimension(name), change.flatten(1), self.places[name]),
+                    prediction.detach(),
+                )
         self._count(len(prediction))
 
     def sum_over_ranks(self) -> None:
@@ -193,7 +198,7 @@ class Scorer:
                 f"least {self.criterion.min_batch} images, e.g. a DataLoader"
             )
         lists: dict[str, list[Tensor]] = {"heads": [], "neurons": [], "tokens": []}
-        for name, place in self._places():
+        for name, place in self.places.items():
             sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
             counts = {key: self.sums[key] for key in ("batches", "images")}
             result = self.criterion.finish(_dimension(name), sums | counts, place)
@@ -212,7 +217,7 @@ class Scorer:
                 continue
             for index, block_site in enumerate(self.sites.blocks):
                 site: UnitSite = getattr(block_site, dimension)
-                yield f"{dimension}.{index}", Place(site.name, site.num_units, site)
+                yield f"{dimension}.{index}", Place(site.name, site.num_units, site, len(self.sites.class_rows))
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 
@@ -239,7 +244,7 @@ class Scorer:
         if self._pass.prediction is None and (not self._pass.remembers or self._pass.overflowed):
             return None
         with torch.autocast(activations.device.type, enabled=False), full_precision():
-            seen = self.criterion.observe(_dimension(name), activations)
+            seen = self.criterion.observe(_dimension(name), activations, self.places[name])
         if self._pass.prediction is not None:
             self._add(name, seen, self._pass.prediction)
         else:
