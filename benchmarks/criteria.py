@@ -436,14 +436,15 @@ def figure(result: dict[str, Any]) -> Figure:
     """Top-1 by criterion, without and with least squares."""
     models = result["models"]
     names = ranked(result)[::-1]
-    picture, panels = new_figure(5.2 * len(models), 0.24 * len(names) + 0.9, columns=len(models))
+    picture, panels = new_figure(2.6 + 2.6 * len(models), 0.24 * len(names) + 0.9, columns=len(models))
     for panel, model in zip(panels, models, strict=True):
         for how, colour in (("none", GRAY), ("lstsq", BLUE)):
             top1 = [statistics.mean(means(model, name, how)) for name in names]
-            panel.plot(top1, names, "o", color=colour, label=how)
+            panel.plot(top1, [name.replace("`", "") for name in names], "o", color=colour, label=how)
         panel.axvline(model["dense"], color=GRAY, lw=0.8, ls="--")
         plain(panel, f"{model['name']}: held-out top-1, %")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+        panel.tick_params(labelleft=panel is panels[0])
+    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
     return picture
 
 

@@ -146,7 +146,8 @@ class ActivationStatistics:
                 exactly as it was, on whatever device it is. The model that is to be cut, with its present weights.
             batches: of any size; training images, as for scoring. Read once.
             balance_class_token: the class token's rows count as often as there are other tokens, so that what the
-                classifier reads weighs as much as all patches do. False: every row counts once.
+                classifier reads weighs as much as all patches do. False: every row counts once, which is better where
+                images are a tenth of the channels or fewer.
             progress: show a bar (on a terminal).
             over_ranks: in a distributed run, every rank gives its own share of the batches, or none; the statistics
                 are of all of them and the same on all ranks, which all have to call this.
