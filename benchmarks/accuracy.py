@@ -49,7 +49,6 @@ from lightning_mdc import assembly, reporting
 from lightning_mdc.budget import num_params
 from lightning_mdc.distillation import DistillationModule, TeacherCache
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.importance import ConditionalDependence
 from lightning_mdc.importance.criteria import Random
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.run_folder import fingerprint, newest_run, write_json
@@ -71,7 +70,6 @@ class Method:
         dimensions: what is cut.
         searched: whether the policy is; else it is uniform.
         peer: Torch-Pruning chooses the units.
-        balanced: the class token counts as much as all patches, for `conditional` and ``compensate``.
     """
 
     criterion: str = "conditional"
@@ -79,7 +77,6 @@ class Method:
     dimensions: tuple[str, ...] = DIMENSIONS
     searched: bool = False
     peer: bool = False
-    balanced: bool = True
 
 
 METHODS: dict[str, Method] = {
@@ -93,10 +90,7 @@ METHODS: dict[str, Method] = {
     "ours, heads and neurons": Method(dimensions=("heads", "neurons")),
     "hsic as in the paper": Method("hsic", "none"),
     "conditional, not compensated": Method(compensate="none"),
-    **{
-        f"{name}, plain lstsq": Method(name, balanced=False)
-        for name in ("conditional", "hsic", "taylor", "magnitude", "activation", "random")
-    },
+    **{f"{name}, lstsq": Method(name) for name in ("hsic", "taylor", "magnitude", "activation", "random")},
 }
 OURS = ("ours, uniform", "ours, searched")
 PEERS = tuple(name for name, method in METHODS.items() if method.peer)
@@ -239,13 +233,11 @@ class Benchmark:
         policy = mdc.Policy.uniform(dense, budget, method.dimensions)
         if method.peer:
             return peers.torch_pruning(dense, policy, method.criterion, batches)  # type: ignore[arg-type]
-        made = {"random": Random(seed), "conditional": ConditionalDependence(method.balanced)}
-        scores = mdc.score(dense, batches, made.get(method.criterion, method.criterion), progress=False)
+        criterion = Random(seed) if method.criterion == "random" else method.criterion
+        scores = mdc.score(dense, batches, criterion, progress=False)
         how: dict[str, Any] = {"compensate": method.compensate}
         if method.compensate != "none":
-            how["statistics"] = mdc.ActivationStatistics.of(
-                dense, batches, balance_class_token=method.balanced, progress=False
-            )
+            how["statistics"] = mdc.ActivationStatistics.of(dense, batches, progress=False)
         if method.searched:
             judge = HeldOut([self.held_out], "accuracy", batch_size=250)
             policy = mdc.search(
@@ -354,8 +346,7 @@ def table(found: dict[str, Any]) -> str:
         f"epoch(s) of {found['train_images']} training images, not augmented, under the dense teacher. "
         f"{found['test_images']} test images (one standard error of a single model: {noise:.1f} points), "
         f"{found['calibration']} calibration images, searches of {found['trials']} trials on "
-        f"{found['held_out_images']} held-out training images. *Ours*: criterion `conditional`, "
-        "`compensate=lstsq`, in both the class token counts as much as all patches; *plain*: as much as one patch. "
+        f"{found['held_out_images']} held-out training images. *Ours*: criterion `conditional`, `compensate=lstsq`. "
         "Measured by `python benchmarks/accuracy.py`.",
     ]
     return "\n".join(lines)

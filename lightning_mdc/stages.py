@@ -157,12 +157,7 @@ def share(run: Run) -> str:
 def statistics(run: Run) -> str:
     """Gather what compensation has to know of the weights that are cut; leaves ``statistics.safetensors``."""
     model = run.model(run.weights).to(run.device)
-    found = ActivationStatistics.of(
-        model,
-        calibration_batches(run),
-        balance_class_token=run.settings["calibration"]["balance_class_token"],
-        over_ranks=True,
-    )
+    found = ActivationStatistics.of(model, calibration_batches(run), over_ranks=True)
     on_first_rank(partial(_write, found, run.folder / "statistics.safetensors"))
     return f"activations of {found.images} images"
 

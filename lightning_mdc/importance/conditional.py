@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_mdc.importance.criteria import HSIC, Place, register
-from lightning_mdc.models import unit_channels, weighed_rows
+from lightning_mdc.models import unit_channels
 from lightning_mdc.ridge import RIDGE, ridge_cholesky
 
 # Units among which those that leave are chosen before all others are updated: enough for large matrix products.
@@ -39,13 +39,13 @@ class ConditionalDependence(HSIC):
     Its sums are second moments of the channels, 4 bytes x channels² per layer: 453 MB for the neurons of DeiT-B.
 
     Args:
-        balance_class_token: the class token's rows count as often as there are other tokens, see `weighed_rows`; as in
-            `ActivationStatistics.of`.
+        balance_class_token: the class token counts as much as all other tokens together, not as any one of them.
+            Better where nothing is finetuned and no tokens leave.
     """
 
     name = "conditional"
 
-    def __init__(self, balance_class_token: bool = True) -> None:
+    def __init__(self, balance_class_token: bool = False) -> None:
         self.balance_class_token = balance_class_token
         super().__init__(hsic_weight=1.0, activation_weight=0.0, redundancy_weight=0.0)
 
@@ -54,12 +54,11 @@ class ConditionalDependence(HSIC):
             return super().observe(dimension, activations, place)
         x = activations.flatten(2)  # (images, tokens, channels)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        products, total, count = x.new_zeros(x.shape[-1], x.shape[-1]), x.new_zeros(x.shape[-1]), x.new_zeros(())
-        for rows, weight in weighed_rows(x, place.num_class_rows if self.balance_class_token else 0):
-            products.addmm_(rows.T, rows, alpha=weight)
-            total.add_(rows.sum(dim=0), alpha=weight)
-            count.add_(weight * len(rows))
-        return products, total, count
+        counts, counted = x.new_ones(x.shape[1]), x
+        if self.balance_class_token and place.num_class_rows:
+            counts[: place.num_class_rows] = x.shape[1] - place.num_class_rows
+            counted = x * counts[:, None]
+        return counted.flatten(0, 1).T @ x.flatten(0, 1), counted.sum(dim=(0, 1)), len(x) * counts.sum()
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
         if dimension == "tokens":

@@ -17,7 +17,6 @@ from lightning_mdc.models.sites import (
     TokenSite,
     UnitSite,
     unit_channels,
-    weighed_rows,
 )
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
@@ -39,7 +38,6 @@ __all__ = [
     "show_hooks",
     "unit_channels",
     "unwrap",
-    "weighed_rows",
 ]
 
 FAMILIES: tuple[Family, ...] = (T2TViT(), TimmVisionTransformer())  # the first to accept a model has it

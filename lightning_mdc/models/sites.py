@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -268,19 +268,6 @@ class Sites:
 
 def _brief(sizes: tuple[int, ...]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else str(list(sizes))
-
-
-def weighed_rows(x: Tensor, num_class_rows: int) -> Iterator[tuple[Tensor, int]]:
-    """Tokens (images, tokens, channels) as rows (n, channels), and how often each is to count.
-
-    Rows of the class tokens, which come first, count as often as there are other tokens: what the classifier reads
-    weighs as much as all else, though there are few of them. Without class tokens every row counts once.
-    """
-    if not 0 < num_class_rows < x.shape[-2]:
-        yield x.flatten(0, -2), 1
-        return
-    yield x[..., num_class_rows:, :].flatten(0, -2), 1
-    yield x[..., :num_class_rows, :].flatten(0, -2), x.shape[-2] - num_class_rows
 
 
 def unit_channels(indices: Tensor, unit_width: int) -> Tensor:

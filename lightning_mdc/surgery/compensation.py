@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import CompensationError, UnsupportedModelError
 from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
-from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_channels, weighed_rows
+from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_channels
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.ranks import summed
@@ -55,7 +55,7 @@ class Moments:
     """First and second moments over rows z (a token of an image each) of the channels that one layer reads.
 
     Attributes:
-        rows: how many, one that counts several times as several; int64 (), on the CPU.
+        rows: how many; int64 (), on the CPU.
         mean: of z; (channels,), fp32 or wider.
         scatter: sum of ``(z - mean)(z - mean)ᵀ``, the centred Gram matrix; (channels, channels), fp32 or wider. Summed
             about 0 instead, channels with a mean far from it would lose their variance to rounding.
@@ -131,13 +131,7 @@ class ActivationStatistics:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        batches: Iterable[Any],
-        *,
-        balance_class_token: bool = True,
-        progress: bool = True,
-        over_ranks: bool = False,
+        cls, model: nn.Module, batches: Iterable[Any], *, progress: bool = True, over_ranks: bool = False
     ) -> ActivationStatistics:
         """Gather them over the batches, ``(images, labels)`` or ``images``; labels are not looked at.
 
@@ -145,9 +139,6 @@ class ActivationStatistics:
             model: a supported model or a module that holds one; called as ``model(images)`` in eval mode and left
                 exactly as it was, on whatever device it is. The model that is to be cut, with its present weights.
             batches: of any size; training images, as for scoring. Read once.
-            balance_class_token: the class token's rows count as often as there are other tokens, so that what the
-                classifier reads weighs as much as all patches do. False: every row counts once, which is better where
-                images are a tenth of the channels or fewer.
             progress: show a bar (on a terminal).
             over_ranks: in a distributed run, every rank gives its own share of the batches, or none; the statistics
                 are of all of them and the same on all ranks, which all have to call this.
@@ -169,13 +160,7 @@ class ActivationStatistics:
         }
         count = torch.zeros((), dtype=torch.int64)
         shown = bar("Gathering", steps_of(batches), shown=progress)
-        with (
-            isolated_rng(),
-            evaluating(model),
-            torch.no_grad(),
-            _looking(sites, sums, balance_class_token),
-            shown as advance,
-        ):
+        with isolated_rng(), evaluating(model), torch.no_grad(), _looking(sites, sums), shown as advance:
             for images, _ in map(split_batch, batches):
                 model(on_device_of(sites, images))
                 count += len(images)
@@ -262,36 +247,32 @@ def _zeros(site: UnitSite) -> Moments:
     return Moments(rows, torch.zeros(width, **kind), torch.zeros((width, width), **kind))
 
 
-def _looking(sites: Sites, sums: dict[tuple[str, int], Moments], balance_class_token: bool) -> ExitStack:
+def _looking(sites: Sites, sums: dict[tuple[str, int], Moments]) -> ExitStack:
     """Inside, what the layers read is added to `sums`."""
     with ExitStack() as stack:
         # Compiled code would not see the probes; it runs as it was written meanwhile.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for dimension, index, site in _sites(sites):
             if site is not None and (dimension, index) in sums:
-                probe = partial(_add, sums[dimension, index], len(sites.class_rows) if balance_class_token else 0)
+                probe = partial(_add, sums[dimension, index])
                 stack.callback(site.consumer.register_forward_pre_hook(probe).remove)
         return stack.pop_all()
 
 
-def _add(sums: Moments, num_class_rows: int, module: nn.Module, args: tuple[Tensor]) -> None:
-    (x,) = args  # (images, tokens, channels)
-    with torch.autocast(x.device.type, enabled=False), full_precision():
-        for z, weight in weighed_rows(x, num_class_rows):
-            for part in z.split(_ROWS_AT_ONCE):
-                _add_rows(sums, part.to(sums.scatter.dtype), weight)
-
-
-def _add_rows(sums: Moments, z: Tensor, weight: int) -> None:
-    mean = z.mean(dim=0)
-    z = z - mean
-    sums.scatter.addmm_(z.T, z, alpha=weight)
-    # Two groups of rows, each about its own mean, are one about the mean of all (Chan et al. 1979).
-    before, added = int(sums.rows), weight * len(z)
-    share, apart = added / (before + added), mean - sums.mean
-    sums.scatter.addr_(apart, apart, alpha=before * share)
-    sums.mean.add_(apart, alpha=share)
-    sums.rows.add_(added)
+def _add(sums: Moments, module: nn.Module, args: tuple[Tensor]) -> None:
+    z = args[0].flatten(0, -2)  # (images * tokens, channels)
+    with torch.autocast(z.device.type, enabled=False), full_precision():
+        for part in z.split(_ROWS_AT_ONCE):
+            part = part.to(sums.scatter.dtype)
+            mean = part.mean(dim=0)
+            part = part - mean
+            sums.scatter.addmm_(part.T, part)
+            # Two groups of rows, each about its own mean, are one about the mean of all (Chan et al. 1979).
+            before, share = int(sums.rows), len(part) / (int(sums.rows) + len(part))
+            apart = mean - sums.mean
+            sums.scatter.addr_(apart, apart, alpha=before * share)
+            sums.mean.add_(apart, alpha=share)
+            sums.rows.add_(len(part))
 
 
 def _over_ranks(mine: Moments) -> Moments:
