@@ -40,7 +40,7 @@ class ConditionalDependence(HSIC):
 
     Args:
         balance_class_token: the class token counts as much as all other tokens together, not as any one of them.
-            Better where nothing is finetuned and no tokens leave.
+            Helps some models, where nothing is finetuned and no tokens leave.
     """
 
     name = "conditional"
