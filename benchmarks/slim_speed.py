@@ -1,6 +1,7 @@
 """How much faster is a slim model really? Against the dense one, against what its MACs promise, and against a peer's.
 
     .venv/bin/python benchmarks/slim_speed.py
+    .venv/bin/python benchmarks/slim_speed.py --resume      # goes on where it was stopped
     .venv/bin/python benchmarks/slim_speed.py --quick
 
 Dense models (random weights: time does not depend on them) against their slim forms at 0.6 and 0.4 of the MACs by the
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -28,7 +30,7 @@ import peers
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import publish
+from readme import RESULTS, publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -135,7 +137,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     left_out = {runtime: why for runtime in arguments.runtimes if (why := missing(runtime))}
     runtimes = [runtime for runtime in arguments.runtimes if runtime not in left_out]
-    rows = []
+    kept = RESULTS / "quick" / "slim_speed.rows.jsonl"  # what a run that is stopped leaves
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    if not arguments.resume:
+        kept.unlink(missing_ok=True)
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(row["model"], row["runtime"], row["batch"]) for row in rows}
     shown = tqdm(desc="Slim speed", total=len(arguments.models) * len(runtimes) * len(arguments.batches), unit="round")
     with shown as progress, tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
@@ -145,25 +152,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 macs[f"{PEER} at {budget}"] = macs[f"{UNITS} at {budget}"]
             size = models[DENSE].pretrained_cfg["input_size"]
             for runtime in runtimes:
+                left = [batch for batch in arguments.batches if (name, runtime, batch) not in done]
+                progress.update(len(arguments.batches) - len(left))
+                if not left:
+                    continue
                 # The peer's have the same shapes, so that other runtimes have nothing to add.
                 wanted = {k: m for k, m in models.items() if runtime == "eager" or not k.startswith(PEER)}
                 programs = {kind: RUNTIMES[runtime](model, Path(folder)) for kind, model in wanted.items()}
-                for batch in arguments.batches:
+                for batch in left:
                     seconds = latencies(programs, batch, size, rounds=arguments.rounds)
-                    for kind in programs:
-                        rows.append(
-                            {
-                                "model": name,
-                                "runtime": runtime,
-                                "batch": batch,
-                                "kind": kind.split(" at ")[0],
-                                "budget": float(kind.split(" at ")[1]) if " at " in kind else 1.0,
-                                "macs": macs[kind],
-                                "seconds_per_image": seconds[kind],
-                                "speed_up": seconds[DENSE] / seconds[kind],
-                                "ideal": macs[DENSE] / macs[kind],
-                            }
-                        )
+                    found = [
+                        {
+                            "model": name,
+                            "runtime": runtime,
+                            "batch": batch,
+                            "kind": kind.split(" at ")[0],
+                            "budget": float(kind.split(" at ")[1]) if " at " in kind else 1.0,
+                            "macs": macs[kind],
+                            "seconds_per_image": seconds[kind],
+                            "speed_up": seconds[DENSE] / seconds[kind],
+                            "ideal": macs[DENSE] / macs[kind],
+                        }
+                        for kind in programs
+                    ]
+                    with kept.open("a") as file:
+                        file.write("".join(json.dumps(row) + "\n" for row in found))
+                    rows += found
                     progress.update()
                 del programs
                 torch.compiler.reset()
@@ -270,6 +284,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="readings of each (default: 15; quick: 7)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="without Torch-Pruning")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped; same arguments")
     parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     arguments = parser.parse_args()
     thorough: dict[str, Any] = {"models": MODELS, "batches": [1, 64], "runtimes": list(RUNTIMES), "rounds": 15}
