@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ import peers
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from readme import put
+from readme import folder_of, put
 from targets import Target, verdicts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -54,7 +54,6 @@ from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.run_folder import fingerprint, newest_run, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 DIMENSIONS = ("heads", "neurons", "tokens")
 BATCH = 128
 REFERENCE = "dense, same training"
@@ -116,7 +115,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    results = RESULTS / "quick" if asked.quick else RESULTS
+    results = folder_of(asked.quick)
     path = results / "accuracy.json"
     if asked.table_only:
         found = json.loads(path.read_text())
@@ -325,7 +324,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"| method | {heads} | `benchmarks/accuracy.py --run RUN` … |", f"|---|{'---:|' * len(budgets)}---|"]
     reference = means(found, REFERENCE, 1.0, "after")
     if reference.size:
-        shown = f"{100 * found['dense']:.1f} → {_spread(reference)}"
+        shown = f"{100 * found['dense']:.1f} → {spread(reference)}"
         lines.append(f"| {REFERENCE} | {' | '.join([shown] * len(budgets))} | `--method '{REFERENCE}'` |")
     for name in METHODS:
         cells = []
@@ -333,7 +332,7 @@ def table(found: dict[str, Any]) -> str:
             before, after = means(found, name, budget, "before"), means(found, name, budget, "after")
             tried = any(row["method"] == name and row["budget"] == budget for row in found["rows"])
             nothing = "out of reach" if tried else ""
-            cells.append(f"{before.mean():.1f} → {_spread(after)}" if after.size else nothing)
+            cells.append(f"{before.mean():.1f} → {spread(after)}" if after.size else nothing)
         if any(row["method"] == name for row in found["rows"]):
             lines.append(f"| {name} | {' | '.join(cells)} | `--method '{name}'` |")
     seeds = len({row["seed"] for row in found["rows"]})
@@ -352,8 +351,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: np.ndarray) -> str:
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+def spread(values: Sequence[float] | np.ndarray) -> str:
+    """Mean ± standard deviation, of several."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def figure(found: dict[str, Any]) -> Figure:

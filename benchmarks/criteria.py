@@ -1,13 +1,13 @@
-"""Which criterion, which token score, which compensation? Every one that was tried, straight after pruning.
+"""Which criterion, which token score, which compensation? Straight after pruning, also of those that lost.
 
     .venv/bin/python benchmarks/criteria.py --run runs/cifar10/… --run runs/cifar10/…
     .venv/bin/python benchmarks/criteria.py --quick                          # on digits: trains the dense model first
 
 Each criterion ranks the heads and neurons of a dense model of ``train.py`` on a sample of training images; then a
 quarter of the neurons is kept, half of the heads, or a quarter of the neurons and three quarters of the heads, in every
-block, without and with ``compensate="lstsq"``. What is shown is top-1 on held-out training images, no finetune. Most
-criteria here lost and are in no package; the names of those that are in it are set as ``code``. Another table
-compares token scores at half of the tokens per stage, another one ways to compensate.
+block, without and with ``compensate="lstsq"``. What is shown is top-1 on held-out training images, no finetune. Names
+of what is in the package are set as ``code``; most of the others lost. Another table compares token scores at half of
+the tokens per stage, another one ways to compensate.
 
 Leaves ``benchmarks/results/criteria.json`` and ``.png`` and the tables in README.md; ``--quick`` only prints them.
 """
@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accuracy import digits_run
+from accuracy import digits_run, spread
 from matplotlib.figure import Figure
 from readme import publish
 from targets import Target, verdicts
@@ -45,7 +45,7 @@ from lightning_mdc.ridge import RIDGE
 from lightning_mdc.surgery.compensation import Moments
 
 BATCH = 128
-_NAMES = ("heads", "neurons")
+UNITS = ("heads", "neurons")
 CUTS = {
     "1/4 of the neurons": mdc.Policy(neurons=0.25),
     "1/2 of the heads": mdc.Policy(heads=0.5),
@@ -96,8 +96,8 @@ class Layer:
         scatter = len(rows) * ((rows - mean).T @ (weights[:, None] * (rows - mean)))
         return Moments(torch.tensor(len(rows)), mean, scatter)
 
-    def covariance(self, class_weight: float = 1.0) -> Tensor:
-        moments = self.moments(class_weight)
+    def covariance(self) -> Tensor:
+        moments = self.moments()
         return moments.scatter / int(moments.rows)
 
     def of_units(self, values: Tensor) -> Tensor:
@@ -114,19 +114,19 @@ def layers_of(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, lis
     seen: dict[tuple[str, int], list[Tensor]] = {}
 
     def look(place: tuple[str, int], module: nn.Module, args: tuple[Tensor]) -> None:
-        seen.setdefault(place, []).append(args[0].clone())
+        seen.setdefault(place, []).append(args[0])
 
     blocks = find_sites(model).blocks
-    places = {(name, index): getattr(block, name) for name in _NAMES for index, block in enumerate(blocks)}
+    places = {(name, index): getattr(block, name) for name in UNITS for index, block in enumerate(blocks)}
     hooks = [site.consumer.register_forward_pre_hook(partial(look, place)) for place, site in places.items()]
-    with torch.inference_mode():
+    with torch.no_grad():
         prediction = torch.cat([model(part).softmax(dim=-1) for part in images.split(BATCH)])
     for hook in hooks:
         hook.remove()
     one_hot = F.one_hot(labels, prediction.shape[1]).float()
-    found: dict[str, list[Layer]] = {name: [] for name in _NAMES}
+    found: dict[str, list[Layer]] = {name: [] for name in UNITS}
     for (name, index), site in places.items():
-        found[name].append(Layer(site, torch.cat(seen[name, index]).clone(), prediction.clone(), one_hot))
+        found[name].append(Layer(site, torch.cat(seen[name, index]), prediction, one_hot))
     return found
 
 
@@ -143,7 +143,9 @@ def features(layer: Layer, channels: Tensor) -> Tensor:
     return channels.unflatten(-1, (layer.units, -1)).permute(2, 0, 1, 3).flatten(2)
 
 
-def over_batches(layer: Layer, target: Tensor, measure: Callable[[Tensor, Tensor], Tensor], scale: Tensor) -> Tensor:
+def over_batches(
+    layer: Layer, target: Tensor, measure: Callable[[Tensor, Tensor], Tensor], scale: Tensor | float = 1.0
+) -> Tensor:
     """Sum of `measure` (of features and targets) over batches as large as those that are scored."""
     parts = zip(layer.z.split(BATCH), target.split(BATCH), strict=True)
     return torch.stack([measure(features(layer, z * scale), of) for z, of in parts]).sum(dim=0)
@@ -163,7 +165,7 @@ def median_cka(x: Tensor, y: Tensor) -> Tensor:
 
 
 def hsic_with_labels(layer: Layer) -> Tensor:
-    return over_batches(layer, layer.labels, paper_kernel, torch.ones(()))
+    return over_batches(layer, layer.labels, paper_kernel)
 
 
 def hsic_of_contribution(layer: Layer) -> Tensor:
@@ -172,20 +174,21 @@ def hsic_of_contribution(layer: Layer) -> Tensor:
 
 
 def cka(layer: Layer) -> Tensor:
-    return over_batches(layer, layer.prediction, median_cka, torch.ones(()))
+    return over_batches(layer, layer.prediction, median_cka)
 
 
 def cka_times_contribution(layer: Layer) -> Tensor:
     return cka(layer) * layer.contributed_variance().float()
 
 
-def forward_selection(layer: Layer, target: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Units that explain most of the layer's output, given those chosen before: block-pivoted Cholesky.
+def forward_selection(layer: Layer) -> Tensor:
+    """Units that explain most of the layer's output, given those chosen before."""
+    return pivoted(layer, layer.weight @ layer.covariance())
 
-    target: of the channels' covariance, makes (anything, channels) covariances with what is to be explained instead.
-    """
+
+def pivoted(layer: Layer, explains: Tensor) -> Tensor:
+    """Block-pivoted Cholesky. explains: covariances of what is to be explained with the channels, (any, channels)."""
     residual = layer.covariance()
-    explains = layer.weight @ residual if target is None else target(residual)
     width = len(residual) // layer.units
     noise = RIDGE * residual.diagonal().mean() * torch.eye(width, dtype=residual.dtype)
     scores = residual.new_zeros(layer.units)
@@ -203,13 +206,9 @@ def forward_selection(layer: Layer, target: Callable[[Tensor], Tensor] | None = 
 
 def forward_selection_for_prediction(layer: Layer) -> Tensor:
     """Not of the layer's output but of the model's prediction, by the class token and the mean patch."""
-
-    def covariances(_: Tensor) -> Tensor:
-        prediction = (layer.prediction - layer.prediction.mean(dim=0)).double()
-        means = (layer.z[:, 0].double(), layer.z[:, 1:].double().mean(dim=1))
-        return torch.cat([prediction.T @ (part - part.mean(dim=0)) / len(part) for part in means])
-
-    return forward_selection(layer, covariances)
+    prediction = (layer.prediction - layer.prediction.mean(dim=0)).double()
+    means = (layer.z[:, 0].double(), layer.z[:, 1:].double().mean(dim=1))
+    return pivoted(layer, torch.cat([prediction.T @ (part - part.mean(dim=0)) / len(part) for part in means]))
 
 
 def removal_without_refit(layer: Layer) -> Tensor:
@@ -307,7 +306,7 @@ class Case:
             scores = self.score(tried)
             found[name] = {
                 how: {cut: self.slim(scores, policy, how, of) for cut, policy in CUTS.items()}
-                for how, of in (("none", None), ("lstsq", self.statistics))
+                for how, of in zip(HOWS, (None, self.statistics), strict=True)
             }
         return found
 
@@ -395,10 +394,6 @@ def ranked(result: dict[str, Any]) -> list[str]:
     return sorted(models[0]["criteria"][0], key=mean, reverse=True)
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def grid(head: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]:
     """A markdown table."""
     lines = [f"| {head} | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
@@ -445,7 +440,7 @@ def figure(result: dict[str, Any]) -> Figure:
     names = ranked(result)[::-1]
     picture, panels = new_figure(2.6 + 2.6 * len(models), 0.24 * len(names) + 0.9, columns=len(models))
     for panel, model in zip(panels, models, strict=True):
-        for how, colour in (("none", GRAY), ("lstsq", BLUE)):
+        for how, colour in zip(HOWS, (GRAY, BLUE), strict=True):
             top1 = [statistics.mean(means(model, name, how)) for name in names]
             panel.plot(top1, [name.replace("`", "") for name in names], "o", color=colour, label=how)
         panel.axvline(model["dense"], color=GRAY, lw=0.8, ls="--")

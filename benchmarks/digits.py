@@ -14,13 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from readme import put
+from readme import RESULTS, put
 
 from lightning_mdc import reporting
 from lightning_mdc.run_folder import newest_run
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:

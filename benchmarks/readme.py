@@ -27,7 +27,7 @@ def publish(
     With ``arguments.table_only`` the numbers are those kept before. With ``arguments.quick`` all goes to
     ``benchmarks/results/quick/``, and the table is only printed.
     """
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
+    folder = folder_of(arguments.quick)
     stored = folder / f"{name}.json"
     if not arguments.table_only:
         write_json(stored, measure())
@@ -37,6 +37,11 @@ def publish(
         print(table(result))
     else:
         put(name, table(result))
+
+
+def folder_of(quick: bool) -> Path:
+    """Where results go."""
+    return RESULTS / "quick" if quick else RESULTS
 
 
 def put(name: str, text: str) -> None:

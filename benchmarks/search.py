@@ -26,7 +26,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import put
+from readme import RESULTS, put
 from search_models import trial_cost
 from synthetic import Problem
 from targets import Target, verdicts
@@ -41,7 +41,6 @@ from lightning_mdc.reporting.tables import Table
 from lightning_mdc.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BATCH = 4
 # Of the box, 0.7 % costs this little less than the budget or nothing: what rejection sampling can live on. With 400
 # candidates it found no more (one seed tried).

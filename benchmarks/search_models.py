@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from readme import put
+from readme import RESULTS, put
 from targets import Target, verdicts
 from torch import nn
 from torch.utils.data import DataLoader
@@ -42,7 +42,6 @@ from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.run_folder import newest_run, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 METHODS = {"uniform": "uniform", "random": "best of {} random", "searched": "searched, {} trials"}
 
 

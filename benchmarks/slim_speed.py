@@ -30,7 +30,7 @@ import peers
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import RESULTS, publish
+from readme import folder_of, publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -137,7 +137,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     left_out = {runtime: why for runtime in arguments.runtimes if (why := missing(runtime))}
     runtimes = [runtime for runtime in arguments.runtimes if runtime not in left_out]
-    kept = RESULTS / "quick" / "slim_speed.rows.jsonl"  # what a run that is stopped leaves
+    kept = folder_of(arguments.quick) / "slim_speed.rows.jsonl"  # what a run that is stopped leaves
     kept.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.resume:
         kept.unlink(missing_ok=True)

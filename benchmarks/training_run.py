@@ -23,7 +23,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from readme import put
+from readme import RESULTS, put
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -32,7 +32,6 @@ from lightning_mdc import reporting
 from lightning_mdc.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 WHAT = ("dense", "slim", "slim + teacher")
 HOW = {"fp32": ("32-true", False), "bf16, compiled": ("bf16-mixed", True)}
 WARM_UP = 3  # steps; the first one compiles

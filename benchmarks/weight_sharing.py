@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from readme import put
+from readme import RESULTS, put
 from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -43,7 +43,6 @@ from lightning_mdc.run_folder import fingerprint, write_json, write_text
 from lightning_mdc.weight_sharing import WeightSharingModule
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 # What policies are judged by before finetuning, higher is better.
 VALUES = {"top1": "top-1", "loss": "cross-entropy", "kl": "KL to dense"}
 # What they are worth on the test images after it, higher is better. Cross-entropy tells apart what top-1 on few images
