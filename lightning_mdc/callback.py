@@ -80,7 +80,7 @@ class MultiDimPruneCallback(Callback):
         dimensions: Iterable[str] | None = None,
         min_heads: int = 1,
         min_neurons: int = 1,
-        round_to: int = 1,
+        round_to: int | None = None,
         stages: Sequence[int] | None = None,
         token_score: str = "attention",
         fuse_tokens: bool = True,

@@ -91,7 +91,7 @@ class Policy:
         *,
         min_heads: int = 1,
         min_neurons: int = 1,
-        round_to: int = 1,
+        round_to: int | None = None,
         stages: Sequence[int] | None = None,
     ) -> Policy:
         """The policy that takes the same share of every dimension and just meets the budget.
@@ -101,7 +101,8 @@ class Policy:
             budget: fraction of the dense MACs in (0, 1], or a `Budget`.
             dimensions: what may be pruned; None means all three.
             min_heads, min_neurons: the fewest a block keeps.
-            round_to: neurons are kept in multiples of it (hardware likes 8, 16 or 64).
+            round_to: neurons are kept in multiples of it, because odd widths are slower than their MACs say; None: of 8
+                if all blocks have at least 512 neurons, else of 1.
             stages: blocks where tokens leave; None means quarters of the depth.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ import lightning_mdc as mdc
 from lightning_mdc.budget import CostModel, TokenDrop, num_params
 from lightning_mdc.errors import BudgetError, UnsupportedModelError
 from lightning_mdc.models import find_sites
+from lightning_mdc.policy_search.policy_space import PolicySpace
 from tests.kinds import BASE, KINDS, counted_macs, images, make, randomised
 
 
@@ -106,7 +108,8 @@ def test_uniform_lands_just_under_the_budget(name: str, budget: float) -> None:
     assert budget - 0.005 < mdc.policy_macs(model, policy) / mdc.macs(model) <= budget
     hidden = find_sites(model).num_neurons[0]
     counts = {round(ratio * hidden) for ratio in policy.neurons}
-    assert max(counts) - min(counts) <= 1
+    assert max(counts) - min(counts) <= 8
+    assert all(count % 8 == 0 for count in counts)
     assert len(set(policy.heads)) <= 2
 
 
@@ -130,6 +133,16 @@ def test_absolute_and_parameter_budgets() -> None:
     assert set(policy.tokens) == {1.0}  # dropping tokens saves no parameter
     both = mdc.Policy.uniform(model, mdc.Budget(macs=0.7, params=0.6))
     assert mdc.policy_macs(model, both) <= 0.7 * mdc.macs(model)
+
+
+@pytest.mark.parametrize(("hidden", "step"), [(504, 1), (512, 8)])
+def test_wide_blocks_keep_neurons_in_eights(hidden: int, step: int) -> None:
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2, mlp_ratio=hidden / 64)
+    in_steps, anyhow = (mdc.Policy.uniform(model, 0.62, ("neurons",), round_to=n) for n in (step, 1))
+    assert mdc.Policy.uniform(model, 0.62, ("neurons",)) == in_steps
+    assert (in_steps == anyhow) == (step == 1)
+    space, of_steps = (PolicySpace(model, 0.62, ("neurons",), round_to=n) for n in (None, step))
+    assert np.array_equal(space.snap(space.high[None] * 0.777), of_steps.snap(of_steps.high[None] * 0.777))
 
 
 def test_round_to_and_minima() -> None:

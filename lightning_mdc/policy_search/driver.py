@@ -103,7 +103,7 @@ def search(
     token_ratio: str = "shared",
     min_heads: int = 1,
     min_neurons: int = 1,
-    round_to: int = 1,
+    round_to: int | None = None,
     stages: Sequence[int] | None = None,
     token_score: str = "attention",
     fuse_tokens: bool = True,

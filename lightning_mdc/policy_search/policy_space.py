@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_mdc.budget import Budget, CostModel, TokenDrop, as_budget
 from lightning_mdc.budget.pricing import Pricing
+from lightning_mdc.budget.uniform import neuron_step
 from lightning_mdc.errors import BudgetError, SearchError
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy, default_stages
@@ -62,7 +63,7 @@ class PolicySpace(Space):
         token_ratio: str = "shared",
         min_heads: int = 1,
         min_neurons: int = 1,
-        round_to: int = 1,
+        round_to: int | None = None,
         stages: Sequence[int] | None = None,
         fuse_tokens: bool = True,
     ) -> None:
@@ -82,10 +83,10 @@ class PolicySpace(Space):
         self.dimensions = tuple(name for name in names if name != "tokens" or self.pricing.rewards_dropping_tokens)
         self.stages = stages
         self.stage_blocks = default_stages(self.sites.depth) if stages is None else tuple(stages)
-        self.fuse, self._round_to = fuse_tokens, round_to
+        self.fuse, self._step = fuse_tokens, neuron_step(self.costs, round_to)
         if token_ratio not in ("shared", "stages"):
             raise SearchError(f"token_ratio={token_ratio!r}: expected 'shared' or 'stages'")
-        least = {"heads": min_heads, "neurons": -(-min_neurons // round_to) * round_to, "tokens": 0}
+        least = {"heads": min_heads, "neurons": -(-min_neurons // self._step) * self._step, "tokens": 0}
         bounds, tied = _checked_bounds(bounds, self.dimensions), _checked_groups(groups, self.dimensions)
         tied["tokens"] = 1 if token_ratio == "shared" else None
         # The uniform policies of some of the dimensions, those of most first.
@@ -107,7 +108,7 @@ class PolicySpace(Space):
 
     def _axes(self, dimension: str, bounds: Any, count: int | None, least: int) -> Iterator[tuple[Axis, np.ndarray]]:
         """The axes of one dimension, and the blocks that each moves."""
-        step = self._round_to if dimension == "neurons" else 1
+        step = self._step if dimension == "neurons" else 1
         sizes = {
             "heads": self.costs.heads,
             "neurons": self.costs.neurons,
@@ -184,7 +185,7 @@ class PolicySpace(Space):
     def _counts(self, points: np.ndarray, dimension: str) -> np.ndarray:
         """(n, axes) -> heads or neurons in whole units (n, blocks); see `keep_count`."""
         sizes: np.ndarray = getattr(self.costs, dimension)
-        step = self._round_to if dimension == "neurons" else 1
+        step = self._step if dimension == "neurons" else 1
         ratios = np.ones((len(points), len(sizes)))
         if self._members[dimension]:
             ratios[:, self._blocks_of(dimension)[0]] = points[
