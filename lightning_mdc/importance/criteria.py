@@ -240,17 +240,19 @@ def _grams_of_pairs(features: Tensor) -> tuple[Tensor, Tensor]:
     magnitudes = features.new_empty(units, dtype=dtype)
     size = (_CHUNK_ON_CPU if features.device.type == "cpu" else _CHUNK_ELSEWHERE) // (4 * n * p)
     step = max(_CACHE_LINE, size // _CACHE_LINE * _CACHE_LINE)
+    spare = features.new_empty(min(step, units), n, p, dtype=dtype)
     for some, gram, magnitude in zip(features.split(step), grams.split(step), magnitudes.split(step), strict=True):
         chunk = _contiguous(some.to(dtype))
-        gram.copy_(hsic_maths.gaussian_pairs(chunk))
-        torch.sum(chunk.abs_(), dim=(1, 2), out=magnitude)
+        work = spare[: len(chunk)]
+        gram.copy_(hsic_maths.gaussian_pairs(chunk, work))
+        torch.sum(torch.abs(chunk, out=work), dim=(1, 2), out=magnitude)
     return grams, magnitudes
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """`x` (units, n, p) as a contiguous copy."""
+    """`x` (units, n, p) with units outermost in memory; itself, if they are."""
     if x.stride(0) == 1 and x.stride(1) == x.shape[2] * x.stride(2):
-        # Units lie innermost: one copy would go through memory once a unit. First a few units are brought into the
-        # cache, then they are turned round there, which is four times as fast.
+        # Units lie innermost, as a norm in front of the layer leaves them: one copy would go through memory once a
+        # unit. First a few units are brought into the cache, then they are turned round there: four times as fast.
         return x.flatten(1).t().contiguous().t().clone(memory_format=torch.contiguous_format).view(x.shape)
-    return x.clone(memory_format=torch.contiguous_format)
+    return x.contiguous()

@@ -49,9 +49,12 @@ def gaussian_gram(x: Tensor) -> Tensor:
     return _mean_of_gaussians(_negative_half_distances(x))
 
 
-def gaussian_pairs(x: Tensor) -> Tensor:
-    """`gaussian_gram` at half the price, as `pairs` of it: (units, n, p) -> (units, n - 1, ceil(n / 2))."""
-    return _mean_of_gaussians(pairs(_negative_half_distances(x)))
+def gaussian_pairs(x: Tensor, spare: Tensor | None = None) -> Tensor:
+    """`gaussian_gram` at half the price, as `pairs` of it: (units, n, p) -> (units, n - 1, ceil(n / 2)).
+
+    `spare` is memory of the shape of x to work in: from the system it can cost more than the work.
+    """
+    return _mean_of_gaussians(pairs(_negative_half_distances(x, spare)))
 
 
 def pairs(matrices: Tensor) -> Tensor:
@@ -72,9 +75,9 @@ def pair_weights(weights: Tensor) -> Tensor:
     return doubled
 
 
-def _negative_half_distances(x: Tensor) -> Tensor:
+def _negative_half_distances(x: Tensor, spare: Tensor | None = None) -> Tensor:
     """``-|x_i - x_j|^2 / 2`` of each unit, up to rounding: (units, n, p) -> (units, n, n)."""
-    x = x - x.mean(dim=1, keepdim=True)  # distances do not care, digits do
+    x = torch.sub(x, x.mean(dim=1, keepdim=True), out=spare)  # distances do not care, digits do
     products = x @ x.transpose(1, 2)
     norms = products.diagonal(dim1=1, dim2=2) / 2
     return products.sub_(norms[:, :, None]).sub_(norms[:, None, :])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
@@ -100,6 +101,11 @@ class Scorer:
         self._contexts = ExitStack()
         self._pass = _Pass()
         self._two_passes = False
+        neurons = [block.neurons for block in sites.blocks if block.neurons] if "neurons" in self.dimensions else []
+        # Elsewhere than on a CPU it is not known to help.
+        self._units_first = _UnitsFirst(
+            producer.linear.weight for site in neurons for producer in site.producers if device.type == "cpu"
+        )
 
     def __enter__(self) -> Scorer:
         with ExitStack() as stack:
@@ -134,7 +140,7 @@ class Scorer:
         if self.criterion.needs_gradients:
             self._update_by_gradient(predict, labels)
             return
-        with torch.no_grad():
+        with torch.no_grad(), self._units_first:
             self._pass = _Pass(remembers=not self._two_passes)
             prediction = self._checked(predict())
             if self._pass.overflowed or self._two_passes:
@@ -268,6 +274,26 @@ class Scorer:
     def _count(self, images: int) -> None:
         self.sums["batches"] += 1
         self.sums["images"] += images
+
+
+class _UnitsFirst(TorchFunctionMode):
+    """Inside, linear layers with one of these weights compute (channels, rows) and return its transpose.
+
+    The same numbers and shape, but what each unit did lies together in memory, as activation functions leave it and the
+    next layer takes it just as well. Turning activations round afterwards costs a sixth of a forward pass on a CPU.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._weights = {id(weight): weight for weight in weights}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and not kwargs and len(args) == 3 and id(args[1]) in self._weights:
+            x, weight, bias = args
+            columns = x.flatten(0, -2).T
+            found = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+            return found.T.unflatten(0, x.shape[:-1])
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
