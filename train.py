@@ -10,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
 from lightning_mdc import pipeline, policy_sweep, terminal
@@ -48,8 +49,8 @@ def app(cfg: DictConfig) -> float | None:
         if words is None or wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         said, code = words
-        # All processes of a run are interrupted together; one says it.
-        if code != terminal.INTERRUPTED or rank_zero_only.rank == 0:
+        # All processes of a run are stopped together; one says it.
+        if code not in terminal.STOPPED or rank_zero_only.rank == 0:
             whose = f"[rank {rank_zero_only.rank}] " if rank_zero_only.rank else ""
             print(f"{whose}{said}", file=sys.stderr)
         sys.exit(code)
@@ -61,6 +62,8 @@ def main() -> None:
     sys.argv[1:] = terminal.overrides(sys.argv[1:])
     try:
         app()
+    except SIGTERMException:  # of a sweep's trial; whatever it was launched by has to know
+        sys.exit(terminal.TERMINATED)
     except SystemExit as end:
         # Hydra says what it cannot compose in its own words; here is what to type.
         if end.code and not HydraConfig.initialized() and (said := terminal.hint(sys.argv[1:], CONF)) is not None:

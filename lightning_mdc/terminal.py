@@ -19,6 +19,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from lightning_mdc.errors import MdcError
@@ -27,8 +28,8 @@ from lightning_mdc.ranks import causes, is_first
 log = logging.getLogger(__name__)
 
 LOG_FILE = "log.txt"
-# By the shell's convention, 128 + SIGINT.
-INTERRUPTED = 130
+# Exit codes by the shell's convention: 128 + SIGINT, and + SIGTERM, which is how a cluster takes a machine back.
+INTERRUPTED, TERMINATED = STOPPED = (130, 143)
 
 _FLAGS = {
     "-q": "hydra/job_logging=quiet",
@@ -79,8 +80,7 @@ def log_file(path: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         words = last_words(error)
-        interrupted = words is not None and words[1] == INTERRUPTED
-        lines = words[0] if words and interrupted else "".join(traceback.format_exception(error))
+        lines = words[0] if words and words[1] in STOPPED else "".join(traceback.format_exception(error))
         if file in root.handlers:
             file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, lines, (), None))
         raise
@@ -179,8 +179,11 @@ def last_words(error: BaseException) -> tuple[str, int] | None:
     chain = list(causes(error))
     notes = next((cause.__notes__ for cause in chain if hasattr(cause, "__notes__")), [])
     where = "".join(f"\n{note}" for note in notes)
-    if any(isinstance(cause, KeyboardInterrupt) for cause in chain[:2]):  # Lightning makes an exit of it
-        return " ".join(["interrupted", *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), INTERRUPTED
+    # Lightning makes exits of both, the second of which would look like success.
+    stops = ((KeyboardInterrupt, "interrupted"), (SIGTERMException, "stopped"))
+    for (kind, said), code in zip(stops, STOPPED, strict=True):
+        if any(isinstance(cause, kind) for cause in chain[:2]):
+            return " ".join([said, *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), code
     if (full := _disk_full(chain)) is not None:
         return f"{full}{where}", 1
     if isinstance(error, MdcError):

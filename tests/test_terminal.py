@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -41,8 +42,13 @@ def newest(runs: Path) -> Path:
     return max((runs / "tiny").iterdir(), key=lambda path: path.name)
 
 
-def on_a_terminal(arguments: list[str], interrupt_at: str = "", cwd: Path = ROOT) -> tuple[str, int]:
-    """(what a program writes to a terminal, its exit code); Ctrl-C is typed as soon as `interrupt_at` is there."""
+def on_a_terminal(
+    arguments: list[str], interrupt_at: str = "", cwd: Path = ROOT, by: signal.Signals = signal.SIGINT
+) -> tuple[str, int]:
+    """(what a program writes to a terminal, its exit code).
+
+    As soon as `interrupt_at` is there, Ctrl-C is typed, or the program gets another signal.
+    """
     ours, theirs = pty.openpty()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
     program = subprocess.Popen(
@@ -59,7 +65,10 @@ def on_a_terminal(arguments: list[str], interrupt_at: str = "", cwd: Path = ROOT
             break
         written += more
         if interrupt_at and interrupt_at.encode() in written:
-            os.write(ours, b"\x03")
+            if by == signal.SIGINT:
+                os.write(ours, b"\x03")
+            else:
+                program.send_signal(by)
             interrupt_at = ""
     os.close(ours)
     return written.decode(), program.wait(timeout=30)
@@ -206,15 +215,17 @@ def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog):
 # --- ending early -----------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_on_a_terminal_says_how_to_go_on(tmp_path):
-    """In the middle of training, which Lightning shuts down by itself."""
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_says_how_to_go_on(tmp_path, by):
+    """By Ctrl-C, or as a cluster stops it. Lightning shuts down by itself, in the second case with exit code 0."""
+    code, word = (130, "interrupted") if by == signal.SIGINT else (143, "stopped")
     arguments = [str(ROOT / "train.py"), *TINY, f"runs={tmp_path}", "stage=dense", "dense.epochs=2000", "-v"]
-    written, code = on_a_terminal(arguments, interrupt_at="Epoch 3/")
+    written, ended = on_a_terminal(arguments, interrupt_at="Epoch 3/", by=by)
     folder = newest(tmp_path)
-    assert code == 130
+    assert ended == code
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     *_, said, command = plain.strip().splitlines()
-    assert said.strip() == f"interrupted in stage 'dense' of {folder}; go on from there with"
+    assert said.strip() == f"{word} in stage 'dense' of {folder}; go on from there with"
     given = shlex.split(command)
     assert given[-5:] == [f"runs={tmp_path}", "stage=dense", "dense.epochs=2000", "-v", f"resume={folder}"]
     assert "Traceback" not in written + (folder / "log.txt").read_text()
