@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.costs import CostModel, TokenDrop
+from lightning_mdc.budget.latency_table import ALIGNMENT
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
@@ -65,9 +66,8 @@ def neuron_step(costs: CostModel, round_to: int | None) -> int:
         BudgetError: `round_to` is no positive whole number.
     """
     if round_to is None:
-        # Rows of a matrix whose width is no multiple of a processor's vectors are slow to load: see slim speed in
-        # README. In a narrow block so many at a time would be too coarse.
-        return 8 if int(costs.neurons.min()) >= 512 else 1
+        # In a narrow block so many at a time would be too coarse.
+        return ALIGNMENT if costs.neurons.min() >= 512 else 1
     _check_whole("round_to", round_to, 1)
     return round_to
 
