@@ -170,6 +170,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                             "model": name,
                             "runtime": runtime,
                             "batch": batch,
+                            "rounds": arguments.rounds,
                             "kind": kind.split(" at ")[0],
                             "budget": float(kind.split(" at ")[1]) if " at " in kind else 1.0,
                             "macs": macs[kind],
@@ -187,7 +188,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 torch.compiler.reset()
     result = {
         "threads": torch.get_num_threads(),
-        "rounds": arguments.rounds,
         "left_out": left_out,
         "rows": rows,
     }
@@ -240,6 +240,8 @@ def table(result: dict[str, Any]) -> str:
         share = "100 %" if kind == DENSE else f"{1 / first['ideal']:.0%}".replace("%", " %")
         ideal = "" if kind == DENSE else f"{first['ideal']:.2f}x"
         lines.append(f"| {model} | {runtime} | {kind} | {share} | {ideal} | {' | '.join(cells)} |")
+    rounds = [row["rounds"] for row in result["rows"]]
+    readings = " to ".join(str(count) for count in dict.fromkeys((min(rounds), max(rounds))))
     left_out = "".join(f" Left out: {runtime} ({why})." for runtime, why in result["left_out"].items())
     return "\n".join(
         [
@@ -248,7 +250,7 @@ def table(result: dict[str, Any]) -> str:
             verdicts(targets(result)),
             "",
             f"Dense: milliseconds an image; others: speed-up against dense. {result['threads']} CPU thread(s), fp32, "
-            f"medians of {result['rounds']} readings taken in turns; uniform policies, random weights. Torch-Pruning's "
+            f"medians of {readings} readings taken in turns; uniform policies, random weights. Torch-Pruning's "
             f"models have as many heads and neurons as ours in each block.{left_out} Measured by "
             "`python benchmarks/slim_speed.py`.",
         ]
