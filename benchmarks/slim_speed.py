@@ -186,6 +186,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     progress.update()
                 del programs
                 torch.compiler.reset()
+    # In the order in which they would be if nothing had been stopped.
+    cells = [(name, runtime, batch) for name in arguments.models for runtime in runtimes for batch in arguments.batches]
+    rows = [row for cell in cells for row in rows if (row["model"], row["runtime"], row["batch"]) == cell]
     result = {
         "threads": torch.get_num_threads(),
         "left_out": left_out,
@@ -258,26 +261,31 @@ def table(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Figure:
-    """Speed-up of each slim model against its ideal, a panel per batch size; eager."""
+    """What each slim model reaches of its ideal speed-up, a panel per batch size; eager."""
     rows = [row for row in result["rows"] if row["runtime"] == "eager" and row["kind"] != DENSE]
     batches = sorted({row["batch"] for row in rows})
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    markers = dict(zip(models, "os^D", strict=False))
-    picture, panels = new_figure(4.8 * len(batches), 3.6, columns=len(batches))
-    most = max(max(row["ideal"], row["speed_up"]) for row in rows) * 1.08
+    groups = list(dict.fromkeys((row["model"], row["budget"]) for row in rows))
+    kinds = [kind for kind in COLOURS if any(row["kind"] == kind for row in rows)]
+    picture, panels = new_figure(9.6, 2.6 * len(batches), rows=len(batches))
     for panel, batch in zip(panels, batches, strict=True):
-        panel.plot([1, most], [1, most], color=GREEN, linewidth=1)
-        panel.annotate("ideal", (most, most), (-30, 0), textcoords="offset points", color=GREEN)
-        for row in (row for row in rows if row["batch"] == batch):
-            panel.plot(row["ideal"], row["speed_up"], markers[row["model"]], color=COLOURS[row["kind"]], alpha=0.8)
+        reached = {
+            (row["model"], row["budget"], row["kind"]): row["speed_up"] / row["ideal"]
+            for row in rows
+            if row["batch"] == batch
+        }
+        for number, kind in enumerate(kinds):
+            places = [place + 0.8 * ((number + 0.5) / len(kinds) - 0.5) for place in range(len(groups))]
+            heights = [reached.get((*group, kind), 0.0) for group in groups]
+            panel.bar(places, heights, 0.72 / len(kinds), color=COLOURS[kind], label=kind)
+        panel.axhline(1, color=GREEN, linewidth=1)
+        panel.set_xlim(-0.6, len(groups) - 0.4)
+        end: Any = ("axes fraction", "data")
+        panel.annotate("ideal", (1, 1), (4, 0), xycoords=end, textcoords="offset points", color=GREEN, va="center")
+        names = [f"{model.removesuffix('_patch16_224')}\n{budget:.0%} of MACs" for model, budget in groups]
+        panel.set_xticks(range(len(groups)), names, fontsize=8)
+        panel.set_ylabel("speed-up / ideal")
         plain(panel, f"batch {batch}")
-        panel.set_xlabel("dense MACs / slim MACs")
-        panel.set_ylabel("speed-up")
-    for kind, colour in COLOURS.items():
-        panels[0].plot([], [], "o", color=colour, label=kind)
-    for model, marker in markers.items():
-        panels[0].plot([], [], marker, color=GRAY, fillstyle="none", label=model)
-    panels[0].legend(frameon=False, fontsize=8)
+    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds), frameon=False)
     return picture
 
 
