@@ -62,16 +62,16 @@ def main() -> None:
     sys.argv[1:] = terminal.overrides(sys.argv[1:])
     try:
         app()
-    except SIGTERMException:  # of a sweep's trial; whatever it was launched by has to know
-        sys.exit(terminal.TERMINATED)
+    except (KeyboardInterrupt, SIGTERMException) as stop:
+        # Before the first stage, or of a sweep, which notes how to go on.
+        said, code = terminal.stopped_by(stop)
+        print("\n".join([said, *getattr(stop, "__notes__", ())]), file=sys.stderr)
+        sys.exit(code)
     except SystemExit as end:
         # Hydra says what it cannot compose in its own words; here is what to type.
         if end.code and not HydraConfig.initialized() and (said := terminal.hint(sys.argv[1:], CONF)) is not None:
             print(f"\n{said}", file=sys.stderr)
         raise
-    except KeyboardInterrupt as stop:  # before the first stage, or of a sweep, which notes how to go on
-        print("\n".join(["interrupted", *getattr(stop, "__notes__", ())]), file=sys.stderr)
-        sys.exit(terminal.INTERRUPTED)
 
 
 if __name__ == "__main__":

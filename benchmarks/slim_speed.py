@@ -46,7 +46,7 @@ BUDGETS = (0.6, 0.4)
 DENSE, ALL, UNITS, PEER = "dense", "heads, neurons, tokens", "heads, neurons", "Torch-Pruning"
 ODD = "heads, neurons, odd widths"
 COLOURS = {ALL: BLUE, UNITS: ORANGE, ODD: PURPLE, PEER: GRAY}
-# Asked of PyTorch as written only: what another width or another tool's choice of units changes, it shows.
+# Measured in PyTorch as written only.
 ONCE = (ODD, PEER)
 # Of the ideal speed-up at the largest batch, in PyTorch as written.
 WANTED = {UNITS: 0.95, ALL: 0.9}

@@ -179,11 +179,10 @@ def last_words(error: BaseException) -> tuple[str, int] | None:
     chain = list(causes(error))
     notes = next((cause.__notes__ for cause in chain if hasattr(cause, "__notes__")), [])
     where = "".join(f"\n{note}" for note in notes)
-    # Lightning makes exits of both, the second of which would look like success.
-    stops = ((KeyboardInterrupt, "interrupted"), (SIGTERMException, "stopped"))
-    for (kind, said), code in zip(stops, STOPPED, strict=True):
-        if any(isinstance(cause, kind) for cause in chain[:2]):
-            return " ".join([said, *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), code
+    terminated = isinstance(error, SIGTERMException)
+    if terminated or any(isinstance(cause, KeyboardInterrupt) for cause in chain[:2]):  # Lightning makes an exit of it
+        said, code = stopped_by(error)
+        return " ".join([said, *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), code
     if (full := _disk_full(chain)) is not None:
         return f"{full}{where}", 1
     if isinstance(error, MdcError):
@@ -195,6 +194,11 @@ def last_words(error: BaseException) -> tuple[str, int] | None:
         said = "a process that reads images was killed, most likely for lack of memory"
         return f"{said}: {error}\nuse fewer of them (data.num_workers) or a smaller data.batch_size{where}", 1
     return None
+
+
+def stopped_by(error: BaseException) -> tuple[str, int]:
+    """(word for it, exit code) of Ctrl-C or SIGTERM; Lightning's exit for the latter would be a success."""
+    return ("stopped", TERMINATED) if isinstance(error, SIGTERMException) else ("interrupted", INTERRUPTED)
 
 
 def _disk_full(chain: Sequence[BaseException]) -> str | None:

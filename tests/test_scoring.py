@@ -86,7 +86,7 @@ def test_units_lie_together_in_memory_while_they_are_scored(kind: str) -> None:
     outputs: list[Tensor] = []
     model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     mdc.score(model, [images()], "hsic", progress=False)
-    assert seen["x"].permute(2, 0, 1).is_contiguous() == (kind != "scaled")  # a norm in between turns them back
+    assert seen["x"].permute(2, 0, 1).is_contiguous() == (kind != "scaled")  # a norm in between would turn them back
     torch.testing.assert_close(seen["x"], expected)
     torch.testing.assert_close(outputs[0], logits)
 

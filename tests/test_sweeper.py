@@ -63,6 +63,8 @@ def sweep(monkeypatch, tmp_path, capsys):
         try:
             app.main()
             code = 0
+        except app.SIGTERMException:
+            raise
         except SystemExit as end:
             code = int(end.code or 0)
         printed = capsys.readouterr()
@@ -660,9 +662,10 @@ def test_a_study_may_lie_elsewhere(sweep, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_an_interrupted_sweep_says_how_to_go_on(sweep, tmp_path):
-    given = (*XY, "trouble=[interrupt-2]", f"lab={tmp_path}")
-    with pytest.raises(KeyboardInterrupt) as stop:
+@pytest.mark.parametrize(("kind", "error"), [("interrupt", KeyboardInterrupt), ("terminate", app.SIGTERMException)])
+def test_an_interrupted_sweep_says_how_to_go_on(sweep, tmp_path, kind, error):
+    given = (*XY, f"trouble=[{kind}-2]", f"lab={tmp_path}")
+    with pytest.raises(error) as stop:
         sweep(*given, n_trials=5)
     study = tmp_path / "out" / "study.jsonl"
     says = f"interrupted: 2 trials, 1 not over; to go on, add hydra.sweeper.study={study} to the same command."
@@ -673,7 +676,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(sweep, tmp_path):
     assert begun == [f"begin {i}" for i in (0, 1, 2, 2, 3, 4)]
     (tmp_path / "lab2").mkdir()
     (tmp_path / "lab2" / "mended").touch()
-    whole = (*XY, "trouble=[interrupt-2]", f"lab={tmp_path / 'lab2'}", "hydra.sweep.dir=whole")
+    whole = (*XY, f"trouble=[{kind}-2]", f"lab={tmp_path / 'lab2'}", "hydra.sweep.dir=whole")
     assert sweep(*whole, n_trials=5)[0] == 0
     assert history(tmp_path / "out") == history(tmp_path / "whole")
 

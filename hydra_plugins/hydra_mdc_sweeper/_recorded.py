@@ -60,6 +60,8 @@ class Recorded:
         try:
             return self.task_function(config)
         except SystemExit as error:  # would end the sweep, not the trial
+            if type(error).__name__ == "SIGTERMException":  # Lightning's: it is the sweep that is to end
+                raise
             raise RuntimeError(f"the app called sys.exit({error.code!r})") from error
 
 

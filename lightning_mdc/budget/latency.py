@@ -97,9 +97,9 @@ def blank_images(model: nn.Module, batch_size: int, input_size: Sequence[int]) -
 
 def _passes_per_reading(model: nn.Module, images: Tensor) -> int:
     """Enough forward passes for one reading; what they cost warms up caches and kernels."""
-    for _ in range(4):
+    for number in range(4):
         once = _seconds(model, images, 1)
-        if once > 1:  # of which the start is a small part
+        if number and once > 1:  # the first may have compiled
             break
     return max(1, int(_SHORTEST_READING / max(once, 1e-9)) + 1)
 

@@ -43,7 +43,8 @@ class Criterion(ABC):
     """How much does each unit matter? Stateless; sums live with the caller.
 
     Activations have shape (images, tokens, units, channels): heads with head_dim channels, neurons with one, and for
-    the token dimension the value vectors of the patch positions, (images, 1, positions, channels).
+    the token dimension the value vectors of the patch positions, (images, 1, positions, channels). In whatever
+    layout they lie in memory: `reshape` them, `view` may be refused.
     """
 
     name: ClassVar[str]
@@ -252,7 +253,7 @@ def _grams_of_pairs(features: Tensor) -> tuple[Tensor, Tensor]:
 def _contiguous(x: Tensor) -> Tensor:
     """`x` (units, n, p) with units outermost in memory; itself, if they are."""
     if x.stride(0) == 1 and x.stride(1) == x.shape[2] * x.stride(2):
-        # Units lie innermost, as a norm in front of the layer leaves them: one copy would go through memory once a
-        # unit. First a few units are brought into the cache, then they are turned round there: four times as fast.
+        # Units lie innermost, as the layers of a model leave them by themselves: one copy would go through memory once
+        # a unit. First a few units are brought into the cache, then they are turned round there: four times as fast.
         return x.flatten(1).t().contiguous().t().clone(memory_format=torch.contiguous_format).view(x.shape)
     return x.contiguous()

@@ -52,7 +52,8 @@ def gaussian_gram(x: Tensor) -> Tensor:
 def gaussian_pairs(x: Tensor, spare: Tensor | None = None) -> Tensor:
     """`gaussian_gram` at half the price, as `pairs` of it: (units, n, p) -> (units, n - 1, ceil(n / 2)).
 
-    `spare` is memory of the shape of x to work in: from the system it can cost more than the work.
+    `spare`, of the shape and type of x, is overwritten: memory to work in, which can cost more than the work if it
+    comes from the system.
     """
     return _mean_of_gaussians(pairs(_negative_half_distances(x, spare)))
 

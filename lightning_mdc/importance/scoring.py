@@ -101,11 +101,10 @@ class Scorer:
         self._contexts = ExitStack()
         self._pass = _Pass()
         self._two_passes = False
-        neurons = [block.neurons for block in sites.blocks if block.neurons] if "neurons" in self.dimensions else []
-        # Elsewhere than on a CPU it is not known to help.
-        self._units_first = _UnitsFirst(
-            producer.linear.weight for site in neurons for producer in site.producers if device.type == "cpu"
-        )
+        # Elsewhere than on a CPU it is not known to help, and a norm in between would turn them back.
+        helped = device.type == "cpu" and "neurons" in self.dimensions
+        neurons = [block.neurons for block in sites.blocks if helped and block.neurons and block.neurons.norm is None]
+        self._units_first = _UnitsFirst(producer.linear.weight for site in neurons for producer in site.producers)
 
     def __enter__(self) -> Scorer:
         with ExitStack() as stack:
@@ -279,8 +278,9 @@ class Scorer:
 class _UnitsFirst(TorchFunctionMode):
     """Inside, linear layers with one of these weights compute (channels, rows) and return its transpose.
 
-    The same numbers and shape, but what each unit did lies together in memory, as activation functions leave it and the
-    next layer takes it just as well. Turning activations round afterwards costs a sixth of a forward pass on a CPU.
+    The same numbers but for rounding, in the same shape, but what each unit did lies together in memory, as activation
+    functions leave it and the next layer takes it just as well. Turning activations round afterwards costs a sixth of a
+    forward pass on a CPU.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:

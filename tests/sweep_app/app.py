@@ -16,6 +16,10 @@ from omegaconf import DictConfig
 RETURNS = {"none": None, "text": "good", "true": True, "dict": {"a": 1.0}, "nan": math.nan, "inf": math.inf, "whole": 7}
 
 
+class SIGTERMException(SystemExit):
+    """What Lightning raises when a process is told to end."""
+
+
 def distance(cfg: DictConfig) -> float:
     """0 at x = 0.3, y = 0.7, n = 5, lr = 0.001, kind a, and if half is kept of everything."""
     off = (cfg.x - 0.3) ** 2 + (cfg.y - 0.7) ** 2 + 0.02 * (cfg.n - 5) ** 2 + sum((k - 0.5) ** 2 for k in cfg.keep)
@@ -45,6 +49,8 @@ def _go_wrong(kind: str, number: int) -> Any:
         raise ValueError(f"trial {number} went\nwrong")
     if kind == "interrupt":
         raise KeyboardInterrupt
+    if kind == "terminate":
+        raise SIGTERMException
     if kind == "quit":
         sys.exit(2)
     if kind in ("exit", "kill"):  # once the trial before is over, so that there is something to be recovered
