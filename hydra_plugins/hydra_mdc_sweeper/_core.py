@@ -124,7 +124,7 @@ class Sweep:
                     self._report(told, (time.perf_counter() - began) / (len(self.study.finished) - before))
                 _results.save(self.study, self.params, self.folders)
                 self._judge()
-        except (KeyboardInterrupt, SystemExit) as stop:
+        except (KeyboardInterrupt, SystemExit) as stop:  # the latter is SIGTERM, see `Recorded`
             # Python prints notes last, below the traceback.
             stop.add_note(f"The sweep was interrupted: {self._counts()}; {self._how_to_go_on()}.")
             raise
