@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
-from lightning_mdc import pipeline, policy_sweep, terminal
-from lightning_mdc.assembly import plain
+from lightning_mdc.app import pipeline, sweep, terminal
+from lightning_mdc.app.build import plain
 
 log = logging.getLogger("lightning_mdc")
 
@@ -40,7 +40,7 @@ def app(cfg: DictConfig) -> float | None:
     try:
         settings = plain(cfg)
         if settings["stage"] == "trial":
-            return policy_sweep.trial(settings, Path(HydraConfig.get().runtime.output_dir))
+            return sweep.trial(settings, Path(HydraConfig.get().runtime.output_dir))
         pipeline.run(settings)
     except BaseException as error:
         # A sweep has to learn of a failed job by its exception; and whoever looks for a fault wants the traceback.

@@ -45,13 +45,15 @@ from tqdm.auto import tqdm
 from weight_sharing import Images, labelled, training, values
 
 import lightning_mdc as mdc
-from lightning_mdc import assembly, reporting
+from lightning_mdc.app import build
+from lightning_mdc.app import report as reporting
+from lightning_mdc.app.run_folder import fingerprint, newest_run
 from lightning_mdc.budget import num_params
 from lightning_mdc.distillation import DistillationModule, TeacherCache
 from lightning_mdc.errors import BudgetError
+from lightning_mdc.files import write_json
 from lightning_mdc.importance.criteria import Random
 from lightning_mdc.policy_search.held_out import HeldOut
-from lightning_mdc.run_folder import fingerprint, newest_run, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DIMENSIONS = ("heads", "neurons", "tokens")
@@ -173,7 +175,7 @@ class Benchmark:
         self.asked = asked
         self.settings = json.loads((run / "settings.json").read_text())
         self.dense = mdc.load(run / "dense").eval()
-        data = assembly.build_data(self.settings)
+        data = build.build_data(self.settings)
         self.test, self.held_out = labelled(data.test_dataloader(), None), labelled(data.val_dataloader(), 1000)
         order = np.random.default_rng(0).permutation(len(data.calibration_dataset()))  # type: ignore[arg-type]
         chosen = Subset(data.calibration_dataset(), order[: asked.images].tolist())
@@ -229,7 +231,7 @@ class Benchmark:
         """The model that one method makes."""
         method, dense = METHODS[name], self.dense
         batches = self.calibration(seed)
-        policy = mdc.Policy.uniform(dense, budget, method.dimensions)
+        policy = mdc.uniform_policy(dense, budget, method.dimensions)
         if method.peer:
             return peers.torch_pruning(dense, policy, method.criterion, batches)  # type: ignore[arg-type]
         criterion = Random(seed) if method.criterion == "random" else method.criterion

@@ -36,12 +36,12 @@ from tqdm.auto import tqdm
 from weight_sharing import Images, labelled, values
 
 import lightning_mdc as mdc
-from lightning_mdc import assembly
+from lightning_mdc.app import build
+from lightning_mdc.figures.style import BLUE, GRAY, new_figure, plain
 from lightning_mdc.importance import ConditionalDependence, hsic
 from lightning_mdc.importance.criteria import Criterion, Random
+from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import UnitSite, find_sites
-from lightning_mdc.reporting.style import BLUE, GRAY, new_figure, plain
-from lightning_mdc.ridge import RIDGE
 from lightning_mdc.surgery.compensation import Moments
 
 BATCH = 128
@@ -262,7 +262,7 @@ class Case:
         settings = json.loads((run / "settings.json").read_text())
         if "max_val_images" in settings["data"]:
             settings["data"]["max_val_images"] = arguments.held_out
-        data = assembly.build_data(settings)
+        data = build.build_data(settings)
         self.seed, self.dense = seed, mdc.load(run / "dense").eval()
         self.held_out = labelled(data.val_dataloader(), arguments.held_out)
         order = np.random.default_rng(seed).permutation(len(data.calibration_dataset()))  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from readme import RESULTS, put
 
-from lightning_mdc import reporting
-from lightning_mdc.run_folder import newest_run
+from lightning_mdc.app import report as reporting
+from lightning_mdc.app.run_folder import newest_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

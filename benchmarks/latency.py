@@ -30,8 +30,8 @@ import lightning_mdc as mdc
 from lightning_mdc.budget import CostModel
 from lightning_mdc.budget.latency import settled_memory
 from lightning_mdc.budget.latency_table import first_units
+from lightning_mdc.figures.style import BLUE, COLOURS, GRAY, new_figure, plain
 from lightning_mdc.models import find_sites
-from lightning_mdc.reporting.style import BLUE, COLOURS, GRAY, new_figure, plain
 
 THOROUGH = [(name, batch) for name in ("deit_tiny_patch16_224", "deit_small_patch16_224") for batch in (16, 1)]
 QUICK = THOROUGH[:1]

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightning_mdc.reporting import save_figure
-from lightning_mdc.run_folder import write_json, write_text
+from lightning_mdc.app.report import save_figure
+from lightning_mdc.files import write_json, write_text
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -28,9 +28,9 @@ from targets import Target, verdicts
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc import reporting
+from lightning_mdc.app import report as reporting
 from lightning_mdc.budget import num_params
-from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, ORANGE, new_figure, plain
+from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, new_figure, plain
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224")
 STEPS = {"score": BLUE, "plan": GREEN, "slim": ORANGE}
@@ -57,7 +57,7 @@ def measured(name: str, images: int, batch: int, only_score: bool, threads: int 
         taken: dict[str, list[float]] = {"plan": [], "slim": []}
         for _ in range(REPEATS):
             start = time.perf_counter()
-            plan = mdc.make_plan(model, scores, mdc.Policy.uniform(model, 0.6))
+            plan = mdc.make_plan(model, scores, mdc.uniform_policy(model, 0.6))
             planned = time.perf_counter()
             mdc.slim(model, plan)
             taken["plan"].append(planned - start)

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
+from lightning_mdc.figures.style import BLUE, GRAY, new_figure, plain
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import default_stages
-from lightning_mdc.reporting.style import BLUE, GRAY, new_figure, plain
 
 FORWARD, OURS, LOOP, PEER = "forward pass", "ours: hsic", "hsic, a unit at a time", "Torch-Pruning: Taylor"
 OTHERS = ("activation", "taylor")  # our criteria that need images, beside hsic

@@ -34,11 +34,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from tqdm import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc.policy_search.gp_ei import GpEi
-from lightning_mdc.policy_search.on_budget import Projection
-from lightning_mdc.reporting.style import save_figure
-from lightning_mdc.reporting.tables import Table
-from lightning_mdc.run_folder import write_json
+from lightning_mdc.app.report.tables import Table
+from lightning_mdc.figures.style import save_figure
+from lightning_mdc.files import write_json
+from lightning_mdc.gp_ei.process import GpEi
+from lightning_mdc.gp_ei.projection import Projection
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 4

@@ -37,9 +37,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc import assembly, reporting
+from lightning_mdc.app import build
+from lightning_mdc.app import report as reporting
+from lightning_mdc.app.run_folder import newest_run
+from lightning_mdc.files import write_json
 from lightning_mdc.policy_search.held_out import HeldOut
-from lightning_mdc.run_folder import newest_run, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"uniform": "uniform", "random": "best of {} random", "searched": "searched, {} trials"}
@@ -87,7 +89,7 @@ def trained_digits(folder: Path, quick: bool) -> Path:
 
 def measured(run: Path, settings: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """All numbers of one model."""
-    data = assembly.build_data(settings)
+    data = build.build_data(settings)
     dense = mdc.load(run / "dense")
     scores = mdc.Scores.load(run / "scores.safetensors")
 
@@ -165,7 +167,7 @@ def trial_cost(
 
     With `activations` also of a trial that compensates by least squares. Ratios are taken round by round.
     """
-    policy = mdc.Policy.uniform(dense, 0.6)
+    policy = mdc.uniform_policy(dense, 0.6)
     ways: dict[str, dict[str, Any]] = {"trial": {}}
     if activations is not None:
         ways["compensated"] = {"compensate": "lstsq", "statistics": activations}

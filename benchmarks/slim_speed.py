@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 import lightning_mdc as mdc
 from lightning_mdc.budget.latency import latencies
 from lightning_mdc.export import INPUT, OUTPUT, export_model
-from lightning_mdc.reporting.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, new_figure, plain
+from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, new_figure, plain
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "t2t_vit_14")
 BUDGETS = (0.6, 0.4)
@@ -64,7 +64,7 @@ def variants(name: str, peer: bool) -> dict[str, nn.Module]:
     units = ("heads", "neurons")
     for budget in BUDGETS:
         for kind, dimensions, round_to in ((ALL, None, None), (ODD, units, 1), (UNITS, units, None)):
-            policy = mdc.Policy.uniform(dense, budget, dimensions=dimensions, round_to=round_to)
+            policy = mdc.uniform_policy(dense, budget, dimensions=dimensions, round_to=round_to)
             found[f"{kind} at {budget}"] = mdc.slim(dense, mdc.make_plan(dense, scores, policy))
         if peer:
             found[f"{PEER} at {budget}"] = peers.torch_pruning(dense, policy, "magnitude")  # that of heads and neurons

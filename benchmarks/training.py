@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
+from lightning_mdc.app.report import style
 from lightning_mdc.policy import DIMENSIONS
-from lightning_mdc.reporting import style
 
 WARM_UP = 2  # rounds; in the first one the cache is filled
 MASKED = "dense, heads and neurons masked"

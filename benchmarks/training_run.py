@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc import reporting
-from lightning_mdc.run_folder import write_json
+from lightning_mdc.app import report as reporting
+from lightning_mdc.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = ("dense", "slim", "slim + teacher")

@@ -34,13 +34,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc import assembly, reporting
-from lightning_mdc.data import ImageDataModule
+from lightning_mdc.app import build
+from lightning_mdc.app import report as reporting
+from lightning_mdc.app.data import ImageDataModule
+from lightning_mdc.app.run_folder import fingerprint
 from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation.weight_sharing import WeightSharingModule
+from lightning_mdc.files import write_json, write_text
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.held_out import gathered
-from lightning_mdc.run_folder import fingerprint, write_json, write_text
-from lightning_mdc.weight_sharing import WeightSharingModule
 
 ROOT = Path(__file__).resolve().parents[1]
 # What policies are judged by before finetuning, higher is better.
@@ -110,12 +112,12 @@ class Benchmark:
         self.work: Path = asked.work / f"{self.settings['name']}-{mark[:12]}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.scores = mdc.Scores.load(self.run / "scores.safetensors")
-        data = assembly.build_data(self.settings)
+        data = build.build_data(self.settings)
         self.held_out = labelled(data.val_dataloader(), asked.images)
         self.test = labelled(data.test_dataloader(), None)
         self.sharing_data = data
         most = asked.finetune_images or self.settings["data"].get("max_train_images")
-        self.finetune_data = assembly.build_data(
+        self.finetune_data = build.build_data(
             {**self.settings, "data": {**self.settings["data"], "max_train_images": most}}
         )
 
@@ -222,7 +224,7 @@ def _place(row: dict[str, Any]) -> tuple[int, str]:
 
 
 def training(options: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """Optimizer and schedule of a run's settings, for so many epochs; as `assembly` shortens the warm-up."""
+    """Optimizer and schedule of a run's settings, for so many epochs; as `build` shortens the warm-up."""
     schedule = dict(options["schedule"])
     schedule["warmup_epochs"] = min(schedule["warmup_epochs"], epochs / 5)
     return {"optimizer": options["optimizer"], "schedule": schedule}

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, as_budget, macs, policy_macs
-from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError
-from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction, make_plan
+from lightning_mdc.budget.uniform import uniform_policy
+from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError, check_whole
+from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction
 from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
 from lightning_mdc.models import Sites, evaluating, find_model, find_sites, unwrap
 from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, check_dimensions
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
+from lightning_mdc.surgery.plan import make_plan
 
 Schedule = Literal["one-shot", "cubic"]
 Unit = Literal["epoch", "step"]
@@ -50,7 +52,7 @@ class MultiDimPruneCallback(Callback):
             (Zhu & Gupta 2017), always from the same scores, never compounding.
         start, end: when, in `unit`; `end` defaults to two thirds of the training.
         unit: ``"epoch"`` or ``"step"`` (optimizer steps).
-        dimensions, min_heads, min_neurons, round_to, stages: see `Policy.uniform`.
+        dimensions, min_heads, min_neurons, round_to, stages: see `uniform_policy`.
         token_score, fuse_tokens: see `make_plan`.
         model: attribute path of the vision transformer in the LightningModule; None finds it if there is just one.
         prediction: turns what the model returns into probabilities (images, classes); None means softmax.
@@ -93,8 +95,8 @@ class MultiDimPruneCallback(Callback):
         super().__init__()
         self.budget = as_budget(budget)
         self.criterion = as_criterion(criterion)
-        _whole("start", start, 0, required=True)
-        _whole("calibration_batches", calibration_batches, 1, required=True)
+        check_whole("start", start, 0, CallbackError)
+        check_whole("calibration_batches", calibration_batches, 1, CallbackError)
         self.wanted_policy = _policy(policy)
         self.uniform_options: dict[str, Any] = {
             "dimensions": None if dimensions is None else check_dimensions(dimensions),
@@ -106,9 +108,9 @@ class MultiDimPruneCallback(Callback):
         _one_of("schedule", schedule, ("one-shot", "cubic"))
         _one_of("unit", unit, ("epoch", "step"))
         _one_of("token_score", token_score, TOKEN_SCORES)
-        _whole("calibration_images", calibration_images, 1)
-        _whole("end", end, start + 1)
-        _whole("seed", seed, 0)
+        check_whole("calibration_images", calibration_images, 1, CallbackError, or_none="whole batches")
+        check_whole("end", end, start + 1, CallbackError, or_none="the end of training")
+        check_whole("seed", seed, 0, CallbackError)
         for name, value, kinds in (
             ("fuse_tokens", fuse_tokens, bool),
             ("restore_rng", restore_rng, bool),
@@ -349,14 +351,14 @@ class MultiDimPruneCallback(Callback):
             return self.wanted_policy
         if self._plan is not None:
             return self._plan.policy
-        return Policy.uniform(model, self.budget, **self.uniform_options)
+        return uniform_policy(model, self.budget, **self.uniform_options)
 
     def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
         """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""
         _, model = find_model(pl_module, self.model_path)
         if self._plan is None or isinstance(self.wanted_policy, Policy) or self._is_delivered(model):
             return
-        asked, kept = Policy.uniform(model, self.budget, **self.uniform_options), self._plan.policy
+        asked, kept = uniform_policy(model, self.budget, **self.uniform_options), self._plan.policy
         if policy_macs(model, asked) != policy_macs(model, kept):
             share = policy_macs(model, kept) / macs(model)
             rank_zero_warn(
@@ -557,10 +559,3 @@ def _policy(policy: Any) -> Policy | Literal["uniform"]:
     if isinstance(policy, (str, Path)):
         return Policy.load(policy)
     raise PolicyError(f"policy={policy!r:.80}: expected 'uniform', a Policy, or the path of a policy's JSON file")
-
-
-def _whole(name: str, value: Any, least: int, *, required: bool = False) -> None:
-    if value is None and not required:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CallbackError(f"{name}={value!r:.80}: expected a whole number of at least {least}")

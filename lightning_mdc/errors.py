@@ -3,6 +3,10 @@
 Messages name the argument, its value, the reason and the remedy, in that order.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class MdcError(Exception):
     """Base of all errors of lightning_mdc."""
@@ -58,3 +62,21 @@ class CallbackError(MdcError, ValueError):
 
 class DistributedError(MdcError, RuntimeError):
     """The processes of a distributed run cannot be started, or one of them went away."""
+
+
+def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_none: str | None = None) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Args:
+        name: of the argument, for the message.
+        error: to raise.
+        or_none: what None means, as in ``"all"``, where that is allowed too.
+
+    Raises:
+        MdcError: of the kind `error`.
+    """
+    if value is None and or_none is not None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        otherwise = "" if or_none is None else f", or None for {or_none}"
+        raise error(f"{name}={value!r:.80}: expected a whole number of at least {least}{otherwise}")

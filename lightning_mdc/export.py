@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
+from lightning_mdc.files import replacing
 from lightning_mdc.models import find_sites
 from lightning_mdc.progress import bar
 from lightning_mdc.surgery import is_masked
@@ -94,14 +94,12 @@ def export_model(
     network = plain_copy(sites.model).to("cpu", torch.float32).eval().requires_grad_(False)
     shape = (sites.input_size[0], *size)
     write, run = _FUNCTIONS[format]
-    beside = target.with_name(f".{os.getpid()}.{target.name}")
     with bar("Exporting", 2, shown=progress) as advance:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write(network, torch.zeros(_TRACED, *shape), beside)
-            advance("comparing")
-            difference = _difference(network, run, beside, shape)
-            os.replace(beside, target)
+            with replacing(target) as beside:
+                write(network, torch.zeros(_TRACED, *shape), beside)
+                advance("comparing")
+                difference = _difference(network, run, beside, shape)
             advance()
         except OSError as error:
             raise ArtifactError(f"path={str(path)!r} cannot be written: {error}; give another place") from error
@@ -111,9 +109,6 @@ def export_model(
             raise ArtifactError(
                 f"{sites.name} cannot be exported as format={format!r}: {type(error).__name__}: {error}"
             ) from error
-        finally:
-            with suppress(OSError):  # said already
-                beside.unlink(missing_ok=True)
     return Exported(target, format, target.stat().st_size, difference)
 
 

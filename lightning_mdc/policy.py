@@ -13,14 +13,9 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from lightning_mdc.errors import PlanError, PolicyError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lightning_mdc.budget import Budget
 
 DIMENSIONS = ("heads", "neurons", "tokens")
 TOKEN_SCORES = ("attention", "dependence", "attention*dependence")
@@ -81,46 +76,6 @@ class Policy:
         for name, ratios in (("heads", heads), ("neurons", neurons), ("tokens", tokens)):
             object.__setattr__(self, name, _ratios(name, ratios))
         object.__setattr__(self, "stages", None if stages is None else _stages(stages))
-
-    @classmethod
-    def uniform(
-        cls,
-        model: nn.Module,
-        budget: float | Budget = 0.6,
-        dimensions: Iterable[str] | None = None,
-        *,
-        min_heads: int = 1,
-        min_neurons: int = 1,
-        round_to: int | None = None,
-        stages: Sequence[int] | None = None,
-    ) -> Policy:
-        """The policy that takes the same share of every dimension and just meets the budget.
-
-        Args:
-            model: a supported vision transformer, or a module that holds one.
-            budget: fraction of the dense MACs in (0, 1], or a `Budget`.
-            dimensions: what may be pruned; None means all three.
-            min_heads, min_neurons: the fewest a block keeps.
-            round_to: neurons are kept in multiples of it, because odd widths are slower than their MACs say; None: of 8
-                if all blocks have at least 512 neurons, else of 1.
-            stages: blocks where tokens leave; None means quarters of the depth.
-
-        Raises:
-            BudgetError: the budget cannot be reached; the message says what can.
-            UnsupportedModelError: the model cannot lose units of a dimension asked for.
-        """
-        # Imported here: `budget` builds on this module.
-        from lightning_mdc.budget.uniform import uniform_policy
-
-        return uniform_policy(
-            model,
-            budget,
-            dimensions,
-            min_heads=min_heads,
-            min_neurons=min_neurons,
-            round_to=round_to,
-            stages=stages,
-        )
 
     def to_json(self) -> str:
         """Sorted JSON, equal for equal policies."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lightning_mdc.ranks import is_first
+from lightning_mdc.distributed import is_first
 
 Advance = Callable[..., None]
 

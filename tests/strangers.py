@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_mdc as mdc
-from lightning_mdc.ranks import disband
+from lightning_mdc.distributed import disband
 
 SIDE = 16
 

@@ -26,7 +26,7 @@ from tests.kinds import BASE, KINDS, POST_NORM, images, make, randomised
 
 def slimmed(model: nn.Module, **options: Any) -> nn.Module:
     dimensions = options.pop("dimensions", None)
-    policy = mdc.Policy.uniform(model, 0.6, dimensions)
+    policy = mdc.uniform_policy(model, 0.6, dimensions)
     return mdc.slim(model, mdc.make_plan(model, mdc.score(model, [images(8)], progress=False), policy, **options))
 
 
@@ -73,7 +73,7 @@ def test_a_timm_model_keeps_what_it_knows_of_its_images(tmp_path: Path) -> None:
 
 
 def slimmed_at_224(model: nn.Module) -> nn.Module:
-    return mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy.uniform(model, 0.6)))
+    return mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.uniform_policy(model, 0.6)))
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_many_policies_are_priced_at_once() -> None:
 def test_uniform_lands_just_under_the_budget(name: str, budget: float) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    policy = mdc.Policy.uniform(model, budget)
+    policy = mdc.uniform_policy(model, budget)
     assert budget - 0.005 < mdc.policy_macs(model, policy) / mdc.macs(model) <= budget
     hidden = find_sites(model).num_neurons[0]
     counts = {round(ratio * hidden) for ratio in policy.neurons}
@@ -117,7 +117,7 @@ def test_uniform_lands_just_under_the_budget(name: str, budget: float) -> None:
 def test_one_dimension_alone(dimension: str) -> None:
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
-    policy = mdc.Policy.uniform(model, 0.8, (dimension,))
+    policy = mdc.uniform_policy(model, 0.8, (dimension,))
     assert 0.79 < mdc.policy_macs(model, policy) / mdc.macs(model) <= 0.8
     for other in {"heads", "neurons", "tokens"} - {dimension}:
         assert set(getattr(policy, other)) == {1.0}
@@ -126,20 +126,20 @@ def test_one_dimension_alone(dimension: str) -> None:
 def test_absolute_and_parameter_budgets() -> None:
     model = make()
     for budget in (mdc.Budget(macs=0.5 * mdc.macs(model)), mdc.Budget(macs=0.5)):
-        assert mdc.policy_macs(model, mdc.Policy.uniform(model, budget)) <= 0.5 * mdc.macs(model)
-    policy = mdc.Policy.uniform(model, mdc.Budget(params=0.5))
+        assert mdc.policy_macs(model, mdc.uniform_policy(model, budget)) <= 0.5 * mdc.macs(model)
+    policy = mdc.uniform_policy(model, mdc.Budget(params=0.5))
     slim = mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), policy))
     assert 0.49 < num_params(slim) / num_params(model) <= 0.5
     assert set(policy.tokens) == {1.0}  # dropping tokens saves no parameter
-    both = mdc.Policy.uniform(model, mdc.Budget(macs=0.7, params=0.6))
+    both = mdc.uniform_policy(model, mdc.Budget(macs=0.7, params=0.6))
     assert mdc.policy_macs(model, both) <= 0.7 * mdc.macs(model)
 
 
 @pytest.mark.parametrize(("hidden", "step"), [(504, 1), (512, 8)])
 def test_wide_blocks_keep_neurons_in_eights(hidden: int, step: int) -> None:
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2, mlp_ratio=hidden / 64)
-    in_steps, anyhow = (mdc.Policy.uniform(model, 0.62, ("neurons",), round_to=n) for n in (step, 1))
-    assert mdc.Policy.uniform(model, 0.62, ("neurons",)) == in_steps
+    in_steps, anyhow = (mdc.uniform_policy(model, 0.62, ("neurons",), round_to=n) for n in (step, 1))
+    assert mdc.uniform_policy(model, 0.62, ("neurons",)) == in_steps
     assert (in_steps == anyhow) == (step == 1)
     space, of_steps = (PolicySpace(model, 0.62, ("neurons",), round_to=n) for n in (None, step))
     assert np.array_equal(space.snap(space.high[None] * 0.777), of_steps.snap(of_steps.high[None] * 0.777))
@@ -147,7 +147,7 @@ def test_wide_blocks_keep_neurons_in_eights(hidden: int, step: int) -> None:
 
 def test_round_to_and_minima() -> None:
     model = make()
-    policy = mdc.Policy.uniform(model, 0.5, round_to=16, min_heads=2)
+    policy = mdc.uniform_policy(model, 0.5, round_to=16, min_heads=2)
     assert all(round(r * 192) % 16 == 0 for r in policy.neurons)
     assert min(policy.heads) >= 0.5
     assert mdc.policy_macs(model, policy) <= 0.5 * mdc.macs(model)
@@ -155,7 +155,7 @@ def test_round_to_and_minima() -> None:
 
 def test_everything_fits_into_a_full_budget() -> None:
     model = make()
-    policy = mdc.Policy.uniform(model, 1.0)
+    policy = mdc.uniform_policy(model, 1.0)
     assert mdc.policy_macs(model, policy) == mdc.macs(model)
     assert {*policy.heads, *policy.neurons, *policy.tokens} == {1.0}
 
@@ -165,16 +165,16 @@ def test_an_unreachable_budget_says_what_is_reachable() -> None:
     with pytest.raises(
         BudgetError, match=r"budget=0\.05 is below the smallest reachable cost 0\.\d+.*min_heads=0"
     ) as error:
-        mdc.Policy.uniform(model, 0.05)
+        mdc.uniform_policy(model, 0.05)
     with pytest.raises(BudgetError, match=r"budget=0\.3 is below the smallest reachable cost 0\.7\d+ of") as heads_only:
-        mdc.Policy.uniform(model, mdc.Budget(macs=0.3), ("heads",))
+        mdc.uniform_policy(model, mdc.Budget(macs=0.3), ("heads",))
     headless = mdc.Policy(heads=0.0)  # what the message says the remedy reaches
     assert f"reaches {mdc.policy_macs(model, headless) / mdc.macs(model):.4g}" in str(heads_only.value)
     assert "allow more dimensions" in str(heads_only.value)
     reachable = float(str(error.value).split("cost ")[1].split(" ")[0])
-    policy = mdc.Policy.uniform(model, reachable + 0.001)
+    policy = mdc.uniform_policy(model, reachable + 0.001)
     assert set(policy.heads) == {0.25}
-    no_heads = mdc.Policy.uniform(model, reachable - 0.02, min_heads=0, min_neurons=0)
+    no_heads = mdc.uniform_policy(model, reachable - 0.02, min_heads=0, min_neurons=0)
     assert min(no_heads.heads) == 0
 
 
@@ -185,6 +185,6 @@ def test_every_stage_and_prefix_combination_stays_under_budget() -> None:
         model = VisionTransformer(**(BASE | {"depth": depth, "reg_tokens": prefix}))
         stages = sorted(rng.sample(range(depth), rng.randint(1, depth)))
         budget = rng.uniform(0.45, 1)
-        policy = mdc.Policy.uniform(model, budget, stages=stages)
+        policy = mdc.uniform_policy(model, budget, stages=stages)
         assert mdc.policy_macs(model, policy) <= budget * mdc.macs(model)
         assert mdc.policy_macs(model, policy) > (budget - 0.01) * mdc.macs(model)

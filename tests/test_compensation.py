@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError, CompensationError, UnsupportedModelError
+from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import find_sites
-from lightning_mdc.ridge import RIDGE
 from lightning_mdc.surgery import compensation
 from lightning_mdc.surgery.compensation import Moments, compensated
 from tests.kinds import DEPTH, KINDS, images, make

@@ -11,8 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 import lightning_mdc as mdc
 from lightning_mdc.importance import ConditionalDependence, conditional
 from lightning_mdc.importance.conditional import lost_by_elimination
+from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import find_sites
-from lightning_mdc.ridge import RIDGE
 from tests.kinds import BASE, images, make
 
 Array = NDArray[np.float64]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torchvision.io import write_png
 
 import train
-from lightning_mdc import assembly, pipeline
+from lightning_mdc.app import build, pipeline
 from lightning_mdc.importance import Criterion
 from tests.kinds import make
 
@@ -32,8 +32,8 @@ def test_composes_and_every_stage_finds_its_settings(override):
     composed = settings(override)
     for name in pipeline.STAGES:
         pipeline.relevant(composed, name)
-    assert isinstance(assembly.build_criterion(composed), Criterion)
-    assembly.check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
+    assert isinstance(build.build_criterion(composed), Criterion)
+    build.check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
 
 
 def test_the_groups_are_those_of_the_package():
@@ -46,7 +46,7 @@ def test_the_groups_are_those_of_the_package():
 def test_every_criterion_has_its_config():
     from lightning_mdc.importance import criteria
 
-    built = {assembly.build_criterion(settings(f"importance={path.stem}")).name for path in CONF.glob("importance/*")}
+    built = {build.build_criterion(settings(f"importance={path.stem}")).name for path in CONF.glob("importance/*")}
     assert built == set(criteria._REGISTRY)
 
 
@@ -79,11 +79,11 @@ def test_every_key_has_a_comment(path):
 def test_defaults_of_the_conf_are_those_of_the_classes():
     """Else the same word would mean two things, on the command line and in Python."""
     from lightning_mdc import HSIC
-    from lightning_mdc.data import DigitsDataModule
+    from lightning_mdc.app.data import DigitsDataModule
 
-    criterion = assembly.build_criterion(settings("importance=hsic"))
+    criterion = build.build_criterion(settings("importance=hsic"))
     assert vars(criterion) == vars(HSIC())
-    ours, theirs = assembly.build_data(settings()), DigitsDataModule()
+    ours, theirs = build.build_data(settings()), DigitsDataModule()
     for name in ("img_size", "in_chans", "batch_size", "val_fraction", "test_fraction", "split_seed"):
         assert getattr(ours, name) == getattr(theirs, name), name
 
@@ -101,9 +101,9 @@ def test_size_given_to_the_model_goes_to_the_data(tmp_path):
         "model.args={img_size:32,patch_size:8,embed_dim:24,depth:2,num_heads:2}",
         "data.num_workers=0",
     )
-    data = assembly.build_data(composed)
+    data = build.build_data(composed)
     assert data.img_size == 32
-    model = assembly.build_model(composed, data)
+    model = build.build_model(composed, data)
     assert model.patch_embed.img_size == (32, 32)
     assert model.num_classes == 2
     assert model(next(iter(data.test_dataloader()))[0]).shape[1] == 2

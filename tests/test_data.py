@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from timm.data import IterableImageDataset
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-from lightning_mdc.data import DigitsDataModule, ImageFolderDataModule, split_indices
+from lightning_mdc.app.data import DigitsDataModule, ImageFolderDataModule, split_indices
 from lightning_mdc.errors import DataError
 
 CLASSES = ("cat", "dog", "fox")
@@ -266,7 +266,7 @@ def streams(monkeypatch):
     def create(name, root, split, **kwargs):
         return IterableImageDataset(root, reader=Stream(split))
 
-    monkeypatch.setattr("lightning_mdc.data.image_folder.create_dataset", create)
+    monkeypatch.setattr("lightning_mdc.app.data.image_folder.create_dataset", create)
 
 
 @pytest.mark.usefixtures("streams")

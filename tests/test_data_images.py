@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lightning_mdc.data import ImageFolderDataModule
+from lightning_mdc.app.data import ImageFolderDataModule
 from lightning_mdc.errors import DataError
 from tests.test_data import CLASSES, PLAIN, write_images, write_tar
 

@@ -16,8 +16,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, SequentialSampler
 
-from lightning_mdc.data import DigitsDataModule, ImageDataModule, Splits
-from lightning_mdc.data.digits import TensorImages
+from lightning_mdc.app.data import DigitsDataModule, ImageDataModule, Splits
+from lightning_mdc.app.data.digits import TensorImages
 from lightning_mdc.errors import DataError
 
 
@@ -244,7 +244,7 @@ def test_a_stream_opened_before_the_other_processes_were_there_is_opened_again(m
         module.setup()
         before = module.splits
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_mdc.ranks.world_size", lambda: 2)
+            patch.setattr("lightning_mdc.distributed.world_size", lambda: 2)
             module.setup("fit")
             assert (module.splits is not before) == again
             after = module.splits

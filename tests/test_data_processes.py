@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_mdc.ranks import disband
+from lightning_mdc.distributed import disband
 from tests.test_data_loading import Numbered, Recorder, every_step, fit, steps_done
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_mdc as mdc
 from lightning_mdc.distillation import DistillationModule
-from lightning_mdc.ranks import disband
+from lightning_mdc.distributed import disband
 
 STEPS, BATCH = 20, 8  # images per step, over all processes
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import torch
 
 import lightning_mdc as mdc
 from lightning_mdc.importance import Scores
-from lightning_mdc.sensitivity import Sensitivity
+from lightning_mdc.policy_search.sensitivity import Sensitivity
 from tests.test_train import ROOT, TINY
 
 TWO = ("trainer=ddp_cpu", "data.augment=false", "threads=1")

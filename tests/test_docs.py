@@ -197,7 +197,7 @@ def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
     search = mdc.search
     monkeypatch.setattr(mdc, "search", lambda *args, **options: search(*args, **(options | {"n_trials": 3})))
     dense = strangers.network().eval()
-    policy = mdc.Policy.uniform(dense, 0.6)
+    policy = mdc.uniform_policy(dense, 0.6)
     mdc.save(dense, "dense")
     mdc.save(mdc.slim(dense, mdc.make_plan(dense, mdc.score(dense, strangers.loader()), policy)), "slim")
     return {
@@ -281,12 +281,12 @@ def with_a_head_of_its_own() -> torch.nn.Module:
 
 
 ERRORS: tuple[tuple[Callable[[], Any], str], ...] = (
-    (lambda: mdc.Policy.uniform(make("vit"), 0.01), "is below the smallest reachable cost"),
+    (lambda: mdc.uniform_policy(make("vit"), 0.01), "is below the smallest reachable cost"),
     (lambda: mdc.macs(torch.nn.Linear(2, 2)), "holds no supported vision transformer"),
     (lambda: mdc.macs(two_models()), "holds 2 vision transformers"),
     (lambda: mdc.score(make("vit"), [{"pixel_values": images()}]), "a batch is dict"),
     (lambda: mdc.score(make("vit"), [images(2)]), "needs at least 4 in each; raise the batch size"),
-    (lambda: mdc.Policy.uniform(POST_NORM(), 0.9, ["tokens"]), "cannot lose tokens"),
+    (lambda: mdc.uniform_policy(POST_NORM(), 0.9, ["tokens"]), "cannot lose tokens"),
     (lambda: mdc.save(with_a_head_of_its_own(), "x"), "cannot be expressed by constructor arguments"),
 )
 

@@ -11,9 +11,9 @@ import pytest
 from scipy.stats import norm
 
 from lightning_mdc.errors import BudgetError, SearchError
-from lightning_mdc.policy_search.gp_ei import GpEi, Observation
-from lightning_mdc.policy_search.on_budget import Constraint, Projection
-from lightning_mdc.policy_search.space import Axis, Space
+from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.gp_ei.projection import Constraint, Projection
+from lightning_mdc.gp_ei.space import Axis, Space
 
 MIXED = Space(
     [

@@ -96,13 +96,13 @@ def test_uniform_policies_meet_a_latency(model, round_to):
     table, costs = made_up(model), CostModel(find_sites(model))
     dense = table.of_dense(costs)
     for fraction in (0.95, 0.8, 0.7):
-        policy = mdc.Policy.uniform(model, mdc.Budget(latency=fraction, table=table), round_to=round_to)
+        policy = mdc.uniform_policy(model, mdc.Budget(latency=fraction, table=table), round_to=round_to)
         share = table.of_policy(model, policy) / dense
         assert fraction - 0.03 < share <= fraction
     absolute = mdc.Budget(latency=f"{0.8 * dense * 1e6:.6f} us", table=table)
-    same = mdc.Policy.uniform(model, mdc.Budget(latency=0.8, table=table))
-    assert mdc.Policy.uniform(model, absolute) == same
-    both = mdc.Policy.uniform(model, mdc.Budget(latency=0.8, macs=0.5, params=0.7, table=table))
+    same = mdc.uniform_policy(model, mdc.Budget(latency=0.8, table=table))
+    assert mdc.uniform_policy(model, absolute) == same
+    both = mdc.uniform_policy(model, mdc.Budget(latency=0.8, macs=0.5, params=0.7, table=table))
     assert mdc.policy_macs(model, both) <= 0.5 * mdc.macs(model)
     assert table.of_policy(model, both) <= 0.8 * dense
 
@@ -110,11 +110,11 @@ def test_uniform_policies_meet_a_latency(model, round_to):
 def test_what_cannot_be_reached_is_said_in_the_budgets_own_terms(model):
     table = made_up(model)
     with pytest.raises(BudgetError, match=r"Budget\(latency=0\.1\) is below .* cost 0\.\d+ of.*larger batch_size"):
-        mdc.Policy.uniform(model, mdc.Budget(latency=0.1, table=table))
+        mdc.uniform_policy(model, mdc.Budget(latency=0.1, table=table))
     with pytest.raises(BudgetError, match=r"latency='10us'\) is below .* cost \d\.\d+ms of"):
-        mdc.Policy.uniform(model, mdc.Budget(latency="10us", table=table))
+        mdc.uniform_policy(model, mdc.Budget(latency="10us", table=table))
     with pytest.raises(BudgetError, match="of another model"):
-        mdc.Policy.uniform(make("glu"), mdc.Budget(latency=0.5, table=table))
+        mdc.uniform_policy(make("glu"), mdc.Budget(latency=0.5, table=table))
 
 
 def test_a_search_holds_to_the_latency(model, tmp_path):
@@ -207,8 +207,8 @@ def test_tables_travel_as_files(model, tmp_path):
     table = made_up(model, ((1e-3, 1e-3), (2e-3, 3e-3)))
     table.save(tmp_path / "device.json")
     assert LatencyTable.load(tmp_path / "device.json") == table
-    by_file = mdc.Policy.uniform(model, mdc.Budget(latency=0.8, table=tmp_path / "device.json"))
-    assert by_file == mdc.Policy.uniform(model, mdc.Budget(latency=0.8, table=table))
+    by_file = mdc.uniform_policy(model, mdc.Budget(latency=0.8, table=tmp_path / "device.json"))
+    assert by_file == mdc.uniform_policy(model, mdc.Budget(latency=0.8, table=table))
     fields = json.loads(table.to_json())
     assert LatencyTable.from_fields(fields) == table
     for key, value in (("format", 2), ("kinds", []), ("outside", None), ("whole", [[1, 0]])):

@@ -49,7 +49,7 @@ def test_unsupported_models_are_named(name: str, module: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(UnsupportedModelError) as error:
-        mdc.Policy.uniform(model, 0.6)
+        mdc.uniform_policy(model, 0.6)
     message = str(error.value)
     assert module in message
     assert "Dimensions that do work: none" in message
@@ -59,8 +59,8 @@ def test_unsupported_models_are_named(name: str, module: str) -> None:
 def test_post_norm_loses_heads_and_neurons_only() -> None:
     model = randomised(POST_NORM())
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0 is a post-norm block.*heads, neurons"):
-        mdc.Policy.uniform(model, 0.6)
-    policy = mdc.Policy.uniform(model, 0.6, ("heads", "neurons"))
+        mdc.uniform_policy(model, 0.6)
+    policy = mdc.uniform_policy(model, 0.6, ("heads", "neurons"))
     scores = mdc.score(model, [images()], progress=False)
     assert scores.tokens == []
     slim = mdc.slim(model, mdc.make_plan(model, scores, policy))
@@ -85,8 +85,8 @@ def test_an_attention_of_ones_own_leaves_the_neurons() -> None:
     model = randomised(VisionTransformer(**BASE, attn_layer=_ScaledAttention))
     assert find_sites(model).dimensions == ("neurons",)
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn is a .*_ScaledAttention"):
-        mdc.Policy.uniform(model, 0.8, ("heads",))
-    policy = mdc.Policy.uniform(model, 0.8, ("neurons",))
+        mdc.uniform_policy(model, 0.8, ("heads",))
+    policy = mdc.uniform_policy(model, 0.8, ("neurons",))
     plan = mdc.make_plan(model, mdc.score(model, [images()], progress=False), policy)
     assert mdc.macs(mdc.slim(model, plan)) == mdc.policy_macs(model, policy)
 

@@ -45,12 +45,12 @@ def test_a_ratio_outside_0_to_1_is_refused(ratio: object) -> None:
 def test_plan_survives_json_and_its_hash_tells_plans_apart() -> None:
     model = make()
     scores = mdc.score(model, [images(8)], progress=False)
-    plan = mdc.make_plan(model, scores, mdc.Policy.uniform(model, 0.6), token_score="attention*dependence")
+    plan = mdc.make_plan(model, scores, mdc.uniform_policy(model, 0.6), token_score="attention*dependence")
     again = mdc.Plan.from_json(plan.to_json())
     assert again == plan
     assert again.hash == plan.hash
     assert "prior" in plan.to_json()
-    other = mdc.make_plan(model, scores, mdc.Policy.uniform(model, 0.6))
+    other = mdc.make_plan(model, scores, mdc.uniform_policy(model, 0.6))
     assert other.hash != plan.hash
 
 

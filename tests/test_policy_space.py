@@ -13,10 +13,10 @@ from torch import nn
 import lightning_mdc as mdc
 from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import BudgetError, SearchError, UnsupportedModelError
+from lightning_mdc.gp_ei.process import GpEi
+from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import keep_count, kept_tokens
-from lightning_mdc.policy_search.gp_ei import GpEi
-from lightning_mdc.policy_search.on_budget import Projection
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from tests.kinds import BASE, KINDS, POST_NORM, make, randomised
 
@@ -171,7 +171,7 @@ def test_the_first_point_is_the_uniform_policy(kind: str) -> None:
     for budget in (0.45, 0.6, 0.85, 1.0):
         for token_ratio in ("shared", "stages"):
             space = PolicySpace(model, budget, token_ratio=token_ratio)
-            uniform = mdc.Policy.uniform(model, budget)
+            uniform = mdc.uniform_policy(model, budget)
             policy = space.policy(GpEi(space, space.constraint, first=space.nearest(uniform)[None]).ask()[0])
             assert units(model, policy) == units(model, uniform)
             assert space.uniform == uniform

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import lightning_mdc as mdc
-from lightning_mdc import assembly, pipeline, policy_sweep, stages
+from lightning_mdc.app import build, pipeline, steps, sweep
 from lightning_mdc.errors import ConfigError, PolicyError, SearchError
 from tests.test_train import ROOT, TINY, settings
 
@@ -25,25 +25,23 @@ KEEP = ("policy.keep.heads=[0.5,1]", "policy.keep.neurons=[0.5,0.25]", "policy.k
 def runs(tmp_path_factory) -> Path:
     """A folder of runs in which one trial has left its cache."""
     folder = tmp_path_factory.mktemp("runs")
-    policy_sweep.trial(settings(folder, "stage=trial", *KEEP), folder / "0")
+    sweep.trial(settings(folder, "stage=trial", *KEEP), folder / "0")
     return folder
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(steps, "train", lambda *_, **__: pytest.fail("trained again"))
 
 
 def test_trials_are_judged_with_compensation_by_statistics_they_share(tmp_path):
     options = settings(tmp_path, "stage=trial", *KEEP, "surgery.compensate=lstsq")
-    value = policy_sweep.trial(options, tmp_path / "0")
-    run = policy_sweep.prepared(options)
+    value = sweep.trial(options, tmp_path / "0")
+    run = sweep.prepared(options)
     dense, statistics = run.model("dense"), mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
     assert statistics.images == 32
-    plan = mdc.make_plan(
-        dense, mdc.Scores.load(run.folder / "scores.safetensors"), assembly.given_policy(options, dense)
-    )
-    held_out = policy_sweep._held_out(run, dense)
+    plan = mdc.make_plan(dense, mdc.Scores.load(run.folder / "scores.safetensors"), build.given_policy(options, dense))
+    held_out = sweep._held_out(run, dense)
     assert value == held_out(mdc.slim(dense, plan, compensate="lstsq", statistics=statistics))
     assert value != held_out(mdc.slim(dense, plan))
 
@@ -53,8 +51,8 @@ def test_trials_are_judged_with_compensation_by_statistics_they_share(tmp_path):
 
 def given(tmp_path, *overrides):
     composed = settings(tmp_path, *overrides)
-    data = assembly.build_data(composed)
-    return assembly.given_policy(composed, assembly.build_model(composed, data))
+    data = build.build_data(composed)
+    return build.given_policy(composed, build.build_model(composed, data))
 
 
 def test_keep_ratios_are_spread_over_the_blocks(tmp_path):
@@ -71,8 +69,8 @@ def test_keep_ratios_are_spread_over_the_blocks(tmp_path):
 def test_without_one_it_is_searched_for_unless_uniform(tmp_path):
     assert given(tmp_path) is None
     composed = settings(tmp_path, "policy.kind=uniform")
-    model = assembly.build_model(composed, assembly.build_data(composed))
-    assert given(tmp_path, "policy.kind=uniform") == mdc.Policy.uniform(model, 0.6)
+    model = build.build_model(composed, build.build_data(composed))
+    assert given(tmp_path, "policy.kind=uniform") == mdc.uniform_policy(model, 0.6)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +100,8 @@ def test_two_policies_at_once_are_refused(tmp_path):
 
 def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_training):
     composed = settings(runs, "stage=trial", *KEEP)
-    value = policy_sweep.trial(composed, tmp_path)
-    run = policy_sweep.prepared(composed)
+    value = sweep.trial(composed, tmp_path)
+    run = sweep.prepared(composed)
     policy = mdc.Policy.load(tmp_path / "policy.json")
     scores = mdc.Scores.load(run.folder / "scores.safetensors")
     statistics = mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
@@ -116,30 +114,30 @@ def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_trai
 
 
 def test_few_images_are_judged_by_more_than_top1(runs):
-    run = policy_sweep.prepared(settings(runs, "search.metric=auto"))
+    run = sweep.prepared(settings(runs, "search.metric=auto"))
     model, images, labels = run.model("dense"), torch.rand(1000, 1, 8, 8), torch.zeros(1000)
     for count, metric in ((999, "kl"), (1000, "accuracy")):
-        held_out = assembly.build_held_out(run.settings, [(images[:count], labels[:count])], model, run.device)
+        held_out = build.build_held_out(run.settings, [(images[:count], labels[:count])], model, run.device)
         assert held_out.metric == metric
         assert held_out.num_images == count
 
 
 def test_other_settings_have_a_cache_of_their_own(runs, tmp_path):
     caches = set((runs / ".cache").iterdir())
-    policy_sweep.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)
+    sweep.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)
     assert len(set((runs / ".cache").iterdir()) - caches) == 1
 
 
 def test_a_run_takes_dense_model_and_scores_from_the_cache(runs, no_training):
     composed = settings(runs, "stage=[dense,score]")
-    folder, cached = pipeline.run(composed), policy_sweep.prepared(composed).folder
+    folder, cached = pipeline.run(composed), sweep.prepared(composed).folder
     for name in ("dense/model.safetensors", "dense/config.json", "scores.safetensors"):
         assert (folder / name).read_bytes() == (cached / name).read_bytes()
 
 
 def test_a_trial_without_a_policy_says_what_to_give(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"policy\.keep\.heads"):
-        policy_sweep.trial(settings(runs, "stage=trial"), tmp_path)
+        sweep.trial(settings(runs, "stage=trial"), tmp_path)
 
 
 # --- what trials cost -------------------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ def test_a_trial_without_a_policy_says_what_to_give(runs, tmp_path):
 @pytest.fixture(scope="module")
 def load(runs):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return policy_sweep.PolicyLoad(compose("train", [*TINY, f"runs={runs}", "budget=0.5"]))
+        return sweep.PolicyLoad(compose("train", [*TINY, f"runs={runs}", "budget=0.5"]))
 
 
 def columns(rng, n: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Every ``experiment=`` runs all its stages, on small local data and weights in place of the large ones."""
+"""Every ``experiment=`` runs all its steps, on small local data and weights in place of the large ones."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc import evaluation, pipeline, stages
+from lightning_mdc.app import evaluation, pipeline, steps
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.test_configs import CONF, EXPERIMENTS
 
@@ -115,8 +115,8 @@ def test_no_val_image_reaches_what_decides(tmp_path, images, monkeypatch):
     monkeypatch.setattr(HeldOut, "__init__", judged)
     monkeypatch.setattr(mdc.DistillationModule, "training_step", trained)
     monkeypatch.setattr(evaluation, "outcomes", tested)
-    sample = stages.calibration_batches
-    monkeypatch.setattr(stages, "calibration_batches", lambda run: spied("score", sample(run)))
+    sample = steps.calibration_batches
+    monkeypatch.setattr(steps, "calibration_batches", lambda run: spied("score", sample(run)))
     pipeline.run(settings("deit_small_imagenet_40", tmp_path, images))
 
     def white(name):

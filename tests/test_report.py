@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import lightning_mdc as mdc
-from lightning_mdc import pipeline, stages
 from lightning_mdc.__main__ import main
+from lightning_mdc.app import pipeline, steps
+from lightning_mdc.app.report.charts import charts
+from lightning_mdc.app.report.comparing import compare
+from lightning_mdc.app.report.outcomes import Outcomes
+from lightning_mdc.app.report.record import STAGE_NAMES, RunRecord
+from lightning_mdc.app.report.report import commands, report_of
+from lightning_mdc.app.report.result_figures import Point, front, front_figure
+from lightning_mdc.app.run_folder import RunFolder
+from lightning_mdc.app.terminal import again
 from lightning_mdc.policy_search.held_out import HeldOut
-from lightning_mdc.reporting.charts import charts
-from lightning_mdc.reporting.comparing import compare
-from lightning_mdc.reporting.outcomes import Outcomes
-from lightning_mdc.reporting.record import STAGE_NAMES, RunRecord
-from lightning_mdc.reporting.report import commands, report_of
-from lightning_mdc.reporting.result_figures import Point, front, front_figure
-from lightning_mdc.run_folder import RunFolder
-from lightning_mdc.terminal import again
 from tests.browser import CHROMIUM, look_at
 from tests.test_train import settings
 
@@ -77,7 +77,7 @@ def test_the_page_needs_nothing_else(finished):
 
 
 def test_a_record_knows_every_stage_in_its_order():
-    assert tuple(stages.STAGES) == STAGE_NAMES
+    assert tuple(steps.STAGES) == STAGE_NAMES
 
 
 def test_reports_say_how_to_get_the_same_again(finished):
@@ -93,7 +93,7 @@ def test_reports_say_how_to_get_the_same_again(finished):
 
 
 def test_predictions_are_those_of_the_saved_models(finished):
-    run = stages.Run(settings(finished.parent), RunFolder(finished))
+    run = steps.Run(settings(finished.parent), RunFolder(finished))
     images, labels = map(torch.cat, zip(*run.data.test_dataloader(), strict=True))
     outcomes = Outcomes.load(finished / "predictions.safetensors")
     assert np.array_equal(outcomes.labels, labels)
@@ -114,7 +114,7 @@ def test_predictions_are_those_of_the_saved_models(finished):
 
 
 def test_examples_are_the_images_that_changed_most_and_least(finished):
-    run = stages.Run(settings(finished.parent), RunFolder(finished))
+    run = steps.Run(settings(finished.parent), RunFolder(finished))
     images, labels = map(torch.cat, zip(*run.data.test_dataloader(), strict=True))
     dense, slim = (mdc.load(finished / place)(images).softmax(-1) for place in ("dense", "finetuned/seed0"))
     changes = (dense * (dense / slim).log()).sum(dim=1)

@@ -6,12 +6,12 @@ from matplotlib import image as mpl_image
 from timm.models.vision_transformer import VisionTransformer
 
 import lightning_mdc as mdc
-from lightning_mdc import reporting
+from lightning_mdc.app import report as reporting
+from lightning_mdc.app.report import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
+from lightning_mdc.app.report.tables import count, scaled, seconds
+from lightning_mdc.app.run_folder import RunFolder, newest_run
 from lightning_mdc.budget.latency import latencies, latency
 from lightning_mdc.errors import BudgetError, ConfigError
-from lightning_mdc.reporting import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
-from lightning_mdc.reporting.tables import count, scaled, seconds
-from lightning_mdc.run_folder import RunFolder, newest_run
 
 
 def result(model: str, seed: int | None, correct: int, **changes) -> Result:
@@ -136,7 +136,7 @@ def tiny_plan() -> tuple[torch.nn.Module, mdc.Plan]:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=4, num_classes=5)
     scores = mdc.score(model, criterion="random")
-    return model, mdc.make_plan(model, scores, mdc.Policy.uniform(model, 0.5))
+    return model, mdc.make_plan(model, scores, mdc.uniform_policy(model, 0.5))
 
 
 def test_kept_counts_are_those_of_the_slim_model():

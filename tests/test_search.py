@@ -20,9 +20,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import BudgetError, CalibrationError, PolicyError, SearchError
+from lightning_mdc.gp_ei.study import read_study
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.held_out import HeldOut
-from lightning_mdc.policy_search.study import read_study
 from lightning_mdc.surgery import plan_of
 from tests import search_program
 from tests.kinds import CLASSES, images, make
@@ -61,7 +61,7 @@ def test_the_promised_signature_and_result(model, scores):
     assert result.value == max(trial.value for trial in result.history)
     assert result.policy == result.best.policy
     assert all(trial.status == "done" and trial.seconds > 0 for trial in result.history)
-    assert result.history[0].policy == mdc.Policy.uniform(model, 0.6)
+    assert result.history[0].policy == mdc.uniform_policy(model, 0.6)
 
 
 def test_every_trial_is_a_slim_model_on_the_budget(model, scores):
@@ -111,7 +111,7 @@ def test_it_begins_with_the_uniform_policies_of_all_and_of_fewer_dimensions(mode
     result = quick(model, scores, budget=0.8, n_trials=8, n_initial_points=7)
     begun = [trial.policy for trial in result.history]
     some = [("heads", "neurons", "tokens"), ("heads", "neurons"), ("heads", "tokens"), ("neurons", "tokens")]
-    wanted = [mdc.Policy.uniform(model, 0.8, names) for names in (*some, ("heads",), ("neurons",), ("tokens",))]
+    wanted = [mdc.uniform_policy(model, 0.8, names) for names in (*some, ("heads",), ("neurons",), ("tokens",))]
     assert [policy.neurons for policy in begun[:7]] == [policy.neurons for policy in wanted]
     assert [policy.heads for policy in begun[:7]] == [policy.heads for policy in wanted]
     assert begun[5].tokens == (1.0, 1.0, 1.0)

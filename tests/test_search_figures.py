@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_mdc.policy_search.gp_ei import GpEi
-from lightning_mdc.policy_search.space import Axis, Space
-from lightning_mdc.policy_search.study import Row
-from lightning_mdc.reporting import save_figure
-from lightning_mdc.reporting.search_figures import cost_figure, dependence_figure, improvement_figure, progress_figure
+from lightning_mdc.app.report import save_figure
+from lightning_mdc.figures.search import cost_figure, dependence_figure, improvement_figure, progress_figure
+from lightning_mdc.gp_ei.process import GpEi
+from lightning_mdc.gp_ei.space import Axis, Space
+from lightning_mdc.gp_ei.study import Row
 
 VALUES = [0.5, 0.7, None, 0.4, 0.45, 0.1, None, 0.3]
 ROWS = [
@@ -147,7 +147,7 @@ def test_dependence_says_so_when_there_is_nothing_to_show(axes):
 
 def test_neither_torch_nor_pyplot_is_needed():
     script = (
-        "import sys; from lightning_mdc.reporting.search_figures import progress_figure\n"
+        "import sys; from lightning_mdc.figures.search import progress_figure\n"
         "progress_figure([], 'minimize')\n"
         "found = {'torch', 'matplotlib.pyplot', 'skopt'} & set(sys.modules); assert not found, found"
     )

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import lightning_mdc as mdc
-from lightning_mdc import pipeline
+from lightning_mdc.app import pipeline
+from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.sensitivity import sensitivity_figure, sensitivity_map
 from lightning_mdc.policy_search.held_out import HeldOut
-from lightning_mdc.reporting.record import RunRecord
-from lightning_mdc.reporting.sensitivity_figures import sensitivity_figure, sensitivity_map
-from lightning_mdc.sensitivity import Cut, Sensitivity, measure_sensitivity
+from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity, measure_sensitivity
 from tests.kinds import CLASSES, DEPTH, HEADS, POST_NORM, images, make, randomised
 from tests.test_train import settings
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from lightning_mdc.errors import SearchError
-from lightning_mdc.policy_search.gp_ei import GpEi, Observation
-from lightning_mdc.policy_search.on_budget import Constraint
-from lightning_mdc.policy_search.space import Axis, Space
-from lightning_mdc.policy_search.study import Row, Study, observations, read_study
+from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.gp_ei.projection import Constraint
+from lightning_mdc.gp_ei.space import Axis, Space
+from lightning_mdc.gp_ei.study import Row, Study, observations, read_study
 
 SPACE = Space(
     [Axis("a", 0, 1, step=0.05), Axis("n", 1, 6, step=1, integer=True), Axis("kind", choices=("x", "y", None))]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import PlanError, UnsupportedModelError
-from lightning_mdc.models.token_stage import best_and_rest, regroup, resample_prior
 from lightning_mdc.surgery import apply_masks, is_masked, remove_masks
+from lightning_mdc.tokens.stage import best_and_rest, regroup, resample_prior
 from tests.kinds import KINDS, POST_NORM, images, make, randomised
 
 
@@ -246,7 +246,7 @@ def test_slimming_a_slim_model_again() -> None:
         assert agree(model(x), second(x))
     with pytest.raises(UnsupportedModelError, match=r"blocks\.1 already drops tokens"):
         planned(second, mdc.Policy(tokens=0.9))
-    third = mdc.Policy.uniform(second, 0.8, ("heads", "neurons"))
+    third = mdc.uniform_policy(second, 0.8, ("heads", "neurons"))
     assert mdc.policy_macs(second, mdc.Policy()) == mdc.macs(second)
     assert 0.75 * mdc.macs(second) < mdc.policy_macs(second, third) <= 0.8 * mdc.macs(second)
     plan = planned(second, third)

@@ -25,9 +25,9 @@ from omegaconf import OmegaConf
 from hydra_plugins.hydra_mdc_sweeper import _recorded, _results
 from hydra_plugins.hydra_mdc_sweeper._params import read_params, text
 from lightning_mdc.errors import SearchError
-from lightning_mdc.policy_search.gp_ei import GpEi
-from lightning_mdc.policy_search.space import Axis, Space
-from lightning_mdc.policy_search.study import Study, recall
+from lightning_mdc.gp_ei.process import GpEi
+from lightning_mdc.gp_ei.space import Axis, Space
+from lightning_mdc.gp_ei.study import Study, recall
 from tests.sweep_app import app
 
 APP = Path(app.__file__)
@@ -446,10 +446,10 @@ def test_a_search_learns_from_an_earlier_one(sweep, tmp_path):
 
 
 def test_without_matplotlib_there_are_no_pictures(sweep, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "lightning_mdc.reporting.search_figures", raising=False)
-    monkeypatch.delitem(sys.modules, "lightning_mdc.reporting", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_mdc.figures.search", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_mdc.app.report", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for name in [name for name in sys.modules if name.startswith("lightning_mdc.reporting.")]:
+    for name in [name for name in sys.modules if name.startswith("lightning_mdc.app.report.")]:
         monkeypatch.delitem(sys.modules, name)
     code, printed = sweep("x=interval(0,1)", n_trials=2, pictures=True)
     assert code == 0

@@ -17,7 +17,8 @@ import torch
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc import pipeline, progress, stages, terminal
+from lightning_mdc import progress
+from lightning_mdc.app import pipeline, steps, terminal
 from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.kinds import images, make
@@ -249,7 +250,7 @@ def dies(error: BaseException):
 
 def ends(tmp_path, monkeypatch, capsys, error: BaseException, *overrides: str) -> tuple[int, str]:
     """(exit code, what is on standard error) of a run whose policy cannot be written for `error`."""
-    monkeypatch.setattr(stages, "search_for_policy", dies(error))
+    monkeypatch.setattr(steps, "search_for_policy", dies(error))
     code = script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=[dense,score,search]", *overrides)
     said = capsys.readouterr().err
     assert f"resume={newest(tmp_path)}" in said

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.reporting.examples import Example, Examples
-from lightning_mdc.reporting.token_figures import faded, said, tokens_figure
-from lightning_mdc.surgery.survivors import surviving_patches
+from lightning_mdc.figures.examples import Example, Examples
+from lightning_mdc.figures.tokens import faded, said, tokens_figure
+from lightning_mdc.tokens.survivors import surviving_patches
 from tests.kinds import images, make, randomised
 
 KINDS = ["vit", "deit_distilled", "registers", "registers_without_class", "average_pool", "any_size"]

@@ -15,17 +15,17 @@ from matplotlib.figure import Figure
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc import assembly, pipeline, stages
+from lightning_mdc.app import build, pipeline, steps
+from lightning_mdc.app.report import Results, charts
+from lightning_mdc.app.report.outcomes import Outcomes
+from lightning_mdc.app.report.record import RunRecord
+from lightning_mdc.app.run_folder import RunFolder
+from lightning_mdc.app.tracking import About, Tracker, Trackers, contents
+from lightning_mdc.app.tracking.contents import published, search_table
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.policy_search.study import Row, read_study
-from lightning_mdc.reporting import Results, charts
-from lightning_mdc.reporting.outcomes import Outcomes
-from lightning_mdc.reporting.record import RunRecord
-from lightning_mdc.run_folder import RunFolder
-from lightning_mdc.sensitivity import Cut, Sensitivity
-from lightning_mdc.tracking import About, Tracker, Trackers, contents
-from lightning_mdc.tracking.contents import published, search_table
-from lightning_mdc.tracking.items import Histogram, Item, Model, Numbers, Summary, Table
+from lightning_mdc.figures.items import Histogram, Item, Model, Numbers, Summary, Table
+from lightning_mdc.gp_ei.study import Row, read_study
+from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
 from tests.test_train import ROOT, TINY, settings
 from tests.wandb_file import OfflineRun, read
 
@@ -371,7 +371,7 @@ def test_a_run_that_is_interrupted_shows_what_it_has_and_that_it_failed(tmp_path
             raise KeyboardInterrupt
         return contents.trial_numbers(row, incumbent)
 
-    monkeypatch.setattr(stages, "trial_numbers", killed)
+    monkeypatch.setattr(steps, "trial_numbers", killed)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(watched(tmp_path))
     (table,) = (item for item in shown(recorder, Table) if item.key == "search/trials")
@@ -386,7 +386,7 @@ def test_a_run_that_ends_well_says_so(tmp_path, recorder):
 
 
 def test_other_ranks_have_no_trackers(tmp_path, recorder, monkeypatch):
-    monkeypatch.setattr("lightning_mdc.tracking.tracker.is_first", lambda: False)
+    monkeypatch.setattr("lightning_mdc.app.tracking.tracker.is_first", lambda: False)
     trackers = Trackers({"own": Recorder()}, About(tmp_path, "tiny"))
     trackers.show(lambda: pytest.fail("asked for what nobody sees"))
     assert trackers.curves("dense") == []
@@ -468,7 +468,7 @@ def test_a_server_that_cannot_be_reached(tmp_path):
 )
 def test_one_or_several(overrides, keys, tmp_path):
     composed = settings(tmp_path, *(overrides or ("logger=csv",)))
-    assert list(assembly.build_trackers(composed)) == keys
+    assert list(build.build_trackers(composed)) == keys
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_one_or_several(overrides, keys, tmp_path):
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_trained(overrides, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
+    monkeypatch.setattr(steps, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
     with pytest.raises(ConfigError, match=words):
         pipeline.run(settings(tmp_path, *overrides))
 
@@ -490,7 +490,7 @@ def test_wrong_settings_are_refused_before_anything_is_trained(overrides, words,
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_said_with_the_remedy(name, tmp_path, monkeypatch):
     module = {"tensorboard": "tensorboard_log", "wandb": "wandb_run"}[name]
-    monkeypatch.setattr(f"lightning_mdc.tracking.{module}.find_spec", lambda _: None)
+    monkeypatch.setattr(f"lightning_mdc.app.tracking.{module}.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=f"pip install {name}"):
         pipeline.run(settings(tmp_path, f"logger={name}"))
     assert not list(tmp_path.glob("tiny/*"))

@@ -1,4 +1,4 @@
-"""The pipeline end to end on a tiny ViT: stages, resuming, wrong settings, and the script around it."""
+"""The pipeline end to end on a tiny ViT: steps, resuming, wrong settings, and the script around it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc import assembly, pipeline, stages
+from lightning_mdc.app import build, pipeline, steps
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import (
     BudgetError,
@@ -135,9 +135,9 @@ def test_finetuning_trains_in_training_mode_from_the_slim_weights(finished):
 
 
 def test_results_are_those_of_the_saved_models(finished):
-    from lightning_mdc import reporting
+    from lightning_mdc.app import report as reporting
 
-    run = stages.Run(settings(finished.parent), stages.RunFolder(finished))
+    run = steps.Run(settings(finished.parent), steps.RunFolder(finished))
     images, labels = map(torch.cat, zip(*run.data.test_dataloader(), strict=True))
     results = reporting.Results.load(finished / "results.json")
     assert [(row.model, row.seed) for row in results.rows] == [
@@ -284,25 +284,25 @@ def test_more_trials_go_on_with_the_search_that_is_there(copied):
 def test_the_uniform_policy_needs_no_search(copied):
     pipeline.run(settings(copied.parent.parent, "resume=true", "stage=search", "policy.kind=uniform"))
     policy = mdc.Policy.load(copied / "policy.json")
-    assert policy == mdc.Policy.uniform(mdc.load(copied / "dense"), 0.6)
+    assert policy == mdc.uniform_policy(mdc.load(copied / "dense"), 0.6)
 
 
 def test_a_kill_between_seeds_keeps_the_finished_one(copied, monkeypatch):
     root = copied.parent.parent
     change = ("resume=true", "distillation.temperature=3.0")
-    work = stages.finetune
+    work = steps.finetune
 
     def dies(run, name, start, seed):
         if name == "finetuned/seed1":
             raise KeyboardInterrupt
         work(run, name, start, seed)
 
-    monkeypatch.setattr(stages, "finetune", dies)
+    monkeypatch.setattr(steps, "finetune", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(settings(root, *change))
     assert not (copied / "stages" / "distill.json").exists()
     first = (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(stages, "finetune", work)
+    monkeypatch.setattr(steps, "finetune", work)
     pipeline.run(settings(root, *change))
     assert (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns == first
 
@@ -328,8 +328,8 @@ def test_what_removed_units_did_is_given_back_unless_told_not_to(copied, caplog,
     """By the statistics of the weights that are cut; trials and slim model alike, and afterwards as before."""
     before, searched = mdc.load(copied / "slim"), sorted(copied.glob("search/trials-*.jsonl"))
     heard = []
-    search = stages.search_policies
-    monkeypatch.setattr(stages, "search_policies", lambda *args, **more: heard.append(more) or search(*args, **more))
+    search = steps.search_policies
+    monkeypatch.setattr(steps, "search_policies", lambda *args, **more: heard.append(more) or search(*args, **more))
     short = ("distillation.seeds=[0]", "stage=all", "skip=[distill,test,report]")
 
     def cut(**how: object) -> dict:
@@ -390,7 +390,7 @@ def test_a_checkpoint_in_mid_epoch_is_gone_on_from(tmp_path, monkeypatch, caplog
 
 def test_every_block_of_a_slim_model_is_a_shard(finished):
     """What can be seen of FSDP without a GPU."""
-    strategy = assembly.fsdp()
+    strategy = build.fsdp()
     wrapped = strategy.kwargs["auto_wrap_policy"]._module_classes
     assert {type(block) for block in mdc.load(finished / "slim").blocks} <= wrapped
     assert strategy._state_dict_type == "full"
@@ -462,7 +462,7 @@ WRONG = [
     ("calibration.images=0", ConfigError, "calibration.images=0"),
     ("calibration.batch_size=2", MdcError, "at least 4"),
     ("data.img_size=0", DataError, "img_size=0"),
-    ("data._target_=lightning_mdc.data.Nothing", ConfigError, "names nothing that can be imported"),
+    ("data._target_=lightning_mdc.app.data.Nothing", ConfigError, "names nothing that can be imported"),
     ("model.name=vit_tinny_patch16_224", ConfigError, "did you mean vit_tiny_patch16_224"),
     ("model.args.num_heads=3", ConfigError, "refused by timm"),
     ("model.pretrained=true", ConfigError, "model.name=null"),
@@ -481,7 +481,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("override", "kind", "words"), WRONG, ids=[str(override) for override, *_ in WRONG])
 def test_wrong_settings_are_refused_before_anything_is_trained(override, kind, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
+    monkeypatch.setattr(steps, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
     with pytest.raises(kind, match=words):
         pipeline.run(settings(tmp_path, *([override] if isinstance(override, str) else override)))
     assert not list(tmp_path.glob("tiny/*"))

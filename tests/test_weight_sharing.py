@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_mdc as mdc
-from lightning_mdc.data import DigitsDataModule
+from lightning_mdc.app.data import DigitsDataModule
+from lightning_mdc.distillation.weight_sharing import WeightSharingModule
+from lightning_mdc.distributed import disband
 from lightning_mdc.errors import BudgetError, CalibrationError, DistillationError, MdcError, SearchError
-from lightning_mdc.ranks import disband
 from lightning_mdc.surgery.masks import is_masked
-from lightning_mdc.weight_sharing import WeightSharingModule
 from tests.kinds import CLASSES, make
 from tests.kinds import images as pictures
 

@@ -21,10 +21,10 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightning_mdc.errors import MdcError, SearchError
-from lightning_mdc.policy_search.gp_ei import GpEi
-from lightning_mdc.policy_search.on_budget import Constraint
-from lightning_mdc.policy_search.space import Space
-from lightning_mdc.policy_search.study import Row, Study, has_begun, observations, recall
+from lightning_mdc.gp_ei.process import GpEi
+from lightning_mdc.gp_ei.projection import Constraint
+from lightning_mdc.gp_ei.space import Space
+from lightning_mdc.gp_ei.study import Row, Study, has_begun, observations, recall
 
 from . import _cost, _recorded, _results
 from ._folders import Folders, in_context_of, without_hydra

@@ -11,8 +11,8 @@ import numpy as np
 from omegaconf import DictConfig
 
 from lightning_mdc.errors import BudgetError, SearchError
-from lightning_mdc.policy_search.on_budget import Constraint
-from lightning_mdc.policy_search.space import Axis, Space
+from lightning_mdc.gp_ei.projection import Constraint
+from lightning_mdc.gp_ei.space import Axis, Space
 
 from ._params import Params
 from ._recorded import number, words

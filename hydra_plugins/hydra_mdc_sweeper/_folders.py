@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_mdc.policy_search.study import Row
+from lightning_mdc.gp_ei.study import Row
 
 from . import _recorded
 from ._params import Params

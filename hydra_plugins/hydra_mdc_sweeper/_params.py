@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import (
 )
 
 from lightning_mdc.errors import SearchError
-from lightning_mdc.policy_search.space import Axis
+from lightning_mdc.gp_ei.space import Axis
 
 _MOST_VALUES = 100_000
 _TAG, _QUOTES = re.compile(r"\btag\s*\("), re.compile(r"'[^']*'|\"[^\"]*\"")

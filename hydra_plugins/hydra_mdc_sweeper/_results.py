@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from lightning_mdc.policy_search.study import Study
+from lightning_mdc.files import write_text
+from lightning_mdc.gp_ei.study import Study
 
 from ._folders import Folders
 from ._params import Params
@@ -20,13 +20,6 @@ from ._params import Params
 log = logging.getLogger(__name__)
 
 RESULTS, TRIALS = "optimization_results.yaml", "trials.csv"
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def results(study: Study, params: Params, folders: Folders) -> dict[str, Any]:
@@ -83,8 +76,8 @@ def save(study: Study, params: Params, folders: Folders) -> None:
 def draw(study: Study, directory: Path) -> None:
     """Draw what can be drawn; a picture that fails is not worth a sweep."""
     try:
-        from lightning_mdc.reporting import search_figures
-        from lightning_mdc.reporting.style import save_figure
+        from lightning_mdc.figures import search as search_figures
+        from lightning_mdc.figures.style import save_figure
     except ImportError as error:
         log.info("pictures are left out: %s", error)
         return

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_mdc.budget.costs import BlockMacs, CostModel, TokenDrop, num_params
 from lightning_mdc.budget.latency_table import LatencyTable
-from lightning_mdc.errors import BudgetError
+from lightning_mdc.errors import BudgetError, check_whole
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import Plan, Policy
 
@@ -103,8 +103,7 @@ class Budget:
                     "image give its unit, latency='1.8ms'"
                 )
             object.__setattr__(self, "latency", number)
-        if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
-            raise BudgetError(f"batch_size={self.batch_size!r}: expected a whole number of at least 1")
+        check_whole("batch_size", self.batch_size, 1, BudgetError, or_none="the default")
         if self.table is not None and len(given) > 1:
             name, value = next(iter(given.items()))
             raise BudgetError(f"{name}={value!r}: a table says itself what it is of; give {name}= or table=")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_mdc.errors import BudgetError
+from lightning_mdc.errors import BudgetError, check_whole
 from lightning_mdc.models import evaluating
 from lightning_mdc.progress import bar
 
@@ -53,8 +53,7 @@ def latencies(
         BudgetError: `batch_size` or `rounds` is no positive number, or `input_size` no (channels, height, width).
     """
     for name, value in (("batch_size", batch_size), ("rounds", rounds)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BudgetError(f"{name}={value!r}: expected a whole number of at least 1")
+        check_whole(name, value, 1, BudgetError)
     if len(input_size) != 3:
         raise BudgetError(f"input_size={tuple(input_size)!r}: expected (channels, height, width) in pixels")
     readings: dict[str, list[float]] = {name: [] for name in models}

@@ -21,11 +21,11 @@ from torch import nn
 
 from lightning_mdc.budget.costs import CostModel, TokenDrop, num_params
 from lightning_mdc.budget.latency import latencies
+from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import BudgetError
+from lightning_mdc.files import write_text
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import Plan, Policy, TokenStage
-from lightning_mdc.ranks import on_first_rank
-from lightning_mdc.run_folder import write_text
 from lightning_mdc.surgery.slim import slim
 
 # Matrix kernels are slower where a row of neurons is no whole number of vector registers (or tensor core tiles): 457

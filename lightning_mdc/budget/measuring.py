@@ -39,15 +39,15 @@ from lightning_mdc.budget.latency_table import (
     first_units,
     widths,
 )
-from lightning_mdc.errors import BudgetError
+from lightning_mdc.errors import BudgetError, check_whole
 from lightning_mdc.models import Sites, find_sites
-from lightning_mdc.models.token_stage import TokenSelection
 from lightning_mdc.policy import Policy, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.cutting import cut_units
 from lightning_mdc.surgery.masks import remove_masks
 from lightning_mdc.surgery.slim import plain_copy, slim
+from lightning_mdc.tokens.stage import TokenSelection
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ def cached_table(
     progress: bool,
 ) -> LatencyTable:
     """See `LatencyTable.of`. Of processes that ask for the same table one measures, the others wait for it."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise BudgetError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+    check_whole("batch_size", batch_size, 1, BudgetError)
     if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         raise BudgetError(f"seconds={seconds!r}: expected a positive number")
     sites = find_sites(model)

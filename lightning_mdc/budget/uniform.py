@@ -13,14 +13,14 @@ from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.costs import CostModel, TokenDrop
 from lightning_mdc.budget.latency_table import ALIGNMENT
 from lightning_mdc.budget.pricing import Pricing
-from lightning_mdc.errors import BudgetError
+from lightning_mdc.errors import BudgetError, check_whole
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, kept_tokens
 
 
 def uniform_policy(
     model: nn.Module,
-    budget: float | Budget,
+    budget: float | Budget = 0.6,
     dimensions: Iterable[str] | None = None,
     *,
     min_heads: int = 1,
@@ -28,15 +28,28 @@ def uniform_policy(
     round_to: int | None = None,
     stages: Sequence[int] | None = None,
 ) -> Policy:
-    """See `Policy.uniform`.
+    """The policy that takes the same share of every dimension and just meets the budget.
 
     One ratio is solved for on the relaxed (fractional) problem; heads and tokens are rounded to whole units, then the
     neurons, the finest unit, take up what rounding left over or took away.
+
+    Args:
+        model: a supported vision transformer, or a module that holds one.
+        budget: fraction of the dense MACs in (0, 1], or a `Budget`.
+        dimensions: what may be pruned; None means all three.
+        min_heads, min_neurons: the fewest a block keeps.
+        round_to: neurons are kept in multiples of it, because odd widths are slower than their MACs say; None: of 8
+            if all blocks have at least 512 neurons, else of 1.
+        stages: blocks where tokens leave; None means quarters of the depth.
+
+    Raises:
+        BudgetError: the budget cannot be reached; the message says what can.
+        UnsupportedModelError: the model cannot lose units of a dimension asked for.
     """
     sites = find_sites(model)
     names = sites.require(dimensions)
     for name, value in (("min_heads", min_heads), ("min_neurons", min_neurons)):
-        _check_whole(name, value, 0)
+        check_whole(name, value, 0, BudgetError)
     if stages is not None:
         sites.counts(Policy(stages=stages))  # refuses blocks the model does not have
     costs = CostModel(sites)
@@ -68,13 +81,8 @@ def neuron_step(costs: CostModel, round_to: int | None) -> int:
     if round_to is None:
         # In a narrow block so many at a time would be too coarse.
         return ALIGNMENT if costs.neurons.min() >= 512 else 1
-    _check_whole("round_to", round_to, 1)
+    check_whole("round_to", round_to, 1, BudgetError)
     return round_to
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise BudgetError(f"{name}={value!r}: expected a whole number of at least {least}")
 
 
 def _ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:

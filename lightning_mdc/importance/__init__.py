@@ -2,7 +2,6 @@
 
 from lightning_mdc.importance.conditional import ConditionalDependence
 from lightning_mdc.importance.criteria import HSIC, Criterion, Place, as_criterion, register
-from lightning_mdc.importance.plans import make_plan
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.importance.scoring import Scorer, as_prediction, score, split_batch
 
@@ -15,7 +14,6 @@ __all__ = [
     "Scores",
     "as_criterion",
     "as_prediction",
-    "make_plan",
     "register",
     "score",
     "split_batch",

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lightning_mdc.importance.criteria import HSIC, Place, register
+from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.models import unit_channels
-from lightning_mdc.ridge import RIDGE, ridge_cholesky
 
 # Units among which those that leave are chosen before all others are updated: enough for large matrix products.
 _CANDIDATES = 64

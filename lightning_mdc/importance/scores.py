@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mdc.errors import CalibrationError
+from lightning_mdc.files import replacing
 from lightning_mdc.policy import DIMENSIONS
 
 _FORMAT = "lightning_mdc.scores.1"
@@ -73,8 +74,9 @@ class Scores:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        save_file({name: t.contiguous() for name, t in self.tensors().items()}, str(path), metadata=self.facts())
+        """Write a safetensors file, so that it is there whole or not at all."""
+        with replacing(Path(path)) as beside:
+            save_file({name: t.contiguous() for name, t in self.tensors().items()}, beside, metadata=self.facts())
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

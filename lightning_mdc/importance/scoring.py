@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_mdc.distributed import everyones, summed
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
@@ -20,7 +21,6 @@ from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites
 from lightning_mdc.policy import Policy, default_stages
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.ranks import everyones, summed
 
 # Above this, the prediction is computed by a pass of its own, so that nothing has to be remembered until it is known.
 _MEMORY_LIMIT = 2 * 2**30

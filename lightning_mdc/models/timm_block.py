@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models.token_stage import TokenSelection
 from lightning_mdc.policy import TokenStage
+from lightning_mdc.tokens.stage import TokenSelection
 
 
 class TokenStageBlock(nn.Module):

@@ -1,1 +1,1 @@
-"""Which keep ratios are best? A Gaussian process search on a budget (numpy and scikit-optimize), and its driver."""
+"""Which keep ratios are best? The space of a model's policies, what a policy is worth, and the search over them."""

@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_mdc.budget import Budget, LatencyTable
-from lightning_mdc.errors import SearchError
-from lightning_mdc.importance import Scores, make_plan
+from lightning_mdc.distributed import first_error, is_first, on_first_rank
+from lightning_mdc.errors import SearchError, check_whole
+from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.gp_ei.projection import Projection
+from lightning_mdc.gp_ei.study import Row, Study, has_begun, observations
+from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy
-from lightning_mdc.policy_search.gp_ei import GpEi, Observation
 from lightning_mdc.policy_search.held_out import METRICS, HeldOut, Judgement
-from lightning_mdc.policy_search.on_budget import Projection
 from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
-from lightning_mdc.policy_search.study import Row, Study, has_begun, observations
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
-from lightning_mdc.ranks import first_error, is_first, on_first_rank
 from lightning_mdc.surgery import ActivationStatistics, slim
 from lightning_mdc.surgery.compensation import check_compensable, check_compensation
+from lightning_mdc.surgery.plan import make_plan
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,7 @@ def search(
         BudgetError: the budget cannot be reached.
         CompensationError, UnsupportedModelError: what may be pruned cannot be compensated for, see `slim`.
     """
-    if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
-        raise SearchError(f"n_trials={n_trials!r}: expected a whole number of at least 1")
+    check_whole("n_trials", n_trials, 1, SearchError)
     if not isinstance(scores, Scores):
         raise SearchError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
     by_image = isinstance(evaluate, HeldOut) and not isinstance(evaluate.metric, Metric)

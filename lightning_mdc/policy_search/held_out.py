@@ -14,9 +14,9 @@ from scipy import stats
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_mdc.errors import SearchError
+from lightning_mdc.distributed import rank, summed, world_size
+from lightning_mdc.errors import SearchError, check_whole
 from lightning_mdc.models import evaluating
-from lightning_mdc.ranks import rank, summed, world_size
 
 METRICS = ("accuracy", "loss", "kl")
 # A trial is not judged on fewer images: a variance estimated from less says little.
@@ -76,12 +76,10 @@ class HeldOut:
         name = None if isinstance(metric, Metric) else metric
         if name is not None and name not in METRICS:
             raise SearchError(f"metric={metric!r}: expected one of {METRICS} or a torchmetrics Metric")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise SearchError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+        check_whole("batch_size", batch_size, 1, SearchError)
         if name == "kl" and dense is None:
             raise SearchError("metric='kl' compares with the dense model; pass dense=")
-        if max_images is not None and (type(max_images) is not int or max_images < 1):
-            raise SearchError(f"max_images={max_images!r}: expected a whole number of at least 1, or None for all")
+        check_whole("max_images", max_images, 1, SearchError, or_none="all")
         images, labels = gathered(batches, max_images)
         if labels is None and name != "kl":
             raise SearchError(f"metric={metric!r} needs labels; batches must be (images, labels)")

@@ -12,12 +12,12 @@ from torch import nn
 
 from lightning_mdc.budget import Budget, CostModel, TokenDrop, as_budget
 from lightning_mdc.budget.pricing import Pricing
-from lightning_mdc.budget.uniform import neuron_step
+from lightning_mdc.budget.uniform import neuron_step, uniform_policy
 from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.gp_ei.projection import Constraint
+from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy, default_stages
-from lightning_mdc.policy_search.on_budget import Constraint
-from lightning_mdc.policy_search.space import Axis, Space
 
 # Without bounds of the user's own, no block goes below this share of what the uniform policy keeps of it, unless a
 # uniform policy of fewer dimensions does.
@@ -43,7 +43,7 @@ class PolicySpace(Space):
         groups: ties neighbouring blocks together: so many groups instead of one axis per block, for all dimensions or
             as ``{"heads": 3}``.
         token_ratio: ``"shared"``: all stages keep the same ratio; ``"stages"``: one axis per stage.
-        min_heads, min_neurons, round_to, stages: see `Policy.uniform`.
+        min_heads, min_neurons, round_to, stages: see `uniform_policy`.
         fuse_tokens: see `make_plan`.
 
     Raises:
@@ -77,7 +77,7 @@ class PolicySpace(Space):
         self.dense_macs = self.costs.of_model()
         units: dict[str, Any] = {"min_heads": min_heads, "min_neurons": min_neurons, "round_to": round_to}
         # Also checks dimensions, stages and the fewest units, and that the budget can be reached at all.
-        self.uniform = Policy.uniform(model, self.budget, dimensions, stages=stages, **units)
+        self.uniform = uniform_policy(model, self.budget, dimensions, stages=stages, **units)
         names = self.sites.require(dimensions)
         # Where dropping tokens saves nothing it would only hurt.
         self.dimensions = tuple(name for name in names if name != "tokens" or self.pricing.rewards_dropping_tokens)
@@ -94,7 +94,7 @@ class PolicySpace(Space):
         for count in range(len(self.dimensions) - 1, 0, -1):
             for some in itertools.combinations(self.dimensions, count):
                 with contextlib.suppress(BudgetError):  # out of reach of these alone
-                    self.uniform_of_fewer.append(Policy.uniform(model, self.budget, some, stages=stages, **units))
+                    self.uniform_of_fewer.append(uniform_policy(model, self.budget, some, stages=stages, **units))
         # Which blocks (stages for tokens) each axis moves, by dimension.
         self._members: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in DIMENSIONS}
         axes: list[Axis] = []

@@ -2,6 +2,7 @@
 
 from lightning_mdc.surgery.compensation import COMPENSATIONS, ActivationStatistics
 from lightning_mdc.surgery.masks import apply_masks, is_masked, masked, remove_masks
+from lightning_mdc.surgery.plan import make_plan
 from lightning_mdc.surgery.slim import plan_of, slim
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "ActivationStatistics",
     "apply_masks",
     "is_masked",
+    "make_plan",
     "masked",
     "plan_of",
     "remove_masks",

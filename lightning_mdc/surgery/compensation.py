@@ -29,13 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_mdc.distributed import summed
 from lightning_mdc.errors import CompensationError, UnsupportedModelError
+from lightning_mdc.files import replacing
+from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
 from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_channels
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.ranks import summed
-from lightning_mdc.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.surgery.masks import is_masked
 
 COMPENSATIONS = ("none", "mean", "lstsq")
@@ -194,11 +195,12 @@ class ActivationStatistics:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file, so that it is there whole or not at all."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         blocks = {name: len(getattr(self, name)) for name in _DIMENSIONS}
         facts = {"format": _FORMAT, "images": str(self.images), "blocks": json.dumps(blocks)}
-        save_file(tensors, str(path), metadata=facts)
+        with replacing(Path(path)) as beside:
+            save_file(tensors, beside, metadata=facts)
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationStatistics:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError
 from lightning_mdc.models import BlockSite, Sites, UnitSite, find_sites, hide_hooks, show_hooks, unit_channels
-from lightning_mdc.models.token_stage import TokenSelection
 from lightning_mdc.policy import Plan, TokenStage
 from lightning_mdc.surgery.cutting import narrow_norm
 from lightning_mdc.surgery.intermediates import guard_intermediates, unguard_intermediates
+from lightning_mdc.tokens.stage import TokenSelection
 
 
 @contextmanager

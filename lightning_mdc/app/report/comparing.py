@@ -1,0 +1,145 @@
+"""Several runs beside each other: what each costs and keeps, and in which settings they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_mdc.app.report.charts import REMOVED, SPEED_AND_CLASSES, Chart
+from lightning_mdc.app.report.record import RunRecord
+from lightning_mdc.app.report.result_figures import runs_figure
+from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, mean_correct
+from lightning_mdc.app.report.tables import Table, share
+from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.plan import kept_by_block, kept_overview_figure
+from lightning_mdc.files import write_text
+
+# Settings that differ between any two runs, or change no result.
+_SILENT = ("resume", "stage", "skip", "runs", "logger", "latency")
+_COLUMNS = ("MACs", "parameters", "dense", "dense, same training", "slim", "points", "as fast, by batch size")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What there is to say of several runs.
+
+    Attributes:
+        title: how many.
+        table: a row per run.
+        differences: a row per setting that is not the same in all, a column per run.
+        charts: pictures.
+        places: (name, folder) of each run.
+    """
+
+    title: str
+    table: Table
+    differences: Table
+    charts: tuple[Chart, ...]
+    places: tuple[tuple[str, Path], ...]
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """The comparison of the runs in these folders, finished or not.
+
+    Raises:
+        ConfigError: a folder holds no run, or is named twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError(f"runs {[str(folder) for folder in folders]}: one is named twice; name each once")
+    records = dict(zip(_names(folders), map(RunRecord, folders), strict=True))
+    return Comparison(
+        title=f"{len(records)} runs side by side",
+        table=Table(
+            ("run", *_COLUMNS),
+            tuple((name, *_row(record)) for name, record in records.items()),
+        ),
+        differences=_differences(records),
+        charts=tuple(_charts(records)),
+        places=tuple((name, record.folder) for name, record in records.items()),
+    )
+
+
+def write_comparison(folders: Sequence[Path], path: Path) -> Comparison:
+    """Write the comparison of these runs as a page; returns what it says.
+
+    Raises:
+        ConfigError: see `compare`.
+    """
+    from lightning_mdc.app.report.page import comparison_page
+
+    comparison = compare(folders)
+    write_text(path, comparison_page(comparison))
+    return comparison
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells them apart: ``digits/2026-01-31_12-00-00``."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(2, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _row(record: RunRecord) -> tuple[str, ...]:
+    results = record.results
+    if results is None:
+        return ("not finished", *[""] * (len(_COLUMNS) - 1))
+    dense, slim, reference = results.of(DENSE)[0], results.slimmest, results.of(REFERENCE)
+    images = slim.images
+    return (
+        share(slim.macs / dense.macs),
+        share(slim.params / dense.params),
+        share(dense.top1),
+        share(mean_correct(reference) / images) if reference else "",
+        share(results.slim_correct / images) + ("" if results.of(FINETUNED) else " (not finetuned)"),
+        f"{100 * (results.slim_correct / images - dense.top1):+.1f}",
+        ", ".join(f"{results.speedup(size):.2f}x" for size in results.batch_sizes),
+    )
+
+
+def _differences(records: Mapping[str, RunRecord]) -> Table:
+    flat = {name: dict(_flat("", record.settings)) for name, record in records.items()}
+    keys = sorted({key for settings in flat.values() for key in settings if key.split(".")[0] not in _SILENT})
+    rows = []
+    for key in keys:
+        values = [str(settings.get(key, "–")) for settings in flat.values()]
+        if len(set(values)) > 1:
+            rows.append((key, *values))
+    return Table(("setting", *records), tuple(rows))
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(f"{key}.{name}" if key else name, inner)
+    else:
+        yield key, value
+
+
+def _charts(records: Mapping[str, RunRecord]) -> Iterator[Chart]:
+    results = {name: record.results for name, record in records.items() if record.results is not None}
+    if results:
+        yield Chart(
+            "runs",
+            SPEED_AND_CLASSES,
+            "Accuracy against cost",
+            "Each run's slim model (blue; finetuned, if it was: the mean over seeds), joined to its dense one (gray).",
+            runs_figure(results),
+        )
+    kept = [
+        (name, kept_by_block(record.plan, record.dense.num_tokens, record.dense.num_prefix))
+        for name, record in records.items()
+        if record.plan is not None and record.dense is not None
+    ]
+    if kept:
+        yield Chart(
+            "kept",
+            REMOVED,
+            "What was kept",
+            "Share of all heads, neurons and tokens (summed over blocks) that each run kept.",
+            kept_overview_figure(kept),
+        )

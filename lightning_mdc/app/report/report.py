@@ -1,0 +1,284 @@
+"""The report of one run, finished or not: the same content as a page and as Markdown, made from the run's folder."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from lightning_mdc.app.report.charts import Chart, charts, save_charts
+from lightning_mdc.app.report.findings import findings, verdict
+from lightning_mdc.app.report.record import RunRecord
+from lightning_mdc.app.report.results import DENSE
+from lightning_mdc.app.report.tables import Table, by_class, by_seed, comparison, share
+from lightning_mdc.app.terminal import again
+from lightning_mdc.files import write_text
+
+PICTURES = "pictures"
+
+_WRITTEN = {
+    "report.html": "this report as one page, for any browser",
+    "report.md": "this report as text",
+    f"{PICTURES}/": "its pictures",
+}
+_HOLDS = {
+    **_WRITTEN,
+    "dense/": "the dense model, for `lightning_mdc.load`",
+    "scores.safetensors": "importance of every head, neuron and token position",
+    "shared/": "the dense model after weight sharing",
+    "statistics.safetensors": "activations of the calibration images, for `surgery.compensate`",
+    "sensitivity.csv": "accuracy and KL as each dimension of each block alone is cut",
+    "policy.json": "how much each block keeps",
+    "search/": "every policy that was tried",
+    "plan.json": "which units each block keeps",
+    "slim/": "the slim model before finetuning",
+    "finetuned/": "the slim model finetuned, one folder per seed",
+    "reference/": "the dense model given the same extra training",
+    "results.json": "every number of this report",
+    "predictions.safetensors": "what every model says of every test image",
+    "examples.safetensors": "the example images, and which patches stayed",
+    "logs/": "training curves",
+    "log.txt": "what the run said, with times",
+    "settings.json": "all settings of the run",
+    "stages/": "which stages are done, with what settings and in what time",
+}
+
+# By which stage; the others are made from the start.
+_MADE_BY = {
+    "dense/": "dense",
+    "scores.safetensors": "score",
+    "shared/": "share",
+    "statistics.safetensors": "statistics",
+    "sensitivity.csv": "sensitivity",
+    "policy.json": "search",
+    "plan.json": "slim",
+    "slim/": "slim",
+    "finetuned/": "distill",
+    "reference/": "distill",
+    "results.json": "test",
+    "predictions.safetensors": "test",
+    "examples.safetensors": "test",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder of the run, relative to the run's folder, and what it holds."""
+
+    path: str
+    holds: str
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What it takes to get the same again.
+
+    Attributes:
+        commands: of every start, the first first.
+        facts: seed, plan hash, versions, machine: (what, value).
+        config: all settings, as YAML.
+    """
+
+    commands: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    config: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to say of one run.
+
+    Attributes:
+        title: of the run.
+        folder: of the run.
+        verdict: how it went, in a sentence.
+        headline: a few numbers to see at once: (number, what it is).
+        findings: further sentences.
+        stages: of every stage that is done: (name, seconds; None if it was picked up).
+        comparison, seeds, classes: tables, where there are results.
+        charts: pictures.
+        places: where things lie.
+        commands: what to type next: (what it does, command).
+        reproduction: how to get the same again.
+    """
+
+    title: str
+    folder: Path
+    verdict: str
+    headline: tuple[tuple[str, str], ...]
+    findings: tuple[str, ...]
+    stages: tuple[tuple[str, float | None], ...]
+    comparison: Table | None
+    seeds: Table | None
+    classes: Table | None
+    charts: tuple[Chart, ...]
+    places: tuple[Place, ...]
+    commands: tuple[tuple[str, str], ...]
+    reproduction: Reproduction
+
+
+def report_of(record: RunRecord) -> Report:
+    """The report of a run as far as it has come."""
+    results = record.results
+    changes = record.class_changes
+    return Report(
+        title=f"{record.name}: {'dense and slim side by side' if results is not None else 'not finished'}",
+        folder=record.folder,
+        verdict=_unfinished(record) if results is None else verdict(results),
+        headline=_headline(record),
+        findings=() if results is None else (*_warnings(record), *findings(results)[1:]),
+        stages=tuple((name, known.get("seconds")) for name, known in record.stages.items()),
+        comparison=None if results is None else comparison(results),
+        seeds=by_seed(results) if results is not None and by_seed(results).rows else None,
+        classes=by_class(changes) if changes else None,
+        charts=tuple(charts(record)),
+        places=places(record),
+        commands=commands(record),
+        reproduction=_reproduction(record),
+    )
+
+
+def write_report(folder: Path) -> Report:
+    """Write ``report.html``, ``report.md`` and ``pictures/`` into a run's folder; returns what they say.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    from lightning_mdc.app.report.page import page
+
+    record = RunRecord(folder)
+    report = report_of(record)
+    shutil.rmtree(folder / PICTURES, ignore_errors=True)  # of an earlier report, which may have had others
+    pictures = {key: path.relative_to(folder) for key, path in save_charts(report.charts, folder / PICTURES).items()}
+    report = replace(report, charts=tuple(chart for chart in report.charts if chart.key in pictures))
+    write_text(folder / "report.md", markdown(report, pictures))
+    write_text(folder / "report.html", page(report))
+    return report
+
+
+def markdown(report: Report, pictures: Mapping[str, Path]) -> str:
+    """The report as Markdown.
+
+    Args:
+        pictures: path of each chart's picture by its key, relative to the report.
+    """
+    parts = [f"# {report.title}", f"**{report.verdict}**"]
+    if report.comparison is not None:
+        parts.append(report.comparison.markdown())
+    if report.findings:
+        parts.append("\n".join(f"- {line}" for line in report.findings))
+    section = None
+    for chart in report.charts:
+        if chart.section != section:
+            section = chart.section
+            parts.append(f"## {section}")
+        parts.append(f"![{chart.title}]({pictures[chart.key]})\n\n*{chart.title} {chart.caption}*")
+    for title, table in (("Every class", report.classes), ("Every finetuning seed", report.seeds)):
+        if table is not None:
+            parts += [f"## {title}", table.markdown()]
+    made = report.reproduction
+    parts += [
+        "## Where everything lies",
+        "\n".join(f"- `{place.path}`: {place.holds}" for place in report.places),
+        "## What to type next",
+        "\n\n".join(f"{what}:\n\n```\n{command}\n```" for what, command in report.commands),
+        "## To get the same again",
+        "```\n" + "\n".join(made.commands) + "\n```",
+        "\n".join(f"- {what}: {value}" for what, value in made.facts),
+        "All settings are in `settings.json`.",
+    ]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def places(record: RunRecord) -> tuple[Place, ...]:
+    """What lies in a run's folder, the report included that is about to be written; nothing of older settings."""
+
+    def is_there(path: str) -> bool:
+        stage = _MADE_BY.get(path)
+        return path in _WRITTEN or ((stage is None or stage in record.stages) and (record.folder / path).exists())
+
+    return tuple(Place(path, holds) for path, holds in _HOLDS.items() if is_there(path))
+
+
+def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
+    """What to type next: (what it does, command)."""
+    folder = record.folder
+    command = record.invocations[-1].command if record.invocations else "python train.py"
+    once = ("stage", "skip")
+    results = record.results
+    if results is None:
+        return (("Go on where it stopped", again(command, folder, without=once)),)
+    best = results.slimmest
+    place = folder / ("slim" if best.seed is None else f"finetuned/seed{best.seed}")
+    use = f"import lightning_mdc as mdc; print(mdc.load({str(place)!r}))"
+    found = [("Use the slim model", shlex.join(["python", "-c", use]))]
+    policy = record.settings.get("policy", {})
+    is_given = policy.get("file") or any(ratios is not None for ratios in policy.get("keep", {}).values())
+    if not is_given:
+        smaller = 0.8 * best.macs / results.of(DENSE)[0].macs
+        said = "Make it smaller still (dense model and scores are picked up, the slim models and this report replaced)"
+        found.append((said, again(command, folder, f"budget={smaller:.2g}", without=once)))
+    if record.sensitivity is None:
+        look = again(command, folder, "stage=[sensitivity,report]", without=once)
+        found.append(("See what each block alone can spare", look))
+    return tuple(found)
+
+
+def _warnings(record: RunRecord) -> tuple[str, ...]:
+    """What makes all other numbers worth little."""
+    results, outcomes = record.results, record.outcomes
+    if results is None or outcomes is None:
+        return ()
+    chance, top1 = 1 / len(outcomes.class_names), results.of(DENSE)[0].top1
+    if top1 > 2 * chance:
+        return ()
+    return (
+        f"The dense model gets {share(top1)} right, and guessing among {len(outcomes.class_names)} classes "
+        f"{share(chance)}: nothing can be concluded from a comparison with it. Train it longer (dense.epochs).",
+    )
+
+
+def _headline(record: RunRecord) -> tuple[tuple[str, str], ...]:
+    results = record.results
+    if results is None:
+        return ()
+    dense, slim = results.of(DENSE)[0], results.slimmest
+    points = 100 * (results.slim_correct / dense.images - dense.top1)
+    return (
+        (share(slim.macs / dense.macs), "of the MACs"),
+        (share(slim.params / dense.params), "of the parameters"),
+        (share(results.slim_correct / dense.images), f"top-1 ({points:+.1f} points)"),
+        *((f"{results.speedup(size):.2f}x", f"as fast at batch {size}") for size in results.batch_sizes),
+    )
+
+
+def _unfinished(record: RunRecord) -> str:
+    done = [name for name in record.stages if name != "report"]
+    words = [f"{', '.join(done)} {'is' if len(done) == 1 else 'are'} done" if done else "no stage is done yet"]
+    study = record.study
+    if study is not None and "search" not in record.stages:
+        over = [row for row in study.rows if row.status != "running"]
+        total = record.settings.get("search", {}).get("n_trials", "?")
+        words.append(f"the search has {len(over)} of {total} trials")
+        if study.best is not None:
+            words[-1] += f", the best with {study.best.value:.4g}"
+    return f"Not finished: {'; '.join(words)}."
+
+
+def _reproduction(record: RunRecord) -> Reproduction:
+    facts: list[tuple[str, str]] = []
+    if "seed" in record.settings:
+        facts.append(("seed", str(record.settings["seed"])))
+    if record.plan is not None:
+        facts.append(("plan", record.plan.hash))
+    if record.invocations:
+        last = record.invocations[-1]
+        facts.append(("versions", ", ".join(f"{name} {number}" for name, number in last.versions.items())))
+        facts.append(("machine", last.machine))
+        facts.append(("started", last.started))
+    config = yaml.safe_dump(dict(record.settings), sort_keys=False, allow_unicode=True) if record.settings else ""
+    return Reproduction(tuple(each.command for each in record.invocations), tuple(facts), config)

@@ -1,0 +1,213 @@
+"""How ``train.py`` speaks: the flags of its command line, its lines as a file, and what is said when it ends early."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import logging
+import re
+import shlex
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import OmegaConf
+
+from lightning_mdc.distributed import causes, is_first
+from lightning_mdc.errors import MdcError
+
+log = logging.getLogger(__name__)
+
+LOG_FILE = "log.txt"
+# Exit codes by the shell's convention: 128 + SIGINT, and + SIGTERM, which is how a cluster takes a machine back.
+INTERRUPTED, TERMINATED = STOPPED = (130, 143)
+
+_FLAGS = {
+    "-q": "hydra/job_logging=quiet",
+    "--quiet": "hydra/job_logging=quiet",
+    # Not true: Hydra would begin with pages about its plugins and its search path.
+    "-v": "hydra.verbose=[lightning_mdc]",
+    "--verbose": "hydra.verbose=[lightning_mdc]",
+}
+# Rust and C++ know the number of an error, too, but keep it to themselves.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+_TORCH_CANNOT_WRITE = "PytorchStreamWriter failed writing"
+_NO_ROOM = 2**20
+_WORKER_KILLED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited unexpectedly)")
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """The command line with our flags as Hydra's overrides, so that processes it is started with again have them."""
+    return [_FLAGS.get(argument, argument) for argument in arguments]
+
+
+class FirstRank(logging.Filter):
+    """Of several processes the first one speaks; the others have warnings only."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return rank_zero_only.rank == 0 or record.levelno >= logging.WARNING  # type: ignore[attr-defined]
+
+
+class LogFile(logging.FileHandler):
+    """The lines of a run with their times, to be read afterwards."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """What cannot be written is not worth a run, nor a message per line."""
+        logging.getLogger().removeHandler(self)
+        print(f"{self.baseFilename} cannot be written, so it ends here: {sys.exc_info()[1]}", file=sys.stderr)
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Inside, what is logged is also added to the file at `path`, and so is what it ends with if it ends early."""
+    file = LogFile(path)
+    root = logging.getLogger()
+    root.addHandler(file)
+    try:
+        yield
+    except BaseException as error:
+        words = last_words(error)
+        lines = words[0] if words and words[1] in STOPPED else "".join(traceback.format_exception(error))
+        if file in root.handlers:
+            file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, lines, (), None))
+        raise
+    finally:
+        root.removeHandler(file)
+        with suppress(OSError):  # said already, by handleError
+            file.close()
+
+
+def hint(arguments: Sequence[str], conf: Path) -> str | None:
+    """What to type instead of a setting that does not exist, after Hydra has refused it; None if all of them do.
+
+    Args:
+        arguments: the command line.
+        conf: folder of the configuration.
+    """
+    words = [word.lstrip("+~") for word in arguments if not word.startswith("-")]
+    names = [word.partition("=")[0] for word in words]
+    if missing := [word for word in words if "=" not in word]:
+        return f"{missing[0]!r} gives no value; write {missing[0]}=VALUE"
+    groups = {
+        path.name: sorted(option.stem for option in path.glob("*.yaml")) for path in conf.iterdir() if path.is_dir()
+    }
+    chosen = [word for word, name in zip(words, names, strict=True) if name in groups]
+    for word in chosen:
+        group, _, options = word.partition("=")
+        for option in options.strip("[]").split(","):
+            if option not in groups[group]:
+                return f"{group}={option!r} is none of {', '.join(groups[group])}"
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        known = [*_keys(OmegaConf.to_container(compose("train", chosen), resolve=False)), *groups]
+    unknown = [name for name in names if name not in known and not name.startswith("hydra")]
+    if not unknown:
+        return None
+    close = difflib.get_close_matches(unknown[0], known, n=1)
+    also = [key for key in known if key.rpartition(".")[2] == unknown[0]][:3]
+    meant = f"did you mean {' or '.join(dict.fromkeys([*also, *close]))}? " if also or close else ""
+    return f"there is no setting {unknown[0]!r}; {meant}python train.py --cfg job shows all of them"
+
+
+def _keys(settings: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in settings.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+# --- what to type next ------------------------------------------------------------------------------------------------
+
+
+def started() -> str:
+    """The command line that is running, for a shell."""
+    if not HydraConfig.initialized():
+        return shlex.join(["python", *sys.argv])
+    said: Any = HydraConfig.get().overrides
+    # The mode is Hydra's own addition.
+    given = [*said.task, *(text for text in said.hydra if not text.startswith("hydra.mode="))]
+    quiet = {override: flag for flag, override in _FLAGS.items() if not flag.startswith("--")}
+    program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    return shlex.join(["python", program, *(quiet.get(text, text) for text in given)])
+
+
+def again(command: str, folder: Path, *overrides: str, without: Sequence[str] = ()) -> str:
+    """What to type to go on in the run at `folder`, which `command` has worked on.
+
+    Args:
+        overrides: to add, or to replace what `command` says of the same settings.
+        without: settings to leave out, such as ``stage``.
+    """
+    overrides = (f"resume={_hydra_value(folder)}", *overrides)
+    dropped = {*without, *(override.partition("=")[0] for override in overrides)}
+    kept = [word for word in shlex.split(command) if word.lstrip("+~").partition("=")[0] not in dropped]
+    return shlex.join([*kept, *overrides])
+
+
+def _hydra_value(path: Path) -> str:
+    text = str(path)
+    if re.fullmatch(r"[\w./:@%+-]+", text, re.ASCII):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def note_where(error: BaseException, folder: Path, stage: str) -> None:
+    """Tell whoever reads the error where it happened and how to go on."""
+    if is_first():
+        error.add_note(f"in stage {stage!r} of {folder}")
+        error.add_note(f"go on from there with\n  {again(started(), folder)}")
+
+
+# --- ending early -----------------------------------------------------------------------------------------------------
+
+
+def last_words(error: BaseException) -> tuple[str, int] | None:
+    """(what to say instead of a traceback, exit code); None if nobody knows what the error means."""
+    chain = list(causes(error))
+    notes = next((cause.__notes__ for cause in chain if hasattr(cause, "__notes__")), [])
+    where = "".join(f"\n{note}" for note in notes)
+    terminated = isinstance(error, SIGTERMException)
+    if terminated or any(isinstance(cause, KeyboardInterrupt) for cause in chain[:2]):  # Lightning makes an exit of it
+        said, code = stopped_by(error)
+        return " ".join([said, *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), code
+    if (full := _disk_full(chain)) is not None:
+        return f"{full}{where}", 1
+    if isinstance(error, MdcError):
+        return f"{type(error).__name__}: {error}{where}", 1
+    if isinstance(error, torch.OutOfMemoryError):
+        smaller = "data.batch_size, calibration.batch_size, search.batch_size or latency.batch_sizes"
+        return f"{error}\ntake fewer images at a time: {smaller}{where}", 1
+    if _WORKER_KILLED.search(str(error)):
+        said = "a process that reads images was killed, most likely for lack of memory"
+        return f"{said}: {error}\nuse fewer of them (data.num_workers) or a smaller data.batch_size{where}", 1
+    return None
+
+
+def stopped_by(error: BaseException) -> tuple[str, int]:
+    """(word for it, exit code) of Ctrl-C or SIGTERM; Lightning's exit for the latter would be a success."""
+    return ("stopped", TERMINATED) if isinstance(error, SIGTERMException) else ("interrupted", INTERRUPTED)
+
+
+def _disk_full(chain: Sequence[BaseException]) -> str | None:
+    for cause in chain:
+        file = getattr(cause, "filename", None) or ""
+        number = getattr(cause, "errno", None)
+        said = str(cause)
+        torchs = _TORCH_CANNOT_WRITE in said and shutil.disk_usage(".").free < _NO_ROOM
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in said for words in _DISK_FULL) or torchs:
+            named = f" {file}" if file else ""
+            return f"the disk is full: cannot write{named} ({said}); what is finished is safe. Make room"
+    return None

@@ -1,0 +1,75 @@
+"""What of a policy sweep is put on dashboards: each trial's outcome, and the search as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lightning_mdc.app.report import policy_figure
+from lightning_mdc.app.tracking.contents import picture, policy_table, search_table, trial_numbers
+from lightning_mdc.figures.items import Item, Picture, Summary
+from lightning_mdc.gp_ei.study import Row
+from lightning_mdc.policy import Policy
+
+# What the sweeper draws beside its study, and what to read from it.
+_PICTURES = {
+    "progress": "What each trial was worth, and the best so far",
+    "cost": "Value of each trial by its cost, as a fraction of the budget",
+    "dependence": "What the value depends on, by the Gaussian process of the search",
+}
+
+
+def swept_row(trial: Mapping[str, Any]) -> Row:
+    """A trial of a sweep as a row: from one of ``results["trials"]``; lists of ratios get a column for each."""
+    params: dict[str, Any] = {}
+    for name, value in trial["params"].items():
+        params |= {f"{name}.{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+    names = ("number", "cost", "value", "status", "seconds", "improvement")
+    return Row(params=params, **{name: trial.get(name) for name in names})  # type: ignore[arg-type]
+
+
+def trial_items(policy: Policy, uniform: Policy, value: float, cost: float, macs_ratio: float) -> Iterator[Item]:
+    """One trial.
+
+    Args:
+        uniform: to compare it with.
+        value: on the held-out images.
+        cost: as a fraction of the budget.
+        macs_ratio: as a fraction of dense.
+    """
+    yield Summary({"value": value, "cost": cost, "macs_ratio": macs_ratio})
+    yield policy_table(policy)
+    yield picture("policy", "What each block keeps, and what the uniform policy would", _policy_figure(policy, uniform))
+
+
+def sweep_items(results: Mapping[str, Any], folder: Path, direction: str, best: Figure | None) -> Iterator[Item]:
+    """The whole search.
+
+    Args:
+        results: as `policy_sweep.finish` gets them.
+        folder: of the sweep, with the sweeper's pictures.
+        direction: ``minimize`` or ``maximize``.
+        best: the best policy, drawn; None if no trial succeeded.
+    """
+    trials = [swept_row(trial) for trial in results["trials"]]
+    better: Callable[[Sequence[float]], float] = min if direction == "minimize" else max
+    incumbent: float | None = None
+    for trial in trials:
+        if trial.status == "done" and trial.value is not None:
+            incumbent = trial.value if incumbent is None else better([incumbent, trial.value])
+        yield trial_numbers(trial, incumbent)
+    if incumbent is not None:
+        yield Summary({"search/best": incumbent, "search/best_trial": float(results["best_trial"])})
+    yield search_table(trials, direction)
+    for name, caption in _PICTURES.items():
+        if (path := folder / f"{name}.png").exists():
+            yield Picture(f"charts/search/{name}", caption, path.read_bytes())
+    if best is not None:
+        yield picture("policy", "The best policy of the sweep, and the uniform one", best)
+
+
+def _policy_figure(policy: Policy, uniform: Policy) -> Figure:
+    return policy_figure(policy, uniform, "What each block keeps")

@@ -1,0 +1,193 @@
+"""Weight sharing: dense weights trained so that any policy on the budget can be judged with them, before the search.
+
+The paper's ``min_W E_policy[loss(W(policy))]`` (Hou & Kung, arXiv 2201.00043), by the sandwich rule with in-place
+distillation of universally slimmable networks (Yu & Huang, arXiv 1903.05134): each step trains the dense model on the
+labels, and one random policy of the same weights on what the dense model says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+
+from lightning_mdc.budget import Budget, LatencyTable
+from lightning_mdc.distillation import DistillationModule, soft_distillation_loss
+from lightning_mdc.errors import DistillationError, check_whole
+from lightning_mdc.gp_ei.projection import Projection
+from lightning_mdc.importance import Scores
+from lightning_mdc.models import unwrap
+from lightning_mdc.policy import Plan, Policy
+from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
+from lightning_mdc.surgery import masked
+from lightning_mdc.surgery.plan import make_plan
+
+# Policies drawn at once. Numpy's overhead is shared out: for DeiT-S 4 ms a policy, where one alone would take 60.
+_DRAWN_AT_ONCE = 64
+
+# What `DistillationModule` does with a teacher from outside; there is none here.
+_OF_A_TEACHER = (
+    *("teacher", "teacher_checkpoint", "teacher_args", "teacher_precision", "teacher_compile", "teacher_normalization"),
+    *("teacher_cache", "kd", "kd_weight", "distill_token", "hidden_weight"),
+)
+
+
+class WeightSharingModule(DistillationModule):
+    """Trains `model` on ``task + shared_weight · shared``.
+
+    *task* is the dense model's cross entropy to the labels. *shared* is the distance of the masked model's prediction
+    from the dense one's on the same images, which gets no gradient from it: the dense model is the teacher. The masks
+    are those of a policy that is drawn anew in every step, the same on all ranks, and turned into a plan by the fixed
+    scores. Logged as ``train/task``, ``train/shared`` and ``train/loss``; ``val/top1`` is the dense model's.
+
+    Policies come as the search's own random trials do: uniform in the box of `PolicySpace`, then moved onto the budget
+    and filled up. Which one it is depends on `seed` and the number of the update alone, so a resumed run goes on with
+    the policies of an uninterrupted one; the batches of an accumulated update share one.
+
+    After training, `model` is the ordinary dense model with other weights. A checkpoint holds neither networks nor
+    scores: ``WeightSharingModule.load_from_checkpoint(path, model=..., scores=...)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: Scores,
+        budget: float | Budget | Mapping[str, Any] = 0.6,
+        *,
+        dimensions: Iterable[str] | None = None,
+        bounds: Bounds | None = None,
+        groups: Groups = None,
+        token_ratio: str = "shared",
+        min_heads: int = 1,
+        min_neurons: int = 1,
+        round_to: int | None = None,
+        stages: Sequence[int] | None = None,
+        token_score: str = "attention",
+        fuse_tokens: bool = True,
+        seed: int = 0,
+        shared_weight: float = 1.0,
+        temperature: float = 1.0,
+        **training: Any,
+    ) -> None:
+        """
+        Args:
+            model: the dense model, images (n, in_chans, H, W) -> logits (n, classes).
+            scores: of its units; they say which ones a policy keeps, from the first step to the last.
+            budget: as in `search`, or the limits of a `Budget` by name.
+            dimensions, bounds, groups, token_ratio, min_heads, min_neurons, round_to, stages: see `PolicySpace`. Take
+                those of the search: policies outside them are never asked for.
+            token_score, fuse_tokens: see `make_plan`.
+            seed: of the policies.
+            shared_weight: factor of *shared* in the loss, at least 0.
+            temperature: of *shared*, see `soft_distillation_loss`.
+            training: further arguments of `DistillationModule` (``label_smoothing``, ``optimizer``, ``schedule``,
+                ``mixup``, ...), except those about a teacher, ``compile`` and ``grad_checkpointing``.
+
+        Raises:
+            DistillationError: a setting is out of range or has no effect here, or the model is compiled or checkpoints
+                its gradients.
+            BudgetError, SearchError, UnsupportedModelError: see `PolicySpace`.
+            CalibrationError: the scores are of another model, or lack a dimension.
+        """
+        if without_effect := sorted({*training} & {"student", *_OF_A_TEACHER}):
+            raise DistillationError(
+                f"{', '.join(without_effect)}: no such setting of weight sharing, where the dense model is both student"
+                " and teacher; leave it out (its share of the loss is shared_weight)"
+            )
+        check_whole("seed", seed, 0, DistillationError)
+        if (
+            isinstance(shared_weight, bool)
+            or not isinstance(shared_weight, (int, float))
+            or not 0 <= shared_weight < np.inf
+        ):
+            raise DistillationError(f"shared_weight={shared_weight!r} is no factor of a loss; give a number >= 0")
+        # Not by super(): Lightning would find the model and the scores in this call, and keep them in checkpoints.
+        DistillationModule.__init__(self, model, None, temperature=temperature, **training)
+        _check_masks_can_train(self)
+        options: dict[str, Any] = {
+            "dimensions": None if dimensions is None else list(dimensions),
+            "bounds": bounds,
+            "groups": groups,
+            "token_ratio": token_ratio,
+            "min_heads": min_heads,
+            "min_neurons": min_neurons,
+            "round_to": round_to,
+            "stages": stages,
+            "fuse_tokens": fuse_tokens,
+        }
+        self.space = PolicySpace(model, Budget(**budget) if isinstance(budget, Mapping) else budget, **options)
+        self.scores = scores
+        self.seed = seed
+        self.shared_weight = shared_weight
+        self._plan_options: dict[str, Any] = {"token_score": token_score, "fuse_tokens": fuse_tokens}
+        self._project = Projection(self.space, self.space.constraint)
+        self._drawn: tuple[int, np.ndarray] | None = None
+        # The smallest policy needs the scores of every unit that may go.
+        make_plan(model, scores, self.space.policy(self.space.low), **self._plan_options)
+
+        limits = self.space.budget.facts()
+        if isinstance(table := self.space.budget.table, LatencyTable):  # another machine has other latencies
+            limits["table"] = json.loads(table.to_json())
+        own = {"budget": limits, "seed": seed, "shared_weight": shared_weight}
+        for name in _OF_A_TEACHER:
+            self.hparams.pop(name, None)
+        self.save_hyperparameters({**own, **options, "token_score": token_score})
+
+    def policy(self, step: int) -> Policy:
+        """The policy that update number `step` trains."""
+        chunk, place = divmod(step, _DRAWN_AT_ONCE)
+        if self._drawn is None or self._drawn[0] != chunk:
+            rng = np.random.default_rng([self.seed, chunk])  # its own: the global states are the training's
+            points = self._project(rng.random((_DRAWN_AT_ONCE, len(self.space))))
+            self._drawn = chunk, self._project.fill(points, rng)
+        return self.space.policy(self._drawn[1][place])
+
+    def plan(self, step: int) -> Plan:
+        """What of the model update number `step` keeps."""
+        return make_plan(self.student, self.scores, self.policy(step), **self._plan_options)
+
+    def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The scalars ``task``, ``shared`` and ``loss``.
+
+        Args:
+            images: (n, in_chans, H, W).
+            labels: classes (n,), or class probabilities (n, classes) as Mixup makes them.
+        """
+        logits = cast(Tensor, self(images))
+        with masked(self.student, self.plan(self.global_step)):
+            masked_logits = cast(Tensor, self(images))
+        task = self._task_loss(logits, labels)
+        shared = soft_distillation_loss(masked_logits, logits.detach(), self.temperature)
+        return {"task": task, "shared": shared, "loss": task + self.shared_weight * shared}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise DistillationError(
+                f"strategy={type(strategy).__name__} shards parameters, which masks need whole; share weights with"
+                " strategy='ddp' or 'auto'"
+            )
+
+
+def _check_masks_can_train(sharing: DistillationModule) -> None:
+    """Masks are hooks that are there in the forward pass only, and others in every step."""
+    compiles, checkpoints = sharing.compile_options is not False, sharing.grad_checkpointing
+    for module in sharing.student.modules():
+        compiles |= unwrap(module) is not module or module._compiled_call_impl is not None
+        checkpoints |= bool(getattr(module, "grad_checkpointing", False))
+    name = type(sharing.student).__name__
+    if compiles:
+        raise DistillationError(
+            f"model={name} is compiled, and would be again in every step, which has masks of its own; share the weights"
+            " of the uncompiled model, with compile=False"
+        )
+    if checkpoints:
+        raise DistillationError(
+            f"model={name} has gradient checkpointing on, which runs blocks again when their masks are gone; call"
+            " set_grad_checkpointing(False), and pass grad_checkpointing=False"
+        )

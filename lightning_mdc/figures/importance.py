@@ -1,0 +1,127 @@
+"""Pictures of scores: which units of which block matter, and which of them the plan keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lightning_mdc.figures.style import COLOURS, INK, PALE, PAPER, RED, WIDTH, new_figure, plain
+
+_MAP = "viridis"
+# More columns than a picture has pixels for are averaged.
+_COLUMNS = 400
+
+
+def heads_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | None) -> Figure:
+    """Block x head: each head's importance, scaled to [0, 1] within its block; a cross on those that are removed.
+
+    Args:
+        scores: per block, (heads,).
+        kept: per block, indices; None before there is a plan.
+    """
+    depth, most = len(scores), max(len(block) for block in scores)
+    figure, (panel,) = new_figure(WIDTH, 0.2 * depth + 1.1)
+    image = np.full((depth, most), np.nan)
+    for row, block in enumerate(scores):
+        image[row, : len(block)] = _scaled(block)
+    _show(panel, image, "head")
+    for row, units in enumerate(kept or ()):
+        gone = sorted(set(range(len(scores[row]))) - set(units))
+        panel.plot(gone, [row] * len(gone), "x", color=PAPER, ms=6, mew=2.6)
+        panel.plot(gone, [row] * len(gone), "x", color=RED, ms=5, mew=1.5)
+    panel.set_xticks(range(most))
+    return figure
+
+
+def neurons_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | None) -> Figure:
+    """Block x neuron, the most important first: importance scaled to [0, 1] within its block; a line where it is cut.
+
+    Args:
+        scores: per block, (neurons,).
+        kept: per block, indices; None before there is a plan.
+    """
+    depth, most = len(scores), max(len(block) for block in scores)
+    figure, (panel,) = new_figure(WIDTH, 0.2 * depth + 1.1)
+    columns = min(most, _COLUMNS)
+    image = np.full((depth, columns), np.nan)
+    for row, block in enumerate(scores):
+        width = max(1, round(columns * len(block) / most))
+        parts = np.array_split(np.sort(_scaled(block))[::-1], min(width, len(block)))
+        image[row, :width] = _stretched([part.mean() for part in parts], width)
+    _show(panel, image, "neurons, ranked", extent=(0, most))
+    for row, units in enumerate(kept or ()):
+        if len(units) < len(scores[row]):
+            for colour, wide in ((PAPER, 4.0), (RED, 2.0)):
+                panel.plot([len(units)] * 2, [row - 0.45, row + 0.45], color=colour, lw=wide, solid_capstyle="butt")
+    return figure
+
+
+def tokens_figure(scores: Sequence[np.ndarray], blocks: Sequence[int], grid: tuple[int, int]) -> Figure:
+    """Importance of each patch position at each token stage, as a map of the image, scaled to [0, 1] within a stage.
+
+    Args:
+        scores: per stage, (positions,) in row-major order.
+        blocks: of the stages.
+        grid: (height, width) in patches.
+    """
+    count = len(scores)
+    figure, panels = new_figure(WIDTH, WIDTH / max(count, 2) * grid[0] / grid[1] + 0.5, 1, count)
+    for panel, stage, block in zip(panels, scores, blocks, strict=True):
+        panel.imshow(_scaled(stage).reshape(grid), cmap=_MAP, vmin=0, vmax=1, interpolation="nearest")
+        panel.set_axis_off()
+        panel.set_title(f"block {block}", fontsize=9, color=INK, loc="left")
+    return figure
+
+
+def histograms_figure(scores: dict[str, Sequence[np.ndarray]]) -> Figure:
+    """How importance is spread, one panel per dimension: all units, scaled to [0, 1] within their block or stage."""
+    shown = {name: blocks for name, blocks in scores.items() if blocks}
+    figure, panels = new_figure(WIDTH, 1.9, 1, len(shown))
+    for panel, (name, blocks) in zip(panels, shown.items(), strict=True):
+        values = np.concatenate([_scaled(block) for block in blocks])
+        bins = min(30, max(5, math.isqrt(len(values))))
+        panel.hist(values, bins=bins, range=(0, 1), color=COLOURS[name], linewidth=0)
+        panel.set_xlabel("importance")
+        panel.xaxis.set_major_locator(MaxNLocator(2))
+        panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        plain(panel, name)
+    return figure
+
+
+def _show(panel: Axes, image: np.ndarray, what: str, extent: tuple[float, float] | None = None) -> None:
+    depth, columns = image.shape
+    left, right = (-0.5, columns - 0.5) if extent is None else extent
+    panel.set_facecolor(PALE)
+    picture = panel.imshow(
+        np.ma.masked_invalid(image),
+        cmap=_MAP,
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(left, right, depth - 0.5, -0.5),
+    )
+    panel.set_xlabel(what)
+    panel.set_ylabel("block")
+    panel.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    plain(panel)
+    bar = panel.figure.colorbar(picture, ax=panel, pad=0.02, aspect=14, ticks=[0, 1])
+    bar.ax.set_yticklabels(["least", "most"], fontsize=8, color=INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+
+
+def _scaled(scores: np.ndarray) -> np.ndarray:
+    """To [0, 1]: only the order within a block decides, and blocks differ in scale."""
+    low, high = float(scores.min()), float(scores.max())
+    return (scores - low) / (high - low) if high > low else np.zeros_like(scores, dtype=float)
+
+
+def _stretched(values: Sequence[float], columns: int) -> np.ndarray:
+    """`values` repeated to so many columns."""
+    return np.asarray(values)[np.arange(columns) * len(values) // columns]

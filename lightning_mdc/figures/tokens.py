@@ -1,0 +1,81 @@
+"""Pictures of what a slim model still looks at: patches that are gone as tokens of their own are faded.
+
+As readers know them from EViT (Liang et al., arXiv 2202.07800) and ToMe (Bolya et al., arXiv 2210.09461).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_mdc.figures.examples import Example
+from lightning_mdc.figures.style import INK, WIDTH, named, new_figure
+
+# What is left of a faded patch, and the gray it fades into.
+_LEFT, _FADE_TO = 0.22, 225.0
+# Inches above a picture for a title of two lines and below it for a label; a picture's share of its column.
+_ABOVE, _BELOW, _SHARE = 0.38, 0.22, 0.94
+# Letters that fit above a row of pictures.
+_LINE = 62
+
+
+def faded(image: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """`image` with the patches that are not kept faded.
+
+    Args:
+        image: (height, width, 3), uint8.
+        kept: (patches,) in row-major order, bool.
+        grid: (height, width) in patches.
+    """
+    height, width = image.shape[:2]
+    # Each pixel's patch; where the grid does not divide the image, borders fall on the nearest pixel.
+    rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
+    there = kept.reshape(grid)[rows[:, None], columns[None]][..., None]
+    return np.where(there, image, _LEFT * image + (1 - _LEFT) * _FADE_TO).round().astype(np.uint8)
+
+
+def tokens_figure(
+    examples: Sequence[Example], blocks: Sequence[int], grid: tuple[int, int], class_names: Sequence[str]
+) -> Figure:
+    """A row per image: as it is, and after each token stage; above it what dense and slim say of it."""
+    columns, rows = 1 + len(blocks), len(examples)
+    shape = examples[0].image.shape
+    width = WIDTH / max(columns, 4) * columns
+    high = WIDTH / max(columns, 4) * _SHARE * shape[0] / shape[1]
+    height = rows * (high + _ABOVE + _BELOW)
+    # A layout engine would make room for a title beside its picture; it may reach over all of them.
+    figure, panels = new_figure(width, height, rows, columns, layout=None)
+    between = {"wspace": 1 / _SHARE - 1, "hspace": (_ABOVE + _BELOW) / high}
+    figure.subplots_adjust(0.01, _BELOW / height, 0.99, 1 - _ABOVE / height, **between)
+    for panel in panels:
+        panel.set_axis_off()
+    for row, example in enumerate(examples):
+        line = panels[row * columns : (row + 1) * columns]
+        pictures = [example.image, *(faded(example.image, kept, grid) for kept in example.kept)]
+        for panel, picture in zip(line, pictures, strict=True):
+            panel.imshow(picture, interpolation="nearest")
+        line[0].set_title(said(example, class_names), loc="left", fontsize=8, color=INK)
+        for panel, kept, block in zip(line[1:], example.kept, blocks, strict=True):
+            panel.text(
+                0.5,
+                -0.05,
+                f"block {block}: {kept.sum()} of {kept.size}",
+                transform=panel.transAxes,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color=INK,
+            )
+    return figure
+
+
+def said(example: Example, class_names: Sequence[str]) -> str:
+    """What an image is and what the two models say: ``is cat · dense: cat (97 %) · slim: dog (55 %)``."""
+    parts = [
+        f"{name}: {named(class_names[kind])} ({sure:.0%})".replace("%", " %")
+        for name, (kind, sure) in (("dense", example.dense), ("slim", example.slim))
+    ]
+    line = f"is {named(class_names[example.label])} · {' · '.join(parts)}"
+    return line if len(line) <= _LINE else line.replace(" · ", "\n", 1)

@@ -1,0 +1,296 @@
+"""Bayesian optimisation on a budget: a Gaussian process, expected improvement, and candidates that all cost the same.
+
+numpy and scikit-optimize only. The Gaussian process (Matern 5/2, one length scale per axis, fitted noise) and expected
+improvement are scikit-optimize's. Its `Optimizer` is not used: it would look for its next point over the whole box,
+where hardly any point is on the budget, and refit the process for every point of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import norm
+
+from lightning_mdc.errors import SearchError
+from lightning_mdc.gp_ei.projection import Constraint, Projection
+from lightning_mdc.gp_ei.space import Space
+
+DIRECTIONS = ("maximize", "minimize")
+# Up to this many observations the kernel is fitted to all of them, then to the last whole ten.
+_FIT_ALWAYS, _FIT_EVERY = 50, 10
+# Candidates that are filled up and compared again, and the best points that local candidates start from.
+_FINALISTS, _PARENTS = 16, 5
+_SMALLEST_MOVE, _LARGEST_MOVE = 0.005, 0.3
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A point (axes,) and what it was worth; None if its trial failed."""
+
+    point: np.ndarray
+    value: float | None
+
+
+class GpEi:
+    """Ask where to look next, tell what was found there.
+
+    What it asks is a pure function of seed and history: told the same again, it goes on the same way.
+
+    Args:
+        space: what may be moved.
+        constraint: what a point may cost; None: anything.
+        direction: ``"maximize"`` or ``"minimize"``.
+        seed: of the candidates and of the kernel's fit.
+        n_initial_points: how many points to try before the Gaussian process is believed.
+        first: points (n, axes) to try before any other, where the constraint holds; no more than `n_initial_points`.
+        prior: observations from elsewhere, another budget's search say; they inform the process, but are no trials.
+        n_candidates: how many points expected improvement is compared at.
+        xi: by how much a point has to be better to count, in units of the value.
+
+    Raises:
+        SearchError: an argument is out of range.
+        BudgetError: see `Projection`.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        constraint: Constraint | None = None,
+        *,
+        direction: str = "maximize",
+        seed: int = 0,
+        n_initial_points: int = 10,
+        first: np.ndarray | None = None,
+        prior: Sequence[Observation] = (),
+        n_candidates: int = 2000,
+        xi: float = 0.0,
+    ) -> None:
+        if direction not in DIRECTIONS:
+            raise SearchError(f"direction={direction!r}: expected one of {DIRECTIONS}")
+        counts: dict[str, tuple[Any, int]] = {
+            "seed": (seed, 0),
+            "n_initial_points": (n_initial_points, 1),
+            "n_candidates": (n_candidates, 2),
+        }
+        for name, (count, least) in counts.items():
+            if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not least <= int(count) < 2**32:
+                raise SearchError(f"{name}={count!r}: expected a whole number of at least {least} (and below 2^32)")
+        margin: Any = xi
+        if not isinstance(margin, numbers.Real) or not math.isfinite(margin) or margin < 0:
+            raise SearchError(f"xi={xi!r}: expected a number of at least 0, in units of the value")
+        self.space, self.constraint, self.direction = space, constraint, direction
+        self.seed, self.n_initial_points, self.n_candidates = int(seed), int(n_initial_points), int(n_candidates)
+        self.xi = float(xi)
+        self._project = None if constraint is None else Projection(space, constraint, seed)
+        known = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
+        self._first = known[: self.n_initial_points]
+        self.prior = tuple(prior)  # not scaled down to this space's bounds
+        self._history: list[Observation] = []
+        self._kernels: dict[str, tuple[int, Any, float]] = {}  # by target, fitted to so many points: kernel and noise
+
+    # --- what is known --------------------------------------------------------------------------------------------
+
+    @property
+    def history(self) -> tuple[Observation, ...]:
+        """Everything told, in order."""
+        return tuple(self._history)
+
+    @property
+    def best(self) -> Observation | None:
+        """The best point told, the first of equals; None as long as no trial has succeeded."""
+        known = [(self._loss(o), i) for i, o in enumerate(self._history) if o.value is not None]
+        return self._history[min(known)[1]] if known else None
+
+    def tell(self, points: np.ndarray, values: Sequence[float | None]) -> None:
+        """Report points (n, axes) and their values. None, NaN or infinity: the trial failed.
+
+        A failed trial has no value for the process to learn from; its neighbourhood is avoided.
+        """
+        points = self.space.snap(np.atleast_2d(np.asarray(points, dtype=np.float64)))
+        if points.shape != (len(values), len(self.space)):
+            raise SearchError(
+                f"tell: {len(values)} values for points of shape {points.shape}; expected ({len(values)}, "
+                f"{len(self.space)})"
+            )
+        for point, value in zip(points, values, strict=True):
+            worked = value is not None and math.isfinite(value)
+            self._history.append(Observation(point, float(value) if worked else None))  # type: ignore[arg-type]
+
+    def _known(self) -> list[Observation]:
+        """What the process learns from."""
+        return [o for o in (*self.prior, *self._history) if o.value is not None]
+
+    def _loss(self, observation: Observation) -> float:
+        assert observation.value is not None
+        return observation.value if self.direction == "minimize" else -observation.value
+
+    # --- where to look next ---------------------------------------------------------------------------------------
+
+    def ask(self, n: int = 1, pending: np.ndarray | None = None) -> np.ndarray:
+        """The next points (n, axes) to try, none of them tried, pending or asked twice.
+
+        Fewer than `n`, perhaps none, when no other point can be found: a small space has all been tried.
+
+        Args:
+            n: how many, to be tried at the same time.
+            pending: points (m, axes) that are being tried.
+        """
+        return self.ask_with_improvement(n, pending)[0]
+
+    def ask_with_improvement(
+        self, n: int = 1, pending: np.ndarray | None = None
+    ) -> tuple[np.ndarray, tuple[float | None, ...]]:
+        """`ask`, and the expected improvement of each point, in units of the value; None of one that was drawn."""
+        waiting = [] if pending is None else [*self.space.snap(np.atleast_2d(pending))]
+        asked: list[np.ndarray] = []
+        improvements: list[float | None] = []
+        while len(asked) < n and (found := self._next([*waiting, *asked])) is not None:
+            asked.append(found[0])
+            improvements.append(found[1])
+        return np.array(asked).reshape(-1, len(self.space)), tuple(improvements)
+
+    def _next(self, waiting: Sequence[np.ndarray]) -> tuple[np.ndarray, float | None] | None:
+        """One more point while others are under way, and its expected improvement; None if none is left that is new."""
+        seen = {*self.space.keys(np.array([*(o.point for o in self._history), *waiting]).reshape(-1, len(self.space)))}
+        if len(first := self._unseen(self._first, seen)):
+            return first[0], None
+        rng = np.random.default_rng([self.seed, len(self._history), len(waiting)])
+        process, losses = None, np.empty(0)
+        if len(self._known()) >= 2 and len(self._history) + len(waiting) >= self.n_initial_points - len(self.prior):
+            process, losses = self._believing(waiting)
+        pool = rng.random((self.n_candidates, len(self.space))) if process is None else self._candidates(rng)
+        pool = self._best_first(process, self._unseen(self._on_budget(pool), seen), losses)[:_FINALISTS]
+        for finalists in (self._filled(pool, rng), pool):  # filled up, unless those have all been tried
+            if len(finalists := self._best_first(process, self._unseen(finalists, seen), losses)):
+                best = finalists[:1]
+                return best[0], None if process is None else float(self._improvement(process, best, losses)[0])
+        return None
+
+    def _best_first(self, process: Any, points: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        """Points (n, axes) by expected improvement; as they come without a process."""
+        if process is None or not len(points):
+            return points
+        return points[np.argsort(-self._improvement(process, points, losses), kind="stable")]
+
+    def _holds(self, points: np.ndarray) -> np.ndarray:
+        return (
+            np.ones(len(points), bool)
+            if self.constraint is None
+            else self.constraint.holds(np.asarray(self.constraint.cost(points)))
+        )
+
+    def _unseen(self, points: np.ndarray, seen: set[bytes]) -> np.ndarray:
+        """Points on the budget that are new, each once, in order."""
+        points = points[self._holds(points)] if len(points) else points
+        new = {key: i for i, key in reversed([*enumerate(self.space.keys(points))]) if key not in seen}
+        return points[sorted(new.values())]
+
+    def _on_budget(self, unit: np.ndarray) -> np.ndarray:
+        return self.space.snap(self.space.from_unit(unit)) if self._project is None else self._project(unit)
+
+    def _filled(self, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return points if self._project is None or not len(points) else self._project.fill(points, rng)
+
+    def _candidates(self, rng: np.random.Generator) -> np.ndarray:
+        """Half anywhere, half near the best points so far: big and small moves, of few or many coordinates."""
+        half, axes = self.n_candidates // 2, len(self.space)
+        anywhere = rng.random((self.n_candidates - half, axes))
+        ranked = sorted((o for o in self._history if o.value is not None), key=self._loss)[:_PARENTS]
+        if not ranked:  # all there is to go by are a prior's points, of another budget
+            ranked = sorted((o for o in self.prior if o.value is not None), key=self._loss)[:_PARENTS]
+        parents = self.space.to_unit(np.array([o.point for o in ranked]))
+        near = parents[rng.integers(len(parents), size=half)]
+        scale = np.exp(rng.uniform(np.log(_SMALLEST_MOVE), np.log(_LARGEST_MOVE), size=(half, 1)))
+        share = np.exp(rng.uniform(np.log(1 / axes), 0.0, size=(half, 1)))
+        moved = rng.random((half, axes)) < share
+        moved[np.arange(half), rng.integers(axes, size=half)] = True
+        # A choice has no neighbours: any other value is as near.
+        to = np.where(self.space.numeric, near + scale * rng.standard_normal((half, axes)), rng.random((half, axes)))
+        near = np.where(moved, np.clip(to, 0.0, 1.0), near)
+        return np.concatenate([anywhere, near])
+
+    def _believing(self, waiting: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+        """The process and the losses it knows, (n,).
+
+        What is under way is believed to turn out as expected (kriging believer, Ginsbourger et al. 2010).
+        """
+        known = self._known()
+        points, losses = np.array([o.point for o in known]), np.array([self._loss(o) for o in known])
+        process = self._process("loss", points, losses, len(known))
+        for point in waiting:
+            believed = process.predict(self.space.encode(point[None]))
+            points, losses = np.concatenate([points, point[None]]), np.concatenate([losses, believed])
+            process = self._process("loss", points, losses, len(known))
+        return process, losses
+
+    def _improvement(self, process: Any, points: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        """Expected improvement times the chance that the trial succeeds, (n,)."""
+        from skopt.acquisition import gaussian_ei
+
+        encoded = self.space.encode(points)
+        # To be improved on is what this search found, not what another one did on a larger budget.
+        own = losses[sum(o.value is not None for o in self.prior) :]
+        with _quiet():
+            best = own.min() if len(own) else process.predict(encoded).min()
+            improvement = gaussian_ei(encoded, process, best, self.xi)
+        if all(o.value is not None for o in self._history):
+            return improvement
+        # Another process has learnt where trials fail: from 1 (worked) and 0.
+        worked = np.array([float(o.value is not None) for o in self._history])
+        success = self._process("success", np.array([o.point for o in self._history]), worked, len(worked))
+        with _quiet():
+            mean, std = success.predict(encoded, return_std=True)
+        return improvement * norm.cdf((mean - 0.5) / np.maximum(std, 1e-9))
+
+    # --- Gaussian processes ---------------------------------------------------------------------------------------
+
+    def _process(self, about: str, points: np.ndarray, targets: np.ndarray, told: int) -> Any:
+        """The process given these targets (n,) of points (n, axes), the first `told` of which are no beliefs."""
+        from skopt.learning import GaussianProcessRegressor
+
+        beyond = max(0, told - _FIT_ALWAYS)
+        kernel, noise = self._fitted_kernel(about, points[: told - beyond % _FIT_EVERY], targets)
+        process = GaussianProcessRegressor(
+            kernel=kernel, alpha=max(noise, 1e-10), optimizer=None, normalize_y=True, random_state=self.seed
+        )
+        with _quiet():
+            return process.fit(self.space.encode(points), targets)
+
+    def _fitted_kernel(self, about: str, points: np.ndarray, targets: np.ndarray) -> tuple[Any, float]:
+        """Kernel and noise, fitted to these points: which depend on how many have been told, and on no fit before."""
+        from skopt.learning.gaussian_process.kernels import Sum
+        from skopt.space import Space as SkoptSpace
+        from skopt.utils import cook_estimator
+
+        count, kernel, noise = self._kernels.get(about, (0, None, 0.0))
+        if count != len(points):
+            encoded = self.space.encode(points)
+            box = SkoptSpace([(0.0, 1.0)] * encoded.shape[1])
+            process = cook_estimator("GP", space=box, random_state=self.seed, noise="gaussian")
+            process.set_params(n_restarts_optimizer=0)  # two more starts cost three times as much and find no more
+            with _quiet():
+                process.fit(encoded, targets[: len(points)])
+            kernel, noise = process.kernel_, float(process.noise_ or 0.0)
+            # The noise goes into alpha, where it does not blur predictions.
+            kernel = kernel.k1 if isinstance(kernel, Sum) else kernel
+            self._kernels[about] = (len(points), kernel, noise)
+        return kernel, noise
+
+    def model(self) -> Any:
+        """The Gaussian process of all that is known, on encoded points; None before there are two observations."""
+        return self._believing([])[0] if len(self._known()) >= 2 else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings of scikit-optimize and scikit-learn (bounds met, variances rounded to 0) say nothing a user can use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,222 @@
+"""How much each dimension of each block matters alone: accuracy and KL as it goes from whole to nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_mdc.budget import CostModel
+from lightning_mdc.distributed import on_first_rank
+from lightning_mdc.errors import ConfigError
+from lightning_mdc.files import write_text
+from lightning_mdc.importance import Scores
+from lightning_mdc.models import Sites, find_sites
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy, default_stages, keep_count, kept_tokens
+from lightning_mdc.policy_search.held_out import HeldOut
+from lightning_mdc.progress import bar
+from lightning_mdc.surgery import slim
+from lightning_mdc.surgery.plan import make_plan
+
+log = logging.getLogger(__name__)
+
+# Keep ratios to try; where there are at most eight heads, every number of them.
+LEVELS: Mapping[str, Sequence[float] | None] = {
+    "heads": None,
+    "neurons": (0.75, 0.5, 0.25, 0.1, 0.0),
+    "tokens": (0.9, 0.7, 0.5, 0.3, 0.1, 0.0),
+}
+_MOST_HEAD_COUNTS = 8
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One dimension of one block cut, all else whole.
+
+    Attributes:
+        dimension: ``"heads"``, ``"neurons"`` or ``"tokens"``.
+        block: for tokens, the block of the token stage.
+        keep: realised keep ratio; 1 is the dense model.
+        accuracy: top-1 on the held-out images, a fraction.
+        kl: mean KL(dense ‖ cut) of the predictions, in nats.
+        cost: MACs as a fraction of dense.
+    """
+
+    dimension: str
+    block: int
+    keep: float
+    accuracy: float
+    kl: float
+    cost: float
+
+    @property
+    def place(self) -> tuple[str, int, float]:
+        """What was cut, and how far."""
+        return self.dimension, self.block, self.keep
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """All cuts that were tried, in the order they were tried."""
+
+    cuts: tuple[Cut, ...]
+
+    def curve(self, dimension: str, block: int) -> tuple[Cut, ...]:
+        """The cuts of one dimension of one block, from whole to nothing."""
+        mine = [cut for cut in self.cuts if (cut.dimension, cut.block) == (dimension, block)]
+        return tuple(sorted(mine, key=lambda cut: -cut.keep))
+
+    def blocks(self, dimension: str) -> tuple[int, ...]:
+        """The blocks in which the dimension was cut."""
+        return tuple(sorted({cut.block for cut in self.cuts if cut.dimension == dimension}))
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Those that were cut."""
+        return tuple(name for name in DIMENSIONS if self.blocks(name))
+
+    def save(self, path: Path) -> None:
+        """Write a CSV file with a header, a line per cut, so that it is there whole or not at all."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([field.name for field in fields(Cut)])
+        writer.writerows(astuple(cut) for cut in self.cuts)
+        write_text(path, text.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        """What `save` wrote.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        try:
+            rows = csv.DictReader(path.read_text().splitlines())
+            if rows.fieldnames != [field.name for field in fields(Cut)]:
+                raise ValueError(f"its columns are {rows.fieldnames}")
+            return cls(
+                tuple(
+                    Cut(
+                        row["dimension"],
+                        int(row["block"]),
+                        *(float(row[name]) for name in ("keep", "accuracy", "kl", "cost")),
+                    )
+                    for row in rows
+                )
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} holds no sensitivities ({error}); run the stage 'sensitivity' again") from error
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    scores: Scores,
+    held_out: HeldOut,
+    *,
+    levels: Mapping[str, Sequence[float] | None] = LEVELS,
+    stages: Sequence[int] | None = None,
+    token_score: str = "attention",
+    fuse_tokens: bool = True,
+    state: Path | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Cut each dimension of each block (for tokens, each stage) alone, step by step, and judge what is left.
+
+    Which units go first is what the scores say. In a distributed run all ranks judge, and the first one writes.
+
+    Args:
+        model: the dense model (or a module that holds it); unchanged.
+        scores: from `score`.
+        held_out: of labelled images, with ``dense=model``.
+        levels: keep ratios to try per dimension; None: every number of heads, or eight steps where there are more.
+        stages: blocks of the token stages; None means quarters of the depth.
+        token_score, fuse_tokens: see `make_plan`.
+        state: CSV file for the cuts made so far; those that are there already are not made again. It has to be of
+            this model, these scores and these images.
+        progress: show a progress bar where there is a terminal.
+
+    Raises:
+        ConfigError: `held_out` does not tell both accuracy and KL.
+    """
+    sites = find_sites(model)
+    costs = CostModel(sites)
+    wanted = list(_cuts(sites, costs.num_tokens, levels, default_stages(sites.depth) if stages is None else stages))
+    known = on_first_rank(partial(_known, state))
+    cuts: list[Cut] = []
+
+    def judged(plan: Plan, place: tuple[str, int, float]) -> Cut:
+        with torch.no_grad():
+            facts = held_out.judge(slim(model, plan).eval()).facts
+        if not {"accuracy", "kl"} <= set(facts):
+            raise ConfigError(
+                f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
+                "(images, labels) and dense=model"
+            )
+        return Cut(*place, facts["accuracy"], facts["kl"], costs.of_plan(plan) / costs.of_model())
+
+    done = sum(place in known for place, _ in wanted)
+    whole: Cut | None = next((cut for cut in known.values() if cut.keep == 1), None)
+    with bar("Cutting", len(wanted), completed=done, shown=progress) as advance:
+        for place, policy in wanted:
+            if place in known:
+                cuts.append(known[place])
+                continue
+            if place[2] == 1 and whole is not None:  # all curves begin at the same model
+                cut = Cut(*place, whole.accuracy, whole.kl, whole.cost)
+            else:
+                plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
+                cut = judged(plan, place)
+            whole = cut if place[2] == 1 else whole
+            cuts.append(cut)
+            known[place] = cut
+            if state is not None:
+                on_first_rank(partial(Sensitivity(tuple(known.values())).save, state))
+            said = f"{cut.dimension} of block {cut.block} to {cut.keep:.0%}: top-1 {cut.accuracy:.1%}"
+            log.debug("  %s, KL %.4f", said, cut.kl)
+            advance(said)
+    return Sensitivity(tuple(cuts))
+
+
+def _known(state: Path | None) -> dict[tuple[str, int, float], Cut]:
+    if state is None or not state.exists():
+        return {}
+    try:
+        return {cut.place: cut for cut in Sensitivity.load(state).cuts}
+    except ConfigError as error:
+        aside = state.with_name(f"{state.name}.damaged")
+        state.replace(aside)
+        log.warning("%s; the file is now %s, and all cuts are made again", error, aside)
+        return {}
+
+
+def _cuts(
+    sites: Sites, num_tokens: int, levels: Mapping[str, Sequence[float] | None], stages: Sequence[int]
+) -> Iterator[tuple[tuple[str, int, float], Policy]]:
+    """((dimension, block, realised keep ratio), policy) of every cut, each curve from whole to nothing."""
+    places = {"heads": range(sites.depth), "neurons": range(sites.depth), "tokens": stages}
+    for dimension in sites.dimensions:
+        for index, block in enumerate(places[dimension]):
+            ratios = levels[dimension]
+            if dimension == "tokens":
+                kept = {kept_tokens(num_tokens, ratio, sites.num_prefix_tokens) for ratio in ratios or ()}
+                units = num_tokens
+            else:
+                units = getattr(sites, f"num_{dimension}")[block]
+                steps = min(units, _MOST_HEAD_COUNTS)
+                if not units:  # of a slim model: there is nothing to cut
+                    continue
+                even = np.linspace(units, 0, steps + 1).round().astype(int).tolist()
+                kept = set(even) if ratios is None else {keep_count(units, ratio) for ratio in ratios}
+            for count in sorted({units, *kept}, reverse=True):
+                alone = [1.0] * len(places[dimension])
+                alone[index] = count / units
+                policy = Policy(**{dimension: alone}, stages=tuple(stages) if dimension == "tokens" else None)
+                yield (dimension, block, count / units), policy
