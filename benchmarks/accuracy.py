@@ -7,13 +7,13 @@ ours alone, and Torch-Pruning, all cut from one dense model to the same MACs.
     .venv/bin/python benchmarks/accuracy.py --quick                          # on digits: trains the dense model first
 
 A seed draws the calibration images, and orders the training images of the finetune: an epoch under the dense model as
-teacher, without augmentation, so that the teacher is asked once about each image. "Dense, same training" is the dense
-model given the same epoch and the same teacher: what a row lost, it lost against that. A search judges on
-held-out training images. Torch-Pruning has as many heads and neurons as our uniform policy of those two; it searches
-nothing and nothing is compensated, so its distance to "ours, searched" is that of whole tools, not of criteria.
+teacher, without augmentation. "Dense, same training" is the dense model given the same epoch and the same teacher: what
+a row lost, it lost against that. A search judges on held-out training images. Torch-Pruning has as many heads and
+neurons as our uniform policy of those two; it searches nothing and nothing is compensated, so its distance to "ours,
+searched" is that of whole tools, not of criteria.
 
-Every finished row is kept in ``--work``. Leaves ``benchmarks/results/accuracy.json`` and ``.png`` and the table in
-README.md.
+Every finished row is kept in ``--work``. Leaves ``benchmarks/results/accuracy.json`` and ``.png``, the table in
+``docs/benchmarks.md`` and the one in README.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import peers
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from readme import folder_of, put
+from pages import folder_of, write_pages
 from targets import Target, verdicts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -46,11 +46,11 @@ from weight_sharing import Images, labelled, training, values
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import fingerprint, newest_run
 from lightning_mdc.budget import num_params
-from lightning_mdc.distillation import DistillationModule, TeacherCache
+from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import BudgetError
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.importance.criteria import Random
 from lightning_mdc.policy_search.held_out import HeldOut
@@ -94,6 +94,17 @@ METHODS: dict[str, Method] = {
     **{f"{name}, lstsq": Method(name) for name in ("hsic", "taylor", "magnitude", "activation", "random")},
 }
 OURS = ("ours, uniform", "ours, searched")
+# The rows of the table in README.md, and what they are called there.
+HEADLINE = {
+    REFERENCE: "dense, same extra training",
+    "ours, searched": "**searched**, compensated: `mdc train`",
+    "ours, uniform": "uniform, compensated",
+    "conditional, not compensated": "uniform, not compensated: what the callback cuts",
+    "ours, neurons alone": "neurons alone, compensated",
+    "hsic as in the paper": "uniform, the paper's criterion, not compensated",
+    "Torch-Pruning, Taylor": "Torch-Pruning, Taylor",
+    "Torch-Pruning, magnitude": "Torch-Pruning, magnitude",
+}
 PEERS = tuple(name for name, method in METHODS.items() if method.peer)
 SINGLE = tuple(name for name, method in METHODS.items() if len(method.dimensions) == 1)
 
@@ -110,7 +121,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="of a finetune")
     parser.add_argument("--work", type=Path, help="folder for what is finished (default: RUN/accuracy)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
-    parser.add_argument("--quick", action="store_true", help="digits, one budget, one seed; README stays as it is")
+    parser.add_argument("--quick", action="store_true", help="digits, one budget, one seed; pages stay as they are")
     parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     asked = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -129,18 +140,13 @@ def main() -> None:
         elif asked.run is None:
             parser.error("--run: give the folder of a run of train.py with a dense model (or --quick)")
         found = Benchmark(asked.run or digits_run(), asked).measured()
-    targets = list(judged(found))
-    text = f"{table(found)}\n\n{verdicts(targets)}"
+    print(text(found))
     if asked.method and not asked.quick:  # some rows are not the table
-        print(text)
         return
-    results.mkdir(parents=True, exist_ok=True)
-    write_json(path, found | {"targets": [target.facts() for target in targets]})
-    reporting.save_figure(figure(found), results / "accuracy.png")
-    if asked.quick:
-        print(text)
-    else:
-        put("accuracy", text)
+    write_json(path, found | {"targets": [target.facts() for target in judged(found)]})
+    save_figure(figure(found), results / "accuracy.png")
+    if not asked.quick:
+        write_pages("accuracy", found)
 
 
 def digits_run() -> Path:
@@ -157,17 +163,6 @@ def digits_run() -> Path:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-class Remembered(nn.Module):
-    """The dense model as a teacher that is asked once about each image, over all finetunes of the benchmark."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.cache = TeacherCache(network)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.cache(images)
-
-
 class Benchmark:
     """One dense model, its data, and what is asked of them."""
 
@@ -180,7 +175,6 @@ class Benchmark:
         order = np.random.default_rng(0).permutation(len(data.calibration_dataset()))  # type: ignore[arg-type]
         chosen = Subset(data.calibration_dataset(), order[: asked.images].tolist())
         self.train = labelled(DataLoader(chosen, BATCH, num_workers=self.settings["data"]["num_workers"]), None)
-        self.teacher = Remembered(self.dense)
         self.options = {name: getattr(asked, name) for name in ("calibration", "images", "epochs", "trials")}
         mark = fingerprint({**self.options, "model": self.settings}, {"run": run.name})
         self.work: Path = (asked.work or run / "accuracy") / mark[:12]
@@ -265,7 +259,7 @@ class Benchmark:
         options = self.settings["distillation"]
         kinds = {name: options[name] for name in ("kd", "kd_weight", "temperature", "label_smoothing")}
         L.seed_everything(seed, verbose=False)
-        module = DistillationModule(slim.train(), self.teacher, **kinds, **training(options, self.asked.epochs))
+        module = DistillationModule(slim.train(), self.dense, **kinds, **training(options, self.asked.epochs))
         loader = DataLoader(TensorDataset(*self.train), BATCH, shuffle=True, drop_last=len(self.train[1]) >= BATCH)
         trainer = L.Trainer(
             accelerator="cpu",
@@ -299,7 +293,7 @@ def budgets_of(found: dict[str, Any]) -> list[float]:
 
 
 def judged(found: dict[str, Any]) -> Iterable[Target]:
-    """The issue's promises, in points of top-1 after the finetune."""
+    """What was to be reached, in points of top-1 after the finetune."""
 
     def best(names: Iterable[str], budget: float) -> float:
         return max((float(top.mean()) for n in names if (top := means(found, n, budget, "after")).size), default=np.nan)
@@ -319,38 +313,82 @@ def judged(found: dict[str, Any]) -> Iterable[Target]:
         yield Target(f"{at}: joint − best single dimension (points)", single, ">=", 0)
 
 
-def table(found: dict[str, Any]) -> str:
-    """A row per method: top-1 straight after pruning → after the finetune, per budget, and how to run that row."""
-    budgets = budgets_of(found)
-    heads = " | ".join(f"{100 * budget:.0f} % of the MACs" for budget in budgets)
-    lines = [f"| method | {heads} | `benchmarks/accuracy.py --run RUN` … |", f"|---|{'---:|' * len(budgets)}---|"]
-    reference = means(found, REFERENCE, 1.0, "after")
-    if reference.size:
-        shown = f"{100 * found['dense']:.1f} → {spread(reference)}"
-        lines.append(f"| {REFERENCE} | {' | '.join([shown] * len(budgets))} | `--method '{REFERENCE}'` |")
-    for name in METHODS:
-        cells = []
-        for budget in budgets:
-            before, after = means(found, name, budget, "before"), means(found, name, budget, "after")
-            tried = any(row["method"] == name and row["budget"] == budget for row in found["rows"])
-            nothing = "out of reach" if tried else ""
-            cells.append(f"{before.mean():.1f} → {spread(after)}" if after.size else nothing)
-        if any(row["method"] == name for row in found["rows"]):
-            lines.append(f"| {name} | {' | '.join(cells)} | `--method '{name}'` |")
-    seeds = len({row["seed"] for row in found["rows"]})
-    noise = 100 * np.sqrt(found["dense"] * (1 - found["dense"]) / found["test_images"])
-    lines += [
+def text(found: dict[str, Any]) -> str:
+    """A row per method: top-1 straight after pruning → after the finetune, per budget; targets; how it was measured."""
+    names = [name for name in (REFERENCE, *METHODS) if any(row["method"] == name for row in found["rows"])]
+    lines = [
+        *table(found, {name: name for name in names}),
         "",
-        f"Test top-1 in % straight after pruning → after the finetune: mean over {seeds} seeds (of calibration, search "
-        f"and finetune) ± standard deviation. {found['name']}: {found['model']}, {found['macs'] / 1e6:.1f} MMACs, "
-        f"{found['params'] / 1e6:.2f} M parameters, dense {100 * found['dense']:.1f} %. Finetune: {found['epochs']} "
-        f"epoch(s) of {found['train_images']} training images, not augmented, under the dense teacher. "
-        f"{found['test_images']} test images (one standard error of a single model: {noise:.1f} points), "
-        f"{found['calibration']} calibration images, searches of {found['trials']} trials on "
-        f"{found['held_out_images']} held-out training images. *Ours*: criterion `conditional`, `compensate=lstsq`. "
-        "Measured by `python benchmarks/accuracy.py`.",
+        f"Test top-1 in % straight after pruning → after the finetune: mean over {num_seeds(found)} seeds (of "
+        f"calibration, search and finetune) ± standard deviation. {found['name']}: {found['model']}, "
+        f"{found['macs'] / 1e6:.1f} MMACs, {found['params'] / 1e6:.2f} M parameters, dense "
+        f"{100 * found['dense']:.1f} %. Finetune: {found['epochs']} epoch(s) of {found['train_images']} training "
+        f"images, not augmented, under the dense teacher. {found['test_images']} test images (one standard error of a "
+        f"single model: {noise(found):.1f} points), {found['calibration']} calibration images, searches of "
+        f"{found['trials']} trials on {found['held_out_images']} held-out training images. *Ours*: criterion "
+        "`conditional`, `compensate=lstsq`; each row can be measured alone, `--method 'ours, uniform'`. Measured by "
+        "`python benchmarks/accuracy.py --run RUN`.",
+        "",
+        verdicts(judged(found)),
     ]
     return "\n".join(lines)
+
+
+def headline(found: dict[str, Any]) -> str:
+    """For README.md: where others end ahead of us, then some of the rows."""
+    return "\n".join(
+        [
+            f"{found['name']}, {found['model']}, {found['macs'] / 1e6:.0f} MMACs, {100 * found['dense']:.1f} % right "
+            "before pruning. Test top-1 in % straight after pruning → after "
+            f"{found['epochs']} epoch{'s' if found['epochs'] > 1 else ''} of finetuning under the dense teacher; mean ± "
+            f"standard deviation of {num_seeds(found)} seeds. {found['test_images']} test images, so a single model's "
+            f"standard error is {noise(found):.1f} points. {misses(found)}",
+            "",
+            *table(found, HEADLINE),
+        ]
+    )
+
+
+def table(found: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """Lines of a Markdown table with a row for each of these methods, called as `names` says."""
+    budgets = budgets_of(found)
+    lines = [f"| | {' | '.join(f'{100 * b:.0f} % of the MACs' for b in budgets)} |", f"|---|{'---:|' * len(budgets)}"]
+    for name, label in names.items():
+        cells = []
+        for budget in budgets:
+            own = 1.0 if name == REFERENCE else budget
+            before, after = (means(found, name, own, when) for when in ("before", "after"))
+            tried = any((row["method"], row["budget"]) == (name, own) for row in found["rows"])
+            nothing = "out of reach" if tried else ""
+            cells.append(f"{before.mean():.1f} → {spread(after)}" if after.size else nothing)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def misses(found: dict[str, Any]) -> str:
+    """A sentence: by how much dense, and the best of all others, end ahead of ours, and where."""
+    said = []
+    others = [name for name in METHODS if name not in OURS]
+    for budget in budgets_of(found):
+        ends = {name: tops.mean() for name in METHODS if (tops := means(found, name, budget, "after")).size}
+        ours = max(ends[name] for name in OURS if name in ends)
+        rival = max((name for name in others if name in ends), key=ends.__getitem__)
+        behind = means(found, REFERENCE, 1.0, "after").mean() - ours
+        parts = [f"{behind:.1f} points behind dense with the same extra training"] if behind > 0 else []
+        if (ahead := ends[rival] - ours) > 0:
+            parts.append(f"{ahead:.1f} behind *{rival.removeprefix('ours, ')}*")
+        if parts:
+            said.append(f"at {100 * budget:.0f} % {' and '.join(parts)}")
+    return f"**Misses:** ours ends {'; '.join(said)}." if said else ""
+
+
+def num_seeds(found: dict[str, Any]) -> int:
+    return len({row["seed"] for row in found["rows"]})
+
+
+def noise(found: dict[str, Any]) -> float:
+    """The standard error of one model's top-1, in points."""
+    return float(100 * np.sqrt(found["dense"] * (1 - found["dense"]) / found["test_images"]))
 
 
 def spread(values: Sequence[float] | np.ndarray) -> str:

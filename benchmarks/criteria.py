@@ -9,7 +9,8 @@ block, without and with ``compensate="lstsq"``. What is shown is top-1 on held-o
 of what is in the package are set as ``code``; most of the others lost. Another table compares token scores at half of
 the tokens per stage, another one ways to compensate.
 
-Leaves ``benchmarks/results/criteria.json`` and ``.png`` and the tables in README.md; ``--quick`` only prints them.
+Leaves ``benchmarks/results/criteria.json`` and ``.png`` and the tables in ``docs/benchmarks.md``; ``--quick`` only prints
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import digits_run, spread
 from matplotlib.figure import Figure
-from readme import publish
+from pages import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -38,11 +39,10 @@ from weight_sharing import Images, labelled, values
 import lightning_mdc as mdc
 from lightning_mdc.app import build
 from lightning_mdc.figures.style import BLUE, GRAY, new_figure, plain
-from lightning_mdc.importance import ConditionalDependence, hsic
+from lightning_mdc.importance import hsic
 from lightning_mdc.importance.criteria import Criterion, Random
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import UnitSite, find_sites
-from lightning_mdc.surgery.compensation import Moments
 
 BATCH = 128
 UNITS = ("heads", "neurons")
@@ -87,18 +87,13 @@ class Layer:
         """Of the layer that reads them, (out, channels), float64."""
         return self.site.consumer.weight.detach().double()
 
-    def moments(self, class_weight: float = 1.0) -> Moments:
-        """Of all rows, those of the class token (the first) weighing so much more."""
-        weights = torch.ones(self.z.shape[:2], dtype=torch.float64)
-        weights[:, 0] = class_weight
-        weights, rows = weights.flatten() / weights.sum(), self.z.flatten(0, 1).double()
-        mean = weights @ rows
-        scatter = len(rows) * ((rows - mean).T @ (weights[:, None] * (rows - mean)))
-        return Moments(torch.tensor(len(rows)), mean, scatter)
+    @property
+    def rows(self) -> Tensor:
+        """What the channels are at every token of every image, (images * tokens, channels), float64."""
+        return self.z.flatten(0, 1).double()
 
     def covariance(self) -> Tensor:
-        moments = self.moments()
-        return moments.scatter / int(moments.rows)
+        return self.rows.T.cov(correction=0)
 
     def of_units(self, values: Tensor) -> Tensor:
         """Sums of what is given by channel, (channels,) -> (units,)."""
@@ -213,8 +208,7 @@ def forward_selection_for_prediction(layer: Layer) -> Tensor:
 
 def removal_without_refit(layer: Layer) -> Tensor:
     """Units leave one after another, each time the one that adds least to the output's error; no other is refitted."""
-    moments = layer.moments()
-    second = moments.scatter / int(moments.rows) + torch.outer(moments.mean, moments.mean)
+    second = layer.rows.T @ layer.rows / len(layer.rows)
     by_channel = (layer.weight.T @ layer.weight) * second
     error = by_channel.unflatten(0, (layer.units, -1)).unflatten(2, (layer.units, -1)).sum(dim=(1, 3))
     scores, cross = torch.full((layer.units,), torch.inf).double(), torch.zeros(layer.units).double()
@@ -232,7 +226,6 @@ Tried: TypeAlias = str | Criterion | Callable[[Layer], Tensor]
 def criteria(seed: int) -> dict[str, Tried]:
     return {
         OURS: "conditional",
-        "`conditional`, class token balanced": ConditionalDependence(balance_class_token=True),
         "forward selection": forward_selection,
         "forward selection for the prediction": forward_selection_for_prediction,
         "removal without refit": removal_without_refit,
@@ -243,7 +236,6 @@ def criteria(seed: int) -> dict[str, Tried]:
         "`hsic`, as in the paper": "hsic",
         "`hsic`, half and half": mdc.HSIC(hsic_weight=0.5, activation_weight=0.5),
         "`hsic`, dependence alone": mdc.HSIC(**HSIC_ALONE),
-        "`hsic`, dependence alone, unbiased": mdc.HSIC(**HSIC_ALONE, estimator="unbiased"),
         "dependence on labels": hsic_with_labels,
         "dependence of the contribution": hsic_of_contribution,
         "CKA, median bandwidth": cka,
@@ -313,15 +305,7 @@ class Case:
     def by_compensation(self) -> dict[str, dict[str, float]]:
         """Top-1 by compensation and cut; our criterion."""
         scores = self.score("conditional")
-        others = self.layers["heads"][0].z.shape[1] - 1
-        lists = {name: tuple(layer.moments(others) for layer in layers) for name, layers in self.layers.items()}
-        balanced = mdc.ActivationStatistics(**lists, images=self.statistics.images)
-        ways = {
-            "`none`": ("none", None),
-            "`mean`": ("mean", self.statistics),
-            "`lstsq`": ("lstsq", self.statistics),
-            "lstsq, class token balanced": ("lstsq", balanced),
-        }
+        ways = {"`none`": ("none", None), "`lstsq`": ("lstsq", self.statistics)}
         return {
             name: {cut: self.slim(scores, policy, how, of) for cut, policy in CUTS.items()}
             for name, (how, of) in tqdm(ways.items(), "Compensation", leave=False)
@@ -400,7 +384,8 @@ def grid(head: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]
     return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())]
 
 
-def table(result: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
+    """The tables, targets, and how it was measured."""
     models = result["models"]
     ways = [(model, how) for model in models for how in HOWS]
     cuts = [(model, cut) for model in models for cut in CUTS]
@@ -426,10 +411,9 @@ def table(result: dict[str, Any]) -> str:
             "",
             "Top-1 in % on held-out training images, nothing finetuned: mean over "
             f"{result['seeds']} calibration samples of {result['calibration']} images ± standard deviation. Criteria: "
-            f"mean over three cuts ({'; '.join(CUTS)}), without and with least squares. *Balanced*: the class "
-            "token counts as much as all patches together. Compensation: of units that `conditional` ranks last. Token "
-            f"scores: half of the tokens per stage. Dense: {dense}. Names set as code "
-            "are in the package. Measured by `python benchmarks/criteria.py`.",
+            f"mean over three cuts ({'; '.join(CUTS)}), without and with least squares. Compensation: of units that "
+            "`conditional` ranks last. Token scores: half of the tokens per token stage. Names set as code are in the "
+            f"package. Dense: {dense}. Measured by `python benchmarks/criteria.py --run RUN --run RUN`.",
         ]
     )
 
@@ -457,7 +441,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=512, help="images (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=1500, help="images to judge on at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
-    parser.add_argument("--quick", action="store_true", help="digits, one sample; README stays as it is")
+    parser.add_argument("--quick", action="store_true", help="digits, one sample; pages stay as they are")
     parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 3)
@@ -465,7 +449,7 @@ def main() -> None:
         if not arguments.quick:
             parser.error("--run: give the folder of a run of train.py with a dense model (or --quick)")
         arguments.run = [digits_run()]
-    publish("criteria", arguments, partial(measure, arguments), figure, table)
+    publish("criteria", arguments, partial(measure, arguments), figure, text)
 
 
 if __name__ == "__main__":

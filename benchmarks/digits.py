@@ -1,4 +1,4 @@
-"""The README's digits table, measured: runs ``train.py experiment=digits`` and writes what it found into README.md.
+"""What the demo finds: runs ``train.py experiment=digits`` and writes it into ``docs/benchmarks.md`` and the guide.
 
     .venv/bin/python benchmarks/digits.py                      # a fresh run, several minutes on two cores
     .venv/bin/python benchmarks/digits.py --run runs/digits/…  # take a finished run
@@ -9,12 +9,14 @@ Leaves ``benchmarks/results/digits.json`` (every number) and ``digits.png`` (wha
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from readme import RESULTS, put
+from pages import RESULTS, write_pages
 
 from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import newest_run
@@ -31,16 +33,32 @@ def main() -> None:
         run = newest_run(ROOT / "runs" / "digits")
     if run is None or not (run / "results.json").is_file():
         parser.error(f"--run {run}: holds no results.json; give the folder of a finished run")
-    results = reporting.Results.load(run / "results.json")
-    RESULTS.mkdir(exist_ok=True)
-    shutil.copy(run / "results.json", RESULTS / "digits.json")
+    stored = RESULTS / "digits.json"
+    shutil.copy(run / "results.json", stored)
     shutil.copy(run / "pictures" / "kept.png", RESULTS / "digits.png")
-    lines = "\n".join(f"- {line}" for line in reporting.findings(results))
-    table = reporting.comparison(results).markdown()
-    measured = (
-        f"Measured on {results.device} by `python benchmarks/digits.py`. Latency: median of interleaved readings."
+    result = json.loads(stored.read_text())
+    print(text(result))
+    write_pages("digits", result)
+
+
+def results_in(result: dict[str, Any]) -> reporting.Results:
+    """What a run's ``results.json`` tells, of its fields."""
+    rows = ({**row, "latency": {int(size): value for size, value in row["latency"].items()}} for row in result["rows"])
+    return reporting.Results(tuple(reporting.Result(**row) for row in rows), result["name"], result["device"])
+
+
+def text(result: dict[str, Any]) -> str:
+    """Dense and slim side by side, and how they were measured."""
+    results = results_in(result)
+    return (
+        f"{reporting.comparison(results).markdown()}\n{guide(result)}\n\nMeasured on {results.device} by "
+        "`python benchmarks/digits.py`. Latency: median of interleaved readings."
     )
-    put("digits", f"{table}\n{lines}\n\n{measured}")
+
+
+def guide(result: dict[str, Any]) -> str:
+    """The verdict of the report, as a list."""
+    return "\n".join(f"- {line}" for line in reporting.findings(results_in(result)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Per model and batch size a table is measured anew, then the slim models of 20 random policies (heads, neurons and tokens
 of every block drawn by themselves, none of which the table was made from) are timed in turn. Leaves
-``benchmarks/results/latency.json`` and ``.png`` and the table in README.md.
+``benchmarks/results/latency.json`` and ``.png`` and the table in ``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import publish
+from pages import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -39,7 +39,7 @@ QUICK = THOROUGH[:1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="DeiT-T at batch 16 only; README stays as it is")
+    parser.add_argument("--quick", action="store_true", help="DeiT-T at batch 16 only; pages stay as they are")
     parser.add_argument("--policies", type=int, default=20, help="random policies (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure a table (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="readings of each slim model, 2 at least (default: 15, quick: 7)")
@@ -51,7 +51,7 @@ def main() -> None:
     if arguments.rounds is not None and arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: at least 2, whose difference says how well timings repeat")
     arguments.rounds = arguments.rounds or (7 if arguments.quick else 15)
-    publish("latency", arguments, partial(measure, arguments), figure, table)
+    publish("latency", arguments, partial(measure, arguments), figure, text)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def random_policies(count: int, model: nn.Module, seed: int) -> list[mdc.Policy]
     return policies
 
 
-def table(result: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     lines = [
         "| latency by table | batch | largest error | mean error | largest, of dense | largest, by MACs | repeats |",
         "|---|---:|---:|---:|---:|---:|---:|",

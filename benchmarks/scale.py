@@ -6,7 +6,7 @@
 Models (random weights: time does not depend on them) from DeiT-T to ViT-L are scored on random images, planned by the
 uniform policy at 0.6 of the MACs, and slimmed; one of them is scored on more and more images, too. Each runs in a
 process of its own, for its peak memory. A slope is that of a straight line through the logarithms: 1 is linear.
-Leaves ``benchmarks/results/scale.json``, ``.png`` and the table in README.md; ``--quick`` only prints its table.
+Leaves ``benchmarks/results/scale.json``, ``.png`` and the table in ``docs/benchmarks.md``; ``--quick`` only prints its table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import publish
+from pages import publish
 from targets import Target, verdicts
 from tqdm.auto import tqdm
 
@@ -37,6 +37,7 @@ STEPS = {"score": BLUE, "plan": GREEN, "slim": ORANGE}
 STEEPEST = 1.1  # linear, up to noise
 GIB = 2**30
 REPEATS = 3  # of the short steps
+CRITERION = "conditional"
 
 
 def measured(name: str, images: int, batch: int, only_score: bool, threads: int | None) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def measured(name: str, images: int, batch: int, only_score: bool, threads: int 
     with torch.no_grad():
         model(batches[0][:1])  # kernels are chosen at the first pass
     start = time.perf_counter()
-    scores = mdc.score(model, batches, progress=False)
+    scores = mdc.score(model, batches, CRITERION, progress=False)
     seconds = {"score": time.perf_counter() - start}
     facts = {"macs": mdc.macs(model), "params": num_params(model)}
     if not only_score:
@@ -80,7 +81,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 with context.Pool(1) as one:
                     rows[where].append(one.apply(measured, (name, images, batch, only_score, arguments.threads)))
                 progress.update()
-    result = {"threads": arguments.threads or torch.get_num_threads(), "batch": arguments.batch, "rows": rows}
+    threads = arguments.threads or torch.get_num_threads()
+    result = {"criterion": CRITERION, "threads": threads, "batch": arguments.batch, "rows": rows}
     result["slopes"] = slopes(rows)
     result["targets"] = [target.facts() for target in targets(result)]
     return result
@@ -113,8 +115,8 @@ def targets(result: dict[str, Any]) -> list[Target]:
     return [*found, Target(what, largest["memory"] / GIB, "<=", 16)]
 
 
-def table(result: dict[str, Any]) -> str:
-    """The README's table, targets, and how it was measured."""
+def text(result: dict[str, Any]) -> str:
+    """The table, targets, and how it was measured."""
     lines = [
         "| model | parameters | MACs | images | score | plan | slim | peak memory |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -131,8 +133,8 @@ def table(result: dict[str, Any]) -> str:
             "",
             verdicts(targets(result)),
             "",
-            f"HSIC of all three dimensions in batches of {result['batch']} images, uniform policy at 60 % of the MACs, "
-            f"{result['threads']} CPU thread(s), a process for each row, whose peak memory it is (images and the slim "
+            f"Scores of all three dimensions by `{result['criterion']}` in batches of {result['batch']} images, uniform "
+            f"policy at 60 % of the MACs, {result['threads']} CPU thread(s), a process for each row, whose peak memory it is (images and the slim "
             "copy included). A slope is that of a straight line through the logarithms. Measured by "
             "`python benchmarks/scale.py`.",
         ]
@@ -178,7 +180,7 @@ def main() -> None:
             setattr(arguments, name, value)
     if wrong := [images for images in arguments.images if images % min(arguments.batch, images)]:
         parser.error(f"--images {wrong}: give multiples of --batch {arguments.batch}")
-    publish("scale", arguments, partial(measure, arguments), figure, table)
+    publish("scale", arguments, partial(measure, arguments), figure, text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ forward pass of the same batches, `mdc.score` by each of our criteria that needs
 importance with its own forward and backward pass. The textbook way, `mdc.hsic` called for one unit after the other, is
 timed on some neurons of every block and on all heads and positions, and neurons are multiplied up: each costs the same.
 Memory is the peak of a process of its own. Leaves ``benchmarks/results/scoring.json``, ``.png`` and the table in
-README.md; ``--quick`` only prints its table.
+``docs/benchmarks.md``; ``--quick`` only prints its table.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from readme import publish
+from pages import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -37,8 +37,9 @@ from lightning_mdc.figures.style import BLUE, GRAY, new_figure, plain
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import default_stages
 
-FORWARD, OURS, LOOP, PEER = "forward pass", "ours: hsic", "hsic, a unit at a time", "Torch-Pruning: Taylor"
-OTHERS = ("activation", "taylor")  # our criteria that need images, beside hsic
+FORWARD, LOOP, PEER = "forward pass", "hsic, a unit at a time", "Torch-Pruning: Taylor"
+DEFAULT, OURS = "ours: conditional", "ours: hsic"  # hsic is what the loop and the targets are about
+OTHERS = ("activation", "taylor")  # our other criteria that need images
 SAMPLED = 8  # neurons per block of the loop
 
 
@@ -87,6 +88,7 @@ def torch_pruning_taylor(model: nn.Module, batches: list[tuple[Tensor, Tensor]])
 
 RUNS: dict[str, Callable[[nn.Module, list[tuple[Tensor, Tensor]]], None]] = {
     FORWARD: forward,
+    DEFAULT: scored("conditional"),
     OURS: scored("hsic"),
     **{f"ours: {criterion}": scored(criterion) for criterion in OTHERS},
     PEER: torch_pruning_taylor,
@@ -149,9 +151,8 @@ def peak_memory(name: str, what: str, batch: int, threads: int | None) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    runs = [
-        what for what in RUNS if what in (FORWARD, OURS) or (arguments.peer if what == PEER else not arguments.quick)
-    ]
+    always = (FORWARD, DEFAULT, OURS)
+    runs = [what for what in RUNS if what in always or (arguments.peer if what == PEER else not arguments.quick)]
     readings: dict[str, list[float]] = {what: [] for what in (*runs, LOOP)}
     memory: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")
@@ -211,8 +212,8 @@ def targets(result: dict[str, Any]) -> list[Target]:
     ]
 
 
-def table(result: dict[str, Any]) -> str:
-    """The README's table, targets, and how it was measured."""
+def text(result: dict[str, Any]) -> str:
+    """The table, targets, and how it was measured."""
     lines = ["| scoring | seconds | against a forward pass | peak memory |", "| --- | ---: | ---: | ---: |"]
     forward_seconds = result["seconds"][FORWARD]
     for what in (what for what in (*RUNS, LOOP) if what in result["seconds"]):
@@ -245,7 +246,7 @@ def figure(result: dict[str, Any]) -> Figure:
     memory = {what: value / result["memory"][FORWARD] for what, value in result["memory"].items()}
     for panel, values, title in zip(panels, (ratios, memory), ("time", "peak memory"), strict=True):
         names = [what for what in (*RUNS, LOOP) if what in values][::-1]
-        colours = [BLUE if name == OURS else GRAY for name in names]
+        colours = [BLUE if name in (DEFAULT, OURS) else GRAY for name in names]
         panel.barh(names, [values[name] for name in names], color=colours)
         for row, name in enumerate(names):
             panel.annotate(f"{values[name]:.2f}", (values[name], row), (3, 0), textcoords="offset points", va="center")
@@ -270,7 +271,7 @@ def main() -> None:
     arguments.batch = arguments.batch or (16 if arguments.quick else 64)
     arguments.batches = arguments.batches or 2
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 7)
-    publish("scoring", arguments, partial(measure, arguments), figure, table)
+    publish("scoring", arguments, partial(measure, arguments), figure, text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import time
 import warnings
@@ -26,7 +27,7 @@ import numpy as np
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import RESULTS, put
+from pages import folder_of, write_pages
 from search_models import trial_cost
 from synthetic import Problem
 from targets import Target, verdicts
@@ -39,8 +40,9 @@ from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Projection
+from lightning_mdc.gp_ei.space import Space
+from lightning_mdc.policy_search.policy_space import PolicySpace
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH = 4
 # Of the box, 0.7 % costs this little less than the budget or nothing: what rejection sampling can live on. With 400
 # candidates it found no more (one seed tried).
@@ -181,17 +183,13 @@ def projection(problem: Problem, seed: int) -> Callable[[np.ndarray], np.ndarray
 
 def made_by() -> str:
     """Marks the code that a run's values depend on; peers search where our projection puts them, so theirs too."""
-    search = ROOT / "lightning_mdc" / "policy_search"
-    files = [search / f"{name}.py" for name in ("gp_ei", "on_budget", "policy_space", "space")]
-    text = b"".join(file.read_bytes() for file in (*files, ROOT / "benchmarks" / "synthetic.py"))
-    return hashlib.sha256(text).hexdigest()[:12]
+    files = [Path(inspect.getfile(part)) for part in (GpEi, Projection, PolicySpace, Space, Problem)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def run(
-    problem: Problem, methods: list[str], seeds: int, evaluations: int, results: dict[str, Any], stored_at: Path
-) -> None:
+def run(problem: Problem, methods: list[str], results: dict[str, Any], stored_at: Path) -> None:
     """Add the runs that `results` lacks or has from another version of the search."""
-    code = made_by()
+    code, seeds, evaluations = made_by(), results["seeds"], results["evaluations"]
     stored = {method: results.setdefault("runs", {}).setdefault(method, {}) for method in methods}
     # Seed by seed, so that a run broken off has something of every method.
     missing = [
@@ -309,6 +307,19 @@ def best_so_far(results: dict[str, Any], method: str, evaluations: int, seeds: i
     return np.maximum.accumulate(found, axis=1) if len(found) else np.empty((0, evaluations))
 
 
+def text(results: dict[str, Any]) -> str:
+    """Tables of what was found and of what an ask costs, targets, and how they were measured."""
+    asked = results["evaluations"], results["seeds"]
+    parts = [table(results, *asked).markdown()] if any(results["runs"].values()) else []
+    parts += [note(results), costs(results["speed"]) if "speed" in results else "", verdicts(targets(results, *asked))]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def figure(results: dict[str, Any]) -> Figure:
+    """See `picture`."""
+    return picture(results, results["evaluations"], results["seeds"])
+
+
 def table(results: dict[str, Any], evaluations: int, seeds: int) -> Table:
     """A row per search, the best first: mean ± standard deviation over runs of the best value by then."""
     marks = [mark for mark in (20, 50) if mark < evaluations] + [evaluations]
@@ -421,33 +432,35 @@ def main() -> None:
     methods = args.methods or [method for method in METHODS if not (args.quick and method == "ours-4")]
     if seeds < 1 or evaluations < 2:
         parser.error("give at least 1 seed and 2 evaluations")
-    folder = RESULTS / "quick" if args.quick else RESULTS
+    folder = folder_of(args.quick)
     stored = folder / "search.json"
     # Quick is of the code as it is now; what is kept would have to be checked for that, too.
     goes_on = stored.is_file() and (args.table_only or not args.quick)
     results: dict[str, Any] = json.loads(stored.read_text()) if goes_on else {"runs": {}}
+    results |= {"evaluations": evaluations, "seeds": seeds}
+    if not args.table_only:
+        measure(args, methods, results, stored)
+    results["targets"] = [target.facts() for target in targets(results, evaluations, seeds)]
+    write_json(stored, results)
+    if any(results["runs"].values()):
+        save_figure(figure(results), folder / "search.png")
+    print(text(results))
+    if not args.quick:
+        write_pages("search", results)
+
+
+def measure(args: argparse.Namespace, methods: list[str], results: dict[str, Any], stored: Path) -> None:
+    """Add to `results` what the arguments ask for; runs are in the file `stored` as soon as they are over."""
     problem = Problem()
     results["uniform"] = float(problem.value(problem.uniform)[0])
-    only = args.best_known or args.speed or args.table_only
+    only = args.best_known or args.speed
     if args.best_known:
         best_known(problem, results)
     if args.speed or not only:
         model, images, rounds = ("deit_tiny_patch16_224", 64, 3) if args.quick else ("deit_small_patch16_224", 256, 5)
         measure_speed(problem, results, model, images, rounds)
     if not only:
-        run(problem, methods, seeds, evaluations, results, stored)
-    asked = targets(results, evaluations, seeds)
-    results["targets"] = [target.facts() for target in asked]
-    write_json(stored, results)
-    parts = [note(results), costs(results["speed"]) if "speed" in results else "", verdicts(asked)]
-    if any(results["runs"].values()):
-        parts.insert(0, table(results, evaluations, seeds).markdown())
-        save_figure(picture(results, evaluations, seeds), folder / "search.png")
-    text = "\n\n".join(part.strip() for part in parts if part)
-    if args.quick:
-        print(text)
-    else:
-        put("search", text)
+        run(problem, methods, results, stored)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ the same held-out training images; then what each policy chosen so is worth in f
 which nothing was chosen on. Also times a trial against an evaluation of the dense model.
 
 Searches are kept in the run's folder and gone on with; ``--quick`` begins anew. Leaves
-``benchmarks/results/search_models.json`` and ``.png``, and the table in README.md; ``--quick`` only prints its table.
+``benchmarks/results/search_models.json`` and ``.png``, and the table in ``docs/benchmarks.md``; ``--quick`` only prints
+its table.
 """
 
 from __future__ import annotations
@@ -30,16 +31,15 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from readme import RESULTS, put
+from pages import folder_of, write_pages
 from targets import Target, verdicts
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import newest_run
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.policy_search.held_out import HeldOut
 
@@ -58,21 +58,21 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     arguments = parser.parse_args()
     arguments.seeds = arguments.seeds or ([0] if arguments.quick else [0, 1, 2])
-    folder = RESULTS / "quick" if arguments.quick else RESULTS
+    folder = folder_of(arguments.quick)
     path = folder / "search_models.json"
     goes_on = path.exists() and (arguments.table_only or not arguments.quick)
-    found: dict[str, Any] = json.loads(path.read_text())["models"] if goes_on else {}
+    result: dict[str, Any] = json.loads(path.read_text()) if goes_on else {"models": {}}
     for run in [] if arguments.table_only else arguments.run or [trained_digits(folder, arguments.quick)]:
         settings = json.loads((run / "settings.json").read_text())
-        found[settings["name"]] = measured(run, settings, arguments)
-    if not found:
+        result = {"models": result["models"] | {settings["name"]: measured(run, settings, arguments)}}
+    if not result["models"]:
         parser.error(f"--table-only: {path} holds no models")
-    write_json(path, {"models": found, "targets": [target.facts() for target in targets(found)]})
-    reporting.save_figure(figure(found), folder / "search_models.png")
-    if arguments.quick:
-        print(table(found))
-    else:
-        put("search_models", table(found))
+    result["targets"] = [target.facts() for target in targets(result["models"])]
+    write_json(path, result)
+    save_figure(figure(result), folder / "search_models.png")
+    print(text(result))
+    if not arguments.quick:
+        write_pages("search_models", result)
 
 
 def trained_digits(folder: Path, quick: bool) -> Path:
@@ -92,64 +92,64 @@ def measured(run: Path, settings: dict[str, Any], arguments: argparse.Namespace)
     data = build.build_data(settings)
     dense = mdc.load(run / "dense")
     scores = mdc.Scores.load(run / "scores.safetensors")
-
-    def batches(loader: DataLoader[Any], most: int | None) -> HeldOut:
-        return HeldOut(loader, "accuracy", max_images=most)
-
-    held_out = batches(data.val_dataloader(), arguments.images)
+    held_out = HeldOut(data.val_dataloader(), "accuracy", max_images=arguments.images)
+    test = HeldOut(data.test_dataloader(), "accuracy")
     images = [(held_out.images, held_out.labels)]
     finer = {name: HeldOut(images, name, dense=dense) for name in ("loss", "kl")}
-    test = batches(data.test_dataloader(), None)
+
+    def values_of(model: nn.Module) -> dict[str, Any]:
+        return {
+            "correct": round(held_out.accuracy(held_out(model)) * held_out.num_images),
+            "test_correct": round(test.accuracy(test(model)) * test.num_images),
+            "loss": -finer["loss"](model),
+            "macs": mdc.macs(model),
+        }
+
     rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
-        for method, initial in (("searched", 10), ("random", arguments.trials + 1)):
-            name = f"{method}-{arguments.budget}-{held_out.num_images}-seed{seed}.jsonl"
-            state = None if arguments.quick else run / "benchmark" / name
-            result = mdc.search(
-                dense,
-                scores,
-                held_out,
-                arguments.budget,
-                n_trials=arguments.trials + (method == "random"),
-                n_initial_points=initial,
-                seed=seed,
-                state=state,
-            )
-            values = [trial.value for trial in result.history]
-            # The random ones stand alone: the uniform policy, trial 0, is a row of its own.
-            chosen = (
-                {"uniform": 0, "random": 1 + int(np.argmax(values[1:]))}
-                if method == "random"
-                else {"searched": result.best.number}
-            )
-            for name, number in chosen.items():
-                model = slim_of(dense, scores, result.history[number].policy)
-                rows.append(
-                    {
-                        "method": name,
-                        "seed": seed,
-                        "correct": round(held_out.accuracy(held_out(model)) * held_out.num_images),
-                        "loss": -finer["loss"](model),
-                        "kl": -finer["kl"](model),
-                        "test_correct": round(test.accuracy(test(model)) * test.num_images),
-                        "macs": mdc.macs(model),
-                        "values": values if name != "uniform" else None,
-                    }
-                )
+        for method in ("searched", "random"):
+            for name, policy, tried in chosen(method, seed, dense, scores, held_out, run, arguments):
+                model = slim_of(dense, scores, policy)
+                row = {"method": name, "seed": seed, **values_of(model), "kl": -finer["kl"](model), "values": tried}
+                rows.append(row)
     return {
         "model": f"{type(dense).__name__}, {len(dense.blocks)} blocks, {mdc.macs(dense) / 1e6:.1f} MMACs",
         "budget": arguments.budget,
         "images": held_out.num_images,
         "test_images": test.num_images,
-        "dense": {
-            "correct": round(held_out.accuracy(held_out(dense)) * held_out.num_images),
-            "test_correct": round(test.accuracy(test(dense)) * test.num_images),
-            "loss": -finer["loss"](dense),
-            "macs": mdc.macs(dense),
-        },
+        "dense": values_of(dense),
         "rows": rows,
         "trial_cost": trial_cost(dense, scores, held_out),
     }
+
+
+def chosen(
+    method: str,
+    seed: int,
+    dense: nn.Module,
+    scores: mdc.Scores,
+    held_out: HeldOut,
+    run: Path,
+    arguments: argparse.Namespace,
+) -> list[tuple[str, mdc.Policy, list[float | None] | None]]:
+    """The policies of one search, or of as many random trials and the uniform one: name, policy, values of all."""
+    name = f"{method}-{arguments.budget}-{held_out.num_images}-seed{seed}.jsonl"
+    result = mdc.search(
+        dense,
+        scores,
+        held_out,
+        arguments.budget,
+        n_trials=arguments.trials + (method == "random"),
+        n_initial_points=arguments.trials + 1 if method == "random" else 10,
+        seed=seed,
+        state=None if arguments.quick else run / "benchmark" / name,
+    )
+    values = [trial.value for trial in result.history]
+    if method == "searched":
+        return [("searched", result.policy, values)]
+    # The random ones stand alone: the uniform policy, trial 0, is a row of its own.
+    best = 1 + int(np.argmax(values[1:]))
+    return [("uniform", result.history[0].policy, None), ("random", result.history[best].policy, values)]
 
 
 def slim_of(dense: nn.Module, scores: mdc.Scores, policy: mdc.Policy, **options: Any) -> nn.Module:
@@ -211,8 +211,9 @@ def targets(found: dict[str, Any]) -> list[Target]:
     return asked
 
 
-def table(found: dict[str, Any]) -> str:
-    """The README's table and the line below it."""
+def text(shown: dict[str, Any]) -> str:
+    """The table, targets, and how each model was measured."""
+    found = shown["models"]
     lines = [
         "| model | policy | held-out top-1 of each seed | cross-entropy | KL to dense | test top-1 |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -248,8 +249,9 @@ def table(found: dict[str, Any]) -> str:
     return re.sub(r"(?<=\d)%", " %", "\n".join(lines))
 
 
-def figure(found: dict[str, Any]) -> Figure:
+def figure(shown: dict[str, Any]) -> Figure:
     """The best value so far by trial, mean and range over seeds, searched and random."""
+    found = shown["models"]
     picture = Figure(figsize=(4.6 * len(found) + 0.6, 3.4), layout="constrained")
     FigureCanvasAgg(picture)
     panels = np.atleast_1d(np.asarray(picture.subplots(1, len(found))))

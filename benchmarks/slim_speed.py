@@ -8,8 +8,8 @@ Dense models (random weights: time does not depend on them) against their slim f
 uniform policy: with heads, neurons and tokens, without tokens, the same with neurons in any number instead of multiples
 of 8, and against Torch-Pruning's model with as many heads and neurons. In PyTorch as written and compiled (where there
 is a C++ compiler), as an exported program, and in ONNX Runtime. Readings are taken in turns. The ideal speed-up is
-dense MACs / slim MACs. Leaves ``benchmarks/results/slim_speed.json``, ``.png`` and the table in README.md; ``--quick``
-only prints its table.
+dense MACs / slim MACs. Leaves ``benchmarks/results/slim_speed.json``, ``.png``, every reading in ``.csv``, and the
+headline in ``docs/benchmarks.md``; ``--quick`` only prints its headline.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import peers
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import folder_of, publish
+from pages import folder_of, publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -50,6 +50,8 @@ COLOURS = {ALL: BLUE, UNITS: ORANGE, ODD: PURPLE, PEER: GRAY}
 ONCE = (ODD, PEER)
 # Of the ideal speed-up at the largest batch, in PyTorch as written.
 WANTED = {UNITS: 0.95, ALL: 0.9}
+
+Cell: TypeAlias = tuple[str, str, int]  # model, runtime, images per pass: what is measured in one go
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -147,55 +149,58 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.resume:
         kept.unlink(missing_ok=True)
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {(row["model"], row["runtime"], row["batch"]) for row in rows}
-    shown = tqdm(desc="Slim speed", total=len(arguments.models) * len(runtimes) * len(arguments.batches), unit="round")
-    with shown as progress, tempfile.TemporaryDirectory() as folder:
-        for name in arguments.models:
+    done = {cell_of(row) for row in rows}
+    cells = [(name, runtime, batch) for name in arguments.models for runtime in runtimes for batch in arguments.batches]
+    left = [cell for cell in cells if cell not in done]
+    bar = tqdm(desc="Slim speed", initial=len(cells) - len(left), total=len(cells), unit="round")
+    with bar, tempfile.TemporaryDirectory() as folder:
+        for name in dict.fromkeys(name for name, _, _ in left):
             models = variants(name, arguments.peer)
-            macs = {kind: mdc.macs(model) for kind, model in models.items() if not kind.startswith(PEER)}
-            for budget in BUDGETS if arguments.peer else ():
-                macs[f"{PEER} at {budget}"] = macs[f"{UNITS} at {budget}"]
-            size = models[DENSE].pretrained_cfg["input_size"]
-            for runtime in runtimes:
-                left = [batch for batch in arguments.batches if (name, runtime, batch) not in done]
-                progress.update(len(arguments.batches) - len(left))
-                if not left:
-                    continue
+            for runtime in dict.fromkeys(runtime for of, runtime, _ in left if of == name):
                 wanted = {k: m for k, m in models.items() if runtime == "eager" or not k.startswith(ONCE)}
                 programs = {kind: RUNTIMES[runtime](model, Path(folder)) for kind, model in wanted.items()}
-                for batch in left:
-                    seconds = latencies(programs, batch, size, rounds=arguments.rounds)
-                    found = [
-                        {
-                            "model": name,
-                            "runtime": runtime,
-                            "batch": batch,
-                            "rounds": arguments.rounds,
-                            "kind": kind.split(" at ")[0],
-                            "budget": float(kind.split(" at ")[1]) if " at " in kind else 1.0,
-                            "macs": macs[kind],
-                            "seconds_per_image": seconds[kind],
-                            "speed_up": seconds[DENSE] / seconds[kind],
-                            "ideal": macs[DENSE] / macs[kind],
-                        }
-                        for kind in programs
-                    ]
+                for batch in [batch for *where, batch in left if where == [name, runtime]]:
+                    found = measured(programs, models, (name, runtime, batch), arguments.rounds)
                     with kept.open("a") as file:
                         file.write("".join(json.dumps(row) + "\n" for row in found))
                     rows += found
-                    progress.update()
+                    bar.update()
                 del programs
                 torch.compiler.reset()
     # In the order in which they would be if nothing had been stopped.
-    cells = [(name, runtime, batch) for name in arguments.models for runtime in runtimes for batch in arguments.batches]
-    rows = [row for cell in cells for row in rows if (row["model"], row["runtime"], row["batch"]) == cell]
-    result = {
-        "threads": torch.get_num_threads(),
-        "left_out": left_out,
-        "rows": rows,
-    }
+    rows = [row for cell in cells for row in rows if cell_of(row) == cell]
+    result = {"threads": torch.get_num_threads(), "left_out": left_out, "rows": rows}
     result["targets"] = [target.facts() for target in targets(result)]
     return result
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    return row["model"], row["runtime"], row["batch"]
+
+
+def measured(
+    programs: dict[str, nn.Module], models: dict[str, nn.Module], cell: Cell, rounds: int
+) -> list[dict[str, Any]]:
+    """The rows of one cell: of each of the programs that one runtime has made of one model's forms."""
+    name, runtime, batch = cell
+    # Torch-Pruning's forms are of layers that no adapter of ours need know; they have the MACs of ours, checked there.
+    macs = {kind: mdc.macs(models[kind.replace(PEER, UNITS)]) for kind in programs}
+    seconds = latencies(programs, batch, models[DENSE].pretrained_cfg["input_size"], rounds=rounds)
+    return [
+        {
+            "model": name,
+            "runtime": runtime,
+            "batch": batch,
+            "rounds": rounds,
+            "kind": kind.split(" at ")[0],
+            "budget": float(kind.split(" at ")[1]) if " at " in kind else 1.0,
+            "macs": macs[kind],
+            "seconds_per_image": seconds[kind],
+            "speed_up": seconds[DENSE] / seconds[kind],
+            "ideal": macs[DENSE] / macs[kind],
+        }
+        for kind in programs
+    ]
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
@@ -222,42 +227,84 @@ def targets(result: dict[str, Any]) -> list[Target]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
-    """The README's table, targets, and how it was measured."""
-    batches = sorted({row["batch"] for row in result["rows"]})
-    lines = [
-        "| model | runtime | kept | MACs | ideal | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
-        "| --- | --- | --- | ---: | ---: |" + " ---: |" * len(batches),
-    ]
-    grouped: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
-    for row in result["rows"]:
-        key = tuple(row[name] for name in ("model", "runtime", "kind", "budget"))
-        grouped.setdefault(key, {})[row["batch"]] = row
-    for (model, runtime, kind, _), by_batch in grouped.items():
-        first = next(iter(by_batch.values()))
-        if kind == DENSE:
-            shown = {batch: f"{1000 * row['seconds_per_image']:.2f} ms" for batch, row in by_batch.items()}
-        else:
-            shown = {batch: f"{row['speed_up']:.2f}x" for batch, row in by_batch.items()}
-        cells = [shown.get(batch, "") for batch in batches]
-        share = "100 %" if kind == DENSE else f"{1 / first['ideal']:.0%}".replace("%", " %")
-        ideal = "" if kind == DENSE else f"{first['ideal']:.2f}x"
-        lines.append(f"| {model} | {runtime} | {kind} | {share} | {ideal} | {' | '.join(cells)} |")
-    rounds = [row["rounds"] for row in result["rows"]]
+def text(result: dict[str, Any]) -> str:
+    """Speed-ups as written at each batch size, of each runtime at the largest one; targets; how it was measured."""
+    rows = result["rows"]
+    batches = sorted({row["batch"] for row in rows})
+    found = {(*cell_of(row), row["kind"], row["budget"]): row["speed_up"] for row in rows}
+    kinds = [kind for kind in COLOURS if any(row["kind"] == kind for row in rows)]
+    runtimes = list(dict.fromkeys(row["runtime"] for row in rows))
+    as_written, by_runtime = [], []
+    for name, budget, ideal in slim_forms(rows):
+        head = f"| {name.removesuffix('_patch16_224')} | {budget:.0%} | {ideal:.2f}x |".replace("%", " %")
+
+        def cell(runtime: str, batch: int, kind: str, name: str = name, budget: float = budget) -> str:
+            speed = found.get((name, runtime, batch, kind, budget))
+            return "" if speed is None else f"{speed:.2f}x"
+
+        each = (" / ".join(cell("eager", batch, kind) for batch in batches) for kind in kinds)
+        as_written.append(f"{head} {' | '.join(each)} |")
+        by_runtime.append(f"{head} {' | '.join(cell(runtime, batches[-1], ALL) for runtime in runtimes)} |")
+    rounds = [row["rounds"] for row in rows]
     readings = " to ".join(str(count) for count in dict.fromkeys((min(rounds), max(rounds))))
     left_out = "".join(f" Left out: {runtime} ({why})." for runtime, why in result["left_out"].items())
+    start, rule = "| model | MACs | ideal |", "| --- | ---: | ---: |"
     return "\n".join(
         [
-            *lines,
+            f"As written, at batch {' / '.join(map(str, batches))}:",
+            "",
+            f"{start} {' | '.join(kinds)} |",
+            rule + " ---: |" * len(kinds),
+            *as_written,
+            "",
+            f"{ALL}, at batch {batches[-1]}:",
+            "",
+            f"{start} {' | '.join(runtimes)} |",
+            rule + " ---: |" * len(runtimes),
+            *by_runtime,
+            "",
+            f"Speed-up against the dense model. {result['threads']} CPU thread(s), fp32, medians of {readings} readings "
+            "taken in turns; uniform policies, random weights. *Ideal* is what the MACs promise. Torch-Pruning's "
+            f"models have as many heads and neurons as ours in each block.{left_out} {odd_widths(rows)}Measured by "
+            "`python benchmarks/slim_speed.py`.",
             "",
             verdicts(targets(result)),
-            "",
-            f"Dense: milliseconds an image; others: speed-up against dense. {result['threads']} CPU thread(s), fp32, "
-            f"medians of {readings} readings taken in turns; uniform policies, random weights. Torch-Pruning's "
-            f"models have as many heads and neurons as ours in each block.{left_out} Measured by "
-            "`python benchmarks/slim_speed.py`.",
         ]
     )
+
+
+def slim_forms(rows: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Model, budget and ideal speed-up of all that was slimmed."""
+    ideal = {(row["model"], row["budget"]): row["ideal"] for row in rows if row["kind"] != DENSE}
+    return [(*which, value) for which, value in ideal.items()]
+
+
+def odd_widths(rows: list[dict[str, Any]]) -> str:
+    """A sentence: what widths in multiples of 8 are worth."""
+    largest = max(row["batch"] for row in rows)
+    speed = {
+        (row["model"], row["budget"], row["kind"]): row["speed_up"]
+        for row in rows
+        if (row["runtime"], row["batch"]) == ("eager", largest)
+    }
+    gains = [speed[*which, UNITS] / speed[*which, ODD] - 1 for *which, kind in speed if kind == ODD]
+    if not gains:
+        return ""
+    return (
+        f"Neurons in multiples of 8, the default of blocks with 512 or more, make models {min(gains):.0%} to "
+        f"{max(gains):.0%} faster at batch {largest} than odd widths do. "
+    ).replace("%", " %")
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """Every reading, for a CSV file."""
+    header = ["model", "runtime", "kind", "budget", "batch", "macs", "ms_per_image", "speed_up", "ideal", "rounds"]
+    found = [header]
+    for row in result["rows"]:
+        numbers = f"{1000 * row['seconds_per_image']:.4f}", f"{row['speed_up']:.3f}", f"{row['ideal']:.3f}"
+        names = (row["model"], row["runtime"], row["kind"], f"{row['budget']:g}", str(row["batch"]), str(row["macs"]))
+        found.append([*names, *numbers, str(row["rounds"])])
+    return found
 
 
 def figure(result: dict[str, Any]) -> Figure:
@@ -306,7 +353,7 @@ def main() -> None:
     for name, value in (quick if arguments.quick else thorough).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    publish("slim_speed", arguments, partial(measure, arguments), figure, table)
+    publish("slim_speed", arguments, partial(measure, arguments), figure, text)
 
 
 if __name__ == "__main__":

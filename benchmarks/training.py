@@ -1,15 +1,14 @@
-"""What do masks cost a training step, and what do a slim student and a cached teacher save?
+"""What do masks cost a training step, and what does a slim student save?
 
     .venv/bin/python benchmarks/training.py
 
 Trains one model in several ways, one step of each in turn, and compares each with its base in the same round: dense
-with the masks that `MultiDimPruneCallback` decided on, without and with token stages, against the same without; slim
-against dense, alone and under the dense teacher; and slim with the teacher's logits looked up against slim with the
-teacher asked. Weights and images are random, which no time depends on; images are in memory, and unaugmented.
+with the masks that `MultiDimPruneCallback` decided on, without and with token stages, against the same without; and
+slim against dense, alone and under the dense teacher. Weights and images are random, which no time depends on; images
+are in memory.
 
-Leaves ``benchmarks/results/training.json`` and ``.png``, and the table in README.md; ``--quick`` leaves them in
-``benchmarks/results/quick/`` and README.md alone. For a finished run of ``train.py``, with precisions, memory and
-accuracies, see ``training_run.py``.
+Leaves ``benchmarks/results/training.json`` and ``.png``, and the table in ``docs/benchmarks.md``; ``--quick`` only
+prints its table. For a finished run of ``train.py``, with precisions, memory and accuracies, see ``training_run.py``.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ import lightning as L
 import timm
 import torch
 from matplotlib.figure import Figure
-from readme import publish
+from pages import publish
 from targets import Target, verdicts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc.app.report import style
+from lightning_mdc.figures import style
 from lightning_mdc.policy import DIMENSIONS
 
-WARM_UP = 2  # rounds; in the first one the cache is filled
+WARM_UP = 2  # rounds
 MASKED = "dense, heads and neurons masked"
 MASKED_WITH_TOKENS = "dense, heads and neurons masked, token stages on"
 
@@ -95,7 +94,6 @@ def ways_to_train(name: str, device: torch.device) -> tuple[dict[str, Way], tupl
         "slim": Way("dense", trained(slim)),
         "dense + teacher": Way("dense + teacher", trained(dense, teacher)),
         "slim + teacher": Way("dense + teacher", trained(slim, teacher)),
-        "slim + cached teacher": Way("slim + teacher", trained(slim, teacher, teacher_cache=True)),
     }
     return ways, size, {"dense": mdc.macs(dense), "slim": mdc.macs(slim)}
 
@@ -159,7 +157,7 @@ def targets(result: dict[str, Any]) -> list[Target]:
     ]
 
 
-def table(result: dict[str, Any]) -> str:
+def text(result: dict[str, Any]) -> str:
     lines = [
         "| training step | ms | against | time ratio (quartiles) | images/s |",
         "| --- | ---: | --- | ---: | ---: |",
@@ -205,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed steps of each way (default: 30; quick: 8)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
-    parser.add_argument("--quick", action="store_true", help="about two minutes on two cores; README.md stays")
+    parser.add_argument("--quick", action="store_true", help="about two minutes on two cores; pages stay as they are")
     parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     arguments = parser.parse_args()
     if arguments.threads is not None:
@@ -213,7 +211,7 @@ def main() -> None:
     batch, rounds = (16, 8) if arguments.quick else (64, 30)
     batch, rounds = arguments.batch or batch, arguments.rounds or rounds
     measured = partial(measure, arguments.model, batch, rounds, arguments.precision)
-    publish("training", arguments, measured, figure, table)
+    publish("training", arguments, measured, figure, text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Takes a finished run of ``train.py`` and trains its models for some steps in a real Trainer: dense, slim, and slim under
 its dense teacher, in fp32 as written and in bf16 compiled. Images are in memory, so that no loader is timed. Every
 measurement has a process of its own, for its peak memory. Leaves ``benchmarks/results/training_run.json`` and the table
-in README.md, with the run's accuracies.
+in ``docs/benchmarks.md``, with the run's accuracies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from readme import RESULTS, put
+from pages import RESULTS, write_pages
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -150,7 +150,9 @@ def main() -> None:
         if arguments.run is None or not (arguments.run / "results.json").exists():
             parser.error(f"--run {arguments.run}: give the folder of a finished run of train.py (with results.json)")
         write_json(stored, measure(arguments.run, arguments.batch, arguments.steps, arguments.threads))
-    put("training_run", text(json.loads(stored.read_text())))
+    result = json.loads(stored.read_text())
+    print(text(result))
+    write_pages("training_run", result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ stage; then each policy is cut from either and finetuned for a while under the d
 the judgement before rank the accuracies after?
 
 Each finished finetuning is written to ``--work``, and a killed benchmark goes on from there. Leaves
-``benchmarks/results/weight_sharing.json`` and ``.png``, and the table in README.md.
+``benchmarks/results/weight_sharing.json`` and ``.png``, and the table in ``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from readme import RESULTS, put
+from pages import RESULTS, write_pages
 from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.run_folder import fingerprint
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json, write_text
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.held_out import gathered
@@ -75,21 +75,21 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     path = RESULTS / "weight_sharing.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}
     runs = [] if arguments.table_only else arguments.run
     if runs and arguments.work is None:
         parser.error("--work: give a folder for what is finished")
     for run in runs:
         settings = json.loads((run / "settings.json").read_text())
-        found[settings["name"]] = Benchmark(run, settings, arguments).measured()
-        write_json(path, found)
-    for result in found.values():
-        result["correlations"] = {f"{v}, {o}": correlations(result, v, o) for o in OUTCOMES for v in VALUES}
-    write_json(path, found)
-    if not found:
+        measured = Benchmark(run, settings, arguments).measured()
+        measured["correlations"] = {f"{v}, {o}": correlations(measured, v, o) for o in OUTCOMES for v in VALUES}
+        result = {"models": result["models"] | {settings["name"]: measured}}
+        write_json(path, result)
+    if not result["models"]:
         parser.error("--run: give the folder of at least one run of train.py with a dense model and scores")
-    reporting.save_figure(figure(found), RESULTS / "weight_sharing.png")
-    put("weight_sharing", table(found))
+    save_figure(figure(result), RESULTS / "weight_sharing.png")
+    print(text(result))
+    write_pages("weight_sharing", result)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -300,8 +300,9 @@ def correlations(result: dict[str, Any], value: str, outcome: str) -> dict[str, 
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """The README's table and the lines below it."""
+def text(shown: dict[str, Any]) -> str:
+    """The table, and what was done with each model."""
+    found = shown["models"]
     lines = [
         "| model | judged by | after finetuning | without the stage | with it | difference | judged with, finetuned "
         "without | difference |",
@@ -356,8 +357,9 @@ def signed(number: float) -> str:
     return f"{number:+.2f}".replace("-", "−")
 
 
-def figure(found: dict[str, Any]) -> Figure:
+def figure(shown: dict[str, Any]) -> Figure:
     """Held-out top-1 before finetuning against test top-1 after: a row per model, without and with the stage."""
+    found = shown["models"]
     picture = Figure(figsize=(7.6, 3.3 * len(found)), layout="constrained")
     FigureCanvasAgg(picture)
     panels = np.asarray(picture.subplots(len(found), 2, sharey="row", squeeze=False))
