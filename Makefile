@@ -60,13 +60,14 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## write docs/configuration.md anew from conf/ and its comments
+docs: $(STAMP)  ## write docs/configuration.md anew from conf/, and the benchmarks' tables from their stored numbers
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python benchmarks/pages.py
 
 bench: $(BENCH_STAMP)  ## all benchmarks in quick form, each target beside what was measured: 15 minutes; BENCH=--help says more
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
-bench-thorough: $(BENCH_STAMP)  ## as README shows them, unattended, over hours; started again, it goes on
+bench-thorough: $(BENCH_STAMP)  ## as docs/benchmarks.md shows them, unattended, over hours; started again, it goes on
 	$(BIN)/python benchmarks/run.py --thorough --resume $(BENCH)
 
 clean:  ## remove .venv and every cache (results under runs/ and outputs/ stay)

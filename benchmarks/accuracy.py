@@ -39,7 +39,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pages import folder_of, write_pages
 from targets import Target, verdicts
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm.auto import tqdm
 from weight_sharing import Images, labelled, training, values
@@ -339,10 +339,10 @@ def headline(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{found['name']}, {found['model']}, {found['macs'] / 1e6:.0f} MMACs, {100 * found['dense']:.1f} % right "
-            "before pruning. Test top-1 in % straight after pruning → after "
-            f"{found['epochs']} epoch{'s' if found['epochs'] > 1 else ''} of finetuning under the dense teacher; mean ± "
-            f"standard deviation of {num_seeds(found)} seeds. {found['test_images']} test images, so a single model's "
-            f"standard error is {noise(found):.1f} points. {misses(found)}",
+            f"before pruning. Test top-1 in % straight after pruning → after {found['epochs']} "
+            f"epoch{'s' if found['epochs'] > 1 else ''} of finetuning under the dense teacher; mean ± standard "
+            f"deviation of {num_seeds(found)} seeds. {found['test_images']} test images, so a single model's standard "
+            f"error is {noise(found):.1f} points. {misses(found)}",
             "",
             *table(found, HEADLINE),
         ]

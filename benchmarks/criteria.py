@@ -9,8 +9,8 @@ block, without and with ``compensate="lstsq"``. What is shown is top-1 on held-o
 of what is in the package are set as ``code``; most of the others lost. Another table compares token scores at half of
 the tokens per stage, another one ways to compensate.
 
-Leaves ``benchmarks/results/criteria.json`` and ``.png`` and the tables in ``docs/benchmarks.md``; ``--quick`` only prints
-them.
+Leaves ``benchmarks/results/criteria.json`` and ``.png`` and the tables in ``docs/benchmarks.md``; ``--quick`` only
+prints them.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """All benchmarks, one after another, and at the end every target beside what was measured. `make bench` runs this.
 
     .venv/bin/python benchmarks/run.py                             # quick: a quarter of an hour on two cores
-    .venv/bin/python benchmarks/run.py --thorough --resume         # what README shows: hours, unattended
+    .venv/bin/python benchmarks/run.py --thorough --resume         # what pages show: hours, unattended
     .venv/bin/python benchmarks/run.py --only scoring search
     .venv/bin/python benchmarks/run.py --only search --give "search=--seeds 1"
 
 Each has a process of its own, and never do two run at once: they time. One that fails does not keep the others from
 running, and makes the exit status 1. Quick results go to ``benchmarks/results/quick/`` and are only printed; thorough
-ones go to ``benchmarks/results/`` and into README.md.
+ones go to ``benchmarks/results/`` and into ``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ HERE = Path(__file__).resolve().parent
 # In the order in which people ask: what does it cost, how fast does it get, how good does it stay.
 SCRIPTS = ("scoring", "slim_speed", "training", "search", "search_models", "latency", "scale", "criteria", "accuracy")
 MINUTES = 15  # what all quick forms together may take on two cores
+RESUMABLE = ("slim_speed",)  # those that have to be told to go on; others know by themselves what is finished
+STOPPED = "was stopped"
+# What benchmarks write themselves: no other code than before.
+WRITTEN = ("README.md", "docs/benchmarks.md", "docs/guide.md", "benchmarks/results")
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def revision() -> str:
     """The commit and what was changed since, but for what benchmarks write themselves; empty outside a clone."""
     commands = (
         ["git", "rev-parse", "HEAD"],
-        ["git", "diff", "HEAD", "--", ".", ":(top,exclude)README.md", ":(top,exclude)benchmarks/results"],
+        ["git", "diff", "HEAD", "--", ".", *(f":(top,exclude){path}" for path in WRITTEN)],
     )
     try:
         commit, changes = (
@@ -72,14 +76,15 @@ def revision() -> str:
 # --- one benchmark ----------------------------------------------------------------------------------------------------
 
 
-def run(script: str, arguments: tuple[str, ...], results: Path, code: str) -> Outcome:
-    """Run ``script.py`` to its end; what it prints is seen as it is printed."""
+def run(script: str, arguments: tuple[str, ...], results: Path, code: str, goes_on: bool = False) -> Outcome:
+    """Run ``script.py`` to its end, or from where it was stopped; what it prints is seen as it is printed."""
     begun, wall = time.perf_counter(), time.time()
     path = HERE / f"{script}.py"
     if path.is_file():
         # A pipe would swallow what is printed until it is full.
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        status = subprocess.run([sys.executable, str(path), *arguments], cwd=HERE.parent, env=environment).returncode
+        command = [sys.executable, str(path), *(["--resume"] if goes_on else []), *arguments]
+        status = subprocess.run(command, cwd=HERE.parent, env=environment).returncode
         failure = f"exit status {status}" if status else why_unread(results / f"{script}.json", wall)
     else:
         failure = f"{path} is missing"
@@ -108,6 +113,12 @@ def run_all(wanted: Iterable[tuple[str, tuple[str, ...]]], results: Path, resume
     """Run what is wanted (name and arguments), and note how each ended in ``run.json`` beside the results."""
     wanted, code, notes = list(wanted), revision(), results / "run.json"
     before = earlier(notes)
+
+    def note(outcome: Outcome) -> None:
+        before[outcome.script] = outcome
+        results.mkdir(parents=True, exist_ok=True)
+        notes.write_text(json.dumps({name: asdict(each) for name, each in before.items()}, indent=2) + "\n")
+
     outcomes = []
     for number, (script, arguments) in enumerate(wanted, 1):
         known = before.get(script)
@@ -117,12 +128,12 @@ def run_all(wanted: Iterable[tuple[str, tuple[str, ...]]], results: Path, resume
             print(f"[{number}/{len(wanted)}] {script}: done before, in {known.seconds:.0f} s", flush=True)
         else:
             print(f"[{number}/{len(wanted)}] {' '.join((script, *arguments))} ...", flush=True)
-            outcome = run(script, arguments, results, code)
+            goes_on = resume and script in RESUMABLE and was_stopped(known, code, arguments)
+            note(Outcome(script, 0.0, STOPPED, code, arguments))
+            outcome = run(script, arguments, results, code, goes_on)
             how = f"FAILED ({outcome.failure})" if outcome.failure else "done"
             print(f"[{number}/{len(wanted)}] {script}: {how} after {outcome.seconds:.0f} s\n", flush=True)
-            before[script] = outcome
-            results.mkdir(parents=True, exist_ok=True)
-            notes.write_text(json.dumps({name: asdict(each) for name, each in before.items()}, indent=2) + "\n")
+            note(outcome)
         outcomes.append(outcome)
     return outcomes
 
@@ -145,6 +156,11 @@ def is_fresh(known: Outcome | None, code: str, arguments: tuple[str, ...], resul
         and (known.revision, known.arguments) == (code, arguments)
         and (results / f"{known.script}.json").is_file()
     )
+
+
+def was_stopped(known: Outcome | None, code: str, arguments: tuple[str, ...]) -> bool:
+    """Whether it was begun with this code and these arguments, and did not end well: it can go on with what it left."""
+    return known is not None and bool(known.failure and code) and (known.revision, known.arguments) == (code, arguments)
 
 
 def summary(outcomes: Iterable[Outcome], results: Path, most_minutes: float | None = None) -> str:
@@ -170,7 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--quick", action="store_true", help="the default")
-    form.add_argument("--thorough", action="store_true", help="as README shows it; hours")
+    form.add_argument("--thorough", action="store_true", help="as pages show it; hours")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", nargs="+", choices=SCRIPTS, metavar="NAME", help=f"of {', '.join(SCRIPTS)}")
     which.add_argument("--skip", nargs="+", choices=SCRIPTS, metavar="NAME", default=[], help="all but these")

@@ -6,7 +6,8 @@
 Models (random weights: time does not depend on them) from DeiT-T to ViT-L are scored on random images, planned by the
 uniform policy at 0.6 of the MACs, and slimmed; one of them is scored on more and more images, too. Each runs in a
 process of its own, for its peak memory. A slope is that of a straight line through the logarithms: 1 is linear.
-Leaves ``benchmarks/results/scale.json``, ``.png`` and the table in ``docs/benchmarks.md``; ``--quick`` only prints its table.
+Leaves ``benchmarks/results/scale.json``, ``.png`` and the table in ``docs/benchmarks.md``; ``--quick`` only prints its
+table.
 """
 
 from __future__ import annotations
@@ -133,10 +134,10 @@ def text(result: dict[str, Any]) -> str:
             "",
             verdicts(targets(result)),
             "",
-            f"Scores of all three dimensions by `{result['criterion']}` in batches of {result['batch']} images, uniform "
-            f"policy at 60 % of the MACs, {result['threads']} CPU thread(s), a process for each row, whose peak memory it is (images and the slim "
-            "copy included). A slope is that of a straight line through the logarithms. Measured by "
-            "`python benchmarks/scale.py`.",
+            f"Scores of all three dimensions by `{result['criterion']}` in batches of {result['batch']} images, "
+            f"uniform policy at 60 % of the MACs, {result['threads']} CPU thread(s), a process for each row, whose "
+            "peak memory it is (images and the slim copy included). A slope is that of a straight line through the "
+            "logarithms. Measured by `python benchmarks/scale.py`.",
         ]
     )
 

@@ -144,7 +144,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     left_out = {runtime: why for runtime in arguments.runtimes if (why := missing(runtime))}
     runtimes = [runtime for runtime in arguments.runtimes if runtime not in left_out]
-    kept = folder_of(arguments.quick) / "slim_speed.rows.jsonl"  # what a run that is stopped leaves
+    kept = rows_so_far(arguments.quick)
     kept.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.resume:
         kept.unlink(missing_ok=True)
@@ -172,6 +172,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {"threads": torch.get_num_threads(), "left_out": left_out, "rows": rows}
     result["targets"] = [target.facts() for target in targets(result)]
     return result
+
+
+def rows_so_far(quick: bool) -> Path:
+    """What a run that is stopped leaves."""
+    return folder_of(quick) / "slim_speed.rows.jsonl"
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
@@ -263,10 +268,10 @@ def text(result: dict[str, Any]) -> str:
             rule + " ---: |" * len(runtimes),
             *by_runtime,
             "",
-            f"Speed-up against the dense model. {result['threads']} CPU thread(s), fp32, medians of {readings} readings "
-            "taken in turns; uniform policies, random weights. *Ideal* is what the MACs promise. Torch-Pruning's "
-            f"models have as many heads and neurons as ours in each block.{left_out} {odd_widths(rows)}Measured by "
-            "`python benchmarks/slim_speed.py`.",
+            f"Speed-up against the dense model. {result['threads']} CPU thread(s), fp32, medians of {readings} "
+            "readings taken in turns; uniform policies, random weights. *Ideal* is what the MACs promise. "
+            f"Torch-Pruning's models have as many heads and neurons as ours in each block.{left_out} "
+            f"{odd_widths(rows)}Measured by `python benchmarks/slim_speed.py`.",
             "",
             verdicts(targets(result)),
         ]
@@ -354,6 +359,8 @@ def main() -> None:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     publish("slim_speed", arguments, partial(measure, arguments), figure, text)
+    if not arguments.table_only:
+        rows_so_far(arguments.quick).unlink()
 
 
 if __name__ == "__main__":

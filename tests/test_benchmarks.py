@@ -1,4 +1,4 @@
-"""What holds benchmarks together: they can be asked for help, and `make bench` tells what passed, missed and failed.
+"""What holds benchmarks together: pages show the stored numbers, and `make bench` tells what passed, missed and failed.
 
 None is run here: what they measure takes minutes.
 """
@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 PEERS = ("optuna", "torch_pruning")
+STORED = sorted(path.stem for path in BENCHMARKS.glob("results/*.json") if path.stem != "run")
 SCRIPTS = [path for path in sorted(BENCHMARKS.glob("*.py")) if "ArgumentParser(" in path.read_text()]
+
+
+def stored(name: str) -> dict:
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
 
 
 @pytest.fixture
@@ -123,6 +129,65 @@ def test_what_ended_well_is_not_run_again(run, tmp_path, monkeypatch):
     assert resumed() == [False, False]
 
 
+# Fails until it is told to go on, and notes what it was told.
+STOPS = """
+import json, pathlib, sys
+here = pathlib.Path(__file__)
+with here.with_suffix(".log").open("a") as log:
+    log.write(json.dumps(sys.argv[1:]) + "\\n")
+if "--resume" not in sys.argv:
+    sys.exit(1)
+here.with_suffix(".json").write_text(json.dumps({"targets": []}))
+"""
+
+
+def test_what_was_stopped_is_told_to_go_on(run, tmp_path, monkeypatch):
+    """Not by leftovers of other code or other arguments, and only what takes ``--resume``."""
+    for name in ("slim_speed", "scale"):
+        (tmp_path / f"{name}.py").write_text(STOPS)
+
+    def begun(*arguments: str, resume: bool = True) -> list[list[str]]:
+        run.run_all([("slim_speed", arguments), ("scale", arguments)], tmp_path, resume)
+        logs = [tmp_path / f"{name}.log" for name in ("slim_speed", "scale")]
+        return [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+
+    assert begun("--rounds", "3") == [["--rounds", "3"]] * 2
+    assert begun("--rounds", "3", resume=False) == [["--rounds", "3"]] * 2
+    assert begun("--rounds", "3") == [["--resume", "--rounds", "3"], ["--rounds", "3"]]
+    (tmp_path / "slim_speed.json").unlink()
+    assert begun("--rounds", "4") == [["--rounds", "4"]] * 2, "other arguments"
+    monkeypatch.setattr(run, "revision", lambda: "def")
+    assert begun("--rounds", "4") == [["--rounds", "4"]] * 2, "other code"
+    monkeypatch.setattr(run, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all([("slim_speed", ("--rounds", "5"))], tmp_path, resume=True)
+    assert run.was_stopped(run.earlier(tmp_path / "run.json")["slim_speed"], "def", ("--rounds", "5"))
+
+
+def test_what_benchmarks_write_is_no_other_code(module, monkeypatch, tmp_path):
+    run = module("run")
+    monkeypatch.setattr(run, "HERE", tmp_path / "benchmarks")
+    written = [
+        tmp_path / "README.md",
+        tmp_path / "docs" / "benchmarks.md",
+        tmp_path / "benchmarks" / "results" / "a.json",
+    ]
+    code = tmp_path / "benchmarks" / "a.py"
+    for path in (*written, code):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    who = ["-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    before = run.revision()
+    assert len(before) == 40
+    for path in written:
+        path.write_text("2")
+    assert run.revision() == before
+    code.write_text("2")
+    assert run.revision().startswith(f"{before}+")
+
+
 def test_arguments_reach_the_benchmark_they_are_for(run, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(run, "run_all", lambda wanted, to, resume: seen.append((wanted, to.name, resume)) or [])
@@ -158,6 +223,85 @@ def test_help_is_given_also_where_no_peer_is_installed(script, module, monkeypat
         assert "--quick" in said
 
 
-def test_every_picture_of_a_benchmark_is_shown_in_the_readme():
-    shown = re.findall(r"\]\((benchmarks/results/[^)]+\.png)\)", (ROOT / "README.md").read_text())
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_pages_show_the_stored_numbers(name, module):
+    """Whoever edits a number by hand, or has a script say something else, is told to run `make docs`."""
+    pages, script = module("pages"), module(name)
+    result = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    shown = pages.blocks(script, result)
+    assert pages.PAGES["text"] in shown
+    for page, block in shown.items():
+        assert pages.with_block(page, name, block) == page.read_text()
+    rows = BENCHMARKS / "results" / f"{name}.csv"
+    assert rows.exists() == hasattr(script, "rows")
+    if rows.exists():
+        assert pages.as_csv(script.rows(result)) == rows.read_text()
+
+
+def test_every_place_on_a_page_is_some_benchmarks(module):
+    pages = module("pages")
+    assert sorted(pages.NAMES) == STORED
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        places = re.findall(r"<!-- (\w+):begin -->", page.read_text())
+        fills = [name for name in STORED if page in pages.blocks(module(name), stored(name))]
+        assert sorted(places) == fills, page.name
+
+
+def test_targets_are_judged_by_the_stored_numbers(module):
+    """What the table of targets says is worked out from the rows, and agrees with what was stored beside them."""
+    verdicts, targets = module("targets").verdicts, module("targets").Target.from_facts
+    for name in STORED:
+        if facts := stored(name).get("targets"):
+            shown = module(name).text(stored(name)).splitlines()
+            assert set(verdicts(map(targets, facts)).splitlines()) <= set(shown), name
+
+
+def test_a_page_without_the_place_is_not_written(module, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A\n\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
+    pages = module("pages")
+    assert pages.with_block(page, "a", "new") == "# A\n\n<!-- a:begin -->\nnew\n<!-- a:end -->\nafter\n"
+    with pytest.raises(ValueError, match="0 x <!-- b:begin -->"):
+        pages.with_block(page, "b", "new")
+
+
+def test_a_caveat_stands_before_the_table(module):
+    pages, scale = module("pages"), module("scale")
+    result = stored("scale") | {"caveat": "Of old."}
+    assert pages.blocks(scale, result)[pages.PAGES["text"]].startswith("*Of old.*\n\n| model |")
+    del result["caveat"]
+    assert pages.blocks(scale, result)[pages.PAGES["text"]].startswith("| model |")
+
+
+def test_what_ends_ahead_of_ours_is_told(module):
+    def row(method: str, budget: float, after: float) -> dict[str, object]:
+        return {"method": method, "budget": budget, "seed": 0, "before": 0.5, "after": after}
+
+    others = [row("ours, neurons alone", 0.5, 0.7), row("hsic as in the paper", 0.5, 0.4)]
+    rows = [row("dense, same training", 1.0, 0.73), row("ours, searched", 0.5, 0.6), *others]
+    misses = module("accuracy").misses
+    assert misses({"rows": rows}) == (
+        "**Misses:** ours ends at 50 % 13.0 points behind dense with the same extra training and 10.0 behind "
+        "*neurons alone*."
+    )
+    rows[1] = row("ours, searched", 0.5, 0.75)
+    assert misses({"rows": rows}) == ""
+
+
+def test_runs_of_another_version_of_the_search_are_told_apart(module, monkeypatch, tmp_path):
+    search = module("search")
+    before = search.made_by()
+    assert search.made_by() == before
+    changed = tmp_path / "process.py"
+    changed.write_text("changed")
+    getfile = search.inspect.getfile
+    monkeypatch.setattr(search.inspect, "getfile", lambda part: changed if part is search.GpEi else getfile(part))
+    assert search.made_by() != before
+
+
+def test_every_picture_of_a_benchmark_is_shown():
+    shown = re.findall(r"\]\(\.\./(benchmarks/results/[^)]+\.png)\)", (ROOT / "docs" / "benchmarks.md").read_text())
     assert sorted(shown) == sorted(f"benchmarks/results/{path.name}" for path in BENCHMARKS.glob("results/*.png"))

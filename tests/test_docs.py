@@ -301,12 +301,19 @@ def test_errors_are_worded_as_the_faq_has_them(act, message):
 # --- commands, keys, links --------------------------------------------------------------------------------------------
 
 
+def in_code(page: Path) -> list[str]:
+    """The pieces of a page between single backticks."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
 def commands() -> list[str]:
     found = []
     for block in (block for page in WRITTEN for block in blocks(page) if block.language in ("", "sh")):
         for line in re.sub(r"\\\n\s*", "", block.text).splitlines():
-            found += [line] if re.match(r"(python|make|srun|torchrun) ", line) else []
-    return found
+            found += [line] if re.match(r"(python|make|mdc|srun|torchrun) ", line) else []
+    # README has a table of them.
+    return found + [piece for page in WRITTEN for piece in in_code(page) if piece.startswith("mdc ")]
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(commands()))
@@ -314,16 +321,13 @@ def test_commands_are_understood(command):
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
-    elif "train.py" in words:
-        overrides = [word for word in words[words.index("train.py") + 1 :] if not word.startswith("-")]
+    elif "train.py" in words or words[:2] == ["mdc", "train"]:
+        start = words.index("train.py") if "train.py" in words else 1
+        overrides = [word for word in words[start + 1 :] if not word.startswith("-")]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             compose("train", [word for word in overrides if "(" not in word])  # a sweep is not composed
-
-
-def in_code(page: Path) -> list[str]:
-    """The pieces of a page between single backticks."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"`([^`\n]+)`", text)
+    else:
+        assert words[0] != "mdc" or words[1] in ("report", "export")
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
@@ -363,3 +367,25 @@ def anchors(page: Path) -> set[str]:
     """The headings of a page as GitHub addresses them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 10_000
+
+
+# Names with a number in them, what it takes to install, and a batch of one.
+NAMES_WITH_NUMBERS = (
+    r"arXiv \d{4}\.\d{5}|Python \d\.\d+|Apache-2\.0|CIFAR-10|T2T-ViT|DINOv\d|DeiT-III|several GB|batch 1\b"
+)
+
+
+def test_numbers_in_readme_are_measured():
+    """Whatever is measured stands in a block that a benchmark writes; settings stand in code."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"`[^`\n]+`|\]\([^)]+\)", "", text)
+    assert re.findall(r".{0,30}\d.{0,30}", re.sub(NAMES_WITH_NUMBERS, "", text)) == []
