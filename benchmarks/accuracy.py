@@ -49,7 +49,7 @@ from lightning_mdc.app import build
 from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import fingerprint, newest_run
 from lightning_mdc.budget import num_params
-from lightning_mdc.distillation import DistillationModule, TeacherCache
+from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.files import write_json
 from lightning_mdc.importance.criteria import Random
@@ -157,17 +157,6 @@ def digits_run() -> Path:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-class Remembered(nn.Module):
-    """The dense model as a teacher that is asked once about each image, over all finetunes of the benchmark."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.cache = TeacherCache(network)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.cache(images)
-
-
 class Benchmark:
     """One dense model, its data, and what is asked of them."""
 
@@ -180,7 +169,6 @@ class Benchmark:
         order = np.random.default_rng(0).permutation(len(data.calibration_dataset()))  # type: ignore[arg-type]
         chosen = Subset(data.calibration_dataset(), order[: asked.images].tolist())
         self.train = labelled(DataLoader(chosen, BATCH, num_workers=self.settings["data"]["num_workers"]), None)
-        self.teacher = Remembered(self.dense)
         self.options = {name: getattr(asked, name) for name in ("calibration", "images", "epochs", "trials")}
         mark = fingerprint({**self.options, "model": self.settings}, {"run": run.name})
         self.work: Path = (asked.work or run / "accuracy") / mark[:12]
@@ -265,7 +253,7 @@ class Benchmark:
         options = self.settings["distillation"]
         kinds = {name: options[name] for name in ("kd", "kd_weight", "temperature", "label_smoothing")}
         L.seed_everything(seed, verbose=False)
-        module = DistillationModule(slim.train(), self.teacher, **kinds, **training(options, self.asked.epochs))
+        module = DistillationModule(slim.train(), self.dense, **kinds, **training(options, self.asked.epochs))
         loader = DataLoader(TensorDataset(*self.train), BATCH, shuffle=True, drop_last=len(self.train[1]) >= BATCH)
         trainer = L.Trainer(
             accelerator="cpu",

@@ -1,11 +1,11 @@
-"""What do masks cost a training step, and what do a slim student and a cached teacher save?
+"""What do masks cost a training step, and what does a slim student save?
 
     .venv/bin/python benchmarks/training.py
 
 Trains one model in several ways, one step of each in turn, and compares each with its base in the same round: dense
-with the masks that `MultiDimPruneCallback` decided on, without and with token stages, against the same without; slim
-against dense, alone and under the dense teacher; and slim with the teacher's logits looked up against slim with the
-teacher asked. Weights and images are random, which no time depends on; images are in memory, and unaugmented.
+with the masks that `MultiDimPruneCallback` decided on, without and with token stages, against the same without; and
+slim against dense, alone and under the dense teacher. Weights and images are random, which no time depends on; images
+are in memory.
 
 Leaves ``benchmarks/results/training.json`` and ``.png``, and the table in README.md; ``--quick`` leaves them in
 ``benchmarks/results/quick/`` and README.md alone. For a finished run of ``train.py``, with precisions, memory and
@@ -41,7 +41,7 @@ import lightning_mdc as mdc
 from lightning_mdc.app.report import style
 from lightning_mdc.policy import DIMENSIONS
 
-WARM_UP = 2  # rounds; in the first one the cache is filled
+WARM_UP = 2  # rounds
 MASKED = "dense, heads and neurons masked"
 MASKED_WITH_TOKENS = "dense, heads and neurons masked, token stages on"
 
@@ -95,7 +95,6 @@ def ways_to_train(name: str, device: torch.device) -> tuple[dict[str, Way], tupl
         "slim": Way("dense", trained(slim)),
         "dense + teacher": Way("dense + teacher", trained(dense, teacher)),
         "slim + teacher": Way("dense + teacher", trained(slim, teacher)),
-        "slim + cached teacher": Way("slim + teacher", trained(slim, teacher, teacher_cache=True)),
     }
     return ways, size, {"dense": mdc.macs(dense), "slim": mdc.macs(slim)}
 

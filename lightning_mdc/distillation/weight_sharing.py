@@ -32,7 +32,7 @@ _DRAWN_AT_ONCE = 64
 # What `DistillationModule` does with a teacher from outside; there is none here.
 _OF_A_TEACHER = (
     *("teacher", "teacher_checkpoint", "teacher_args", "teacher_precision", "teacher_compile", "teacher_normalization"),
-    *("teacher_cache", "kd", "kd_weight", "distill_token", "hidden_weight"),
+    *("kd", "kd_weight", "distill_token", "hidden_weight"),
 )
 
 
