@@ -39,7 +39,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from readme import folder_of, put
 from targets import Target, verdicts
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm.auto import tqdm
 from weight_sharing import Images, labelled, training, values
