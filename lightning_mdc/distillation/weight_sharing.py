@@ -129,7 +129,7 @@ class WeightSharingModule(DistillationModule):
         # The smallest policy needs the scores of every unit that may go.
         make_plan(model, scores, self.space.policy(self.space.low), **self._plan_options)
 
-        limits = self.space.budget.facts()
+        limits = self.space.budget.as_dict()
         if isinstance(table := self.space.budget.table, LatencyTable):  # another machine has other latencies
             limits["table"] = json.loads(table.to_json())
         own = {"budget": limits, "seed": seed, "shared_weight": shared_weight}
