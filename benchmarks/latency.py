@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc.budget import CostModel
-from lightning_mdc.budget.latency import settled_memory
-from lightning_mdc.budget.latency_table import first_units
+from lightning_mdc.budget import CostModel, measure_latency_table
+from lightning_mdc.budget.measuring import first_units
+from lightning_mdc.budget.timing import settled_memory
 from lightning_mdc.figures.style import BLUE, COLOURS, GRAY, new_figure, plain
 from lightning_mdc.models import find_sites
 
@@ -84,7 +84,7 @@ def measured(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, 
     model = timm.create_model(name).eval().to(arguments.device)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
-        found = mdc.LatencyTable.of(model, batch, cache=cache, seconds=arguments.seconds)
+        found = measure_latency_table(model, batch, cache=cache, seconds=arguments.seconds)
     seconds = time.perf_counter() - begun
     policies = random_policies(arguments.policies, model, arguments.seed)
     sites = find_sites(model)
@@ -122,7 +122,7 @@ def measured(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, 
         "mean_error_of_share": statistics.mean(map(abs, shares)),
         "largest_error_of_macs": largest(by_macs),
         "largest_difference_of_repeats": largest(repeats),
-        "about": {key: value for key, value in found.about.items() if key != "model"},
+        "about": {key: value for key, value in found.conditions.items() if key != "model"},
     }
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc.budget.latency import latencies
+from lightning_mdc.budget.timing import latencies
 from lightning_mdc.export import INPUT, OUTPUT, export_model
 from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, new_figure, plain
 

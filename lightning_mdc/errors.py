@@ -5,6 +5,7 @@ Messages name the argument, its value, the reason and the remedy, in that order.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -80,3 +81,49 @@ def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_non
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         otherwise = "" if or_none is None else f", or None for {or_none}"
         raise error(f"{name}={value!r:.80}: expected a whole number of at least {least}{otherwise}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    what: str,
+    error: type[MdcError],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Refuse what is no finite number within limits.
+
+    Args:
+        name: of the argument, for the message.
+        what: the number is, as in ``"the teacher's share of the loss"``.
+        error: to raise.
+        least, above, most, below: the limits.
+
+    Raises:
+        MdcError: of the kind `error`.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        is_number
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+    ):
+        return
+    limits = {"of at least": least, "above": above, "at most": most, "below": below}
+    words = " and ".join(f"{how} {limit:g}" for how, limit in limits.items() if limit is not None)
+    raise error(f"{name}={value!r:.80}: expected {what}, a number {words}")
+
+
+def check_one_of(name: str, value: Any, choices: tuple[Any, ...], error: type[MdcError]) -> None:
+    """Refuse what is none of `choices`, which are text, True, False or None; 1 is not True.
+
+    Raises:
+        MdcError: of the kind `error`.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise error(f"{name}={value!r:.80}: expected {' or '.join(map(repr, choices))}")

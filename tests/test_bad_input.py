@@ -52,8 +52,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: mdc.uniform_policy(MODEL, mdc.Budget(latency=0.5, table="no.json")),
         "'no.json' cannot",
     ),
-    "unknown device": (lambda: mdc.LatencyTable.of(MODEL, device="abacus"), "device='abacus': expected a device"),
-    "latency batch of none": (lambda: mdc.LatencyTable.of(MODEL, 0), "batch_size=0: expected a whole number"),
+    "unknown device": (
+        lambda: mdc.budget.measure_latency_table(MODEL, device="abacus"),
+        "device='abacus': expected a device",
+    ),
+    "latency batch of none": (
+        lambda: mdc.budget.measure_latency_table(MODEL, 0),
+        "batch_size=0: expected a whole number",
+    ),
     "unreachable budget": (lambda: mdc.uniform_policy(MODEL, 0.02), "smallest reachable cost"),
     "unknown dimension": (lambda: mdc.uniform_policy(MODEL, 0.6, ("layers",)), r"dimensions=\('layers',\): expected"),
     "no dimension": (lambda: mdc.uniform_policy(MODEL, 0.6, ()), r"dimensions=\(\)"),

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.budget import CostModel, TokenDrop, measuring
-from lightning_mdc.budget.latency_table import BlockTimes, LatencyTable, Surface, widths
+from lightning_mdc.budget import CostModel, TokenDrop, measure_latency_table, measuring
+from lightning_mdc.budget.latency import BlockTimes, LatencyTable, Surface, architecture
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.policy_space import PolicySpace
@@ -41,8 +41,8 @@ def made_up(model: nn.Module, whole: tuple[tuple[float, float], ...] = ()) -> La
         stage=surface((0, HEADS), 3e-4, 1e-6),
     )
     outside = Surface((0,), (2, TOKENS), ((5e-4, 5e-4 + 15e-6),))
-    about = {"model": json.loads(json.dumps(widths(find_sites(model)))), "batch_size": 1}
-    return LatencyTable(about, (kind,), (0,) * DEPTH, outside, whole)
+    conditions = {"model": json.loads(json.dumps(architecture(find_sites(model)))), "batch_size": 1}
+    return LatencyTable(conditions, (kind,), (0,) * DEPTH, outside, whole)
 
 
 def by_hand(heads: list[int], neurons: list[int], keep: float) -> float:
@@ -144,7 +144,7 @@ def test_any_kind_of_block_is_measured(kind, tmp_path):
     model = make(kind) if kind != "post_norm" else POST_NORM().eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    table = LatencyTable.of(model, 2, cache=tmp_path, **ONCE)
+    table = measure_latency_table(model, 2, cache=tmp_path, **ONCE)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     costs = CostModel(find_sites(model))
@@ -161,45 +161,40 @@ def test_any_kind_of_block_is_measured(kind, tmp_path):
 def test_blocks_of_one_width_share_their_times_and_a_slim_model_has_more(model, tmp_path):
     policy = mdc.Policy([1, 0.5, 0.5, 1], 1.0, [1, 0.5, 1])
     slim = mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), policy))
-    table = LatencyTable.of(slim, 2, cache=tmp_path, **ONCE)
+    table = measure_latency_table(slim, 2, cache=tmp_path, **ONCE)
     assert table.kind_of_block == (0, 1, 1, 0)
     assert [kind.attention.units[-1] for kind in table.kinds] == [4, 2]
     assert table.of_policy(slim, mdc.Policy(0.5, 0.5)) < table.of_dense(CostModel(find_sites(slim)))
 
 
-def test_predictions_are_checked_against_whole_models(model, monkeypatch):
-    table = made_up(model)
-    policies = [mdc.Policy(0.5, 0.5, 0.5), mdc.Policy()]
-    twice = {str(number): table.of_policy(model, policy) * 2 for number, policy in enumerate(policies)}
-    monkeypatch.setattr("lightning_mdc.budget.latency_table.latencies", lambda models, *_, **__: twice)
-    assert table.errors(model, policies) == [-0.5, -0.5]
-
-
 def test_a_table_is_kept_and_a_damaged_one_is_made_anew(model, tmp_path, monkeypatch, caplog):
     table, made = made_up(model), []
-    monkeypatch.setattr(
-        measuring, "measured_table", lambda *_, about, **__: made.append(1) or replace(table, about=about)
-    )
+
+    def measured(*_, conditions, **__):
+        made.append(1)
+        return replace(table, conditions=conditions)
+
+    monkeypatch.setattr(measuring, "_measured_table", measured)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = LatencyTable.of(model)
-    assert LatencyTable.of(model) == first
+    first = measure_latency_table(model)
+    assert measure_latency_table(model) == first
     assert len(made) == 1
     (path,) = (tmp_path / "lightning_mdc" / "latency").glob("*.json")
     path.write_text(path.read_text()[:-40])
     with caplog.at_level(logging.WARNING):
-        assert LatencyTable.of(model) == first
+        assert measure_latency_table(model) == first
     assert "is damaged" in caplog.text
     assert len(made) == 2
     # Another batch size, dtype or width is another table.
-    LatencyTable.of(model, 2)
-    LatencyTable.of(make().double())
-    LatencyTable.of(make("glu"))
+    measure_latency_table(model, 2)
+    measure_latency_table(make().double())
+    measure_latency_table(make("glu"))
     with torch.device("meta"):
-        assert LatencyTable.of(KINDS["vit"]()) == first
+        assert measure_latency_table(KINDS["vit"]()) == first
     assert len(made) == 5
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):
-        assert LatencyTable.of(model, cache=tmp_path / "file") == first
+        assert measure_latency_table(model, cache=tmp_path / "file") == first
     assert "cannot be kept" in caplog.text
 
 

@@ -10,7 +10,7 @@ from lightning_mdc.app import report as reporting
 from lightning_mdc.app.report import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
 from lightning_mdc.app.report.tables import count, scaled, seconds
 from lightning_mdc.app.run_folder import RunFolder, newest_run
-from lightning_mdc.budget.latency import latencies, latency
+from lightning_mdc.budget.timing import latencies, latency
 from lightning_mdc.errors import BudgetError, ConfigError
 
 

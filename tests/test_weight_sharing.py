@@ -7,6 +7,8 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from lightning_mdc.app.data import DigitsDataModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
 from lightning_mdc.distributed import disband
 from lightning_mdc.errors import BudgetError, CalibrationError, DistillationError, MdcError, SearchError
+from lightning_mdc.surgery import masked
 from lightning_mdc.surgery.masks import is_masked
 from tests.kinds import CLASSES, make
 from tests.kinds import images as pictures
@@ -67,20 +70,23 @@ def trainer(root: Path, **options: Any) -> L.Trainer:
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms"])
-def test_loss_is_that_of_the_dense_and_the_slim_model(kind: str) -> None:
+def test_loss_is_that_of_the_dense_and_the_slim_models(kind: str) -> None:
     model = make(kind)
     module = sharing(model, temperature=2.0, shared_weight=0.7, label_smoothing=0.1, seed=3)
     images, labels = labelled()
-    plan = module.plan(0)
-    assert plan.drops_tokens
+    smallest, drawn = module.smallest_plan, module.plan(0)
+    assert smallest.drops_tokens
+    assert drawn.drops_tokens
     dense = model(images).double()
-    log_p, log_q = ((logits.double() / 2).log_softmax(dim=1) for logits in (dense, mdc.slim(model, plan)(images)))
-    shared = 4 * (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+    log_p = (dense / 2).log_softmax(dim=1)
+    log_q = [(mdc.slim(model, plan)(images).double() / 2).log_softmax(dim=1) for plan in (smallest, drawn)]
+    distances = [4 * (log_p.exp() * (log_p - each)).sum(dim=1).mean() for each in log_q]
+    shared = (distances[0] + distances[1]) / 2
     smoothed = 0.9 * F.one_hot(labels, CLASSES) + 0.1 / CLASSES
     task = -(smoothed * dense.log_softmax(dim=1)).sum(dim=1).mean()
     parts = module.loss_parts(images, labels)
     assert set(parts) == {"task", "shared", "loss"}
-    assert shared > 1e-3  # a masked model that is no other model would prove nothing
+    assert min(distances) > 1e-3  # a masked model that is no other model would prove nothing
     for name, expected in (("task", task), ("shared", shared), ("loss", task + 0.7 * shared)):
         torch.testing.assert_close(parts[name].double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -93,27 +99,30 @@ def test_labels_may_be_probabilities() -> None:
     torch.testing.assert_close(module.loss_parts(images, mixed)["task"], expected)
 
 
-def test_masked_pass_trains_what_the_slim_model_has() -> None:
+def test_masked_passes_train_what_the_slim_models_have() -> None:
     model = make()
     module = sharing(model)
-    plan, (images, labels) = module.plan(0), labelled()
-    slim = mdc.slim(model, plan)
+    plans, (images, labels) = (module.smallest_plan, module.plan(0)), labelled()
     module.loss_parts(images, labels)["shared"].backward()
     with torch.no_grad():
         dense = model(images)
-    F.kl_div(slim(images).log_softmax(1), dense.log_softmax(1), log_target=True, reduction="batchmean").backward()
-    for block, narrow, kept in zip(model.blocks, slim.blocks, plan.neurons, strict=True):
-        dropped = [unit for unit in range(block.mlp.fc1.out_features) if unit not in kept]
-        for whole, part in (
-            (block.mlp.fc1.weight.grad, narrow.mlp.fc1.weight.grad),
-            (block.mlp.fc2.weight.grad.T, narrow.mlp.fc2.weight.grad.T),
-        ):
-            assert part.abs().sum() > 0
-            torch.testing.assert_close(whole[list(kept)], part, rtol=1e-3, atol=1e-6)
-            assert not whole[dropped].any()
-    for block, kept in zip(model.blocks, plan.heads, strict=True):
+    expected = [(torch.zeros_like(b.mlp.fc1.weight), torch.zeros_like(b.mlp.fc2.weight.T)) for b in model.blocks]
+    for plan in plans:
+        slim = mdc.slim(model, plan)
+        log_p, log_q = dense.log_softmax(1), slim(images).log_softmax(1)
+        F.kl_div(log_q, log_p, log_target=True, reduction="batchmean").backward()
+        for (first, second), narrow, kept in zip(expected, slim.blocks, plan.neurons, strict=True):
+            assert narrow.mlp.fc1.weight.grad.abs().sum() > 0
+            first[list(kept)] += narrow.mlp.fc1.weight.grad / 2
+            second[list(kept)] += narrow.mlp.fc2.weight.grad.T / 2
+    for block, (first, second), *kept in zip(model.blocks, expected, *(plan.neurons for plan in plans), strict=True):
+        torch.testing.assert_close(block.mlp.fc1.weight.grad, first, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(block.mlp.fc2.weight.grad.T, second, rtol=1e-3, atol=1e-6)
+        dropped = [unit for unit in range(block.mlp.fc1.out_features) if unit not in {*kept[0], *kept[1]}]
+        assert not block.mlp.fc1.weight.grad[dropped].any()
+    for block, *kept in zip(model.blocks, *(plan.heads for plan in plans), strict=True):
         by_head = block.attn.proj.weight.grad.T.reshape(block.attn.num_heads, -1).abs().sum(dim=1)
-        assert set(by_head.nonzero()[:, 0].tolist()) == set(kept)
+        assert set(by_head.nonzero()[:, 0].tolist()) == {*kept[0], *kept[1]}
 
 
 def test_dense_model_is_left_as_an_ordinary_one(tmp_path: Path) -> None:
@@ -170,6 +179,10 @@ def test_sharing_makes_masked_models_better_where_dense_training_does_not() -> N
     fit(alone, lambda step: F.cross_entropy(alone(images), labels), steps=60)
     print(before, masked_loss(model), masked_loss(alone))
     assert masked_loss(model) < 0.5 * min(before, masked_loss(alone))
+    smallest = [mdc.slim(each, module.smallest_plan) for each in (model, alone)]
+    with torch.no_grad():
+        shared, not_shared = (float(F.cross_entropy(slim(images), labels)) for slim in smallest)
+    assert shared < 0.5 * not_shared
 
 
 def fit(model: nn.Module, loss: Any, steps: int) -> None:
@@ -181,6 +194,33 @@ def fit(model: nn.Module, loss: Any, steps: int) -> None:
 
 
 # --- the policies -----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_trains_the_largest_the_smallest_and_a_random_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, on, seen = sharing(make(), 0.6, min_heads=2, seed=3), [], []
+
+    @contextmanager
+    def noted(model: nn.Module, plan: mdc.Plan) -> Iterator[None]:
+        with masked(model, plan):
+            on.append(plan)
+            yield
+            on.clear()
+
+    monkeypatch.setattr("lightning_mdc.distillation.weight_sharing.masked", noted)
+    module.student.register_forward_pre_hook(lambda *_: seen.append(on[0] if on else None))
+    for step in range(3):
+        module._trainer = type("At", (), {"global_step": step})()  # all that loss_parts asks of a Trainer
+        module.loss_parts(*labelled())
+    assert seen[::3] == [None] * 3  # the dense model, on the labels
+    smallest, drawn = seen[1], seen[2::3]
+    assert seen[1::3] == [smallest] * 3
+    assert drawn == [sharing(make(), 0.6, min_heads=2, seed=3).plan(step) for step in range(3)]
+    assert len(set(drawn)) == 3
+    assert [len(kept) for kept in smallest.heads] == [2] * len(smallest.heads)
+    for plan in drawn:  # no unit fewer than the smallest in any block
+        assert all(set(few) <= set(kept) for few, kept in zip(smallest.heads, plan.heads, strict=True))
+        assert all(set(few) <= set(kept) for few, kept in zip(smallest.neurons, plan.neurons, strict=True))
+        assert mdc.plan_macs(module.student, smallest) < 0.8 * mdc.plan_macs(module.student, plan)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +355,15 @@ def test_trainer_options(options: dict[str, Any], tmp_path: Path) -> None:
     updates = 6 // options.get("accumulate_grad_batches", 1)
     assert {step for step, _ in module.seen} == set(range(updates))
     assert len(set(module.seen)) == updates  # the batches of one update share its plan
+
+
+def test_accumulated_batches_train_as_one_batch(tmp_path: Path) -> None:
+    whole, parts = recording(), recording()
+    trainer(tmp_path).fit(whole, loader(size=8))
+    trainer(tmp_path, accumulate_grad_batches=2).fit(parts, loader(size=4))
+    assert whole.global_step == parts.global_step == 3
+    for key, value in whole.student.state_dict().items():
+        torch.testing.assert_close(parts.student.state_dict()[key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_a_copy_draws_and_trains_by_itself() -> None:

@@ -33,7 +33,7 @@ from lightning_mdc.app.tracking import Trackers
 from lightning_mdc.app.tracking.contents import trial_numbers
 from lightning_mdc.artifact import WEIGHTS, load, save
 from lightning_mdc.budget import macs, num_params
-from lightning_mdc.budget.latency import latencies
+from lightning_mdc.budget.timing import latencies
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distributed import on_first_rank, rank, world_size
 from lightning_mdc.errors import DataError

@@ -91,7 +91,7 @@ def _to_show(
     settings: build.Settings, model: nn.Module, small: nn.Module, policy: Policy, value: float
 ) -> Iterator[Item]:
     pricing = Pricing(CostModel(find_sites(model)), build.build_budget(settings))
-    cost = pricing.of_policy(policy, fuse=settings["surgery"]["fuse_tokens"])
+    cost = pricing.utilisation(policy, fuse=settings["surgery"]["fuse_tokens"])
     uniform = {**settings, "policy": {**settings["policy"], "kind": "uniform", "file": None, "keep": {}}}
     even = build.given_policy(uniform, model)
     assert even is not None  # of this kind it is

@@ -1,13 +1,11 @@
-"""Closed-form cost of a vision transformer with given numbers of heads, neurons and tokens.
+"""What the costs of a vision transformer are computed from: its units per block, and the tokens that flow through it.
 
-Per block with N tokens, width D, a = heads * head_dim, m neurons: ``N D 3a + 2 N^2 a + N a D + 2 N D m`` MACs
-(DESIGN: "FLOPs" in this literature are MACs). A gate or a GLU adds its own Linear. In a token stage the MLP sees the
-tokens that are left, and the score row adds N a (N^2 a for mean attention received). LayerNorm, softmax, activations
-and biases are not counted, which is how `torch.utils.flop_counter.FlopCounterMode` counts.
+`CostModel` puts the closed forms of `macs` and `params` together; `latency` adds up what was measured.
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +13,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.models import Counts, Sites, UnitSite
+from lightning_mdc.budget.macs import BlockMacs, attention_macs, mlp_macs, token_score_macs
+from lightning_mdc.budget.params import num_params, params_per_unit, weights_per_unit
+from lightning_mdc.errors import BudgetError
+from lightning_mdc.models import Counts, Sites, UnitSite, find_sites
 from lightning_mdc.policy import Plan, Policy
+
+InputSize = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,6 @@ class BlockTokens:
     scored: bool
 
 
-@dataclass(frozen=True)
-class BlockMacs:
-    """Where the MACs of one image go.
-
-    Attributes:
-        attention: of each block's attention and token scores, (blocks,).
-        mlp: of each block's MLP, (blocks,).
-        outside: of patch embedding, head, and whatever else is outside the blocks.
-    """
-
-    attention: tuple[int, ...]
-    mlp: tuple[int, ...]
-    outside: int
-
-    @property
-    def total(self) -> int:
-        return sum(self.attention) + sum(self.mlp) + self.outside
-
-
 class CostModel:
     """Prices counts of heads and neurons and token drops for one model at one input size.
 
@@ -84,8 +68,8 @@ class CostModel:
         self.neurons = _each(neurons, lambda site: site.num_units)
         self.head_dims = _each(heads, lambda site: site.unit_width)
         # Weights of the Linear layers per unit = MACs per token and unit.
-        self.head_weights, self.neuron_weights = _each(heads, _weights), _each(neurons, _weights)
-        self.head_params, self.neuron_params = _each(heads, _params), _each(neurons, _params)
+        self.head_weights, self.neuron_weights = _each(heads, weights_per_unit), _each(neurons, weights_per_unit)
+        self.head_params, self.neuron_params = _each(heads, params_per_unit), _each(neurons, params_per_unit)
         prunable = int(self.head_params @ self.heads + self.neuron_params @ self.neurons)
         self.fixed_params = num_params(sites.model) - prunable
         self.built_in = [_drop(stage, None) for stage in sites.stages]  # of a model that is already slim
@@ -107,12 +91,12 @@ class CostModel:
         flow = self.flow(drops, fuse)
         attention, mlp = [], []
         for block, tokens in enumerate(flow):
-            n, width = tokens.attention, heads[..., block] * self.head_dims[block]
-            spent = n * heads[..., block] * self.head_weights[block] + 2 * n * n * width
+            of_block = tokens.attention, heads[..., block], self.head_dims[block]
+            spent = attention_macs(*of_block, self.head_weights[block])
             if tokens.dropped is not False:
-                spent = spent + np.where(tokens.dropped & tokens.scored, (self.num_rows or n) * n * width, 0)
+                spent = spent + np.where(tokens.dropped & tokens.scored, token_score_macs(*of_block, self.num_rows), 0)
             attention.append(spent)
-            mlp.append(tokens.mlp * neurons[..., block] * self.neuron_weights[block])
+            mlp.append(mlp_macs(tokens.mlp, neurons[..., block], self.neuron_weights[block]))
         return attention, mlp, self.sites.fixed_macs(self.size, flow[-1].mlp)
 
     def flow(self, drops: Sequence[TokenDrop], fuse: bool) -> list[BlockTokens]:
@@ -186,17 +170,51 @@ def _each(sites: Sequence[UnitSite | None], value: Callable[[UnitSite], int]) ->
     return np.array([0 if site is None else value(site) for site in sites], dtype=np.int64)
 
 
-def _weights(site: UnitSite) -> int:
-    rows = sum(producer.copies * producer.linear.in_features for producer in site.producers)
-    return site.unit_width * (rows + site.consumer.out_features)
+def macs(model: nn.Module, input_size: InputSize | None = None) -> int:
+    """Multiply-accumulates of one image through `model` (dense or slim), the whole model counted.
+
+    Equals ``FlopCounterMode().get_total_flops() / 2`` in eval mode. `input_size` is a side, (height, width) or
+    (channels, height, width) in pixels; None means the model's own.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the model, or it cannot take that input size.
+    """
+    return CostModel(find_sites(model), image_size(input_size)).of_model()
 
 
-def _params(site: UnitSite) -> int:
-    biases = sum(producer.copies for producer in site.producers if producer.linear.bias is not None)
-    norm = 0 if site.norm is None else sum(1 for _ in site.norm.parameters())
-    return _weights(site) + site.unit_width * (biases + norm)
+def policy_macs(model: nn.Module, policy: Policy, input_size: InputSize | None = None) -> int:
+    """MACs of the slim model that `policy` makes of `model`, without making it.
+
+    Token scores are taken as by attention, the default; see `plan_macs` for a plan that says otherwise.
+
+    Raises:
+        PolicyError: the policy does not fit the model.
+    """
+    sites = find_sites(model)
+    return CostModel(sites, image_size(input_size)).of_counts(sites.counts(policy))
 
 
-def num_params(model: nn.Module) -> int:
-    """Parameters of any module."""
-    return sum(p.numel() for p in model.parameters())
+def plan_macs(model: nn.Module, plan: Plan, input_size: InputSize | None = None) -> int:
+    """MACs of the slim model that `plan` makes of the dense `model`, without making it.
+
+    Raises:
+        PlanError: the plan is for another model.
+    """
+    sites = find_sites(model)
+    sites.check(plan)
+    return CostModel(sites, image_size(input_size)).of_plan(plan)
+
+
+def image_size(input_size: Any) -> tuple[int, int] | None:
+    """(height, width) of an input size given as a side, (height, width) or (channels, height, width).
+
+    Raises:
+        BudgetError: it is none of these.
+    """
+    if input_size is None:
+        return None
+    whole = isinstance(input_size, numbers.Integral)
+    sides = (input_size, input_size) if whole else tuple(input_size) if isinstance(input_size, Sequence) else ()
+    if len(sides) not in (2, 3) or not all(isinstance(side, numbers.Integral) and int(side) > 0 for side in sides):
+        raise BudgetError(f"input_size={input_size!r}: expected a side, (height, width) or (channels, height, width)")
+    return int(sides[-2]), int(sides[-1])

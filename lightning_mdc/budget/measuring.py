@@ -1,4 +1,4 @@
-"""Measures a `LatencyTable`: slim copies of a model's blocks, timed on the device it is for.
+"""Measures a `LatencyTable`: slim copies of a model's blocks are timed on the device it is for.
 
 Blocks are timed where they stand: behind each other, each on what the one before put out, and with clocks at the seams
 of attention and MLP. A part that is run by itself again and again finds its weights and its input in the cache and is
@@ -11,10 +11,10 @@ import copy
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -26,22 +26,15 @@ import numpy as np
 import timm
 import torch
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mdc.budget.costs import CostModel
-from lightning_mdc.budget.latency import blank_images, settled_memory
-from lightning_mdc.budget.latency_table import (
-    ALIGNMENT,
-    BlockTimes,
-    LatencyTable,
-    Surface,
-    block_kinds,
-    first_units,
-    widths,
-)
-from lightning_mdc.errors import BudgetError, check_whole
-from lightning_mdc.models import Sites, find_sites
-from lightning_mdc.policy import Policy, TokenStage
+from lightning_mdc.budget.latency import ALIGNMENT, BlockTimes, LatencyTable, Surface, architecture, block_kinds
+from lightning_mdc.budget.timing import blank_images, settled_memory
+from lightning_mdc.distributed import on_first_rank
+from lightning_mdc.errors import BudgetError, check_number, check_whole
+from lightning_mdc.models import BlockSite, Sites, find_sites
+from lightning_mdc.policy import Plan, Policy, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.cutting import cut_units
@@ -56,43 +49,38 @@ _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100
 # What a token stage costs hardly depends on how many it keeps.
 _STAGE_KEEP = 0.5
 # Keep ratios, of all dimensions alike, of the whole models that sums of parts are corrected by.
-_WHOLE = (1.0, 0.8, 0.6, 0.4)
+_WHOLE_MODELS = (1.0, 0.8, 0.6, 0.4)
 
 
-@isolated_rng()  # a run that finds its table in the cache draws nothing either
-def measured_table(
-    model: nn.Module, batch_size: int, device: torch.device, *, seconds: float, about: dict[str, Any], progress: bool
+def measure_latency_table(
+    model: nn.Module,
+    batch_size: int = 1,
+    *,
+    device: str | torch.device | None = None,
+    cache: str | Path | None = None,
+    seconds: float = 30.0,
+    progress: bool = True,
 ) -> LatencyTable:
-    """Time the parts of `model` on `device`, for about so many seconds."""
-    benches: list[_Bench] = [_Bench(model, index, batch_size, device) for _, index in block_kinds(find_sites(model))[0]]
-    outside = _Outside(model, batch_size, device)
-    whole = _Whole(model, batch_size, device)
-    timed: list[_Bench | _Outside | _Whole] = [*benches, outside, whole]
-    works = [work for each in timed for work in each.works()]
-    with torch.inference_mode(), settled_memory():
-        begun = time.perf_counter()
-        for work in works:  # caches, kernels and the allocator warm up
-            work()
-        clocked = time.perf_counter() - begun
-        rounds = int(min(max(seconds / max(clocked, 1e-9), _FEWEST_ROUNDS), _MOST_ROUNDS))
-        for each in timed:
-            each.forget()
-        rng = np.random.default_rng(0)
-        with bar(f"Timing blocks at batch {batch_size}", rounds, shown=progress, in_background=False) as advance:
-            for _ in range(rounds):
-                for number in rng.permutation(len(works)):
-                    works[number]()
-                advance()
-    table = LatencyTable(
-        about=about,
-        kinds=tuple(bench.times() for bench in benches),
-        kind_of_block=tuple(block_kinds(find_sites(model))[1]),
-        outside=outside.surface(),
-    )
-    return replace(table, whole=whole.against(table))
+    """The latency table of `model`, measured now or read from the cache.
+
+    In a distributed run all ranks have to ask: the first one measures for all. Of processes that ask for the same table
+    one measures, the others wait for it.
+
+    Args:
+        model: the dense model (or a module that holds it); unchanged, and it need have no weights (meta device).
+        batch_size: images per forward pass.
+        device: where to measure; None: where the model is.
+        cache: folder of tables; None: ``lightning_mdc/latency`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        seconds: how long to measure, about.
+        progress: show a progress bar where there is a terminal.
+
+    Raises:
+        BudgetError: `batch_size` or `seconds` is no positive number, or `device` none that is here.
+    """
+    return on_first_rank(partial(_cached_table, model, batch_size, device, cache, seconds, progress))
 
 
-def cached_table(
+def _cached_table(
     model: nn.Module,
     batch_size: int,
     device: str | torch.device | None,
@@ -100,16 +88,14 @@ def cached_table(
     seconds: float,
     progress: bool,
 ) -> LatencyTable:
-    """See `LatencyTable.of`. Of processes that ask for the same table one measures, the others wait for it."""
     check_whole("batch_size", batch_size, 1, BudgetError)
-    if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
-        raise BudgetError(f"seconds={seconds!r}: expected a positive number")
+    check_number("seconds", seconds, "how long to measure", BudgetError, above=0)
     sites = find_sites(model)
-    place = _device_of(sites, device)
-    about = _about(sites, batch_size, place)
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    on = _device_of(sites, device)
+    conditions = _conditions(sites, batch_size, on)
+    name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
     path = (_cache_folder() if cache is None else Path(cache)) / f"{name}.json"
-    measure = partial(measured_table, model, batch_size, place, seconds=seconds, about=about, progress=progress)
+    measure = partial(_measured_table, model, batch_size, on, seconds=seconds, conditions=conditions, progress=progress)
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,15 +106,49 @@ def cached_table(
         if path.exists():
             try:
                 table = LatencyTable.load(path)
-                if table.about == about:
+                if table.conditions == conditions:
                     return table
                 log.warning("%s holds another latency table: measuring anew", path)
             except BudgetError as error:
                 log.warning("%s is damaged (%s): measuring anew", path, error)
-        log.info("  measuring block latencies on %s at batch %d, about %.0f s", about["device"], batch_size, seconds)
+        where = conditions["device"]
+        log.info("  measuring block latencies on %s at batch %d, about %.0f s", where, batch_size, seconds)
         table = measure()
         table.save(path)
         return table
+
+
+@isolated_rng()  # a run that finds its table in the cache draws nothing either
+def _measured_table(
+    model: nn.Module,
+    batch_size: int,
+    device: torch.device,
+    *,
+    seconds: float,
+    conditions: dict[str, Any],
+    progress: bool,
+) -> LatencyTable:
+    """Time the parts of `model` on `device`, for about so many seconds."""
+    watch = _Stopwatch(device, batch_size)
+    kinds, kind_of_block = block_kinds(find_sites(model))
+    blocks = [_Blocks(model, index, watch) for _, index in kinds]
+    outside, whole = _Outside(model, watch), _WholeModels(model, watch)
+    passes = [*(run for kind in blocks for run in kind.passes()), *outside.passes(), *whole.passes()]
+    with torch.inference_mode(), settled_memory():
+        begun = time.perf_counter()
+        for run in passes:  # caches, kernels and the allocator warm up
+            run()
+        clocked = time.perf_counter() - begun
+        rounds = int(min(max(seconds / max(clocked, 1e-9), _FEWEST_ROUNDS), _MOST_ROUNDS))
+        watch.readings.clear()
+        rng = np.random.default_rng(0)
+        with bar(f"Timing blocks at batch {batch_size}", rounds, shown=progress, in_background=False) as advance:
+            for _ in range(rounds):
+                for number in rng.permutation(len(passes)):
+                    passes[number]()
+                advance()
+    parts = LatencyTable(conditions, tuple(kind.times() for kind in blocks), tuple(kind_of_block), outside.surface())
+    return replace(parts, whole=whole.against(parts))
 
 
 def _device_of(sites: Sites, device: str | torch.device | None) -> torch.device:
@@ -142,11 +162,11 @@ def _device_of(sites: Sites, device: str | torch.device | None) -> torch.device:
     return torch.device("cpu") if place.type == "meta" else place
 
 
-def _about(sites: Sites, batch_size: int, device: torch.device) -> dict[str, Any]:
+def _conditions(sites: Sites, batch_size: int, device: torch.device) -> dict[str, Any]:
     """What the times depend on, JSON-ready."""
     on_gpu = device.type == "cuda"
     outcome = {
-        "model": widths(sites),
+        "model": architecture(sites),
         "modules": sorted({type(module).__name__ for block in sites.blocks for module in block.module.modules()}),
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
@@ -201,10 +221,16 @@ def token_knots(num_tokens: int, fewest: int) -> list[int]:
 
 
 class _Stopwatch:
-    """Marks points of time, on the device's own clock where it runs on behind our back."""
+    """Marks points of time, on the device's own clock where it runs on behind our back, and keeps what is in between.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Attributes:
+        readings: seconds per image of each part, by a name such as ``("mlp", 0, 96, 17)``: in the kind of block that
+            block 0 is of, 96 neurons and 17 tokens.
+    """
+
+    def __init__(self, device: torch.device, batch_size: int) -> None:
+        self.device, self.batch_size = device, batch_size
+        self.readings: dict[tuple[str | int, ...], list[float]] = defaultdict(list)
 
     def mark(self) -> Any:
         if self.device.type != "cuda":
@@ -234,11 +260,33 @@ class _Stopwatch:
             yield marks
 
     def between(self, first: Any, second: Any) -> float:
-        """Seconds from one mark to another, after `wait`."""
-        return float(second - first if isinstance(first, float) else first.elapsed_time(second) / 1e3)
+        """Seconds per image from one mark to another, after `wait`."""
+        seconds = second - first if isinstance(first, float) else first.elapsed_time(second) / 1e3
+        return float(seconds) / self.batch_size
+
+    def median(self, *part: str | int) -> float:
+        """Seconds per image of `part`."""
+        return float(np.median(self.readings[part]))
+
+    def surface(self, part: tuple[str | int, ...], units: Sequence[int], tokens: Sequence[int]) -> Surface:
+        """Seconds per image of `part` by units and tokens, which are the last two in its readings' names."""
+        medians = [[self.median(*part, kept, seen) for seen in tokens] for kept in units]
+        return Surface.fitted(units, tokens, np.asarray(medians))
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
+
+
+def first_units(sites: Sites, policy: Policy) -> Plan:
+    """A plan of `policy` for timing, which does not depend on which units stay: the first ones."""
+    counts = sites.counts(policy)
+    return Plan(
+        heads=tuple(tuple(range(int(count))) for count in counts.heads),
+        neurons=tuple(tuple(range(int(count))) for count in counts.neurons),
+        tokens=tuple(TokenStage(b, float(keep)) for b, keep in zip(counts.stages, counts.tokens, strict=True)),
+        num_heads=sites.num_heads,
+        num_neurons=sites.num_neurons,
+    )
 
 
 def _copy_on(model: nn.Module, device: torch.device) -> nn.Module:
@@ -274,65 +322,53 @@ def _can_drop(sites: Sites) -> bool:
     return "tokens" not in sites.reasons or bool(sites.stages)
 
 
-def _random_tokens(sites: Sites, batch_size: int, num_tokens: int) -> Tensor:
-    parameter = next(sites.model.parameters())
-    return torch.randn(batch_size, num_tokens, sites.dim, device=parameter.device, dtype=parameter.dtype)
+class _Blocks:
+    """Blocks of one kind, that of block `index`, cut to all widths of interest, with clocks at their seams."""
 
-
-class _Bench:
-    """Blocks of one kind, cut to all widths of interest, with clocks at their seams."""
-
-    def __init__(self, model: nn.Module, index: int, batch_size: int, device: torch.device) -> None:
-        site = find_sites(model).blocks[index]
-        can_drop = _can_drop(find_sites(model))
-        costs = CostModel(find_sites(model))
+    def __init__(self, model: nn.Module, index: int, watch: _Stopwatch) -> None:
+        sites = find_sites(model)
+        site, costs = sites.blocks[index], CostModel(sites)
+        can_drop = _can_drop(sites)
+        self.index, self.watch = index, watch
         self.heads = head_knots(site.heads.num_units) if site.heads else [0]
         self.aligned, self.odd = neuron_knots(site.neurons.num_units) if site.neurons else ([0], [0])
         self.tokens = token_knots(costs.num_tokens, costs.num_prefix + 1) if can_drop else [costs.num_tokens]
-        widths = [*self.aligned, *self.odd]
-        self.watch = _Stopwatch(device)
-        count = max(len(widths), len(self.heads))
-        self.chain = _with_blocks(_copy_on(model, device), index, count)
+        neurons = [*self.aligned, *self.odd]
+        count = max(len(neurons), len(self.heads))
+        self.chain = _with_blocks(_copy_on(model, watch.device), index, count)
         # Which width each block of the chain has; of heads and neurons each knot comes up at least once.
-        self.cuts = [(self.heads[i % len(self.heads)], widths[i % len(widths)]) for i in range(count)]
+        self.cuts = [(self.heads[i % len(self.heads)], neurons[i % len(neurons)]) for i in range(count)]
         _cut(self.chain, self.cuts)
         self.stages: Sites | None = None
         if can_drop:
-            self.stages = _with_blocks(_copy_on(model, device), index, len(self.heads))
+            self.stages = _with_blocks(_copy_on(model, watch.device), index, len(self.heads))
             _cut(self.stages, [(heads, None) for heads in self.heads])
             for number in range(len(self.heads)):
-                new = self.stages.family.token_stage_block(
-                    self.stages, number, TokenStage(number, _STAGE_KEEP), self.stages.fuse
-                )
-                self.stages.container._modules[str(number)] = new
-        self.inputs = {n: _random_tokens(self.chain, batch_size, n) for n in self.tokens}
-        self.batch_size = batch_size
-        self.forget()
+                _put_stage(self.stages, number, _STAGE_KEEP, self.stages.fuse)
+        parameter = next(self.chain.model.parameters())
+        self.inputs = {
+            n: torch.randn(watch.batch_size, n, sites.dim, device=parameter.device, dtype=parameter.dtype)
+            for n in self.tokens
+        }
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self.attention: dict[tuple[int, int], list[float]] = {}
-        self.mlp: dict[tuple[int, int], list[float]] = {}
-        self.selection: dict[tuple[int, int], list[float]] = {}
-
-    def works(self) -> list[Callable[[], None]]:
+    def passes(self) -> list[Callable[[], None]]:
         """What to run once in each round."""
         stages = [partial(self._time_stages, n) for n in self.tokens] if self.stages is not None else []
         return [*(partial(self._time_chain, n) for n in self.tokens), *stages]
 
     def _time_chain(self, num_tokens: int) -> None:
-        x = self.inputs[num_tokens]
-        with self.watch.before(*filter(None, map(_seam, self.chain.blocks))) as seams:
-            self.watch.wait()
-            marks = [self.watch.mark()]
+        x, watch = self.inputs[num_tokens], self.watch
+        with watch.before(*filter(None, map(_start_of_mlp, self.chain.blocks))) as seams:
+            watch.wait()
+            marks = [watch.mark()]
             for block in self.chain.blocks:
                 x = block.module(x)
-                marks.append(self.watch.mark())
-            self.watch.wait()
+                marks.append(watch.mark())
+            watch.wait()
         seams = seams or marks[1:]  # no MLP that anything is known of: all of a block counts as its attention
         for (heads, neurons), start, seam, end in zip(self.cuts, marks, seams, marks[1:], strict=False):
-            self.attention.setdefault((heads, num_tokens), []).append(self.watch.between(start, seam))
-            self.mlp.setdefault((neurons, num_tokens), []).append(self.watch.between(seam, end))
+            watch.readings["attention", self.index, heads, num_tokens].append(watch.between(start, seam))
+            watch.readings["mlp", self.index, neurons, num_tokens].append(watch.between(seam, end))
 
     def _time_stages(self, num_tokens: int) -> None:
         assert self.stages is not None
@@ -341,34 +377,34 @@ class _Bench:
             with self.watch.around(select) as marks:
                 block(self.inputs[num_tokens])
                 self.watch.wait()
-            self.selection.setdefault((heads, num_tokens), []).append(self.watch.between(*marks))
+            self.watch.readings["stage", self.index, heads, num_tokens].append(self.watch.between(*marks))
 
     def times(self) -> BlockTimes:
         """The medians."""
-        surface = partial(_surface, tokens=self.tokens, batch_size=self.batch_size)
+        surface = partial(self.watch.surface, tokens=self.tokens)
         return BlockTimes(
-            attention=surface(self.attention, self.heads),
-            mlp=surface(self.mlp, self.aligned),
-            unaligned_mlp=surface(self.mlp, self.odd),
-            stage=surface(self.selection, self.heads) if self.stages is not None else None,
+            attention=surface(("attention", self.index), self.heads),
+            mlp=surface(("mlp", self.index), self.aligned),
+            unaligned_mlp=surface(("mlp", self.index), self.odd),
+            stage=surface(("stage", self.index), self.heads) if self.stages is not None else None,
         )
 
 
-def _surface(
-    readings: dict[tuple[int, int], list[float]], units: Sequence[int], *, tokens: Sequence[int], batch_size: int
-) -> Surface:
-    medians = [[float(np.median(readings[u, n])) / batch_size for n in tokens] for u in units]
-    return Surface.fitted(units, tokens, np.asarray(medians))
-
-
 def _cut(sites: Sites, widths: Sequence[tuple[int, int | None]]) -> None:
+    """Leave each block so many heads and neurons; None: all of them."""
     for block, (heads, neurons) in zip(sites.blocks, widths, strict=True):
         for site, kept in ((block.heads, heads), (block.neurons, neurons)):
             if site is not None and kept is not None:
                 cut_units(site, tuple(range(kept)))
 
 
-def _seam(block: Any) -> nn.Module | None:
+def _put_stage(sites: Sites, block: int, keep: float, fuse: bool) -> None:
+    """Make `block` a token stage that lets the share `keep` of its tokens go on."""
+    new = sites.family.token_stage_block(sites, block, TokenStage(block, keep), fuse)
+    sites.container._modules[str(block)] = new
+
+
+def _start_of_mlp(block: BlockSite) -> nn.Module | None:
     """The module whose call ends a block's attention half and begins its MLP half."""
     if block.tokens is not None:
         return block.tokens.residual_norm
@@ -378,87 +414,71 @@ def _seam(block: Any) -> nn.Module | None:
 class _Outside:
     """The model with one block only: what comes before it and after it, by how many tokens it leaves."""
 
-    def __init__(self, model: nn.Module, batch_size: int, device: torch.device) -> None:
-        self.watch, self.batch_size = _Stopwatch(device), batch_size
-        costs = CostModel(find_sites(model))
-        can_drop = _can_drop(find_sites(model))
-        self.models = {costs.num_tokens: _with_blocks(_copy_on(model, device), 0, 1)}
-        if can_drop:
-            sites = _with_blocks(_copy_on(model, device), 0, 1)
-            left = int(costs.tokens_left(costs.num_tokens, 0.25))
-            new = sites.family.token_stage_block(sites, 0, TokenStage(0, 0.25), True)
-            sites.container._modules["0"] = new
-            if left < costs.num_tokens:
-                self.models[left + 1] = sites
-        self.images = blank_images(self.models[costs.num_tokens].model, batch_size, find_sites(model).input_size)
-        self.forget()
+    def __init__(self, model: nn.Module, watch: _Stopwatch) -> None:
+        self.watch = watch
+        sites = find_sites(model)
+        costs = CostModel(sites)
+        self.models = {costs.num_tokens: _with_blocks(_copy_on(model, watch.device), 0, 1)}
+        left = int(costs.tokens_left(costs.num_tokens, 0.25))
+        if _can_drop(sites) and left < costs.num_tokens:
+            self.models[left + 1] = _with_blocks(_copy_on(model, watch.device), 0, 1)
+            _put_stage(self.models[left + 1], 0, 0.25, True)
+        self.images = blank_images(self.models[costs.num_tokens].model, watch.batch_size, sites.input_size)
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self.readings: dict[tuple[int, int], list[float]] = {}
-
-    def works(self) -> list[Callable[[], None]]:
+    def passes(self) -> list[Callable[[], None]]:
         """What to run once in each round."""
         return [partial(self._time, left) for left in self.models]
 
     def _time(self, left: int) -> None:
-        sites = self.models[left]
+        sites, watch = self.models[left], self.watch
         (block,) = sites.container.children()
-        with self.watch.around(block) as marks:
-            self.watch.wait()
-            start = self.watch.mark()
+        with watch.around(block) as marks:
+            watch.wait()
+            start = watch.mark()
             sites.model(self.images)
-            end = self.watch.mark()
-            self.watch.wait()
-        before, after = self.watch.between(start, marks[0]), self.watch.between(marks[1], end)
-        self.readings.setdefault((0, left), []).append(before + after)
+            end = watch.mark()
+            watch.wait()
+        watch.readings["outside", 0, left].append(watch.between(start, marks[0]) + watch.between(marks[1], end))
 
     def surface(self) -> Surface:
         """The medians."""
-        return _surface(self.readings, [0], tokens=sorted(self.models), batch_size=self.batch_size)
+        return self.watch.surface(("outside",), [0], sorted(self.models))
 
 
-class _Whole:
+class _WholeModels:
     """The model in one piece: as it is, and slim."""
 
-    def __init__(self, model: nn.Module, batch_size: int, device: torch.device) -> None:
-        self.watch, self.batch_size = _Stopwatch(device), batch_size
-        self.dense = _copy_on(model, device)
+    def __init__(self, model: nn.Module, watch: _Stopwatch) -> None:
+        self.watch = watch
+        self.dense = _copy_on(model, watch.device)
         sites = find_sites(self.dense)
-        policies = [Policy(**dict.fromkeys(sites.dimensions, keep)) for keep in _WHOLE]  # type: ignore[arg-type]
-        self.models = [(policy, slim(self.dense, first_units(sites, policy))) for policy in policies]
-        self.images = blank_images(self.dense, batch_size, sites.input_size)
-        self.forget()
+        self.policies = [Policy(**dict.fromkeys(sites.dimensions, keep)) for keep in _WHOLE_MODELS]  # type: ignore[arg-type]
+        self.models = [slim(self.dense, first_units(sites, policy)) for policy in self.policies]
+        self.images = blank_images(self.dense, watch.batch_size, sites.input_size)
 
-    def forget(self) -> None:
-        """Begin anew."""
-        self.readings: list[list[float]] = [[] for _ in self.models]
-
-    def works(self) -> list[Callable[[], None]]:
+    def passes(self) -> list[Callable[[], None]]:
         """What to run once in each round."""
         return [partial(self._time, number) for number in range(len(self.models))]
 
     def _time(self, number: int) -> None:
-        model = self.models[number][1]
+        model = self.models[number]
         model(self.images)  # what ran before has taken the caches, which in use it has to itself
         self.watch.wait()
         start = self.watch.mark()
         model(self.images)
         end = self.watch.mark()
         self.watch.wait()
-        self.readings[number].append(self.watch.between(start, end))
+        self.watch.readings["whole", number].append(self.watch.between(start, end))
 
     def against(self, table: LatencyTable) -> tuple[tuple[float, float], ...]:
         """(sum of parts, the median of what was timed) of each model, in seconds per image, dense first."""
         sites = find_sites(self.dense)
         costs = CostModel(sites)
-        pairs = []
-        for (policy, _), readings in zip(self.models, self.readings, strict=True):
-            parts = float(table.sum_of_parts(costs, *costs.arguments_of(policy), fuse=sites.fuse))
-            pairs.append((parts, float(np.median(readings)) / self.batch_size))
+        sums = [float(table.sum_of_parts(costs, *costs.arguments_of(p), fuse=sites.fuse)) for p in self.policies]
+        pairs = tuple((parts, self.watch.median("whole", number)) for number, parts in enumerate(sums))
         log.info(
             "  latency table: dense takes %.4g ms per image; of whole models, dense first, sums of parts are off by %s",
             pairs[0][1] * 1e3,
             ", ".join(f"{parts / timed - 1:+.1%}" for parts, timed in pairs),
         )
-        return tuple(pairs)
+        return pairs

@@ -4,14 +4,12 @@ from lightning_mdc.distillation.losses import hard_distillation_loss, hidden_sta
 from lightning_mdc.distillation.module import DistillationModule
 from lightning_mdc.distillation.optimization import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from lightning_mdc.distillation.teacher import FrozenTeacher, check_teacher
-from lightning_mdc.distillation.teacher_cache import TeacherCache
 
 __all__ = [
     "DEFAULT_OPTIMIZER",
     "DEFAULT_SCHEDULE",
     "DistillationModule",
     "FrozenTeacher",
-    "TeacherCache",
     "check_teacher",
     "hard_distillation_loss",
     "hidden_state_loss",

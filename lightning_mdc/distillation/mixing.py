@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
-from lightning_mdc.errors import DistillationError
+from lightning_mdc.errors import DistillationError, check_number, check_one_of
 
 # How many classes there are the module knows; smoothing is the loss's, and mixing smoothed labels gives the same.
 _KEYS = set(inspect.signature(Mixup).parameters) - {"num_classes", "label_smoothing", "multi_label"}
@@ -61,19 +61,13 @@ def check_mixup(options: Mapping[str, Any]) -> dict[str, Any] | None:
             f"mixup={dict(options)!r} has unknown keys {unknown}; known are {sorted(_KEYS)} (label_smoothing is an"
             " argument of its own)"
         )
-    for name, top in {"mixup_alpha": float("inf"), "cutmix_alpha": float("inf"), "prob": 1, "switch_prob": 1}.items():
-        value = options.get(name, 0.0)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 <= value <= top
-            or value == float("inf")
-        ):
-            meant = "a number >= 0, 0 for none of it" if "alpha" in name else "a probability in [0, 1]"
-            raise DistillationError(f"mixup {name}={value!r} is out of range; give {meant}")
-    mode, minmax = options.get("mode", "batch"), options.get("cutmix_minmax")
-    if mode not in ("batch", "pair", "elem"):
-        raise DistillationError(f"mixup mode={mode!r} is unknown to timm; give 'batch', 'pair' or 'elem'")
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        what = "the parameter of a Beta distribution, 0 for no mixing"
+        check_number(f"mixup {name}", options.get(name, 0.0), what, DistillationError, least=0)
+    for name in ("prob", "switch_prob"):
+        check_number(f"mixup {name}", options.get(name, 0.0), "a probability", DistillationError, least=0, most=1)
+    check_one_of("mixup mode", options.get("mode", "batch"), ("batch", "pair", "elem"), DistillationError)
+    minmax = options.get("cutmix_minmax")
     if minmax is not None and not (
         isinstance(minmax, (list, tuple))
         and len(minmax) == 2

@@ -1,8 +1,7 @@
-"""The LightningModule that trains a student under a teacher."""
+"""The LightningModule that trains a student: under a teacher, or on labels alone."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -10,45 +9,49 @@ from typing import Any, Literal, cast
 
 import lightning
 import timm.scheduler
-import torch
 import torch.nn.functional as F
 from lightning import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_mdc.distillation.hidden_states import HiddenStates, comparable, hidden_states
+from lightning_mdc.distillation.hidden_states import HiddenStates, hidden_states
 from lightning_mdc.distillation.losses import at_least_float32, hard_distillation_loss, soft_distillation_loss
 from lightning_mdc.distillation.mixing import Mixing, check_mixup
 from lightning_mdc.distillation.optimization import (
-    DEFAULT_OPTIMIZER,
-    DEFAULT_SCHEDULE,
     Groups,
-    check_optimizer,
-    check_schedule,
+    complete_optimizer,
+    complete_schedule,
     create,
     create_optimizer,
     named_groups,
 )
-from lightning_mdc.distillation.teacher import PRECISIONS, FrozenTeacher, build_teacher, renormalization
-from lightning_mdc.distillation.teacher_cache import TeacherCache, check_teacher_cache
+from lightning_mdc.distillation.settings import (
+    check_loss_settings,
+    check_networks,
+    check_student_can,
+    compile_options,
+    count_classes,
+    known_precision,
+    plain,
+    teacher_network,
+)
+from lightning_mdc.distillation.teacher import FrozenTeacher, Precision, renormalization
 from lightning_mdc.errors import DistillationError
 
 Batch = tuple[Tensor, Tensor]
-
-_COMPILE_KEYS = set(inspect.signature(torch.compile).parameters) - {"model"}
 
 
 class DistillationModule(LightningModule):
     """Trains ``student`` on ``(1 − kd_weight) · task + kd_weight · kd + hidden_weight · hidden``.
 
     *task* is cross entropy to the labels, *kd* the distance to the teacher's prediction, *hidden* the distance of the
-    blocks' outputs (`hidden_state_loss`). They are logged as ``train/task``, ``train/kd``, ``train/hidden`` and
-    ``train/loss``, means over the epoch, and as ``train/task_step`` etc. every ``log_every_n_steps``; with no teacher
-    the loss is *task*. ``val/top1`` and ``test/top1`` are fractions of images; with a
-    teacher, ``test/agreement`` is the fraction on which both predict the same class.
+    blocks' outputs (`hidden_state_loss`). Without a teacher the loss is *task*: plain supervised training, by the same
+    recipe, which is how ``train.py`` trains the dense model.
+
+    The parts are logged as ``train/task``, ``train/kd``, ``train/hidden`` and ``train/loss``, means over the epoch, and
+    as ``train/task_step`` etc. every ``log_every_n_steps``. ``val/top1`` and ``test/top1`` are fractions of images;
+    with a teacher, ``test/agreement`` is the fraction on which both predict the same class.
 
     A distilled timm student returns two logits while it is trained: the labels teach the first and the teacher the
     second, as in DeiT (Touvron et al., arXiv 2012.12877). Without a teacher their mean is trained.
@@ -71,10 +74,9 @@ class DistillationModule(LightningModule):
         *,
         teacher_checkpoint: str | Path | None = None,
         teacher_args: Mapping[str, Any] | None = None,
-        teacher_precision: Literal["32", "bf16", "fp16"] | None = None,
+        teacher_precision: Precision | None = None,
         teacher_compile: bool | Mapping[str, Any] = False,
         teacher_normalization: str | Mapping[str, Any] | None = "auto",
-        teacher_cache: bool | int = False,
         distill_token: bool | None = None,
         hidden_weight: float = 0.0,
         mixup: Mapping[str, Any] | None = None,
@@ -104,9 +106,6 @@ class DistillationModule(LightningModule):
             teacher_normalization: ``auto`` normalises the images anew for the teacher where the ``pretrained_cfg`` of
                 student and teacher name different means or standard deviations; or the teacher's, ``{"mean": ...,
                 "std": ...}``; ``None``: the teacher gets the student's images as they are.
-            teacher_cache: whether the teacher's logits of training images are kept in host memory (in no checkpoint)
-                and looked up when the same image, pixel for pixel, comes again, which takes unaugmented images: of up
-                to 2^18 images, or of so many. Not beside `hidden_weight` or `mixup`.
             distill_token: whether the distillation head of a distilled student learns from the teacher, and the other
                 from the labels alone; ``None``: if it has one and there is a teacher.
             hidden_weight: factor of *hidden* in the loss, at least 0; needs a teacher of the same depth and width.
@@ -119,43 +118,28 @@ class DistillationModule(LightningModule):
                 do not fit together.
         """
         super().__init__()
-        _check_loss_settings(kd, kd_weight, temperature, label_smoothing, hidden_weight)
-        if teacher_precision is not None:
-            teacher_precision = cast(Any, str(teacher_precision))  # on a command line, 32 is a number
-        _check_choice("teacher_precision", teacher_precision, (None, *PRECISIONS))
-        _check_choice("distill_token", distill_token, (None, True, False))
-        _check_choice("grad_checkpointing", grad_checkpointing, (True, False))
-        optimizer = {**DEFAULT_OPTIMIZER, **_plain(optimizer, "optimizer")}
-        schedule = {**DEFAULT_SCHEDULE, **_plain(schedule, "schedule")}
-        check_optimizer(optimizer)
-        check_schedule(schedule)
-        mixup = None if mixup is None else check_mixup(_plain(mixup, "mixup"))
-        compile = _compile_options(compile, "compile")
-        teacher_compile = _compile_options(teacher_compile, "teacher_compile")
+        check_loss_settings(kd, kd_weight, temperature, label_smoothing, hidden_weight)
+        optimizer = complete_optimizer(plain(optimizer, "optimizer"))
+        schedule = complete_schedule(plain(schedule, "schedule"))
+        mixup = None if mixup is None else check_mixup(plain(mixup, "mixup"))
+        compile = compile_options(compile, "compile")
+        teacher_precision = known_precision(teacher_precision)
+        teacher_compile = compile_options(teacher_compile, "teacher_compile")
         if isinstance(teacher_normalization, Mapping):
-            teacher_normalization = _plain(teacher_normalization, "teacher_normalization")
-        network = _teacher_network(
-            teacher,
-            teacher_checkpoint,
-            _plain(teacher_args, "teacher_args"),
-            num_classes or getattr(student, "num_classes", None),
-        )
-        _check_networks(student, network)
-        num_classes = _num_classes(num_classes, student, network)
-        _check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
+            teacher_normalization = plain(teacher_normalization, "teacher_normalization")
+        classes = num_classes or getattr(student, "num_classes", None)
+        network = teacher_network(teacher, teacher_checkpoint, plain(teacher_args, "teacher_args"), classes)
+        check_networks(student, network)
+        num_classes = count_classes(num_classes, student, network)
+        check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
         # After the defaults are filled in: the checkpoint then says what was in force.
-        num_cached = check_teacher_cache(teacher_cache)
-        _check_teacher_can_be_cached(num_cached, network, hidden_weight, mixup)
         self.save_hyperparameters(ignore=["student", "teacher", "teacher_checkpoint", "teacher_args"])
 
         self.student = student
         self.teacher = None
-        self.teacher_cache: TeacherCache | None = None
         if network is not None:
             normalization = renormalization(student, network, teacher_normalization)
             self.teacher = FrozenTeacher(network, teacher_precision, teacher_compile, normalization)
-            if num_cached:
-                self.teacher_cache = TeacherCache(self.teacher, num_cached)
         self.kd = kd
         self.kd_weight = kd_weight
         self.temperature = temperature
@@ -167,7 +151,6 @@ class DistillationModule(LightningModule):
         self.optimizer_kwargs = optimizer
         self.schedule_kwargs = schedule
         self.mixing = None if mixup is None else Mixing(mixup, num_classes)
-        self._first_epoch = 0
         self._groups: Groups | None = None
         self._hidden_states: HiddenStates | None = None
         self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
@@ -195,7 +178,7 @@ class DistillationModule(LightningModule):
                 logits = for_labels if for_labels is for_teacher else (for_labels + for_teacher) / 2
                 task = self._task_loss(logits, labels)
                 return {"task": task, "loss": task}
-            teacher_logits = self._teacher_logits(images, for_teacher, self.teacher_cache)
+            teacher_logits = self._teacher_logits(images, for_teacher)
             parts = {"task": self._task_loss(for_labels, labels)}
             if self.kd == "soft":
                 parts["kd"] = soft_distillation_loss(for_teacher, teacher_logits, self.temperature)
@@ -217,17 +200,6 @@ class DistillationModule(LightningModule):
             # Rank 0's own: averaging over ranks would make them wait for one another in every step.
             self.log(f"train/{name}_step", value.detach(), on_step=True, on_epoch=False)
         return parts["loss"]
-
-    def on_train_start(self) -> None:
-        self._first_epoch = self.current_epoch  # a resumed run's cache begins empty
-
-    def on_train_epoch_end(self) -> None:
-        cache = self.teacher_cache
-        if cache is not None and self.current_epoch > self._first_epoch and not cache.hits:
-            rank_zero_warn(
-                f"teacher_cache has found none of the {cache.misses} images of this run again: they are augmented, or"
-                " each is seen once. Turn augmentation off, or pass teacher_cache=False"
-            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_top1)
@@ -298,8 +270,6 @@ class DistillationModule(LightningModule):
         # Lightning takes the student off the device; a teacher left behind would hold its memory.
         if self.teacher is not None:
             self.teacher.to("cpu")
-        if self.teacher_cache is not None:
-            self.teacher_cache.clear()  # its owner may train the teacher on
 
     def _teaches_the_token(self) -> bool | None:
         """Whether a distilled student is put into distilled training; None: it is left as it is."""
@@ -329,9 +299,9 @@ class DistillationModule(LightningModule):
             " two logits of a distilled model; wrap it in a module that returns its logits"
         )
 
-    def _teacher_logits(self, images: Tensor, student_logits: Tensor, cache: TeacherCache | None = None) -> Tensor:
+    def _teacher_logits(self, images: Tensor, student_logits: Tensor) -> Tensor:
         assert self.teacher is not None  # both callers ask first
-        logits = self.teacher(images) if cache is None else cache(images)
+        logits = self.teacher(images)
         if not isinstance(logits, Tensor) or logits.shape != student_logits.shape:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise DistillationError(
@@ -428,156 +398,3 @@ def _compiled(student: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         student._compiled_call_impl = before
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-def _plain(mapping: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """A dict of plain values: what goes into a checkpoint must load without OmegaConf's classes."""
-    if mapping is None:
-        return {}
-    if OmegaConf.is_config(mapping):
-        mapping = cast(Mapping[str, Any], OmegaConf.to_container(cast(Any, mapping), resolve=True))
-    if not isinstance(mapping, Mapping):
-        raise DistillationError(f"{name}={mapping!r} is no mapping; give keyword arguments, such as {_EXAMPLES[name]}")
-    return dict(mapping)
-
-
-_EXAMPLES = {
-    "optimizer": {"lr": 5e-4},
-    "schedule": {"warmup_epochs": 5},
-    "mixup": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
-    "teacher_args": {"img_size": 384},
-    "teacher_normalization": {"mean": [0.5], "std": [0.5]},
-    "compile": {"mode": "max-autotune"},
-    "teacher_compile": {"mode": "max-autotune"},
-}
-
-
-def _compile_options(compile: bool | Mapping[str, Any], name: str) -> Literal[False] | dict[str, Any]:
-    if isinstance(compile, bool):
-        return {} if compile else False
-    options = _plain(compile, name)
-    if unknown := sorted(set(options) - _COMPILE_KEYS):
-        raise DistillationError(
-            f"{name}={options!r} has unknown keys {unknown}; torch.compile takes {sorted(_COMPILE_KEYS)}"
-        )
-    return options
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
-        raise DistillationError(f"{name}={value!r} is no such setting; give one of {', '.join(map(repr, choices))}")
-
-
-def _check_loss_settings(
-    kd: str, kd_weight: float, temperature: float, label_smoothing: float, hidden_weight: float
-) -> None:
-    if kd not in ("soft", "hard"):
-        raise DistillationError(f"kd={kd!r} is no kind of distillation; give 'soft' or 'hard'")
-    if not _is_number(kd_weight) or not 0 <= kd_weight <= 1:
-        raise DistillationError(f"kd_weight={kd_weight!r} is no share of the loss; give a number in [0, 1]")
-    if not _is_number(temperature) or not 0 < temperature < float("inf"):
-        raise DistillationError(f"temperature={temperature!r} can't divide logits; give a number > 0, usually 1 to 4")
-    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
-        raise DistillationError(f"label_smoothing={label_smoothing!r} is no share of a label; give a number in [0, 1)")
-    if not _is_number(hidden_weight) or not 0 <= hidden_weight < float("inf"):
-        raise DistillationError(f"hidden_weight={hidden_weight!r} is no factor of a loss; give a number >= 0")
-
-
-def _teacher_network(
-    teacher: nn.Module | str | Path | None,
-    checkpoint: str | Path | None,
-    args: dict[str, Any],
-    num_classes: int | None,
-) -> nn.Module | None:
-    """The teacher given, or built."""
-    if isinstance(teacher, (str, Path)):
-        return build_teacher(teacher, checkpoint, args, num_classes)
-    for name, value in (("teacher_checkpoint", checkpoint), ("teacher_args", args)):
-        if value:
-            given = "None" if teacher is None else type(teacher).__name__
-            raise DistillationError(
-                f"{name}={value!r} is for a timm model name, but teacher={given}; give that name as teacher, or leave"
-                f" {name} out"
-            )
-    return teacher
-
-
-def _check_networks(student: nn.Module, teacher: nn.Module | None) -> None:
-    for name, network in (("student", student), ("teacher", teacher)):
-        if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
-            more = ", a timm model name or a folder" if name == "teacher" else ""
-            raise DistillationError(f"{name}={network!r} is no network; give an nn.Module{more}")
-    if student is teacher:
-        raise DistillationError(
-            f"teacher={type(teacher).__name__} is the student itself, which would learn from its own changing answers;"
-            " pass copy.deepcopy(student)"
-        )
-
-
-def _check_student_can(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    distill_token: bool | None,
-    hidden_weight: float,
-    grad_checkpointing: bool,
-) -> None:
-    """What a run would find out too late."""
-    kind = type(student).__name__
-    for name, value in (("distill_token", distill_token), ("hidden_weight", hidden_weight)):
-        if value and teacher is None:
-            raise DistillationError(f"{name}={value!r} needs a teacher to learn from, but teacher=None; give one")
-    if distill_token and not hasattr(student, "set_distilled_training"):
-        raise DistillationError(
-            f"distill_token=True, but student={kind} has no distillation head (no set_distilled_training method); pass"
-            " distill_token=None, or a distilled model such as deit_small_distilled_patch16_224"
-        )
-    if grad_checkpointing and not hasattr(student, "set_grad_checkpointing"):
-        raise DistillationError(
-            f"grad_checkpointing=True, but student={kind} has no set_grad_checkpointing method; pass False"
-        )
-    if hidden_weight and teacher is not None:
-        comparable(student, teacher)
-
-
-def _check_teacher_can_be_cached(
-    num_images: int, teacher: nn.Module | None, hidden_weight: float, mixup: Mapping[str, Any] | None
-) -> None:
-    if not num_images:
-        return
-    if teacher is None:
-        raise DistillationError("teacher_cache needs a teacher whose logits it keeps, but teacher=None; give one")
-    if hidden_weight:
-        raise DistillationError(
-            f"teacher_cache keeps logits, but hidden_weight={hidden_weight} also needs the teacher's hidden states in"
-            " every step; pass hidden_weight=0 or teacher_cache=False"
-        )
-    if mixup is not None:
-        raise DistillationError(
-            f"teacher_cache looks images up, but mixup={dict(mixup)!r} makes new ones in every step; pass mixup=None or"
-            " teacher_cache=False"
-        )
-
-
-def _num_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None) -> int:
-    of_student, of_teacher = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
-    if num_classes is None:
-        num_classes = of_student if of_student is not None else of_teacher
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise DistillationError(
-            f"num_classes={num_classes!r} is no number of classes, and the student has no attribute that tells it;"
-            " give an integer of at least 2"
-        )
-    for name, network, count in (("student", student, of_student), ("teacher", teacher, of_teacher)):
-        if isinstance(count, int) and count != num_classes:
-            raise DistillationError(
-                f"{name}={type(network).__name__} has {count} classes where {num_classes} are asked for;"
-                " student, teacher and num_classes must count the same classes"
-            )
-    return num_classes

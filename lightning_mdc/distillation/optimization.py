@@ -11,7 +11,7 @@ import timm.scheduler
 import torch
 from torch import nn
 
-from lightning_mdc.errors import DistillationError
+from lightning_mdc.errors import DistillationError, check_number
 
 DEFAULT_OPTIMIZER: Mapping[str, Any] = {"opt": "adamw", "lr": 5e-4, "weight_decay": 0.05}
 DEFAULT_SCHEDULE: Mapping[str, Any] = {"sched": "cosine", "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5}
@@ -97,29 +97,32 @@ def create(argument: str, factory: Any, subject: Any, kwargs: Mapping[str, Any])
         ) from error
 
 
-def check_optimizer(optimizer: Mapping[str, Any]) -> None:
-    """Whether timm knows its name, and the rate is one.
+def complete_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """`optimizer` over `DEFAULT_OPTIMIZER`, if timm knows it and its rate is one.
 
     Raises:
-        DistillationError: no.
+        DistillationError: says which.
     """
-    opt, lr = optimizer["opt"], optimizer["lr"]
+    complete = {**DEFAULT_OPTIMIZER, **optimizer}
+    opt, lr = complete["opt"], complete["lr"]
     try:
         timm.optim.get_optimizer_class(opt, bind_defaults=False)
     except (ValueError, AttributeError) as error:
         raise DistillationError(
             f"optimizer opt={opt!r} is unknown to timm; give a name from timm.optim.list_optimizers(), such as 'adamw'"
         ) from error
-    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr < 0):
-        raise DistillationError(f"optimizer lr={lr!r} is no learning rate; give a number >= 0, such as 5e-4")
+    if lr is not None:
+        check_number("optimizer lr", lr, "a learning rate such as 5e-4", DistillationError, least=0)
+    return complete
 
 
-def check_schedule(schedule: Mapping[str, Any]) -> None:
-    """Whether timm knows it, and it can be stepped after every update.
+def complete_schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """`schedule` over `DEFAULT_SCHEDULE`, if timm knows it and it can be stepped after every update.
 
     Raises:
-        DistillationError: no.
+        DistillationError: says why.
     """
+    schedule = {**DEFAULT_SCHEDULE, **schedule}
     unknown = sorted(set(schedule) - _SCHEDULE_KEYS)
     if unknown:
         raise DistillationError(
@@ -137,3 +140,4 @@ def check_schedule(schedule: Mapping[str, Any]) -> None:
     scheduler, _ = create("schedule", timm.scheduler.create_scheduler_v2, nothing, {**schedule, **length})
     if scheduler is None and schedule["sched"] != "none":
         raise DistillationError(f"schedule sched={schedule['sched']!r} is unknown to timm; give 'cosine' or another")
+    return schedule

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_mdc.artifact import load
 from lightning_mdc.errors import ArtifactError, DistillationError
 
-PRECISIONS: Mapping[str, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["32", "bf16", "fp16"]
+PRECISIONS: Mapping[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FrozenTeacher:
@@ -30,7 +31,7 @@ class FrozenTeacher:
     def __init__(
         self,
         network: nn.Module,
-        precision: str | None = None,
+        precision: Precision | None = None,
         compile: bool | Mapping[str, Any] = False,
         normalization: Renormalization | None = None,
     ) -> None:

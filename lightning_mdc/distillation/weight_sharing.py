@@ -1,8 +1,9 @@
 """Weight sharing: dense weights trained so that any policy on the budget can be judged with them, before the search.
 
 The paper's ``min_W E_policy[loss(W(policy))]`` (Hou & Kung, arXiv 2201.00043), by the sandwich rule with in-place
-distillation of universally slimmable networks (Yu & Huang, arXiv 1903.05134): each step trains the dense model on the
-labels, and one random policy of the same weights on what the dense model says.
+distillation of universally slimmable networks (Yu & Huang, arXiv 1903.05134, section 3): each step trains the largest
+model, which is the dense one, on the labels, and the smallest and a random policy of the same weights on what the
+largest says. All others lie in between, and gain from both ends.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_mdc.budget import Budget, LatencyTable
+from lightning_mdc.budget import Budget
 from lightning_mdc.distillation import DistillationModule, soft_distillation_loss
-from lightning_mdc.errors import DistillationError, check_whole
+from lightning_mdc.errors import DistillationError, check_number, check_whole
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import unwrap
@@ -32,21 +34,26 @@ _DRAWN_AT_ONCE = 64
 # What `DistillationModule` does with a teacher from outside; there is none here.
 _OF_A_TEACHER = (
     *("teacher", "teacher_checkpoint", "teacher_args", "teacher_precision", "teacher_compile", "teacher_normalization"),
-    *("teacher_cache", "kd", "kd_weight", "distill_token", "hidden_weight"),
+    *("kd", "kd_weight", "distill_token", "hidden_weight"),
 )
 
 
 class WeightSharingModule(DistillationModule):
-    """Trains `model` on ``task + shared_weight · shared``.
+    """Trains `model` on ``task + shared_weight · shared``, with ``shared = (smallest + random) / 2``.
 
-    *task* is the dense model's cross entropy to the labels. *shared* is the distance of the masked model's prediction
-    from the dense one's on the same images, which gets no gradient from it: the dense model is the teacher. The masks
-    are those of a policy that is drawn anew in every step, the same on all ranks, and turned into a plan by the fixed
-    scores. Logged as ``train/task``, ``train/shared`` and ``train/loss``; ``val/top1`` is the dense model's.
+    *task* is the dense model's cross entropy to the labels. *smallest* and *random* are distances of the prediction
+    under masks from the dense one on the same images, which gets no gradient from it: the dense model is the teacher.
+    The smallest policy is the one at the lower end of every axis of `PolicySpace`, and always the same; the random one
+    is drawn anew for every update. The fixed scores turn both into plans. Yu & Huang add the two up, where this takes
+    their mean; that is ``shared_weight=2``. One backward pass follows the three forward passes, so a step takes the
+    activations of all three.
 
-    Policies come as the search's own random trials do: uniform in the box of `PolicySpace`, then moved onto the budget
-    and filled up. Which one it is depends on `seed` and the number of the update alone, so a resumed run goes on with
-    the policies of an uninterrupted one; the batches of an accumulated update share one.
+    Logged as ``train/task``, ``train/shared`` and ``train/loss``; ``val/top1`` is the dense model's.
+
+    Random policies come as the search's own random trials do: uniform in the box of `PolicySpace`, then moved onto the
+    budget and filled up. Which one it is depends on `seed` and the number of the update alone: all ranks train the same
+    one, a resumed run goes on with those of an uninterrupted one, and the batches of an accumulated update share one.
+    Lightning divides the loss by the number of those batches, all its parts alike.
 
     After training, `model` is the ordinary dense model with other weights. A checkpoint holds neither networks nor
     scores: ``WeightSharingModule.load_from_checkpoint(path, model=..., scores=...)``.
@@ -81,7 +88,7 @@ class WeightSharingModule(DistillationModule):
             dimensions, bounds, groups, token_ratio, min_heads, min_neurons, round_to, stages: see `PolicySpace`. Take
                 those of the search: policies outside them are never asked for.
             token_score, fuse_tokens: see `make_plan`.
-            seed: of the policies.
+            seed: of the random policies.
             shared_weight: factor of *shared* in the loss, at least 0.
             temperature: of *shared*, see `soft_distillation_loss`.
             training: further arguments of `DistillationModule` (``label_smoothing``, ``optimizer``, ``schedule``,
@@ -99,12 +106,7 @@ class WeightSharingModule(DistillationModule):
                 " and teacher; leave it out (its share of the loss is shared_weight)"
             )
         check_whole("seed", seed, 0, DistillationError)
-        if (
-            isinstance(shared_weight, bool)
-            or not isinstance(shared_weight, (int, float))
-            or not 0 <= shared_weight < np.inf
-        ):
-            raise DistillationError(f"shared_weight={shared_weight!r} is no factor of a loss; give a number >= 0")
+        check_number("shared_weight", shared_weight, "a factor of the loss", DistillationError, least=0)
         # Not by super(): Lightning would find the model and the scores in this call, and keep them in checkpoints.
         DistillationModule.__init__(self, model, None, temperature=temperature, **training)
         _check_masks_can_train(self)
@@ -126,11 +128,11 @@ class WeightSharingModule(DistillationModule):
         self._plan_options: dict[str, Any] = {"token_score": token_score, "fuse_tokens": fuse_tokens}
         self._project = Projection(self.space, self.space.constraint)
         self._drawn: tuple[int, np.ndarray] | None = None
-        # The smallest policy needs the scores of every unit that may go.
-        make_plan(model, scores, self.space.policy(self.space.low), **self._plan_options)
+        # It needs the scores of every unit that may go.
+        self.smallest_plan = make_plan(model, scores, self.space.policy(self.space.low), **self._plan_options)
 
-        limits = self.space.budget.facts()
-        if isinstance(table := self.space.budget.table, LatencyTable):  # another machine has other latencies
+        limits: dict[str, Any] = self.space.budget.as_dict()
+        if (table := self.space.pricing.table) is not None:  # another machine has other latencies
             limits["table"] = json.loads(table.to_json())
         own = {"budget": limits, "seed": seed, "shared_weight": shared_weight}
         for name in _OF_A_TEACHER:
@@ -138,16 +140,16 @@ class WeightSharingModule(DistillationModule):
         self.save_hyperparameters({**own, **options, "token_score": token_score})
 
     def policy(self, step: int) -> Policy:
-        """The policy that update number `step` trains."""
-        chunk, place = divmod(step, _DRAWN_AT_ONCE)
+        """The random policy that update number `step` trains."""
+        chunk, index = divmod(step, _DRAWN_AT_ONCE)
         if self._drawn is None or self._drawn[0] != chunk:
             rng = np.random.default_rng([self.seed, chunk])  # its own: the global states are the training's
             points = self._project(rng.random((_DRAWN_AT_ONCE, len(self.space))))
             self._drawn = chunk, self._project.fill(points, rng)
-        return self.space.policy(self._drawn[1][place])
+        return self.space.policy(self._drawn[1][index])
 
     def plan(self, step: int) -> Plan:
-        """What of the model update number `step` keeps."""
+        """What of the model the random policy of update number `step` keeps."""
         return make_plan(self.student, self.scores, self.policy(step), **self._plan_options)
 
     def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -158,10 +160,13 @@ class WeightSharingModule(DistillationModule):
             labels: classes (n,), or class probabilities (n, classes) as Mixup makes them.
         """
         logits = cast(Tensor, self(images))
-        with masked(self.student, self.plan(self.global_step)):
-            masked_logits = cast(Tensor, self(images))
         task = self._task_loss(logits, labels)
-        shared = soft_distillation_loss(masked_logits, logits.detach(), self.temperature)
+        distances = []
+        for plan in (self.smallest_plan, self.plan(self.global_step)):
+            with masked(self.student, plan):
+                masked_logits = cast(Tensor, self(images))
+            distances.append(soft_distillation_loss(masked_logits, logits.detach(), self.temperature))
+        shared = torch.stack(distances).mean()
         return {"task": task, "shared": shared, "loss": task + self.shared_weight * shared}
 
     def setup(self, stage: str) -> None:

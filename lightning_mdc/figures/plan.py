@@ -28,7 +28,7 @@ from lightning_mdc.figures.style import (
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy, default_stages, kept_tokens
 
 if TYPE_CHECKING:
-    from lightning_mdc.budget.costs import BlockMacs
+    from lightning_mdc.budget.macs import BlockMacs
 
 _LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens in the MLP"}
 

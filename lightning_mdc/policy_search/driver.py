@@ -190,7 +190,7 @@ def search(
         xi=xi,
     )
     about = {
-        "budget": space.budget.facts(),
+        "budget": space.budget.as_dict(),
         "dense_macs": space.dense_macs,
         "stages": list(space.stage_blocks),
         "scores": _digest_of(scores.tensors(), scores.criterion),
@@ -200,7 +200,9 @@ def search(
         "early_stop": early_stop,
     }
     if isinstance(table := space.budget.table, LatencyTable):
-        about["latency_of"] = {name: table.about.get(name) for name in ("device", "threads", "dtype", "batch_size")}
+        about["latency_of"] = {
+            name: table.conditions.get(name) for name in ("device", "threads", "dtype", "batch_size")
+        }
     if statistics is not None:
         about |= {"compensate": compensate, "statistics": _digest_of(statistics.tensors())}
 

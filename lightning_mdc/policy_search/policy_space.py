@@ -238,7 +238,7 @@ class PolicySpace(Space):
     def load(self, points: np.ndarray) -> np.ndarray:
         """Cost of points (n, axes) as a fraction of the budget, (n,): affordable up to 1."""
         heads, neurons, tokens = self._kept(points)
-        loads = self.pricing.loads(heads, neurons, self._drops(tokens), fuse=self.fuse)
+        loads = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
         return np.max(list(loads.values()), axis=0)
 
     def macs(self, points: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ class PolicySpace(Space):
         if "latency" not in self.limits:
             return None
         heads, neurons, tokens = self._kept(points)
-        loads = self.pricing.loads(heads, neurons, self._drops(tokens), fuse=self.fuse)
+        loads = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
         return loads["latency"] * self.limits["latency"]
 
     def _drops(self, tokens: np.ndarray) -> list[TokenDrop]:

@@ -1,0 +1,153 @@
+"""The settings of a `DistillationModule`, brought into one form and checked before anything is trained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from lightning_mdc.distillation.hidden_states import comparable
+from lightning_mdc.distillation.teacher import PRECISIONS, Precision, build_teacher
+from lightning_mdc.errors import DistillationError, check_number, check_one_of
+
+_COMPILE_KEYS = set(inspect.signature(torch.compile).parameters) - {"model"}
+
+
+def check_loss_settings(
+    kd: str, kd_weight: float, temperature: float, label_smoothing: float, hidden_weight: float
+) -> None:
+    """Refuse a loss that is none.
+
+    Raises:
+        DistillationError: a setting is out of range.
+    """
+    check_one_of("kd", kd, ("soft", "hard"), DistillationError)
+    check_number("kd_weight", kd_weight, "the teacher's share of the loss", DistillationError, least=0, most=1)
+    divides = "what logits are divided by, usually 1 to 4"
+    check_number("temperature", temperature, divides, DistillationError, above=0)
+    check_number("label_smoothing", label_smoothing, "a share of each label", DistillationError, least=0, below=1)
+    check_number("hidden_weight", hidden_weight, "a factor of the loss", DistillationError, least=0)
+
+
+def plain(mapping: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """A dict of plain values: what goes into a checkpoint must load without OmegaConf's classes."""
+    if mapping is None:
+        return {}
+    if OmegaConf.is_config(mapping):
+        mapping = cast(Mapping[str, Any], OmegaConf.to_container(cast(Any, mapping), resolve=True))
+    if not isinstance(mapping, Mapping):
+        raise DistillationError(f"{name}={mapping!r} is no mapping; give keyword arguments, such as {_EXAMPLES[name]}")
+    return dict(mapping)
+
+
+_EXAMPLES = {
+    "optimizer": {"lr": 5e-4},
+    "schedule": {"warmup_epochs": 5},
+    "mixup": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    "teacher_args": {"img_size": 384},
+    "teacher_normalization": {"mean": [0.5], "std": [0.5]},
+    "compile": {"mode": "max-autotune"},
+    "teacher_compile": {"mode": "max-autotune"},
+}
+
+
+def compile_options(compile: bool | Mapping[str, Any], name: str) -> Literal[False] | dict[str, Any]:
+    """Keyword arguments of ``torch.compile``; False: nothing is compiled."""
+    if isinstance(compile, bool):
+        return {} if compile else False
+    options = plain(compile, name)
+    if unknown := sorted(set(options) - _COMPILE_KEYS):
+        raise DistillationError(
+            f"{name}={options!r} has unknown keys {unknown}; torch.compile takes {sorted(_COMPILE_KEYS)}"
+        )
+    return options
+
+
+def known_precision(precision: Any) -> Precision | None:
+    """A key of `PRECISIONS`, or None for the teacher's own."""
+    name = None if precision is None else str(precision)  # on a command line, 32 is a number
+    check_one_of("teacher_precision", name, (None, *PRECISIONS), DistillationError)
+    return cast(Precision | None, name)
+
+
+def teacher_network(
+    teacher: nn.Module | str | Path | None,
+    checkpoint: str | Path | None,
+    args: dict[str, Any],
+    num_classes: int | None,
+) -> nn.Module | None:
+    """The teacher as given, or built by its name; see `build_teacher`."""
+    if isinstance(teacher, (str, Path)):
+        return build_teacher(teacher, checkpoint, args, num_classes)
+    for name, value in (("teacher_checkpoint", checkpoint), ("teacher_args", args)):
+        if value:
+            given = "None" if teacher is None else type(teacher).__name__
+            raise DistillationError(
+                f"{name}={value!r} is for a timm model name, but teacher={given}; give that name as teacher, or leave"
+                f" {name} out"
+            )
+    return teacher
+
+
+def check_networks(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuse what is no network, and a student that would be its own teacher."""
+    for name, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
+            more = ", a timm model name or a folder" if name == "teacher" else ""
+            raise DistillationError(f"{name}={network!r} is no network; give an nn.Module{more}")
+    if student is teacher:
+        raise DistillationError(
+            f"teacher={type(teacher).__name__} is the student itself, which would learn from its own changing answers;"
+            " pass copy.deepcopy(student)"
+        )
+
+
+def check_student_can(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    distill_token: bool | None,
+    hidden_weight: float,
+    grad_checkpointing: bool,
+) -> None:
+    """Refuse what this student cannot do under this teacher; a run would find it out too late."""
+    check_one_of("distill_token", distill_token, (None, True, False), DistillationError)
+    check_one_of("grad_checkpointing", grad_checkpointing, (True, False), DistillationError)
+    kind = type(student).__name__
+    for name, value in (("distill_token", distill_token), ("hidden_weight", hidden_weight)):
+        if value and teacher is None:
+            raise DistillationError(f"{name}={value!r} needs a teacher to learn from, but teacher=None; give one")
+    if distill_token and not hasattr(student, "set_distilled_training"):
+        raise DistillationError(
+            f"distill_token=True, but student={kind} has no distillation head (no set_distilled_training method); pass"
+            " distill_token=None, or a distilled model such as deit_small_distilled_patch16_224"
+        )
+    if grad_checkpointing and not hasattr(student, "set_grad_checkpointing"):
+        raise DistillationError(
+            f"grad_checkpointing=True, but student={kind} has no set_grad_checkpointing method; pass False"
+        )
+    if hidden_weight and teacher is not None:
+        comparable(student, teacher)
+
+
+def count_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None) -> int:
+    """The number of classes, as given or as a network says it; student and teacher have to have as many."""
+    of_student, of_teacher = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
+    if num_classes is None:
+        num_classes = of_student if of_student is not None else of_teacher
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise DistillationError(
+            f"num_classes={num_classes!r} is no number of classes, and the student has no attribute that tells it;"
+            " give an integer of at least 2"
+        )
+    for name, network, count in (("student", student, of_student), ("teacher", teacher, of_teacher)):
+        if isinstance(count, int) and count != num_classes:
+            raise DistillationError(
+                f"{name}={type(network).__name__} has {count} classes where {num_classes} are asked for;"
+                " student, teacher and num_classes must count the same classes"
+            )
+    return num_classes
