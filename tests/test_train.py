@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -96,8 +99,6 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    import shutil
-
     target = tmp_path / "tiny" / finished.name
     shutil.copytree(finished, target)
     return target
@@ -188,6 +189,31 @@ def test_another_budget_runs_again_from_the_search_on(copied, caplog):
     assert picked_up(caplog) == ["dense", "score", "statistics"]
     assert mdc.macs(mdc.load(copied / "slim")) <= 0.5 * mdc.macs(mdc.load(copied / "dense"))
     assert mdc.macs(mdc.load(copied / "finetuned/seed0")) == mdc.macs(mdc.load(copied / "slim"))
+
+
+def test_another_budget_keeps_the_dense_reference(copied, caplog):
+    """It has nothing to do with the budget, and at full size takes as long as all slim models."""
+    before = (copied / "reference/seed0/model.safetensors").stat().st_mtime_ns
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", "budget=0.5", "distillation.seeds=[0]"))
+    assert (copied / "reference/seed0/model.safetensors").stat().st_mtime_ns == before
+    messages = [record.getMessage().strip() for record in caplog.records]
+    assert f"reference/seed0: picked up from {copied / 'reference/seed0'}" in messages
+    assert f"finetuned/seed0: picked up from {copied / 'finetuned/seed0'}" not in messages
+
+
+def test_loaded_weights_go_on_in_another_precision(finished, tmp_path, caplog):
+    """Of which only what is trained has to be trained again; weights that were moved are still the same."""
+    weights = tmp_path / "weights"
+    shutil.copytree(finished / "dense", weights)
+    chosen = ("dense.epochs=0", "distillation.seeds=[0]", "distillation.reference_seeds=[]", "resume=true")
+    folder = pipeline.run(settings(tmp_path, *chosen, f"model.checkpoint={weights}")).path
+    weights = weights.rename(tmp_path / "moved")
+    caplog.clear()
+    in_fp32 = mdc.load(folder / "finetuned/seed0").state_dict()
+    pipeline.run(settings(tmp_path, *chosen, f"model.checkpoint={weights}", "trainer.precision=bf16-mixed"))
+    assert picked_up(caplog) == ["dense", "score", "statistics", "search", "slim"]
+    in_bf16 = mdc.load(folder / "finetuned/seed0").state_dict()
+    assert any(not torch.equal(in_fp32[name], tensor) for name, tensor in in_bf16.items())
 
 
 _BEFORE_DISTILLING = ["dense", "score", "share", "statistics", "sensitivity", "search", "slim"]
@@ -420,6 +446,18 @@ def test_a_missing_step_is_named_with_the_remedy(name, tmp_path):
     assert not list(tmp_path.glob("tiny/*"))  # nothing that resume=true would take for a run
 
 
+def test_the_remedy_for_a_missing_step_leads_to_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_run_steps", lambda run, selected: None)
+    names = ["test"]
+    for _ in STEPS:
+        try:
+            pipeline.run(settings(tmp_path, f"stage=[{','.join(names)}]"))
+            break
+        except ConfigError as error:
+            names.append(re.search(r"run '(\w+)' too", str(error)).group(1))
+    assert set(names) == {"dense", "score", "statistics", "search", "slim", "test"}
+
+
 def test_a_step_of_other_settings_is_not_built_on(copied):
     with pytest.raises(ConfigError, match=r"stage='slim' is built on 'search'.*budget=0\.6, now 0\.5"):
         pipeline.run(settings(copied.parent.parent, "resume=true", "budget=0.5", "stage=slim"))
@@ -427,6 +465,69 @@ def test_a_step_of_other_settings_is_not_built_on(copied):
 
 def test_resume_without_an_earlier_run_starts_one(tmp_path):
     assert (pipeline.run(settings(tmp_path, "resume=true", "stage=dense")) / "dense").exists()
+
+
+# --- FSDP, as far as a machine without a GPU can tell -----------------------------------------------------------------
+
+
+def test_the_way_to_fsdp_with_weight_sharing_is_the_one_that_the_error_tells(tmp_path, caplog):
+    """What is trained under DDP first, here by one process on the CPU, is what the run under FSDP is built on."""
+    sharing = ("sharing.epochs=1", "trainer.log_every_n_steps=1")
+    with pytest.raises(ConfigError, match="masks of weight sharing") as refused:
+        pipeline.run(settings(tmp_path, "trainer=fsdp", *sharing))
+    first, trainer, then = re.search(
+        r"run (stage=\S+) with (\S+), then the rest with (.*)", str(refused.value)
+    ).groups()
+    here = ("trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto")
+    folder = pipeline.run(settings(tmp_path, *sharing, first, trainer, *here)).path
+    caplog.clear()
+    chosen = settings(tmp_path, *sharing, *then.split())
+    selected = pipeline.select(chosen)
+    with pytest.raises(ConfigError, match="accelerator"):  # and nothing before that
+        pipeline.check(chosen, selected)
+    with ExitStack() as stack:
+        run = pipeline._opened(chosen, selected, stack)
+    assert run.folder.path == folder
+    assert all(run.is_done(name) for name in ("dense", "score", "share"))
+    (said,) = (record.getMessage() for record in caplog.records if "gradient_clip_val" in record.getMessage())
+    assert said.strip() == "trainer.gradient_clip_val=1.0 is left out: Lightning cannot take the norm over shards"
+
+
+def test_fsdp_goes_on_with_what_was_trained_under_ddp(tmp_path):
+    """The way that conf/trainer/fsdp.yaml is for: finetuning a slim model that does not fit on one GPU."""
+    here = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto")
+    folder = pipeline.run(settings(tmp_path, *here, "policy.kind=uniform", "stage=[dense,score,search,slim]")).path
+    chosen = settings(tmp_path, "trainer=fsdp", "resume=true", "policy.kind=uniform")
+    with ExitStack() as stack:
+        run = pipeline._opened(chosen, pipeline.select({**chosen, "stage": "distill"}), stack)
+    assert run.folder.path == folder
+    assert run.is_done("slim")
+
+
+def test_gradients_are_clipped_unless_their_norm_would_be_that_of_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.L, "Trainer", lambda **arguments: arguments["gradient_clip_val"])
+    for overrides, expected in (
+        (("trainer=ddp",), 1.0),
+        (("trainer=fsdp",), None),
+        (("trainer=gpu", "trainer.strategy=fsdp"), None),
+        (("trainer=fsdp", "+trainer.gradient_clip_algorithm=value"), 1.0),
+    ):
+        chosen = settings(tmp_path, *overrides)
+        assert chosen["trainer"]["gradient_clip_val"] == 1.0
+        assert build.build_trainer(chosen, {"epochs": 1}, tmp_path, [], "") == expected, overrides
+
+
+def test_averaged_weights_and_fsdp_are_refused_with_what_works(tmp_path):
+    average = ("trainer=fsdp", "distillation.ema_decay=0.99")
+    with pytest.raises(ConfigError, match=r"distillation\.ema_decay=0\.99 averages whole parameters") as refused:
+        pipeline.run(settings(tmp_path, *average))
+    remedies = re.findall(r"[\w.]+=\w+", str(refused.value).rpartition(";")[2])
+    assert remedies == ["distillation.ema_decay=null", "trainer=ddp"]
+    for remedy in remedies:  # for which only the GPU is missing here
+        with pytest.raises(ConfigError, match="accelerator"):
+            pipeline.run(settings(tmp_path, *average, remedy))
+    with pytest.raises(ConfigError, match="accelerator"):
+        pipeline.run(settings(tmp_path, *average, "stage=dense"))
 
 
 # --- wrong settings ---------------------------------------------------------------------------------------------------
