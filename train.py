@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
-from lightning_mdc.app import pipeline, sweep, terminal
+from lightning_mdc.app import pipeline, sweep_trial, terminal
 from lightning_mdc.app.build import plain
 
 log = logging.getLogger("lightning_mdc")
@@ -40,7 +40,7 @@ def app(cfg: DictConfig) -> float | None:
     try:
         settings = plain(cfg)
         if settings["stage"] == "trial":
-            return sweep.trial(settings, Path(HydraConfig.get().runtime.output_dir))
+            return sweep_trial.trial(settings, Path(HydraConfig.get().runtime.output_dir))
         pipeline.run(settings)
     except BaseException as error:
         # A sweep has to learn of a failed job by its exception; and whoever looks for a fault wants the traceback.
@@ -63,7 +63,7 @@ def main() -> None:
     try:
         app()
     except (KeyboardInterrupt, SIGTERMException) as stop:
-        # Before the first stage, or of a sweep, which notes how to go on.
+        # Before the first step, or of a sweep, which notes how to go on.
         said, code = terminal.stopped_by(stop)
         print("\n".join([said, *getattr(stop, "__notes__", ())]), file=sys.stderr)
         sys.exit(code)

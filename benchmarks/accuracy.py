@@ -46,7 +46,8 @@ from weight_sharing import Images, labelled, training, values
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
-from lightning_mdc.app.run_folder import fingerprint, newest_run
+from lightning_mdc.app.fingerprints import fingerprint_of
+from lightning_mdc.app.run_folder import newest_run
 from lightning_mdc.budget import num_params
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import BudgetError
@@ -176,7 +177,7 @@ class Benchmark:
         chosen = Subset(data.calibration_dataset(), order[: asked.images].tolist())
         self.train = labelled(DataLoader(chosen, BATCH, num_workers=self.settings["data"]["num_workers"]), None)
         self.options = {name: getattr(asked, name) for name in ("calibration", "images", "epochs", "trials")}
-        mark = fingerprint({**self.options, "model": self.settings}, {"run": run.name})
+        mark = fingerprint_of({**self.options, "model": self.settings}, {"run": run.name})
         self.work: Path = (asked.work or run / "accuracy") / mark[:12]
         self.work.mkdir(parents=True, exist_ok=True)
 

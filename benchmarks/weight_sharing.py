@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 import lightning_mdc as mdc
 from lightning_mdc.app import build
 from lightning_mdc.app.data import ImageDataModule
-from lightning_mdc.app.run_folder import fingerprint
+from lightning_mdc.app.fingerprints import fingerprint_of
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
 from lightning_mdc.figures.style import save_figure
@@ -108,7 +108,7 @@ class Benchmark:
         # All but the number of policies, of which there may be more later.
         same = ("budget", "sharing_epochs", "finetune_epochs", "finetune_images", "images", "seed")
         self.options = {name: getattr(asked, name) for name in same}
-        mark = fingerprint({**self.options, "model": self.settings}, {"run": self.run.name})
+        mark = fingerprint_of({**self.options, "model": self.settings}, {"run": self.run.name})
         self.work: Path = asked.work / f"{self.settings['name']}-{mark[:12]}"
         self.work.mkdir(parents=True, exist_ok=True)
         self.scores = mdc.Scores.load(self.run / "scores.safetensors")

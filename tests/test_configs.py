@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 from torchvision.io import write_png
 
 import train
-from lightning_mdc.app import build, pipeline
+from lightning_mdc.app import build
+from lightning_mdc.app.fingerprints import relevant
+from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.importance import Criterion
 from tests.kinds import make
 
@@ -28,10 +30,10 @@ def settings(*overrides: str) -> dict:
 
 
 @pytest.mark.parametrize("override", [*OPTIONS, *(f"experiment={name}" for name in EXPERIMENTS)])
-def test_composes_and_every_stage_finds_its_settings(override):
+def test_composes_and_every_step_finds_its_settings(override):
     composed = settings(override)
-    for name in pipeline.STAGES:
-        pipeline.relevant(composed, name)
+    for name in STEPS:
+        relevant(composed, name)
     assert isinstance(build.build_criterion(composed), Criterion)
     build.check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
 

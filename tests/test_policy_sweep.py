@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import lightning_mdc as mdc
-from lightning_mdc.app import build, pipeline, steps, sweep
+from lightning_mdc.app import build, pipeline, steps, sweep, sweep_trial
 from lightning_mdc.errors import ConfigError, PolicyError, SearchError
 from tests.test_train import ROOT, TINY, settings
 
@@ -25,7 +25,7 @@ KEEP = ("policy.keep.heads=[0.5,1]", "policy.keep.neurons=[0.5,0.25]", "policy.k
 def runs(tmp_path_factory) -> Path:
     """A folder of runs in which one trial has left its cache."""
     folder = tmp_path_factory.mktemp("runs")
-    sweep.trial(settings(folder, "stage=trial", *KEEP), folder / "0")
+    sweep_trial.trial(settings(folder, "stage=trial", *KEEP), folder / "0")
     return folder
 
 
@@ -36,12 +36,12 @@ def no_training(monkeypatch):
 
 def test_trials_are_judged_with_compensation_by_statistics_they_share(tmp_path):
     options = settings(tmp_path, "stage=trial", *KEEP, "surgery.compensate=lstsq")
-    value = sweep.trial(options, tmp_path / "0")
-    run = sweep.prepared(options)
+    value = sweep_trial.trial(options, tmp_path / "0")
+    run = sweep_trial.prepared(options)
     dense, statistics = run.model("dense"), mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
     assert statistics.images == 32
     plan = mdc.make_plan(dense, mdc.Scores.load(run.folder / "scores.safetensors"), build.given_policy(options, dense))
-    held_out = sweep._held_out(run, dense)
+    held_out = sweep_trial.build_held_out(run, dense)
     assert value == held_out(mdc.slim(dense, plan, compensate="lstsq", statistics=statistics))
     assert value != held_out(mdc.slim(dense, plan))
 
@@ -100,8 +100,8 @@ def test_two_policies_at_once_are_refused(tmp_path):
 
 def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_training):
     composed = settings(runs, "stage=trial", *KEEP)
-    value = sweep.trial(composed, tmp_path)
-    run = sweep.prepared(composed)
+    value = sweep_trial.trial(composed, tmp_path)
+    run = sweep_trial.prepared(composed)
     policy = mdc.Policy.load(tmp_path / "policy.json")
     scores = mdc.Scores.load(run.folder / "scores.safetensors")
     statistics = mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
@@ -114,7 +114,7 @@ def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_trai
 
 
 def test_few_images_are_judged_by_more_than_top1(runs):
-    run = sweep.prepared(settings(runs, "search.metric=auto"))
+    run = sweep_trial.prepared(settings(runs, "search.metric=auto"))
     model, images, labels = run.model("dense"), torch.rand(1000, 1, 8, 8), torch.zeros(1000)
     for count, metric in ((999, "kl"), (1000, "accuracy")):
         held_out = build.build_held_out(run.settings, [(images[:count], labels[:count])], model, run.device)
@@ -124,29 +124,29 @@ def test_few_images_are_judged_by_more_than_top1(runs):
 
 def test_other_settings_have_a_cache_of_their_own(runs, tmp_path):
     caches = set((runs / ".cache").iterdir())
-    sweep.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)
+    sweep_trial.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)
     assert len(set((runs / ".cache").iterdir()) - caches) == 1
 
 
 def test_a_run_takes_dense_model_and_scores_from_the_cache(runs, no_training):
     composed = settings(runs, "stage=[dense,score]")
-    folder, cached = pipeline.run(composed), sweep.prepared(composed).folder
+    folder, cached = pipeline.run(composed), sweep_trial.prepared(composed).folder
     for name in ("dense/model.safetensors", "dense/config.json", "scores.safetensors"):
         assert (folder / name).read_bytes() == (cached / name).read_bytes()
 
 
 def test_a_trial_without_a_policy_says_what_to_give(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"policy\.keep\.heads"):
-        sweep.trial(settings(runs, "stage=trial"), tmp_path)
+        sweep_trial.trial(settings(runs, "stage=trial"), tmp_path)
 
 
 # --- what trials cost -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def load(runs):
+def cost(runs):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return sweep.PolicyLoad(compose("train", [*TINY, f"runs={runs}", "budget=0.5"]))
+        return sweep.PolicyCost(compose("train", [*TINY, f"runs={runs}", "budget=0.5"]))
 
 
 def columns(rng, n: int) -> dict[str, np.ndarray]:
@@ -158,41 +158,41 @@ def columns(rng, n: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_the_price_of_a_trial_is_that_of_the_model_it_makes(load, tmp_path):
+def test_the_price_of_a_trial_is_that_of_the_model_it_makes(cost, tmp_path):
     params = columns(np.random.default_rng(0), 20)
-    prices = load(params)
-    dense = mdc.macs(load.model)
+    prices = cost(params)
+    dense = mdc.macs(cost.model)
     for i in range(20):
         keep = {k.removeprefix("policy.keep."): v[i].tolist() for k, v in params.items() if k != "stage"}
         overrides = [f"policy.keep.{k}={v}" for k, v in keep.items()]
         policy = given(tmp_path, *overrides)
-        assert prices[i] == pytest.approx(mdc.policy_macs(load.model, policy) / (0.5 * dense), rel=1e-12)
+        assert prices[i] == pytest.approx(mdc.policy_macs(cost.model, policy) / (0.5 * dense), rel=1e-12)
 
 
-def test_snapped_trials_cost_and_keep_the_same(load):
+def test_snapped_trials_cost_and_keep_the_same(cost):
     params = columns(np.random.default_rng(1), 50)
-    snapped = load.snap(params)
-    assert np.array_equal(load(snapped), load(params))
+    snapped = cost.snap(params)
+    assert np.array_equal(cost(snapped), cost(params))
     assert {key: np.shape(value) for key, value in snapped.items()} == {k: np.shape(v) for k, v in params.items()}
-    again = load.snap(snapped)
+    again = cost.snap(snapped)
     assert all(np.array_equal(again[key], snapped[key]) for key in params if key != "stage")
 
 
-def test_a_sweep_begins_where_a_search_does(load):
+def test_a_sweep_begins_where_a_search_does(cost):
     params = columns(np.random.default_rng(0), 1) | {"lr": np.array([0.5])}
-    first = load.first(params)
-    loads = load(first)
-    assert 0.95 < loads[0] <= 1  # nearly uniform
+    first = cost.first(params)
+    costs = cost(first)
+    assert 0.95 < costs[0] <= 1  # nearly uniform
     kept = [
         {name: first[f"policy.keep.{name}"][i].tolist() for name in ("heads", "neurons", "tokens")}
-        for i in range(len(loads))
+        for i in range(len(costs))
     ]
     whole = [tuple(name for name, ratios in keep.items() if np.min(ratios) == 1) for keep in kept]
     assert whole[0] == ()
     assert ("heads", "tokens") in whole  # neurons alone
     assert all(whole[1:])
     assert len(set(whole)) == len(whole)
-    assert first["lr"].tolist() == [0.5] * len(loads)
+    assert first["lr"].tolist() == [0.5] * len(costs)
     assert first["stage"] == "trial"
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 import lightning_mdc as mdc
 import train
 from lightning_mdc.app import evaluation, pipeline, steps
+from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.test_configs import CONF, EXPERIMENTS
 
@@ -81,11 +82,11 @@ def settings(name: str, tmp_path: Path, images: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_stage_runs(name, tmp_path, images):
+def test_every_step_runs(name, tmp_path, images):
     composed = settings(name, tmp_path, images)
     folder = pipeline.run(composed).path
-    for stage in pipeline.select(composed):
-        assert (folder / pipeline.STAGES[stage].output).exists(), stage
+    for name in pipeline.select(composed):
+        assert (folder / STEPS[name].output).exists(), name
     budget = composed["budget"]
     dense, slim = mdc.load(folder / "dense"), mdc.load(folder / "finetuned" / "seed0")
     assert mdc.macs(slim) <= budget * mdc.macs(dense)

@@ -17,7 +17,7 @@ from lightning_mdc.app import pipeline, steps
 from lightning_mdc.app.report.charts import charts
 from lightning_mdc.app.report.comparing import compare
 from lightning_mdc.app.report.outcomes import Outcomes
-from lightning_mdc.app.report.record import STAGE_NAMES, RunRecord
+from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.report import commands, report_of
 from lightning_mdc.app.report.result_figures import Point, front, front_figure
 from lightning_mdc.app.run_folder import RunFolder
@@ -74,10 +74,6 @@ def test_the_page_needs_nothing_else(finished):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert not re.search(r"#333333|#000000", page, flags=re.IGNORECASE)  # ink is the theme's
-
-
-def test_a_record_knows_every_stage_in_its_order():
-    assert tuple(steps.STAGES) == STAGE_NAMES
 
 
 def test_reports_say_how_to_get_the_same_again(finished):
@@ -252,7 +248,7 @@ def test_the_search_of_another_budget_adds_to_the_front_and_to_nothing_else(copi
 def test_a_sensitivity_that_came_later_is_in_the_next_report(copied, tmp_path):
     runs = copied.parent.parent
     shutil.rmtree(copied / "sensitivity")
-    for path in (copied / "sensitivity.csv", copied / "stages" / "sensitivity.json"):
+    for path in (copied / "sensitivity.csv", copied / "steps" / "sensitivity.json"):
         path.unlink()
     pipeline.run(settings(runs, f"resume={copied}"))
     assert "What can be removed" not in (copied / "report.html").read_text()

@@ -427,7 +427,7 @@ def test_a_chart_that_cannot_be_drawn_stops_nothing(tmp_path, recorder, monkeypa
 def test_a_folder_that_cannot_be_written(tmp_path, recorder, caplog):
     """Where logs/ should be there is a file: root may write anywhere else."""
     home = tmp_path / "tiny" / "2026-01-31_12-00-00"
-    (home / "stages").mkdir(parents=True)
+    (home / "steps").mkdir(parents=True)
     (home / "logs").write_text("")
     folder = pipeline.run(settings(tmp_path, f"resume={home}", "logger=[csv,wandb_offline,tensorboard]"))
     assert (folder / "report.md").exists()
@@ -518,7 +518,7 @@ def test_the_trial_that_failed_is_in_the_table_without_a_value():
 
 
 def test_a_chart_becomes_a_picture_with_its_caption(tmp_path, monkeypatch):
-    (tmp_path / "stages").mkdir()
+    (tmp_path / "steps").mkdir()
     chart = SimpleNamespace(key="kept", title="Title", caption="What to read.", figure=Figure(figsize=(1, 1)))
     monkeypatch.setattr(contents, "charts", lambda *_: [chart])
     (picture,) = published(RunRecord(tmp_path), "slim")

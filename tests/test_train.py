@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc.app import build, pipeline, steps
+from lightning_mdc.app import build, fingerprints, pipeline, steps
+from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import (
     BudgetError,
@@ -54,7 +58,7 @@ TINY = (
 )
 
 
-# Stages that the settings switch off, and those that `stage=all` does not run.
+# Steps that the settings switch off, and those that `stage=all` does not run.
 NOT_ASKED_FOR = ("share", "sensitivity")
 
 
@@ -75,7 +79,7 @@ def script(monkeypatch, *overrides: str) -> int:
 
 
 def picked_up(caplog) -> list[str]:
-    """Stages said to be picked up since last asked."""
+    """Steps said to be picked up since last asked."""
     names = [record.args[0].rstrip(":") for record in caplog.records if record.msg.startswith("%-8s picked up")]
     caplog.clear()
     return names
@@ -95,8 +99,6 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    import shutil
-
     target = tmp_path / "tiny" / finished.name
     shutil.copytree(finished, target)
     return target
@@ -105,9 +107,9 @@ def copied(finished, tmp_path) -> Path:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_stage_leaves_its_output(finished):
-    for name, stage in pipeline.STAGES.items():
-        assert (finished / stage.output).exists() == (name not in NOT_ASKED_FOR), name
+def test_every_step_leaves_its_output(finished):
+    for name, step in STEPS.items():
+        assert (finished / step.output).exists() == (name not in NOT_ASKED_FOR), name
     for name in ("dense", "slim", "finetuned/seed0", "finetuned/seed1", "reference/seed0"):
         assert mdc.load(finished / name)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert (finished / "pictures" / "kept.png").stat().st_size > 10_000
@@ -171,7 +173,7 @@ def test_resuming_picks_everything_up_and_says_so(copied, caplog):
     before = {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
     again = pipeline.run(settings(copied.parent.parent, "resume=true"))
     assert again.path == copied
-    assert picked_up(caplog) == [name for name in pipeline.STAGES if name not in NOT_ASKED_FOR]
+    assert picked_up(caplog) == [name for name in STEPS if name not in NOT_ASKED_FOR]
     assert before == {path: path.stat().st_mtime_ns for path in copied.glob("*/model.safetensors")}
 
 
@@ -189,6 +191,31 @@ def test_another_budget_runs_again_from_the_search_on(copied, caplog):
     assert mdc.macs(mdc.load(copied / "finetuned/seed0")) == mdc.macs(mdc.load(copied / "slim"))
 
 
+def test_another_budget_keeps_the_dense_reference(copied, caplog):
+    """It has nothing to do with the budget, and at full size takes as long as all slim models."""
+    before = (copied / "reference/seed0/model.safetensors").stat().st_mtime_ns
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", "budget=0.5", "distillation.seeds=[0]"))
+    assert (copied / "reference/seed0/model.safetensors").stat().st_mtime_ns == before
+    messages = [record.getMessage().strip() for record in caplog.records]
+    assert f"reference/seed0: picked up from {copied / 'reference/seed0'}" in messages
+    assert f"finetuned/seed0: picked up from {copied / 'finetuned/seed0'}" not in messages
+
+
+def test_loaded_weights_go_on_in_another_precision(finished, tmp_path, caplog):
+    """Of which only what is trained has to be trained again; weights that were moved are still the same."""
+    weights = tmp_path / "weights"
+    shutil.copytree(finished / "dense", weights)
+    chosen = ("dense.epochs=0", "distillation.seeds=[0]", "distillation.reference_seeds=[]", "resume=true")
+    folder = pipeline.run(settings(tmp_path, *chosen, f"model.checkpoint={weights}")).path
+    weights = weights.rename(tmp_path / "moved")
+    caplog.clear()
+    in_fp32 = mdc.load(folder / "finetuned/seed0").state_dict()
+    pipeline.run(settings(tmp_path, *chosen, f"model.checkpoint={weights}", "trainer.precision=bf16-mixed"))
+    assert picked_up(caplog) == ["dense", "score", "statistics", "search", "slim"]
+    in_bf16 = mdc.load(folder / "finetuned/seed0").state_dict()
+    assert any(not torch.equal(in_fp32[name], tensor) for name, tensor in in_bf16.items())
+
+
 _BEFORE_DISTILLING = ["dense", "score", "share", "statistics", "sensitivity", "search", "slim"]
 
 
@@ -199,17 +226,17 @@ _BEFORE_DISTILLING = ["dense", "score", "share", "statistics", "sensitivity", "s
         ("distillation.kd_weight=0.1", _BEFORE_DISTILLING),
         ("latency.rounds=2", [*_BEFORE_DISTILLING, "distill"]),
         ("surgery.compensate=none", ["dense", "score", "share", "statistics", "sensitivity"]),
-        ("sensitivity.images=9", [name for name in pipeline.STAGES if name != "sensitivity"]),
-        ("data.num_workers=1", list(pipeline.STAGES)),
-        ("trainer.log_every_n_steps=7", list(pipeline.STAGES)),
+        ("sensitivity.images=9", [name for name in STEPS if name != "sensitivity"]),
+        ("data.num_workers=1", list(STEPS)),
+        ("trainer.log_every_n_steps=7", list(STEPS)),
         ("data.max_train_images=60", []),
     ],
 )
-def test_a_change_reaches_the_stages_that_depend_on_it(finished, override, kept):
+def test_a_change_reaches_the_steps_that_depend_on_it(finished, override, kept):
     now, before = (
-        pipeline.fingerprints(settings(finished.parent, *more), frozenset({"distill"})) for more in ([override], [])
+        fingerprints.fingerprints(settings(finished.parent, *more), frozenset({"distill"})) for more in ([override], [])
     )
-    assert [name for name in pipeline.STAGES if now[name] == before[name]] == kept
+    assert [name for name in STEPS if now[name] == before[name]] == kept
 
 
 def test_one_more_seed_keeps_the_models_of_the_others(copied, caplog):
@@ -300,14 +327,14 @@ def test_a_kill_between_seeds_keeps_the_finished_one(copied, monkeypatch):
     monkeypatch.setattr(steps, "finetune", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(settings(root, *change))
-    assert not (copied / "stages" / "distill.json").exists()
+    assert not (copied / "steps" / "distill.json").exists()
     first = (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(steps, "finetune", work)
     pipeline.run(settings(root, *change))
     assert (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns == first
 
 
-# --- choosing stages --------------------------------------------------------------------------------------------------
+# --- choosing steps ---------------------------------------------------------------------------------------------------
 
 
 def test_weights_that_were_shared_are_searched_over_and_cut(copied, caplog):
@@ -319,7 +346,7 @@ def test_weights_that_were_shared_are_searched_over_and_cut(copied, caplog):
     assert torch.equal(slim, shared)
     assert not torch.equal(shared, dense)
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "sharing.epochs=1", "sharing.optimizer.lr=1e-2"))
-    assert picked_up(caplog) == [name for name in pipeline.STAGES if name != "sensitivity"]
+    assert picked_up(caplog) == [name for name in STEPS if name != "sensitivity"]
     pipeline.run(settings(copied.parent.parent, f"resume={copied}"))  # without: another search, over the dense weights
     assert torch.equal(mdc.load(folder / "slim").patch_embed.proj.weight, dense)
 
@@ -328,8 +355,8 @@ def test_what_removed_units_did_is_given_back_unless_told_not_to(copied, caplog,
     """By the statistics of the weights that are cut; trials and slim model alike, and afterwards as before."""
     before, searched = mdc.load(copied / "slim"), sorted(copied.glob("search/trials-*.jsonl"))
     heard = []
-    search = steps.search_policies
-    monkeypatch.setattr(steps, "search_policies", lambda *args, **more: heard.append(more) or search(*args, **more))
+    search = mdc.search
+    monkeypatch.setattr(mdc, "search", lambda *args, **more: heard.append(more) or search(*args, **more))
     short = ("distillation.seeds=[0]", "stage=all", "skip=[distill,test,report]")
 
     def cut(**how: object) -> dict:
@@ -405,7 +432,7 @@ def test_finetuning_can_be_left_out(copied):
     assert [row["model"] for row in rows] == ["dense", "slim"]
 
 
-def test_stages_one_at_a_time_make_the_same_run(finished, tmp_path):
+def test_steps_one_at_a_time_make_the_same_run(finished, tmp_path):
     for number, name in enumerate(("dense", "score", "search", "slim")):
         folder = pipeline.run(settings(tmp_path, f"stage={name}", f"resume={str(number > 0).lower()}"))
     for name in ("policy.json", "plan.json", "slim/model.safetensors"):
@@ -413,13 +440,25 @@ def test_stages_one_at_a_time_make_the_same_run(finished, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["score", "slim", "test", "report"])
-def test_a_missing_stage_is_named_with_the_remedy(name, tmp_path):
+def test_a_missing_step_is_named_with_the_remedy(name, tmp_path):
     with pytest.raises(ConfigError, match=rf"stage='{name}' is built on '\w+', which is neither.*resume=true"):
         pipeline.run(settings(tmp_path, f"stage={name}"))
     assert not list(tmp_path.glob("tiny/*"))  # nothing that resume=true would take for a run
 
 
-def test_a_stage_of_other_settings_is_not_built_on(copied):
+def test_the_remedy_for_a_missing_step_leads_to_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "_run_steps", lambda run, selected: None)
+    names = ["test"]
+    for _ in STEPS:
+        try:
+            pipeline.run(settings(tmp_path, f"stage=[{','.join(names)}]"))
+            break
+        except ConfigError as error:
+            names.append(re.search(r"run '(\w+)' too", str(error)).group(1))
+    assert set(names) == {"dense", "score", "statistics", "search", "slim", "test"}
+
+
+def test_a_step_of_other_settings_is_not_built_on(copied):
     with pytest.raises(ConfigError, match=r"stage='slim' is built on 'search'.*budget=0\.6, now 0\.5"):
         pipeline.run(settings(copied.parent.parent, "resume=true", "budget=0.5", "stage=slim"))
 
@@ -428,11 +467,74 @@ def test_resume_without_an_earlier_run_starts_one(tmp_path):
     assert (pipeline.run(settings(tmp_path, "resume=true", "stage=dense")) / "dense").exists()
 
 
+# --- FSDP, as far as a machine without a GPU can tell -----------------------------------------------------------------
+
+
+def test_the_way_to_fsdp_with_weight_sharing_is_the_one_that_the_error_tells(tmp_path, caplog):
+    """What is trained under DDP first, here by one process on the CPU, is what the run under FSDP is built on."""
+    sharing = ("sharing.epochs=1", "trainer.log_every_n_steps=1")
+    with pytest.raises(ConfigError, match="masks of weight sharing") as refused:
+        pipeline.run(settings(tmp_path, "trainer=fsdp", *sharing))
+    first, trainer, then = re.search(
+        r"run (stage=\S+) with (\S+), then the rest with (.*)", str(refused.value)
+    ).groups()
+    here = ("trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto")
+    folder = pipeline.run(settings(tmp_path, *sharing, first, trainer, *here)).path
+    caplog.clear()
+    chosen = settings(tmp_path, *sharing, *then.split())
+    selected = pipeline.select(chosen)
+    with pytest.raises(ConfigError, match="accelerator"):  # and nothing before that
+        pipeline.check(chosen, selected)
+    with ExitStack() as stack:
+        run = pipeline._opened(chosen, selected, stack)
+    assert run.folder.path == folder
+    assert all(run.is_done(name) for name in ("dense", "score", "share"))
+    (said,) = (record.getMessage() for record in caplog.records if "gradient_clip_val" in record.getMessage())
+    assert said.strip() == "trainer.gradient_clip_val=1.0 is left out: Lightning cannot take the norm over shards"
+
+
+def test_fsdp_goes_on_with_what_was_trained_under_ddp(tmp_path):
+    """The way that conf/trainer/fsdp.yaml is for: finetuning a slim model that does not fit on one GPU."""
+    here = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto")
+    folder = pipeline.run(settings(tmp_path, *here, "policy.kind=uniform", "stage=[dense,score,search,slim]")).path
+    chosen = settings(tmp_path, "trainer=fsdp", "resume=true", "policy.kind=uniform")
+    with ExitStack() as stack:
+        run = pipeline._opened(chosen, pipeline.select({**chosen, "stage": "distill"}), stack)
+    assert run.folder.path == folder
+    assert run.is_done("slim")
+
+
+def test_gradients_are_clipped_unless_their_norm_would_be_that_of_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.L, "Trainer", lambda **arguments: arguments["gradient_clip_val"])
+    for overrides, expected in (
+        (("trainer=ddp",), 1.0),
+        (("trainer=fsdp",), None),
+        (("trainer=gpu", "trainer.strategy=fsdp"), None),
+        (("trainer=fsdp", "+trainer.gradient_clip_algorithm=value"), 1.0),
+    ):
+        chosen = settings(tmp_path, *overrides)
+        assert chosen["trainer"]["gradient_clip_val"] == 1.0
+        assert build.build_trainer(chosen, {"epochs": 1}, tmp_path, [], "") == expected, overrides
+
+
+def test_averaged_weights_and_fsdp_are_refused_with_what_works(tmp_path):
+    average = ("trainer=fsdp", "distillation.ema_decay=0.99")
+    with pytest.raises(ConfigError, match=r"distillation\.ema_decay=0\.99 averages whole parameters") as refused:
+        pipeline.run(settings(tmp_path, *average))
+    remedies = re.findall(r"[\w.]+=\w+", str(refused.value).rpartition(";")[2])
+    assert remedies == ["distillation.ema_decay=null", "trainer=ddp"]
+    for remedy in remedies:  # for which only the GPU is missing here
+        with pytest.raises(ConfigError, match="accelerator"):
+            pipeline.run(settings(tmp_path, *average, remedy))
+    with pytest.raises(ConfigError, match="accelerator"):
+        pipeline.run(settings(tmp_path, *average, "stage=dense"))
+
+
 # --- wrong settings ---------------------------------------------------------------------------------------------------
 
 WRONG = [
-    ("stage=slimm", ConfigError, "stage='slimm' is no stage; stages are dense, score"),
-    ("skip=[foo]", ConfigError, "skip='foo' is no stage"),
+    ("stage=slimm", ConfigError, "stage='slimm' is no step; the steps are dense, score"),
+    ("skip=[foo]", ConfigError, "skip='foo' is no step"),
     ("skip=[dense,score,statistics,search,slim,distill,test,report]", ConfigError, "leaves nothing to run"),
     ("resume=nowhere", ConfigError, "resume='nowhere' holds no run"),
     ("name=a/b", ConfigError, "name='a/b' is no folder name"),
@@ -491,7 +593,7 @@ def test_the_script_says_one_line_and_exits_nonzero(tmp_path, monkeypatch, capsy
     assert script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=slimm") == 1
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
-    assert said.err.startswith("ConfigError: stage='slimm' is no stage")
+    assert said.err.startswith("ConfigError: stage='slimm' is no step")
     assert "Traceback" not in said.out + said.err
 
 

@@ -10,14 +10,16 @@ import atexit
 import copy
 import difflib
 import inspect
+import json
 import logging
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import timm
@@ -35,7 +37,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
 )
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -72,7 +74,7 @@ Settings = Mapping[str, Any]
 # With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
 _ENOUGH_FOR_TOP1 = 1000
 
-# Keys of a training's settings that say how long, how often and under what, see `stages`.
+# Keys of a training's settings that say how long, how often and under what, see `steps`.
 _NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "teacher", "ema_decay")
 
 # Of the Trainer's arguments, those that a machine can be without.
@@ -409,7 +411,7 @@ def check_training(settings: Settings, model: nn.Module) -> None:
 
 
 def _module_options(options: Settings) -> dict[str, Any]:
-    """Keyword arguments of a training module, without what is said to the stage or to the Trainer."""
+    """Keyword arguments of a training module, without what is said to the step or to the Trainer."""
     kwargs = {key: value for key, value in options.items() if key not in _NOT_THE_MODULES}
     schedule, epochs = dict(kwargs["schedule"]), options["epochs"]
     if epochs and isinstance(schedule.get("warmup_epochs"), (int, float)):
@@ -441,10 +443,10 @@ def build_trainer(
     ]
     if options.get("ema_decay") is not None:
         callbacks.append(EMAWeightAveraging(decay=options["ema_decay"]))
-    arguments = dict(settings["trainer"])
+    arguments = {**settings["trainer"], "strategy": _strategy(settings)}
+    if ignores_clipping(settings):
+        arguments["gradient_clip_val"] = None
     try:
-        if isinstance(arguments["strategy"], Mapping):
-            arguments["strategy"] = instantiate(arguments["strategy"], _convert_="all")
         return L.Trainer(
             **arguments,
             max_epochs=options["epochs"],
@@ -455,11 +457,15 @@ def build_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-    except (*_REFUSALS, MisconfigurationException, InstantiationException) as error:
-        shown = {key: value for key, value in settings["trainer"].items() if key in _WHERE_TO_TRAIN}
-        if isinstance(shown["strategy"], Mapping):
-            shown["strategy"] = shown["strategy"].get("_target_")
-        raise ConfigError(f"trainer={shown!r} is refused by Lightning: {error}; correct trainer.KEY") from error
+    except (*_REFUSALS, MisconfigurationException) as error:
+        raise _trainer_refused(settings, error) from error
+
+
+def _trainer_refused(settings: Settings, error: Exception) -> ConfigError:
+    shown = {key: value for key, value in settings["trainer"].items() if key in _WHERE_TO_TRAIN}
+    if isinstance(shown["strategy"], Mapping):
+        shown["strategy"] = shown["strategy"].get("_target_")
+    return ConfigError(f"trainer={shown!r} is refused by Lightning: {error}; correct trainer.KEY")
 
 
 def ddp(**options: Any) -> DDPStrategy:
@@ -468,6 +474,7 @@ def ddp(**options: Any) -> DDPStrategy:
     No buffer of a vision transformer changes, and a sync of them before each forward pass would wait for ever where
     ranks have unequal numbers of batches to validate.
     """
+    atexit.unregister(disband)  # of an earlier call
     atexit.register(disband)  # Lightning does so for nccl only
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -482,7 +489,31 @@ def fsdp(**options: Any) -> FSDPStrategy:
 
 def shards_parameters(settings: Settings) -> bool:
     """Whether parameters are spread over ranks while training, so that no rank has the whole network."""
-    return isinstance(_any_trainer(settings).strategy, FSDPStrategy)
+    strategy = _strategy(settings)
+    return isinstance(strategy, FSDPStrategy) or (isinstance(strategy, str) and strategy.startswith("fsdp"))
+
+
+def ignores_clipping(settings: Settings) -> bool:
+    """Whether ``trainer.gradient_clip_val`` is left out, as Lightning cannot take the norm over shards.
+
+    It stays in the settings, so that what was trained under another strategy is not taken for something else.
+    """
+    return shards_parameters(settings) and settings["trainer"].get("gradient_clip_algorithm") != "value"
+
+
+def _strategy(settings: Settings) -> Strategy | str:
+    """Lightning's strategy object where the settings name a class, else its name.
+
+    Raises:
+        ConfigError: there is no such class, or it refuses its arguments.
+    """
+    strategy = settings["trainer"]["strategy"]
+    if not isinstance(strategy, Mapping):
+        return cast(str, strategy)
+    try:
+        return cast(Strategy, instantiate(strategy, _convert_="all"))
+    except (*_REFUSALS, InstantiationException) as error:
+        raise _trainer_refused(settings, error) from error
 
 
 def build_sharing(settings: Settings, model: nn.Module, scores: Scores) -> WeightSharingModule:
@@ -527,16 +558,24 @@ def build_trackers(settings: Settings) -> dict[str, Tracker]:
 
 def device(settings: Settings) -> torch.device:
     """Where the Trainer would train: scoring, testing and timing run there too."""
-    return _any_trainer(settings).strategy.root_device
+    return _where_to_train(json.dumps(settings["trainer"]))[0]
 
 
 def num_processes(settings: Settings) -> int:
     """How many processes, on all nodes, the ``trainer`` settings ask for."""
-    return _any_trainer(settings).world_size
+    return _where_to_train(json.dumps(settings["trainer"]))[1]
 
 
-def _any_trainer(settings: Settings) -> L.Trainer:
-    return build_trainer(settings, {"epochs": 1}, Path("."), [], "")
+@lru_cache
+def _where_to_train(trainer: str) -> tuple[torch.device, int]:
+    """(device of this process, number of processes), which a Trainer knows. A start asks several times.
+
+    Args:
+        trainer: the ``trainer`` settings, as JSON.
+    """
+    settings = {"trainer": json.loads(trainer), "checkpoint_minutes": None}
+    made = build_trainer(settings, {"epochs": 1}, Path("."), [], "")
+    return made.strategy.root_device, made.world_size
 
 
 @contextmanager

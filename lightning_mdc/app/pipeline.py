@@ -1,4 +1,4 @@
-"""Which stages of ``train.py`` run, and which are picked up: see `lightning_mdc.app.steps` for what they do."""
+"""Which steps of ``train.py`` run, and which are picked up: see `lightning_mdc.app.steps` for what they do."""
 
 from __future__ import annotations
 
@@ -7,41 +7,38 @@ import logging
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import seed_everything
 
 from lightning_mdc.app import build, terminal, tracking
+from lightning_mdc.app.fingerprints import changed, fingerprints, relevant
 from lightning_mdc.app.report.invocations import note_invocation
-from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, fingerprint, open_run
-from lightning_mdc.app.steps import STAGES, Run, switched_off
+from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, open_run
+from lightning_mdc.app.step_table import STEPS, needed, switched_off
+from lightning_mdc.app.steps import ACTIONS, Run
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import ConfigError, check_whole
 from lightning_mdc.files import write_text
-from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Policy
+from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES
 from lightning_mdc.surgery import COMPENSATIONS
 
 log = logging.getLogger(__name__)
 
-# Keys of `data` that do not change what is trained on.
-_TEST_DATA = ("test_root", "test_split", "max_test_images")
-_HOW_DATA_IS_READ = ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "max_corrupt_images")
-
 
 def run(settings: build.Settings) -> RunFolder:
-    """Run the stages that `settings` select, in order; returns the run's folder.
+    """Run the steps that `settings` select, in order; returns the run's folder.
 
-    With ``resume`` a selected stage that is done is picked up. One that is not selected has to be done already, with
-    the same settings, if another is built on it.
+    With ``resume`` a selected step that is done is picked up. One that is not selected has to be done already, with the
+    same settings, if another is built on it.
 
     Raises:
-        MdcError: a setting is wrong, or an earlier stage is missing. Nothing that was there is lost.
+        MdcError: a setting is wrong, or an earlier step is missing. Nothing that was there is lost.
     """
     selected = select(settings)
     check(settings, selected)  # by one process, before there are more of them to say it
@@ -53,117 +50,118 @@ def _run(settings: build.Settings, selected: tuple[str, ...]) -> RunFolder:
     if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     with ExitStack() as stack:  # of the first rank; the others have nothing to close
-        this = on_first_rank(partial(_opened, settings, selected, stack))
-        about = tracking.about_run(this.folder.path, settings)
+        run = on_first_rank(partial(_opened, settings, selected, stack))
+        about = tracking.about_run(run.folder.path, settings)
         trackers = stack.enter_context(tracking.opened(build.build_trackers(settings), about))
-        _run_stages(replace(this, trackers=trackers), selected)
-        return this.folder
+        _run_steps(replace(run, trackers=trackers), selected)
+        return run.folder
 
 
-def _run_stages(this: Run, selected: tuple[str, ...]) -> None:
-    settings, folder = this.settings, this.folder.path
+def _run_steps(run: Run, selected: tuple[str, ...]) -> None:
+    folder = run.folder.path
     fresh: set[str] = set()
     for name in selected:
-        # A stage is picked up only if all it is built on was: its fingerprint holds theirs.
-        if not fresh.intersection(_upstream(settings, name)) and on_first_rank(partial(is_done, this, name)):
-            log.info("%-8s picked up from %s", f"{name}:", this.folder / STAGES[name].output)
-            tracking.show_stage(this.trackers, folder, name, this.marks[name])
+        # A step is picked up only if all it is built on was: its fingerprint holds theirs.
+        if not fresh.intersection(_upstream(run.settings, name)) and on_first_rank(partial(run.is_done, name)):
+            log.info("%-8s picked up from %s", f"{name}:", run.output(name))
+            tracking.show_stage(run.trackers, folder, name, run.fingerprints[name])
             continue
         fresh.add(name)
-        if name in cached(settings) and on_first_rank(partial(_take_from_cache, this, name)):
+        if name in shared_by_trials(run.settings) and on_first_rank(partial(_take_from_cache, run, name)):
             log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
-            tracking.show_stage(this.trackers, folder, name, this.marks[name])
+            tracking.show_stage(run.trackers, folder, name, run.fingerprints[name])
             continue
         try:
-            run_stage(this, name)
+            run_step(run, name)
         except BaseException as error:
             terminal.note_where(error, folder, name)
-            tracking.show_stage(this.trackers, folder, name, None)  # as far as it came
+            tracking.show_stage(run.trackers, folder, name, None)  # as far as it came
             raise
-        tracking.show_stage(this.trackers, folder, name, this.marks[name])
+        tracking.show_stage(run.trackers, folder, name, run.fingerprints[name])
     if "report" not in fresh:  # which says it at more length
-        on_first_rank(partial(_say_what_next, this))
+        on_first_rank(partial(_say_what_next, run))
 
 
-def _say_what_next(this: Run) -> None:
-    done = [name for name in STAGES if is_done(this, name)]
-    log.info("all of it is in %s: %s", this.folder, ", ".join(Path(STAGES[name].output).name for name in done))
-    left = [name for name in select({**this.settings, "stage": "all", "skip": []}) if name not in done]
+def _say_what_next(run: Run) -> None:
+    done = [name for name in STEPS if run.is_done(name)]
+    log.info("all of it is in %s: %s", run.folder, ", ".join(run.output(name).name for name in done))
+    left = [name for name in select({**run.settings, "stage": "all", "skip": []}) if name not in done]
     if left:
         log.info("go on with %s:", ", ".join(left))
-        log.info("  %s", terminal.again(terminal.started(), this.folder.path, without=("stage", "skip")))
+        log.info("  %s", terminal.again(terminal.started(), run.folder.path, without=("stage", "skip")))
     else:
         log.info("look at it, as a page and as pictures:")
-        log.info("  %s", shlex.join(["python", "-m", "lightning_mdc", "report", str(this.folder)]))
+        log.info("  %s", shlex.join(["python", "-m", "lightning_mdc", "report", str(run.folder)]))
 
 
 def _opened(settings: build.Settings, selected: tuple[str, ...], stack: ExitStack) -> Run:
-    """The run in its folder, with what the selected stages are built on; its log is written until `stack` is closed."""
-    folder, earlier = open_run(settings["runs"], settings["name"], settings["resume"])
-    this = Run(settings, folder)
-    this.marks = fingerprints(settings, frozenset())
+    """The run in its folder, with what the selected steps are built on; its log is written until `stack` is closed."""
+    folder, is_earlier = open_run(settings["runs"], settings["name"], settings["resume"])
+    run = Run(settings, folder, fingerprints(settings, frozenset()))
     # Finetuned models are tested if this run makes them, or made them with these settings; the same holds for others.
-    optional = {name for stage in STAGES.values() for name in stage.looks_at}
-    there = frozenset(name for name in optional if name in selected or is_done(this, name))
-    this.with_finetuned = "distill" in there
-    this.marks = fingerprints(settings, there)
+    looked_at = {name for step in STEPS.values() for name in step.looks_at}
+    finished = frozenset(name for name in looked_at if name in selected or run.is_done(name))
+    run.has_finetuned = "distill" in finished
+    run.fingerprints = fingerprints(settings, finished)
     try:
         for name in selected:
-            _require(this, name, selected)
+            _require(run, name, selected)
     except ConfigError:
-        if not earlier:
+        if not is_earlier:
             folder.path.rmdir()
         raise
     folder.create()
     stack.enter_context(terminal.log_file(folder / terminal.LOG_FILE))
     write_text(folder / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
     note_invocation(folder)
-    log.info("%s %s", "resuming" if earlier else "run folder", folder)
-    if settings["resume"] is True and not earlier:
+    log.info("%s %s", "resuming" if is_earlier else "run folder", folder)
+    if settings["resume"] is True and not is_earlier:
         log.info("  (resume=true, but there was no earlier run of the name %r)", settings["name"])
-    return this
+    clip = settings["trainer"]["gradient_clip_val"]
+    if clip is not None and build.ignores_clipping(settings):
+        log.info("  trainer.gradient_clip_val=%s is left out: Lightning cannot take the norm over shards", clip)
+    return run
 
 
-def cached(settings: build.Settings) -> tuple[str, ...]:
-    """Stages whose results the trials of a sweep share, see `cache_folder`."""
-    off = switched_off(settings)
-    return tuple(name for name in ("dense", "score", "share", "statistics") if name not in off)
+def shared_by_trials(settings: build.Settings) -> tuple[str, ...]:
+    """Steps whose results the trials of a sweep share, see `cache_folder`."""
+    return tuple(name for name, step in STEPS.items() if step.shared_by_trials and not step.is_off(settings))
 
 
-def cache_folder(settings: build.Settings, marks: Mapping[str, str]) -> Path:
+def cache_folder(settings: build.Settings, fingerprints: Mapping[str, str]) -> Path:
     """Where sweeps keep the dense model and the scores of these settings, and what else their trials share.
 
     Named by the last of them, which is built on all others.
     """
-    return Path(settings["runs"]) / ".cache" / marks[cached(settings)[-1]][:16]
+    return Path(settings["runs"]) / ".cache" / fingerprints[shared_by_trials(settings)[-1]][:16]
 
 
 def _take_from_cache(run: Run, name: str) -> bool:
-    cache = Run(run.settings, RunFolder(cache_folder(run.settings, run.marks)), run.marks)
-    if not is_done(cache, name):
+    cache = Run(run.settings, RunFolder(cache_folder(run.settings, run.fingerprints)), run.fingerprints)
+    if not cache.is_done(name):
         return False
-    source, target = (each.folder / STAGES[name].output for each in (cache, run))
+    source, target = cache.output(name), run.output(name)
     _begin(run, name)
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
     else:
         shutil.copyfile(source, target)
-    run.folder.finish(name, run.marks[name], settings=relevant(run.settings, name), cached=True)
+    run.folder.finish(name, run.fingerprints[name], settings=relevant(run.settings, name), cached=True)
     return True
 
 
-def run_stage(run: Run, name: str) -> None:
-    """Run one stage, whatever was there before; on all ranks, if it has a use for them."""
-    stage = STAGES[name]
+def run_step(run: Run, name: str) -> None:
+    """Run one step, whatever was there before; on all ranks, if it has a use for them."""
     log.info("%-8s running", f"{name}:")
     on_first_rank(partial(_begin, run, name))
     seed_everything(run.settings["seed"], workers=True, verbose=False)
     start = time.perf_counter()
-    said = stage.work(run) if stage.on_all_ranks else on_first_rank(partial(stage.work, run))
+    action = partial(ACTIONS[name], run)
+    outcome = action() if STEPS[name].on_all_ranks else on_first_rank(action)
     elapsed = time.perf_counter() - start
     facts = {"settings": relevant(run.settings, name), "seconds": round(elapsed, 2)}
-    on_first_rank(partial(run.folder.finish, name, run.marks[name], **facts))
-    log.info("%-8s done in %s: %s", f"{name}:", _duration(elapsed), said)
+    on_first_rank(partial(run.folder.finish, name, run.fingerprints[name], **facts))
+    log.info("%-8s done in %s: %s", f"{name}:", _duration(elapsed), outcome)
 
 
 def _duration(seconds: float) -> str:
@@ -175,9 +173,9 @@ def _duration(seconds: float) -> str:
 
 
 def _begin(run: Run, name: str) -> None:
-    """From now on the stage is unfinished, and so is all that is built on it: nobody takes old results for new."""
+    """From now on the step is unfinished, and so is all that is built on it: nobody takes old results for new."""
     begun = {name}
-    for other in STAGES:
+    for other in STEPS:
         if other == name or begun.intersection(_upstream(run.settings, other)):
             begun.add(other)
             run.folder.start(other)
@@ -186,34 +184,35 @@ def _begin(run: Run, name: str) -> None:
 
 
 def select(settings: build.Settings) -> tuple[str, ...]:
-    """The stages to run, in order.
+    """The steps to run, in order.
 
     Raises:
-        ConfigError: a name that is no stage, one that is switched off, or none left.
+        ConfigError: a name that is no step, one that is switched off, or none left.
     """
     stage, skip = settings["stage"], settings["skip"]
     off = switched_off(settings)
-    every = [name for name, known in STAGES.items() if known.in_all and name not in off]
-    asked = [stage] if isinstance(stage, str) else list(stage or ())
-    chosen = [name for word in asked for name in (every if word == "all" else [word])]
+    everything = [name for name, step in STEPS.items() if step.in_all and name not in off]
+    words = [stage] if isinstance(stage, str) else list(stage or ())
+    chosen = [name for word in words for name in (everything if word == "all" else [word])]
     skipped = [skip] if isinstance(skip, str) else list(skip or ())
     for key, names in (("stage", chosen), ("skip", skipped)):
-        unknown = [name for name in names if name not in STAGES]
+        unknown = [name for name in names if name not in STEPS]
         if unknown:
-            raise ConfigError(f"{key}={unknown[0]!r} is no stage; stages are {', '.join(STAGES)}, and all")
+            raise ConfigError(f"{key}={unknown[0]!r} is no step; the steps are {', '.join(STEPS)}, and all")
     if "search" in chosen and "statistics" not in off:
         chosen.append("statistics")  # nothing to look at, so nobody names it; but trials need it
     for name in off:
-        if name in chosen:
-            raise ConfigError(f"stage={name!r} has nothing to do with {off[name]}")
-    selected = tuple(name for name in STAGES if name in chosen and name not in skipped)
+        switch = STEPS[name].switch
+        if name in chosen and switch is not None:
+            raise ConfigError(f"stage={name!r} has nothing to do with {switch.key}={switch.off}; {switch.remedy}")
+    selected = tuple(name for name in STEPS if name in chosen and name not in skipped)
     if not selected:
-        raise ConfigError(f"stage={stage!r} with skip={skip!r} leaves nothing to run; name at least one stage")
+        raise ConfigError(f"stage={stage!r} with skip={skip!r} leaves nothing to run; name at least one step")
     return selected
 
 
 def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
-    """Build, without weights, what the selected stages will build: a wrong setting is said now, not after an hour.
+    """Build, without weights, what the selected steps will build: a wrong setting is said now, not after an hour.
 
     Raises:
         MdcError: what would have been raised then.
@@ -233,14 +232,10 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
         raise ConfigError(f"surgery.compensate={compensate!r}: expected one of {', '.join(COMPENSATIONS)}")
     build.build_budget(settings)
     build.build_trackers(settings)
-    if "share" in selected and build.shards_parameters(settings):
-        raise ConfigError(
-            "trainer=fsdp shards parameters, which the masks of weight sharing need whole; run "
-            "stage=[dense,score,share] with trainer=ddp, then the rest with resume=true trainer=fsdp"
-        )
+    _check_sharding(settings, selected)
     run = Run(settings, RunFolder(Path()))
     _ = run.device
-    if not any(STAGES[name].uses_data for name in selected):
+    if not any(STEPS[name].uses_data for name in selected):
         return
     if "dense" in selected and not settings["dense"]["epochs"] and not _has_weights(settings):
         raise ConfigError(
@@ -297,88 +292,46 @@ def _check_values(settings: build.Settings) -> None:
             )
 
 
+def _check_sharding(settings: build.Settings, selected: tuple[str, ...]) -> None:
+    """Raises: ConfigError: a training needs its parameters whole, but FSDP gives each rank a part of them."""
+    if not build.shards_parameters(settings):
+        return
+    if "share" in selected:
+        raise ConfigError(
+            "trainer=fsdp shards parameters, which the masks of weight sharing need whole; run "
+            "stage=[dense,score,share] with trainer=ddp, then the rest with resume=true trainer=fsdp "
+            "skip=[dense,score,share]"
+        )
+    decay = settings["distillation"]["ema_decay"]
+    if "distill" in selected and decay is not None:
+        raise ConfigError(
+            f"distillation.ema_decay={decay} averages whole parameters, which trainer=fsdp shards; give "
+            "distillation.ema_decay=null, or train with trainer=ddp"
+        )
+
+
 def _has_weights(settings: build.Settings) -> bool:
     return bool(settings["model"]["pretrained"]) or settings["model"]["checkpoint"] is not None
 
 
-def fingerprints(settings: build.Settings, there: frozenset[str]) -> dict[str, str]:
-    """Fingerprint of every stage's result under `settings`.
-
-    Args:
-        there: stages that others look at if they are there (see `Stage.looks_at`), and are.
-    """
-    marks: dict[str, str] = {}
-    for name in STAGES:
-        needs = {*_needs(settings, name), *there.intersection(STAGES[name].looks_at)}
-        marks[name] = fingerprint(relevant(settings, name), {need: marks[need] for need in sorted(needs)})
-    return marks
-
-
-def relevant(settings: build.Settings, name: str) -> dict[str, Any]:
-    """The settings that the result of stage `name` depends on, by dotted key, down to single values."""
-    flat: dict[str, Any] = {}
-    for key in STAGES[name].settings:
-        flat.update(_flat(key, _value(settings, key)))
-    return flat
-
-
-def _value(settings: build.Settings, key: str) -> Any:
-    data = settings["data"]
-    if key == "data":
-        return {name: value for name, value in data.items() if name not in _TEST_DATA + _HOW_DATA_IS_READ}
-    if key == "test_data":
-        return {name: data[name] for name in _TEST_DATA if name in data}
-    if key == "policy_file":  # its content, so that an edited file counts as changed
-        file = settings["policy"]["file"]
-        return None if file is None else Policy.load(file).to_json()
-    value: Any = settings
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from _flat(f"{key}.{name}", inner)
-    else:
-        yield key, value
-
-
-def is_done(run: Run, name: str) -> bool:
-    """Whether the stage was finished with these settings and its output is still there."""
-    return run.folder.is_done(name, run.marks[name], run.folder / STAGES[name].output)
-
-
-def _needs(settings: build.Settings, name: str) -> tuple[str, ...]:
-    """The stages that `name` is built on under these settings."""
-    off = switched_off(settings)
-    return tuple(need for need in STAGES[name].needs if need not in off)
-
-
 def _upstream(settings: build.Settings, name: str) -> tuple[str, ...]:
-    """The same, and what it looks at if it is there."""
-    return _needs(settings, name) + STAGES[name].looks_at
+    """Steps that `name` is built on, and those that it looks at if they are there."""
+    return needed(settings, name) + STEPS[name].looks_at
 
 
 def _require(run: Run, name: str, selected: tuple[str, ...]) -> None:
-    """Raises: ConfigError: a stage that `name` is built on is neither selected nor done with these settings."""
-    for need in _needs(run.settings, name):
-        if need in selected or is_done(run, need):
+    """Raises: ConfigError: a step that `name` is built on is neither selected nor done with these settings."""
+    for need in needed(run.settings, name):
+        if need in selected or run.is_done(need):
             continue
         record = run.folder.record(need)
-        if record is None or not (run.folder / STAGES[need].output).exists():
+        if record is None or not run.output(need).exists():
             raise ConfigError(
                 f"stage={name!r} is built on {need!r}, which is neither to be run nor finished in {run.folder}; run "
                 f"{need!r} too, or give resume=true (the newest run) or resume=FOLDER of a run that has it"
             )
-        changed = _changed(record.get("settings", {}), relevant(run.settings, need))
+        difference = changed(record.get("settings", {}), relevant(run.settings, need))
         raise ConfigError(
             f"stage={name!r} is built on {need!r}, but the one in {run.folder} was made with other settings "
-            f"({changed or 'of a stage before it'}); run {need!r} too, or give the old settings"
+            f"({difference or 'of a step before it'}); run {need!r} too, or give the old settings"
         )
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    keys = [key for key in now if before.get(key) != json.loads(json.dumps(now[key], default=str))]
-    return ", ".join(f"{key}={before.get(key)!r}, now {now[key]!r}" for key in keys[:3])

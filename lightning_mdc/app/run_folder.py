@@ -1,14 +1,12 @@
 """Where a run of ``train.py`` writes, and how it knows what it has already done.
 
-A finished stage leaves ``stages/<name>.json`` with the settings it was made with and their fingerprint, which covers
-the fingerprints of the stages it was built on. A stage is done if the fingerprint of today's settings is the one there.
+A finished step leaves ``steps/<name>.json`` with the settings it was made with and their fingerprint, which covers the
+fingerprints of the steps it was built on. A step is done if the fingerprint of today's settings is the one there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,10 @@ from typing import Any
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.files import write_json
 
-_RECORDS = "stages"
+# The folder of what `RunFolder.finish` writes, by which a run is known.
+RECORDS = "steps"
 # Names the file in search/ that the search of the present settings writes.
 CURRENT_STUDY = "search/current"
-
-
-def fingerprint(settings: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
-    """SHA-256 of what a stage's result depends on: its settings and the fingerprints of the stages before it."""
-    text = json.dumps({"settings": settings, "upstream": upstream}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class RunFolder:
@@ -46,7 +39,7 @@ class RunFolder:
             ConfigError: the place cannot be written.
         """
         try:
-            (self.path / _RECORDS).mkdir(parents=True, exist_ok=True)
+            (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"runs={str(self.path.parent)!r} cannot be written: {error}; give another folder"
@@ -55,23 +48,23 @@ class RunFolder:
     def record(self, name: str) -> dict[str, Any] | None:
         """What `finish` wrote for `name`; None if it has not been finished."""
         try:
-            record = json.loads((self.path / _RECORDS / f"{name}.json").read_text())
-        except (OSError, ValueError):  # unreadable counts as not done: the stage runs again
+            record = json.loads((self.path / RECORDS / f"{name}.json").read_text())
+        except (OSError, ValueError):  # unreadable counts as not done: the step runs again
             return None
         return record if isinstance(record, dict) and "fingerprint" in record else None
 
-    def is_done(self, name: str, mark: str, output: Path) -> bool:
-        """Whether `name` was finished with fingerprint `mark` and its output is still there."""
+    def is_done(self, name: str, fingerprint: str, output: Path) -> bool:
+        """Whether `name` was finished with this fingerprint and its output is still there."""
         record = self.record(name)
-        return record is not None and record["fingerprint"] == mark and output.exists()
+        return record is not None and record["fingerprint"] == fingerprint and output.exists()
 
     def start(self, name: str) -> None:
         """From now on `name` is unfinished, whatever was there before."""
-        (self.path / _RECORDS / f"{name}.json").unlink(missing_ok=True)
+        (self.path / RECORDS / f"{name}.json").unlink(missing_ok=True)
 
-    def finish(self, name: str, mark: str, **facts: Any) -> None:
+    def finish(self, name: str, fingerprint: str, **facts: Any) -> None:
         """Record that `name` is finished."""
-        write_json(self.path / _RECORDS / f"{name}.json", {"fingerprint": mark, **facts})
+        write_json(self.path / RECORDS / f"{name}.json", {"fingerprint": fingerprint, **facts})
 
 
 def open_run(runs: str, name: str, resume: bool | str) -> tuple[RunFolder, bool]:
@@ -88,9 +81,9 @@ def open_run(runs: str, name: str, resume: bool | str) -> tuple[RunFolder, bool]
     home = Path(runs) / name
     if isinstance(resume, str):
         path = Path(resume)
-        if not (path / _RECORDS).is_dir():
+        if not (path / RECORDS).is_dir():
             raise ConfigError(
-                f"resume={resume!r} holds no run (no folder {_RECORDS}/ in it); give the folder of an earlier run, or "
+                f"resume={resume!r} holds no run (no folder {RECORDS}/ in it); give the folder of an earlier run, or "
                 f"resume=true for the newest under {home}"
             )
         return RunFolder(path), True
@@ -102,7 +95,7 @@ def open_run(runs: str, name: str, resume: bool | str) -> tuple[RunFolder, bool]
 
 def newest_run(home: Path) -> Path | None:
     """The run under `home` that was started last; None if there is none."""
-    runs = [path.parent for path in home.glob(f"*/{_RECORDS}")]
+    runs = [path.parent for path in home.glob(f"*/{RECORDS}")]
     return max(runs, key=lambda path: _age_key(path.name), default=None)
 
 

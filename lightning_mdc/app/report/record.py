@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from lightning_mdc.app.report.invocations import Invocation, invocations
 from lightning_mdc.app.report.outcomes import ClassChange, Outcomes
 from lightning_mdc.app.report.results import Results
-from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, newest_run
+from lightning_mdc.app.run_folder import CURRENT_STUDY, RECORDS, RunFolder, newest_run
+from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.artifact import load
 from lightning_mdc.budget import CostModel
 from lightning_mdc.errors import ConfigError, MdcError
@@ -23,9 +24,6 @@ from lightning_mdc.importance import Scores
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy import Plan, Policy
 from lightning_mdc.policy_search.sensitivity import Sensitivity
-
-# Of ``lightning_mdc.app.steps``, which cannot be asked: it makes reports.
-STAGE_NAMES = ("dense", "score", "share", "statistics", "sensitivity", "search", "slim", "distill", "test", "report")
 
 # Of settings, those that are groups and are looked into.
 _GROUPS = ("policy", "search", "sharing")
@@ -46,11 +44,11 @@ class RunRecord:
     folder: Path
 
     def __post_init__(self) -> None:
-        if not (self.folder / "stages").is_dir():
+        if not (self.folder / RECORDS).is_dir():
             newest = newest_run(self.folder) or "runs/digits/2026-01-31_12-00-00"
             raise ConfigError(
-                f"{str(self.folder)!r} holds no run (no folder stages/ in it); give a folder that train.py made, such "
-                f"as {newest}"
+                f"{str(self.folder)!r} holds no run (no folder {RECORDS}/ in it); give a folder that train.py made, "
+                f"such as {newest}"
             )
 
     @cached_property
@@ -71,7 +69,7 @@ class RunRecord:
     @cached_property
     def stages(self) -> Mapping[str, Mapping[str, Any]]:
         """What is known of every stage that is done, in their order: ``seconds``, ``settings``, ``fingerprint``."""
-        records = {name: RunFolder(self.folder).record(name) for name in STAGE_NAMES}
+        records = {name: RunFolder(self.folder).record(name) for name in STEPS}
         return {name: record for name, record in records.items() if record is not None}
 
     @cached_property
@@ -138,7 +136,7 @@ class RunRecord:
         if "sensitivity" in self.stages or "score" not in self.stages:
             return self._of("sensitivity", "sensitivity.csv", Sensitivity.load)
         # Of an older dense model or older scores there may be some, too.
-        since = (self.folder / "stages" / "score.json").stat().st_mtime_ns
+        since = (self.folder / RECORDS / "score.json").stat().st_mtime_ns
         begun = {path.stat().st_mtime_ns: path for path in self.folder.glob("sensitivity/cuts-*.csv")}
         newest = max((when for when in begun if when > since), default=None)
         return None if newest is None else self._read(str(begun[newest].relative_to(self.folder)), Sensitivity.load)

@@ -15,53 +15,21 @@ from lightning_mdc.app.report.findings import findings, verdict
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.results import DENSE
 from lightning_mdc.app.report.tables import Table, by_class, by_seed, comparison, share
+from lightning_mdc.app.run_folder import RECORDS
+from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.terminal import again
 from lightning_mdc.files import write_text
 
 PICTURES = "pictures"
 
-_WRITTEN = {
-    "report.html": "this report as one page, for any browser",
-    "report.md": "this report as text",
-    f"{PICTURES}/": "its pictures",
-}
-_HOLDS = {
-    **_WRITTEN,
-    "dense/": "the dense model, for `lightning_mdc.load`",
-    "scores.safetensors": "importance of every head, neuron and token position",
-    "shared/": "the dense model after weight sharing",
-    "statistics.safetensors": "activations of the calibration images, for `surgery.compensate`",
-    "sensitivity.csv": "accuracy and KL as each dimension of each block alone is cut",
-    "policy.json": "how much each block keeps",
-    "search/": "every policy that was tried",
-    "plan.json": "which units each block keeps",
-    "slim/": "the slim model before finetuning",
-    "finetuned/": "the slim model finetuned, one folder per seed",
-    "reference/": "the dense model given the same extra training",
-    "results.json": "every number of this report",
-    "predictions.safetensors": "what every model says of every test image",
-    "examples.safetensors": "the example images, and which patches stayed",
+# What the report itself is, which is about to be written when it says what there is.
+_WRITTEN = {output.path: output.holds for output in STEPS["report"].outputs}
+# What is there from the start, whatever step is done.
+_OF_THE_RUN = {
     "logs/": "training curves",
     "log.txt": "what the run said, with times",
     "settings.json": "all settings of the run",
-    "stages/": "which stages are done, with what settings and in what time",
-}
-
-# By which stage; the others are made from the start.
-_MADE_BY = {
-    "dense/": "dense",
-    "scores.safetensors": "score",
-    "shared/": "share",
-    "statistics.safetensors": "statistics",
-    "sensitivity.csv": "sensitivity",
-    "policy.json": "search",
-    "plan.json": "slim",
-    "slim/": "slim",
-    "finetuned/": "distill",
-    "reference/": "distill",
-    "results.json": "test",
-    "predictions.safetensors": "test",
-    "examples.safetensors": "test",
+    f"{RECORDS}/": "which steps are done, with what settings and in what time",
 }
 
 
@@ -196,12 +164,14 @@ def markdown(report: Report, pictures: Mapping[str, Path]) -> str:
 
 def places(record: RunRecord) -> tuple[Place, ...]:
     """What lies in a run's folder, the report included that is about to be written; nothing of older settings."""
-
-    def is_there(path: str) -> bool:
-        stage = _MADE_BY.get(path)
-        return path in _WRITTEN or ((stage is None or stage in record.stages) and (record.folder / path).exists())
-
-    return tuple(Place(path, holds) for path, holds in _HOLDS.items() if is_there(path))
+    made = {
+        output.path: output.holds
+        for name, step in STEPS.items()
+        for output in step.outputs
+        if output.grows or name in record.stages
+    }
+    there = {path: holds for path, holds in (made | _OF_THE_RUN).items() if (record.folder / path).exists()}
+    return tuple(Place(path, holds) for path, holds in (_WRITTEN | there).items())
 
 
 def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
@@ -258,7 +228,7 @@ def _headline(record: RunRecord) -> tuple[tuple[str, str], ...]:
 
 def _unfinished(record: RunRecord) -> str:
     done = [name for name in record.stages if name != "report"]
-    words = [f"{', '.join(done)} {'is' if len(done) == 1 else 'are'} done" if done else "no stage is done yet"]
+    words = [f"{', '.join(done)} {'is' if len(done) == 1 else 'are'} done" if done else "no step is done yet"]
     study = record.study
     if study is not None and "search" not in record.stages:
         over = [row for row in study.rows if row.status != "running"]

@@ -49,7 +49,7 @@ def sweep_items(results: Mapping[str, Any], folder: Path, direction: str, best: 
     """The whole search.
 
     Args:
-        results: as `policy_sweep.finish` gets them.
+        results: as `lightning_mdc.app.sweep.finish` gets them.
         folder: of the sweep, with the sweeper's pictures.
         direction: ``minimize`` or ``maximize``.
         best: the best policy, drawn; None if no trial succeeded.
