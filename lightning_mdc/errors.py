@@ -5,6 +5,7 @@ Messages name the argument, its value, the reason and the remedy, in that order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -64,6 +65,20 @@ class DistributedError(MdcError, RuntimeError):
     """The processes of a distributed run cannot be started, or one of them went away."""
 
 
+class RankError(DistributedError):
+    """Another process of the run failed, and this one cannot go on without it.
+
+    Attributes:
+        rank: of the process that failed.
+        kind: name of its error's class, such as ``"OutOfMemoryError"``.
+        text: its error's message.
+    """
+
+    def __init__(self, rank: int, kind: str, text: str) -> None:
+        super().__init__(f"rank {rank} failed: {kind}: {text}")
+        self.rank, self.kind, self.text = rank, kind, text
+
+
 def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_none: str | None = None) -> None:
     """Refuse what is no whole number of at least `least`.
 
@@ -80,3 +95,10 @@ def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_non
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         otherwise = "" if or_none is None else f", or None for {or_none}"
         raise error(f"{name}={value!r:.80}: expected a whole number of at least {least}{otherwise}")
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -146,7 +146,7 @@ def test_a_trial_without_a_policy_says_what_to_give(runs, tmp_path):
 @pytest.fixture(scope="module")
 def load(runs):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return sweep.PolicyLoad(compose("train", [*TINY, f"runs={runs}", "budget=0.5"]))
+        return sweep.PolicyCost(compose("train", [*TINY, f"runs={runs}", "budget=0.5"]))
 
 
 def columns(rng, n: int) -> dict[str, np.ndarray]:

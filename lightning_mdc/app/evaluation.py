@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mdc.app.report.outcomes import Outcomes
-from lightning_mdc.distributed import everyones
+from lightning_mdc.distributed import gather
 from lightning_mdc.figures.examples import FIRST, LEAST_CHANGED, MOST_CHANGED, Example, Examples
 from lightning_mdc.models import evaluating, find_sites
 from lightning_mdc.progress import bar, steps_of
@@ -37,8 +38,8 @@ def outcomes(
     labels: np.ndarray = np.empty(0, dtype=np.int64)
     predicted = {}
     for place, model in models.items():
-        mine = _predictions(model, loader, device, place)
-        labels, predicted[place] = (torch.cat(parts).numpy() for parts in zip(*everyones(mine), strict=True))
+        of_ranks = gather(partial(_predictions, model, loader, device, place))
+        labels, predicted[place] = (torch.cat(parts).numpy() for parts in zip(*of_ranks, strict=True))
     return Outcomes(labels, predicted, tuple(class_names))
 
 

@@ -439,10 +439,9 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
         token_score=surgery["token_score"],
         fuse_tokens=surgery["fuse_tokens"],
         n_initial_points=options["n_initial_points"],
-        early_stop=options["early_stop"],
         warm_start=options["warm_start"],
         state=state,
-        on_trial=lambda row, best: run.trackers.show(lambda: [trial_numbers(row, best)]),
+        on_trial=lambda trial, best: run.trackers.show(lambda: [trial_numbers(trial, best)]),
         **build.space_options(run.settings),
         **run.compensation,
     )

@@ -136,8 +136,8 @@ def _held_out(run: Run, model: nn.Module) -> HeldOut:
 # --- what a trial costs -----------------------------------------------------------------------------------------------
 
 
-class PolicyLoad:
-    """Prices trials by their ``policy.keep.*``: cost as a fraction of the budget, affordable up to 1. For
+class PolicyCost:
+    """Prices trials by their ``policy.keep.*``: cost / budget, affordable up to 1. For
     ``hydra.sweeper.constraint``, vectorised: every parameter is an array (n,), or (n, count) for a list.
     """
 
@@ -152,7 +152,7 @@ class PolicyLoad:
     def __call__(self, params: Mapping[str, Any]) -> np.ndarray:
         """(n,) costs."""
         space, points, _ = self._points(params)
-        return space.load(space.snap(points))  # no less than the fewest units
+        return space.utilisation(space.snap(points))  # no less than the fewest units
 
     def snap(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` with every ratio the smallest that keeps the same units."""
@@ -219,17 +219,17 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
         _show_sweep(results, sweep_dir, build.plain(config), None)
         print("No trial succeeded, so there is no policy to finetune with.")
         return
-    load = PolicyLoad(config)
+    priced = PolicyCost(config)
     found = dict(results["best_params"])
-    given_keep = {name: ratios for name, ratios in load.settings["policy"]["keep"].items() if ratios is not None}
+    given_keep = {name: ratios for name, ratios in priced.settings["policy"]["keep"].items() if ratios is not None}
     keep = given_keep | {key.removeprefix(_KEEP): value for key, value in found.items() if key.startswith(_KEEP)}
-    space = build.keep_space(load.settings, load.model, keep, build.build_budget(load.settings))
+    space = build.keep_space(priced.settings, priced.model, keep, build.build_budget(priced.settings))
     best = space.policy(space.point(build.keep_params(keep)))
     path = sweep_dir / "best_policy.json"
     write_text(path, best.to_json())
-    figure = reporting.policy_figure(best, space.uniform, f"{load.settings['name']}: trial {results['best_trial']}")
+    figure = reporting.policy_figure(best, space.uniform, f"{priced.settings['name']}: trial {results['best_trial']}")
     reporting.save_figure(figure, sweep_dir / "policy.png")
-    _show_sweep(results, sweep_dir, load.settings, figure)
+    _show_sweep(results, sweep_dir, priced.settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in found.items() if not key.startswith(_KEEP)]
     command = ["python", "train.py", f"policy.file={path}", *given, *others]

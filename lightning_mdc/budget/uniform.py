@@ -138,13 +138,13 @@ class _Solver:
         whole = -(-min_neurons // round_to) * round_to
         self.least_neurons = np.minimum(costs.neurons, whole) if "neurons" in dimensions else costs.neurons
 
-    def load(self, heads: Any, neurons: Any, kept: list[int] | float) -> float:
-        """Cost as a fraction of the budget: feasible up to 1. `kept` may be one ratio for all stages."""
+    def utilisation(self, heads: Any, neurons: Any, kept: list[int] | float) -> float:
+        """Cost / budget: feasible up to 1. `kept` may be one ratio for all stages."""
         ratios = self.token_ratios(kept) if isinstance(kept, list) else [kept] * len(self.stages)
         drops = [TokenDrop(block, keep) for block, keep in zip(self.stages, ratios, strict=True)]
-        loads = self.pricing.loads(heads, neurons, drops, fuse=self.costs.sites.fuse)
-        self.tightest = max(loads, key=lambda name: float(loads[name]))
-        return float(loads[self.tightest])
+        by_limit = self.pricing.loads(heads, neurons, drops, fuse=self.costs.sites.fuse)
+        self.tightest = max(by_limit, key=lambda name: float(by_limit[name]))
+        return float(by_limit[self.tightest])
 
     def token_ratios(self, kept: list[int]) -> list[float]:
         """Whole tokens left per stage as ratios of what reaches the stage, e.g. 137 of 197, then 96 of 138."""
@@ -155,13 +155,13 @@ class _Solver:
         return ratios
 
     def check_reachable(self) -> None:
-        smallest = self.load(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
+        smallest = self.utilisation(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
         if smallest <= 1:
             return
         said = partial(self.pricing.said, self.tightest)
         remedies = ["raise budget"]
         if "heads" in self.dimensions and self.least_heads.any():
-            headless = self.load(self.least_heads * 0, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
+            headless = self.utilisation(self.least_heads * 0, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
             remedies.append(f"pass min_heads=0 (reaches {said(headless)})")
         if len(self.dimensions) < len(DIMENSIONS):
             remedies.append("allow more dimensions")
@@ -179,11 +179,11 @@ class _Solver:
         heads = np.maximum(self.least_heads, np.rint(self.costs.heads * ratio).astype(np.int64))
         kept = self._kept(ratio)
         least = self.least_neurons
-        if self.load(heads, least, kept) > 1:  # rounding up took more than the neurons can give back
+        if self.utilisation(heads, least, kept) > 1:  # rounding up took more than the neurons can give back
             fewer = self._most_heads(int(heads.sum()), least, kept)
             heads = self.least_heads if fewer is None else fewer
-        if self.load(heads, least, kept) > 1:
-            parts = _largest(0, 4096, lambda part: self.load(heads, least, self._kept(ratio * part / 4096)) <= 1)
+        if self.utilisation(heads, least, kept) > 1:
+            parts = _largest(0, 4096, lambda part: self.utilisation(heads, least, self._kept(ratio * part / 4096)) <= 1)
             kept = self._kept(ratio * (parts or 0) / 4096)
         neurons = self._most_neurons(heads, kept)
         if (neurons == self.costs.neurons).all():  # rounding down left more than the neurons can take
@@ -197,7 +197,7 @@ class _Solver:
             ratio = part / 65536
             heads = np.maximum(self.least_heads, self.costs.heads * ratio)
             neurons = np.maximum(self.least_neurons, self.costs.neurons * ratio)
-            return self.load(heads, neurons, ratio if self.drops_tokens else 1.0) <= 1
+            return self.utilisation(heads, neurons, ratio if self.drops_tokens else 1.0) <= 1
 
         return 1.0 if feasible(65536) else (_largest(0, 65535, feasible) or 0) / 65536
 
@@ -215,7 +215,7 @@ class _Solver:
         def spread(total: int) -> np.ndarray:
             return _spread(total, self.least_heads, self.costs.heads)
 
-        total = _largest(int(self.least_heads.sum()), most, lambda t: self.load(spread(t), neurons, kept) <= 1)
+        total = _largest(int(self.least_heads.sum()), most, lambda t: self.utilisation(spread(t), neurons, kept) <= 1)
         return None if total is None else spread(total)
 
     def _most_neurons(self, heads: np.ndarray, kept: list[int]) -> np.ndarray:
@@ -225,7 +225,7 @@ class _Solver:
             groups = np.minimum(_spread(total, least, most) * self.round_to, self.costs.neurons)
             return np.maximum(groups, self.least_neurons)
 
-        total = _largest(int(least.sum()), int(most.sum()), lambda t: self.load(heads, spread(t), kept) <= 1)
+        total = _largest(int(least.sum()), int(most.sum()), lambda t: self.utilisation(heads, spread(t), kept) <= 1)
         return self.least_neurons if total is None else spread(total)
 
     def _most_tokens(self, heads: np.ndarray, neurons: np.ndarray, kept: list[int]) -> list[int]:
@@ -237,6 +237,6 @@ class _Solver:
 
             reaching = round(kept[stage] / self.token_ratios(kept)[stage])
             # Keeping all but one saves nothing: the fused token takes its place.
-            best = _largest(kept[stage], reaching - 2, lambda c: self.load(heads, neurons, with_count(c)) <= 1)
+            best = _largest(kept[stage], reaching - 2, lambda c: self.utilisation(heads, neurons, with_count(c)) <= 1)
             kept = kept if best is None else with_count(best)
         return kept
