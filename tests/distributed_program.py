@@ -26,14 +26,14 @@ from lightning_mdc.policy_search.held_out import HeldOut
 SECONDS = 20  # until the process group gives up
 
 
-class TwoWords(Exception):
+class TwoWordsError(Exception):
     """Cannot be made anew from what `pickle` keeps of it."""
 
     def __init__(self, word: str, other: str) -> None:
         super().__init__(f"{word} {other}")
 
 
-class Unpicklable(Exception):
+class UnpicklableError(Exception):
     """Holds what cannot go to another process."""
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class Unpicklable(Exception):
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "OutOfMemoryError": lambda: torch.OutOfMemoryError("no room"),
-    "TwoWords": lambda: TwoWords("gone", "wrong"),
-    "Unpicklable": Unpicklable,
+    "TwoWordsError": lambda: TwoWordsError("gone", "wrong"),
+    "UnpicklableError": UnpicklableError,
 }
 
 
@@ -92,16 +92,14 @@ def scenarios() -> dict[str, Callable[[], Any]]:
         "gather": lambda: gather(lambda: f"of {rank()}"),
         "on_every_rank": lambda: on_every_rank(lambda: f"of {rank()}"),
         "on_first_rank": lambda: on_first_rank(lambda: f"of {rank()}"),
-        "both": lambda: on_every_rank(lambda: fail(["TwoWords", "Unpicklable"][rank()])),
+        "both": lambda: on_every_rank(lambda: fail(["TwoWordsError", "UnpicklableError"][rank()])),
     }
     for kind in ERRORS:
         known |= {
             f"first {kind}": partial(on_first_rank, partial(fail, kind)),
             f"second {kind}": partial(on_every_rank, partial(only, 1, kind)),
             # The other one is in an exchange of its own by then, inside the same work.
-            f"before {kind}": partial(
-                on_every_rank, partial(only, 1, kind, partial(on_every_rank, lambda: "inner"))
-            ),
+            f"before {kind}": partial(on_every_rank, partial(only, 1, kind, partial(on_every_rank, lambda: "inner"))),
             f"inside {kind}": partial(on_every_rank, partial(on_every_rank, partial(only, 1, kind))),
         }
         known |= {f"{name} {kind}": partial(judge.judge, Fails(kind)) for name, judge in judges.items()}

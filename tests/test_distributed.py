@@ -41,7 +41,7 @@ def outcomes(tmp_path_factory) -> tuple[dict, dict]:
     return first, second
 
 
-WORDS = {"OutOfMemoryError": "no room", "TwoWords": "gone wrong", "Unpicklable": "locked up"}
+WORDS = {"OutOfMemoryError": "no room", "TwoWordsError": "gone wrong", "UnpicklableError": "locked up"}
 
 
 def test_results_are_where_they_belong(outcomes):
@@ -67,7 +67,10 @@ def test_an_error_of_another_rank_likewise(outcomes, where, kind):
 
 
 def test_where_both_fail_each_has_its_own_error(outcomes):
-    assert [outcome["both"] for outcome in outcomes] == [["TwoWords", "gone wrong"], ["Unpicklable", "locked up"]]
+    assert [outcome["both"] for outcome in outcomes] == [
+        ["TwoWordsError", "gone wrong"],
+        ["UnpicklableError", "locked up"],
+    ]
 
 
 def test_after_all_these_errors_ranks_still_understand_one_another(outcomes):

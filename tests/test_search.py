@@ -306,16 +306,16 @@ def test_two_processes_share_the_work_and_agree(tmp_path):
 
 
 def test_what_fails_on_one_rank_fails_on_both_with_its_words(tmp_path):
-    later = [("forward", 2, "OutOfMemoryError"), ("evaluate", 2, "TwoWords"), ("slim", 2, "Unpicklable")]
-    scenarios = [*later, ("forward", 0, "TwoWords")]
+    later = [("forward", 2, "OutOfMemoryError"), ("evaluate", 2, "TwoWordsError"), ("slim", 2, "UnpicklableError")]
+    scenarios = [*later, ("forward", 0, "TwoWordsError")]
     two_processes("tests.search_program", tmp_path, *map(json.dumps, scenarios))
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     # After a trial that worked, it is a failed trial.
     for one, other, note in zip(first[:3], second[:3], map(": ".join, WORDS.items()), strict=True):
         assert one == other == ["fine", [["done", ""], ["done", ""], ["failed", note], ["done", ""]]]
     # Before, a mistake for its author to see.
-    assert second[3] == ["TwoWords", "gone wrong"]
-    assert first[3][:2] == ["RankError", "rank 1 failed: TwoWords: gone wrong"]
+    assert second[3] == ["TwoWordsError", "gone wrong"]
+    assert first[3][:2] == ["RankError", "rank 1 failed: TwoWordsError: gone wrong"]
 
 
 # --- held-out images --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lightning_mdc.errors import SearchError
 from lightning_mdc.gp_ei.process import GpEi, Observation
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
-from lightning_mdc.gp_ei.study import Trial, Study, observations, read_study
+from lightning_mdc.gp_ei.study import Study, Trial, observations, read_study
 
 SPACE = Space(
     [Axis("a", 0, 1, step=0.05), Axis("n", 1, 6, step=1, integer=True), Axis("kind", choices=("x", "y", None))]
@@ -357,7 +357,9 @@ def test_warm_start(tmp_path: Path) -> None:
     narrow = Space([Axis("a", 0, 0.2, step=0.05), *SPACE.axes[1:]])
     found = observations(tmp_path / "wide.jsonl", narrow, "maximize")
     with Study(search(), tmp_path / "wide.jsonl", ABOUT) as wide:
-        expected = [(SPACE.point(trial.params).tolist(), trial.value) for trial in wide.trials if trial.value is not None]
+        expected = [
+            (SPACE.point(trial.params).tolist(), trial.value) for trial in wide.trials if trial.value is not None
+        ]
     assert [(o.point.tolist(), o.value) for o in found] == expected
     assert max(o.point[0] for o in found) > 0.2  # where the narrow search cannot go
 
