@@ -1,5 +1,6 @@
-"""A search in a process of its own, run by the tests of `mdc.search`: killed, resumed, or in two processes, of which one
-may fail.
+"""A search in a process of its own, run by the tests of `mdc.search`: killed, resumed, or in two processes.
+
+One of the two may be told to fail.
 """
 
 from __future__ import annotations

@@ -357,9 +357,8 @@ def test_warm_start(tmp_path: Path) -> None:
     narrow = Space([Axis("a", 0, 0.2, step=0.05), *SPACE.axes[1:]])
     found = observations(tmp_path / "wide.jsonl", narrow, "maximize")
     with Study(search(), tmp_path / "wide.jsonl", ABOUT) as wide:
-        expected = [
-            (SPACE.point(trial.params).tolist(), trial.value) for trial in wide.trials if trial.value is not None
-        ]
+        done = [trial for trial in wide.trials if trial.value is not None]
+        expected = [(SPACE.point(trial.params).tolist(), trial.value) for trial in done]
     assert [(o.point.tolist(), o.value) for o in found] == expected
     assert max(o.point[0] for o in found) > 0.2  # where the narrow search cannot go
 

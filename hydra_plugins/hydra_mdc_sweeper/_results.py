@@ -59,19 +59,9 @@ def table(study: Study, folders: Folders) -> str:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["number", *names, "cost", "value", "status", "seconds", "note", "folder"])
     for trial in study.trials:
-        values = [trial.params[name] for name in names]
-        lines.writerow(
-            [
-                trial.number,
-                *values,
-                trial.cost,
-                trial.value,
-                trial.status,
-                _short(trial.seconds),
-                trial.note,
-                folders.inside(trial),
-            ]
-        )
+        values = (*(trial.params[name] for name in names), trial.cost, trial.value)
+        seconds = "" if trial.seconds is None else f"{trial.seconds:.3f}"
+        lines.writerow([trial.number, *values, trial.status, seconds, trial.note, folders.inside(trial)])
     return text.getvalue()
 
 
@@ -104,7 +94,3 @@ def draw(study: Study, directory: Path) -> None:
                 save_figure(figure, directory / f"{name}.png")
         except Exception:
             log.warning("%s.png could not be drawn", name, exc_info=True)
-
-
-def _short(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.3f}"

@@ -68,17 +68,8 @@ def search_table(trials: Iterable[Trial], direction: str) -> Table:
         if trial.status == "done" and trial.value is not None:
             better = min if direction == "minimize" else max
             best = trial.value if best is None else better(best, trial.value)
-        facts = (
-            trial.number,
-            trial.value,
-            best,
-            trial.cost,
-            trial.facts.get("macs"),
-            trial.improvement,
-            trial.status,
-            trial.seconds,
-        )
-        lines.append((*facts, *(_cell(trial.params.get(name)) for name in names)))
+        known = (trial.number, trial.value, best, trial.cost, trial.facts.get("macs"), trial.improvement)
+        lines.append((*known, trial.status, trial.seconds, *(_cell(trial.params.get(name)) for name in names)))
     columns = ("trial", "value", "incumbent", "cost", "macs", "improvement", "status", "seconds", *names)
     return Table("search/trials", columns, tuple(lines), _SEARCH_PANELS)
 
