@@ -63,7 +63,7 @@ class Evaluations:
     def __call__(self, points: np.ndarray) -> np.ndarray:
         points = self.problem.space.snap(points)
         values = self.problem.value(points)
-        for value, cost in zip(values, self.problem.space.load(points), strict=True):
+        for value, cost in zip(values, self.problem.space.utilisation(points), strict=True):
             self.values.append(float(value) if cost <= 1 else None)
         self.bar.update(len(points))
         return values
@@ -151,7 +151,7 @@ def tpe_with_constraints(evaluate: Evaluations, seed: int) -> None:
     optuna, space = the_peer(), evaluate.problem.space
 
     def above(trial: Any) -> tuple[float]:
-        return (float(space.load(np.array([[trial.params[axis.name] for axis in space.axes]]))[0]) - 1,)
+        return (float(space.utilisation(np.array([[trial.params[axis.name] for axis in space.axes]]))[0]) - 1,)
 
     sampler = optuna.samplers.TPESampler(seed=seed, constraints_func=above)
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -249,7 +249,7 @@ def measure_speed(problem: Problem, results: dict[str, Any], model: str, images:
     speed: dict[str, Any] = {"threads_by_default": threads_by_default, "ask_and_tell_cpu_seconds": {}}
     started = time.perf_counter()
     for _ in range(20):
-        space.load(points)
+        space.utilisation(points)
     speed["pricing_10000_ms"] = round((time.perf_counter() - started) / 20 * 1e3, 2)
     for name, threads in (("one thread", 1), ("default threads", None)):
         search = GpEi(space, space.constraint)

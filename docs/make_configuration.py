@@ -148,7 +148,7 @@ def options(conf: Path = CONF) -> list[Option]:
 def sweeper_keys() -> tuple[Key, ...]:
     """The settings that the sweeper has in any app, from its dataclasses."""
     sys.path.insert(0, str(ROOT))
-    from hydra_plugins.hydra_mdc_sweeper.mdc_sweeper import ConstraintConf, MdcGpEiConf
+    from hydra_plugins.hydra_mdc_sweeper._conf import ConstraintConf, MdcGpEiConf
 
     return (*_fields(MdcGpEiConf, "hydra.sweeper"), *_fields(ConstraintConf, "hydra.sweeper.constraint"))
 

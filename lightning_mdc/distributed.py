@@ -1,17 +1,24 @@
 """The processes of one distributed run, which Lightning or a cluster has started: who is first, and what all agree on.
 
-In a run of one process every function here does the plain thing and talks to nobody.
+In a run of one process every function here does the plain thing and talks to nobody. What may fail on one rank is
+handed to `gather`, `on_every_rank` or `on_first_rank`: it fails on all ranks then, so that none waits for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_mdc.errors import RankError, error_chain
+
 T = TypeVar("T")
+
+# In an error's attributes: what failed where, once all ranks know.
+_FAILURES = "_lightning_mdc_failures"
 
 
 def is_distributed() -> bool:
@@ -34,7 +41,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def disband() -> None:
+def leave_process_group() -> None:
     """End this process's part in the distributed run, if there is one. To be called last, when all have done their
     work: an interpreter that ends while gloo's threads still run may abort.
     """
@@ -42,43 +49,89 @@ def disband() -> None:
         dist.destroy_process_group()
 
 
-def on_first_rank(work: Callable[[], T], *, share: bool = True) -> T:
-    """What `work` gives on rank 0, on all ranks; its error too, so that none waits for ever.
+# --- work that fails on all ranks if it fails on one ------------------------------------------------------------------
 
-    With ``share=False`` all ranks work, the results stay where they are, and only rank 0's error is passed on.
+
+@dataclass(frozen=True)
+class Failure:
+    """An error in words, as it travels between processes: not every exception can be pickled, or made anew from that.
+
+    Attributes:
+        rank: where it was raised.
+        kinds: names of its class and of all classes that this derives from.
+        text: its message.
+    """
+
+    rank: int
+    kinds: tuple[str, ...]
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """An error of this rank."""
+        return cls(rank(), tuple(kind.__name__ for kind in type(error).__mro__), str(error))
+
+    def is_a(self, kind: type[Exception]) -> bool:
+        """Whether the error was of this kind."""
+        return kind.__name__ in self.kinds
+
+    def __str__(self) -> str:
+        return f"{self.kinds[0]}: {self.text}"
+
+
+def gather(work: Callable[[], T]) -> list[T]:
+    """What `work` gives on every rank, in their order. Everybody's results can be pickled.
+
+    Raises:
+        Exception: what `work` raised on this rank.
+        RankError: it failed on another one.
     """
     if not is_distributed():
-        return work()
-    result: Any = None
+        return [work()]
     error: Exception | None = None
-    if is_first() or not share:
+    result: T | Failure
+    try:
+        result = work()
+    except Exception as raised:
+        if _FAILURES in raised.__dict__:  # all ranks know: it comes from a `gather` inside `work`, which all were in
+            raise
+        error, result = raised, Failure.of(raised)
+    results: list[Any] = [None] * world_size()
+    dist.all_gather_object(results, result)
+    if failures := tuple(other for other in results if isinstance(other, Failure)):
+        error = error or RankError(failures[0].rank, failures[0].kinds[0], failures[0].text)
+        error.__dict__[_FAILURES] = failures
         try:
-            result = work()
-        except Exception as raised:
-            error = raised
-    box = [(result if share else None, error)]
-    dist.broadcast_object_list(box, src=0)
-    shared, error = box[0]
-    if error is not None:
-        raise error
-    return cast(T, shared if share else result)
+            raise error
+        finally:
+            del error  # else error and frame hold each other, and with them what `work` had in memory
+    return results
 
 
-def first_error(error: Exception | None) -> Exception | None:
-    """The error of the first rank that has one, on all ranks: what fails on one fails on all of them."""
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, where it stays. Raises as `gather` does."""
+    kept: list[T] = []
+    gather(lambda: kept.append(work()))
+    return kept[0]
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on rank 0, on all ranks. Raises as `gather` does."""
+    return gather(lambda: work() if is_first() else None)[0]  # type: ignore[return-value]
+
+
+def failures_of(error: Exception) -> tuple[Failure, ...]:
+    """What failed on which ranks, the same on all of them, if one of the functions above has raised the error.
+
+    Empty if they do not know of one another's, because another process is gone for example.
+    """
     if not is_distributed():
-        return error
-    others = everyones(error)
-    return error if error is not None else next((other for other in others if other is not None), None)
+        return (Failure.of(error),)
+    failures: tuple[Failure, ...] = error.__dict__.get(_FAILURES, ())
+    return failures
 
 
-def everyones(value: T) -> list[T]:
-    """`value` of every rank, in their order."""
-    if not is_distributed():
-        return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+# --- sums and lost processes ------------------------------------------------------------------------------------------
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -93,17 +146,10 @@ def summed(tensor: Tensor) -> Tensor:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether `error` says that another process of the run is gone."""
-    for cause in causes(error):
+    for cause in error_chain(error):
         if isinstance(cause, (dist.DistBackendError, dist.DistNetworkError)):
             return True
         # gloo has no class of its own for it.
         if isinstance(cause, RuntimeError) and ("gloo/" in str(cause) or "Connection closed by peer" in str(cause)):
             return True
     return False
-
-
-def causes(error: BaseException | None) -> Iterable[BaseException]:
-    """The error, what it was raised from or while handling, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

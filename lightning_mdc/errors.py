@@ -6,6 +6,7 @@ Messages name the argument, its value, the reason and the remedy, in that order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -63,6 +64,20 @@ class CallbackError(MdcError, ValueError):
 
 class DistributedError(MdcError, RuntimeError):
     """The processes of a distributed run cannot be started, or one of them went away."""
+
+
+class RankError(DistributedError):
+    """Another process of the run failed, and this one cannot go on without it.
+
+    Attributes:
+        rank: of the process that failed.
+        kind: name of its error's class, such as ``"OutOfMemoryError"``.
+        text: its error's message.
+    """
+
+    def __init__(self, rank: int, kind: str, text: str) -> None:
+        super().__init__(f"rank {rank} failed: {kind}: {text}")
+        self.rank, self.kind, self.text = rank, kind, text
 
 
 def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_none: str | None = None) -> None:
@@ -127,3 +142,10 @@ def check_one_of(name: str, value: Any, choices: tuple[Any, ...], error: type[Md
     """
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise error(f"{name}={value!r:.80}: expected {' or '.join(map(repr, choices))}")
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from or while handling, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

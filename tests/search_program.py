@@ -1,18 +1,26 @@
-"""A search in a process of its own, run by the tests of `mdc.search`: killed, resumed, or in two processes."""
+"""A search in a process of its own, run by the tests of `mdc.search`: killed, resumed, or in two processes.
+
+One of the two may be told to fail.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import lightning_mdc as mdc
+from lightning_mdc.policy_search import driver
 from lightning_mdc.policy_search.held_out import HeldOut
+from tests.distributed_program import join, only, outcome
 from tests.kinds import CLASSES, images, make
 
 TRIALS = 16
@@ -38,13 +46,40 @@ def history(result: mdc.SearchResult) -> list[object]:
     return [[trial.number, json.loads(trial.policy.to_json()), trial.value, trial.status] for trial in result.history]
 
 
+def failing(where: str, number: int, kind: str) -> list[Any]:
+    """A search that fails on rank 1: while it makes the slim model of that trial, before it judges it, or within."""
+    model, calls = make(), itertools.count()
+    held_out = HeldOut([pictures()], "loss", batch_size=60)
+    scores = mdc.score(model, [images(16)], "magnitude")
+
+    def fail_once() -> None:
+        if next(calls) == number:
+            only(1, kind)
+
+    def evaluate(small: nn.Module) -> float:
+        if where == "evaluate":
+            fail_once()
+        if where == "forward":
+            # Asked once per model and rank: all images of a rank are one batch.
+            small.register_forward_pre_hook(lambda *_: fail_once())
+        return held_out(small)
+
+    def slim_or_fail(*arguments: Any, **options: Any) -> nn.Module:
+        fail_once()
+        return mdc.slim(*arguments, **options)
+
+    driver.slim = slim_or_fail if where == "slim" else mdc.slim
+    search = partial(mdc.search, model, scores, evaluate, 0.6, 4, 3, progress=False)
+    return outcome(lambda: [[trial.status, trial.note] for trial in search().history])
+
+
 if __name__ == "__main__":
-    what, folder = sys.argv[1], Path(sys.argv[2])
+    what, folder, *how = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
     if what == "slow":
         run(folder / "trials.jsonl", pause=0.05)
     else:  # one of two ranks
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=int(what), world_size=2)
-        found = history(run(folder / "shared.jsonl"))
+        join(int(what), folder)
+        found = [failing(*json.loads(each)) for each in how] if how else history(run(folder / "shared.jsonl"))
         (folder / f"rank{what}.json").write_text(json.dumps(found))
         dist.destroy_process_group()

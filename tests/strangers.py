@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_mdc as mdc
-from lightning_mdc.distributed import disband
+from lightning_mdc.distributed import leave_process_group
 
 SIDE = 16
 
@@ -143,4 +143,4 @@ if __name__ == "__main__":
         train(Path(folder), killed_at=int(rest[0]) if rest[0] != "-" else None, resume=rest[1] == "resume")
     else:
         train_ddp(Path(folder), devices=int(rest[0]), data=rest[1])
-        disband()
+        leave_process_group()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_mdc.distributed import disband
+from lightning_mdc.distributed import leave_process_group
 from tests.test_data_loading import Numbered, Recorder, every_step, fit, steps_done
 
 ROOT = Path(__file__).parent.parent
@@ -112,4 +112,4 @@ def test_one_process_goes_on_where_two_were(run, tmp_path):
 
 if __name__ == "__main__":
     two_processes(Path(sys.argv[1]))
-    disband()
+    leave_process_group()

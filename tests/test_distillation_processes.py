@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_mdc as mdc
 from lightning_mdc.distillation import DistillationModule
-from lightning_mdc.distributed import disband
+from lightning_mdc.distributed import leave_process_group
 
 STEPS, BATCH = 20, 8  # images per step, over all processes
 ROOT = Path(__file__).parents[1]
@@ -104,4 +104,4 @@ def test_two_processes_are_as_good_as_one(tmp_path, average):
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), 2, bool(int(sys.argv[2])))
-    disband()
+    leave_process_group()

@@ -122,7 +122,7 @@ def test_a_search_holds_to_the_latency(model, tmp_path):
     space = PolicySpace(model, mdc.Budget(latency=0.75, table=table))
     points = space.snap(space.low + np.random.default_rng(0).random((100, len(space))) * (space.high - space.low))
     dense = table.of_dense(space.costs)
-    np.testing.assert_allclose(space.latency(points), space.load(points) * 0.75 * dense)
+    np.testing.assert_allclose(space.latency(points), space.utilisation(points) * 0.75 * dense)
 
     def worth(small: nn.Module) -> float:
         return float(sum(p.numel() for p in small.parameters()))

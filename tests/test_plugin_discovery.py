@@ -94,14 +94,15 @@ def test_what_hydra_imports_at_every_start_is_light():
         "heavy = {'torch', 'skopt', 'sklearn', 'numpy', 'matplotlib', 'lightning_mdc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "own = sorted(name for name in sys.modules if name.startswith('hydra_plugins.hydra_mdc'))\n"
-        "assert own == ['hydra_plugins.hydra_mdc_sweeper', 'hydra_plugins.hydra_mdc_sweeper.conf', '"
+        "assert own == ['hydra_plugins.hydra_mdc_sweeper', 'hydra_plugins.hydra_mdc_sweeper._conf', '"
+        "hydra_plugins.hydra_mdc_sweeper.conf', '"
         "hydra_plugins.hydra_mdc_sweeper.mdc_sweeper'], own\n"
     )
     run(sys.executable, "-c", script, cwd=ROOT)
 
 
 def test_all_settings_are_explained_where_they_are_defined():
-    lines = (ROOT / "hydra_plugins" / "hydra_mdc_sweeper" / "mdc_sweeper.py").read_text().splitlines()
+    lines = (ROOT / "hydra_plugins" / "hydra_mdc_sweeper" / "_conf.py").read_text().splitlines()
     settings = [i for i, line in enumerate(lines) if re.match(r"    [a-z]\w*: ", line)]
     assert len(settings) > 15
     assert [lines[i] for i in settings if not lines[i - 1].lstrip().startswith("#")] == []

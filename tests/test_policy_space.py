@@ -72,11 +72,11 @@ def test_every_point_is_within_the_budget_as_plans_are_priced(kind: str) -> None
         dense, first = mdc.macs(model), space.nearest(space.uniform)
         search = GpEi(space, space.constraint, first=first[None], n_candidates=50)
         points = np.concatenate([first[None], on_budget(space, 8), search.ask(2), anywhere(space, 8)])
-        loads = space.load(points)
-        for point, macs, load in zip(points, space.macs(points), loads, strict=True):
+        utilisations = space.utilisation(points)
+        for point, macs, utilisation in zip(points, space.macs(points), utilisations, strict=True):
             policy = space.policy(point)
             assert mdc.policy_macs(model, policy) == macs
-            assert load == pytest.approx(macs / (kwargs["budget"] * dense))
+            assert utilisation == pytest.approx(macs / (kwargs["budget"] * dense))
         affordable = space.macs(points[:-8])
         assert (affordable <= kwargs["budget"] * dense).all()
 
@@ -117,11 +117,11 @@ def test_parameter_budgets() -> None:
             policy = one.policy(point)
             slim = mdc.slim(model, mdc.make_plan(model, scores, policy))
             assert num_params(slim) <= share * num_params(model)
-            load = max(
+            utilisation = max(
                 num_params(slim) / num_params(model) / share, (mdc.macs(slim) / mdc.macs(model) / 0.7) * (one is both)
             )
-            assert one.load(point[None])[0] == pytest.approx(load)
-            assert load > 0.99
+            assert one.utilisation(point[None])[0] == pytest.approx(utilisation)
+            assert utilisation > 0.99
     absolute = PolicySpace(model, mdc.Budget(macs=0.5 * mdc.macs(model)))
     assert absolute.macs(on_budget(absolute, 20)).max() <= 0.5 * mdc.macs(model)
 

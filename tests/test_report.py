@@ -217,7 +217,7 @@ def test_results_of_older_settings_are_not_taken_for_new_ones(copied, monkeypatc
     assert record.scores is not None
     assert record.study is not None
     assert record.study.header["about"]["budget"]["macs"] == 0.5
-    assert [row.status for row in record.study.rows] == []
+    assert [row.status for row in record.study.trials] == []
     assert "Not finished: " in report_of(record).verdict
     assert {place.path for place in report_of(record).places}.isdisjoint({"slim/", "finetuned/", "results.json"})
     monkeypatch.undo()
@@ -239,7 +239,7 @@ def test_the_search_of_another_budget_adds_to_the_front_and_to_nothing_else(copi
     dense = mdc.macs(mdc.load(copied / "dense"))
     costs = {round(float(x), 6) for dots in figure.axes[0].collections for x, _ in np.asarray(dots.get_offsets())}
     for study in record.studies:
-        for row in study.rows:
+        for row in study.trials:
             assert round(row.facts["macs"] / dense, 6) in costs
     assert 1.0 in costs
     assert sorted(text.get_text() for text in figure.axes[0].texts) == ["chosen", "dense"]  # each once

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 import lightning_mdc as mdc
@@ -27,6 +26,7 @@ from lightning_mdc.surgery import plan_of
 from tests import search_program
 from tests.kinds import CLASSES, images, make
 from tests.search_program import TRIALS, history, pictures
+from tests.test_distributed import WORDS, two_processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -191,7 +191,6 @@ def test_if_no_trial_works_it_says_so(model, scores):
         ({"evaluate": 0.9}, SearchError, "evaluate=0.9"),
         ({"seed": -1}, SearchError, "seed=-1"),
         ({"xi": math.nan}, SearchError, "xi=nan"),
-        ({"early_stop": 0.99}, SearchError, "HeldOut"),
         ({"budget": 0.01}, BudgetError, "smallest reachable"),
         ({"budget": 0.3, "bounds": {"neurons": (0.9, 1)}}, BudgetError, "inside the bounds"),
         ({"bounds": {"neurons": (0.9, 0.1)}}, SearchError, "the smaller first"),
@@ -293,20 +292,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills, tmp_path)
 
 
 def test_two_processes_share_the_work_and_agree(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.search_program", str(rank), str(tmp_path)],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        _, said = process.communicate(timeout=200)
-        assert process.returncode == 0, said
+    two_processes("tests.search_program", tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert len(first) == TRIALS
@@ -317,6 +303,19 @@ def test_two_processes_share_the_work_and_agree(tmp_path):
     for mine, theirs in zip(alone[:4], first[:4], strict=True):  # the random ones: not yet chosen by values
         assert mine[1] == theirs[1]
         assert mine[2] == pytest.approx(theirs[2], rel=1e-5)
+
+
+def test_what_fails_on_one_rank_fails_on_both_with_its_words(tmp_path):
+    later = [("forward", 2, "OutOfMemoryError"), ("evaluate", 2, "TwoWordsError"), ("slim", 2, "UnpicklableError")]
+    scenarios = [*later, ("forward", 0, "TwoWordsError")]
+    two_processes("tests.search_program", tmp_path, *map(json.dumps, scenarios))
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    # After a trial that worked, it is a failed trial.
+    for one, other, note in zip(first[:3], second[:3], map(": ".join, WORDS.items()), strict=True):
+        assert one == other == ["fine", [["done", ""], ["done", ""], ["failed", note], ["done", ""]]]
+    # Before, a mistake for its author to see.
+    assert second[3] == ["TwoWordsError", "gone wrong"]
+    assert first[3][:2] == ["RankError", "rank 1 failed: TwoWordsError: gone wrong"]
 
 
 # --- held-out images --------------------------------------------------------------------------------------------------
@@ -371,11 +370,11 @@ def test_the_top1_of_every_trial_is_kept_with_the_metrics_name(model, scores, tm
     study = read_study(state)
     with torch.no_grad():
         right = (model(x).argmax(1) == y).double().mean().item()
-    assert study.remembered == {"metric": "kl", "dense": {"value": 0.0, "accuracy": right, "kl": 0.0}}
-    assert [row.facts["accuracy"] for row in study.rows] == [trial.accuracy for trial in result.history]
+    assert study.metadata == {"metric": "kl", "dense": {"value": 0.0, "accuracy": right, "kl": 0.0}}
+    assert [trial.facts["accuracy"] for trial in study.trials] == [trial.accuracy for trial in result.history]
     again = quick(model, scores, judge, n_trials=5, state=state).history
     assert [trial.accuracy for trial in again[:4]] == [trial.accuracy for trial in result.history]
-    assert state.read_text().count('"remember"') == 1
+    assert state.read_text().count('"metadata"') == 1
     assert quick(model, scores, judge.__call__, n_trials=1).history[0].accuracy is None  # any function
 
 
@@ -422,63 +421,6 @@ def test_wrong_held_out_images(arguments, words):
         HeldOut(*arguments)
     with pytest.raises(SearchError, match="batch_size=0"):
         HeldOut([(torch.zeros(4, 1), torch.zeros(4))], batch_size=0)
-
-
-class Answers(nn.Module):
-    """Right on the images whose number is in `right`, which are the images' only pixel."""
-
-    def __init__(self, right: torch.Tensor) -> None:
-        super().__init__()
-        self.right, self.seen = right, 0
-
-    def forward(self, x):
-        self.seen += len(x)
-        return 5.0 * F.one_hot(self.right[x[:, 0].long()].long(), 2).float()
-
-
-def test_hopeless_trials_end_early_and_winners_rarely():
-    """The stated confidence is kept: against many models that would just win, hardly any is given up."""
-    count, confidence = 1000, 0.9
-    held_out = HeldOut([(torch.arange(count, dtype=torch.float32)[:, None], torch.ones(count))], batch_size=125)
-    generator = torch.Generator().manual_seed(0)
-    best = 0.70 + 0.5 / count
-    given_up, seen = [], []
-    for _ in range(400):
-        right = torch.zeros(count)
-        right[torch.randperm(count, generator=generator)[:702]] = 1
-        judged = held_out.judge(Answers(right), best, confidence)
-        given_up.append(judged.stopped)
-        if not judged.stopped:
-            assert held_out.accuracy(judged.value) == judged.facts["accuracy"] == 0.702
-        right = torch.zeros(count)
-        right[torch.randperm(count, generator=generator)[:500]] = 1
-        hopeless = Answers(right)
-        judged = held_out.judge(hopeless, best, confidence)
-        assert judged.stopped
-        assert judged.value == pytest.approx(0.5, abs=0.2)
-        seen.append(hopeless.seen)
-    assert np.mean(given_up) <= 1 - confidence
-    assert np.mean(seen) < 400
-
-
-def test_all_wrong_at_first_is_no_certainty():
-    count = 300
-    held_out = HeldOut([(torch.arange(count, dtype=torch.float32)[:, None], torch.ones(count))], batch_size=100)
-    wrong = Answers(torch.zeros(count))
-    assert held_out.judge(wrong, 2 / 300, 0.99).stopped is False  # 0 of 200 does not exclude 2 of 300: 1 in 9
-    assert held_out.judge(wrong, 0.9, 0.99).stopped is True
-
-
-def test_early_stops_are_marked_and_never_win(model, scores):
-    x, y = pictures(400)
-    judge = HeldOut([(x, y)], "kl", dense=model, batch_size=100)
-    result = quick(model, scores, judge, n_trials=12, early_stop=0.6, budget=0.5)
-    stopped = [trial for trial in result.history if trial.status == "stopped"]
-    assert stopped
-    assert all(trial.value is not None for trial in stopped)
-    assert result.best.status == "done"
-    with pytest.raises(SearchError, match="MeanSquaredError has no value per image"):
-        HeldOut([(x, y)], MeanSquaredError()).judge(model, 0.5)
 
 
 def test_deit_small_is_priced_by_the_thousands():

@@ -12,14 +12,14 @@ from lightning_mdc.app.report import save_figure
 from lightning_mdc.figures.search import cost_figure, dependence_figure, improvement_figure, progress_figure
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
-from lightning_mdc.gp_ei.study import Row
+from lightning_mdc.gp_ei.study import Trial
 
 VALUES = [0.5, 0.7, None, 0.4, 0.45, 0.1, None, 0.3]
 ROWS = [
-    Row(i, {"x": i / 8}, cost=0.5 + i / 100, value=value, status="failed" if value is None else "done")
+    Trial(i, {"x": i / 8}, cost=0.5 + i / 100, value=value, status="failed" if value is None else "done")
     for i, value in enumerate(VALUES)
 ]
-RUNNING = Row(8, {"x": 1.0}, cost=0.6)
+RUNNING = Trial(8, {"x": 1.0}, cost=0.6)
 
 
 def dots(figure, label: str) -> list[tuple[float, float]]:
@@ -51,15 +51,8 @@ def test_progress_shows_trials_failures_and_the_best_so_far(direction, best, ste
     assert title(figure) == f"best value {best[1]}: trial {best[0]} of 8"
 
 
-def test_an_estimate_is_never_the_best():
-    stopped = Row(8, {"x": 1.0}, value=0.01, status="stopped")
-    figure = progress_figure([*ROWS, stopped], "minimize")
-    assert dots(figure, "best") == [(5, 0.1)]
-    assert len(dots(figure, "given up early (estimate)")) == 1
-
-
 def test_a_trial_far_worse_than_the_rest_does_not_hide_them():
-    far = Row(8, {"x": 1.0}, value=1e6, status="done")
+    far = Trial(8, {"x": 1.0}, value=1e6, status="done")
     figure = progress_figure([*ROWS, far], "minimize")
     assert figure.axes[0].get_ylim()[1] < 10
     ((x, y),) = dots(figure, "far worse, to 1e+06")
@@ -95,7 +88,7 @@ def told(axes: list[Axis], objective, direction: str, n: int = 60) -> GpEi:
 
 
 def test_improvement_shows_what_was_expected_of_the_trials_that_were_chosen():
-    rows = [Row(i, {"x": i / 8}, improvement=None if i < 3 else 10.0**-i) for i in range(8)]
+    rows = [Trial(i, {"x": i / 8}, improvement=None if i < 3 else 10.0**-i) for i in range(8)]
     figure = improvement_figure(rows)
     (panel,) = figure.axes
     found = np.asarray(panel.collections[0].get_offsets())

@@ -1,12 +1,12 @@
 """A search on disk: killed, damaged, locked, out of room, and each time held to what the undisturbed one found."""
 
+import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_mdc.errors import SearchError
 from lightning_mdc.gp_ei.process import GpEi, Observation
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
-from lightning_mdc.gp_ei.study import Row, Study, observations, read_study
+from lightning_mdc.gp_ei.study import Study, Trial, observations, read_study
 
 SPACE = Space(
     [Axis("a", 0, 1, step=0.05), Axis("n", 1, 6, step=1, integer=True), Axis("kind", choices=("x", "y", None))]
@@ -31,14 +31,13 @@ def search(**kwargs: Any) -> GpEi:
     return GpEi(SPACE, CONSTRAINT, **({"n_initial_points": 99, "n_candidates": 30} | kwargs))
 
 
-def run(study: Study, trials: int) -> tuple[Row, ...]:
-    """Trials with values made from their parameters; the third fails and the fourth is stopped."""
-    while len(study.finished) < trials:
-        (row,) = study.next()
-        value = row.params["a"] * 10 + row.params["n"] if row.number != 2 else None
-        status = "stopped" if row.number == 3 else None
-        study.finish(row.number, value, status=status, seconds=1.5, note="out of memory" if value is None else "")
-    return study.rows
+def run(study: Study, count: int) -> tuple[Trial, ...]:
+    """Trials with values made from their parameters; the third fails."""
+    while len(study.finished) < count:
+        (trial,) = study.next()
+        value = trial.params["a"] * 10 + trial.params["n"] if trial.number != 2 else None
+        study.finish(trial.number, value, seconds=1.5, note="out of memory" if value is None else "")
+    return study.trials
 
 
 @pytest.fixture
@@ -52,34 +51,34 @@ def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_lines_of_the_file(tmp_path: Path) -> None:
     with Study(search(seed=3), tmp_path / "deep" / "study.jsonl", ABOUT) as study:
-        rows = run(study, 4)
+        trials = run(study, 4)
         study.next(2)
         lines = [json.loads(line) for line in (tmp_path / "deep" / "study.jsonl").read_text().splitlines()]
-    header, *trials = lines
+    header, *after = lines
     assert header["about"] == ABOUT
     assert [axis["name"] for axis in header["space"]] == ["a", "n", "kind"]
     assert (header["direction"], header["seed"], header["n_initial_points"]) == ("maximize", 3, 99)
-    assert [line.get("asked", line.get("told")) for line in trials] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
-    for row, asked, told in zip(rows, trials[0:8:2], trials[1:8:2], strict=True):
-        assert asked["params"] == row.params
-        assert asked["cost"] == row.cost == pytest.approx(row.params["a"] * row.params["n"])
-        assert row.cost <= 2
-        assert (told["status"], told["value"], told["seconds"]) == (row.status, row.value, 1.5)
-    assert [row.status for row in study.rows] == ["done", "done", "failed", "stopped", "running", "running"]
-    assert study.rows[2].note == trials[5]["note"] == "out of memory"
+    assert [line.get("asked", line.get("told")) for line in after] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
+    for trial, asked, told in zip(trials, after[0:8:2], after[1:8:2], strict=True):
+        assert asked["params"] == trial.params
+        assert asked["cost"] == trial.cost == pytest.approx(trial.params["a"] * trial.params["n"])
+        assert trial.cost <= 2
+        assert (told["status"], told["value"], told["seconds"]) == (trial.status, trial.value, 1.5)
+    assert [trial.status for trial in study.trials] == ["done", "done", "failed", "done", "running", "running"]
+    assert study.trials[2].note == after[5]["note"] == "out of memory"
 
 
 def test_facts_are_kept_and_files_without_them_are_read(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     with Study(search(), path) as study:
         study.next(2)
-        study.remember(metric="kl")
+        study.add_metadata(metric="kl")
         study.finish(0, 1.0, facts={"accuracy": 0.5, "kl": float("inf")})  # of which JSON knows nothing
         study.finish(1, 2.0)
-    assert [dict(row.facts) for row in read_study(path).rows] == [{"accuracy": 0.5}, {}]
-    assert read_study(path).remembered == {"metric": "kl"}
+    assert [dict(trial.facts) for trial in read_study(path).trials] == [{"accuracy": 0.5}, {}]
+    assert read_study(path).metadata == {"metric": "kl"}
     with Study(search(), path) as study:
-        assert [dict(row.facts) for row in study.rows] == [{"accuracy": 0.5}, {}]
+        assert [dict(trial.facts) for trial in study.trials] == [{"accuracy": 0.5}, {}]
     assert '"facts"' not in path.read_text().splitlines()[-1]
 
 
@@ -89,12 +88,11 @@ def test_the_best_is_the_first_best_that_is_done() -> None:
         study.next(6)
         for number, value in enumerate([1.0, 5.0, 5.0, float("nan"), None]):
             study.finish(number, value)
-        study.finish(5, 99.0 if direction == "maximize" else -99.0, status="stopped")
         assert study.best is not None
         assert study.best.number == expected
-        assert [row.status for row in study.rows[3:]] == ["failed", "failed", "stopped"]
-        assert study.rows[3].note == "its value is nan"
-        assert [o.value for o in study.search.history] == [1, 5, 5, None, None, study.rows[5].value]
+        assert [trial.status for trial in study.trials[3:]] == ["failed", "failed", "running"]
+        assert study.trials[3].note == "its value is nan"
+        assert [o.value for o in study.search.history] == [1, 5, 5, None, None]
 
 
 def test_only_running_trials_can_be_finished() -> None:
@@ -177,7 +175,7 @@ def test_trials_that_end_out_of_order(tmp_path: Path) -> None:
     with Study(search(**few), path) as study:
         told = study.search.history
         assert [(o.point.tolist(), o.value) for o in told] == [(o.point.tolist(), o.value) for o in history]
-        assert [row.number for row in study.rows] == [0, 1, 2, 3, 4, 5]
+        assert [trial.number for trial in study.trials] == [0, 1, 2, 3, 4, 5]
         assert study.next(2) == expected
 
 
@@ -185,18 +183,18 @@ def test_trials_that_end_out_of_order(tmp_path: Path) -> None:
 def test_a_finished_search_goes_on_with_more_trials(tmp_path: Path) -> None:
     with Study(search(), tmp_path / "long.jsonl") as study:
         expected = run(study, 8)
-    for trials in (5, 5, 8):
+    for count in (5, 5, 8):
         with Study(search(), tmp_path / "short.jsonl") as study:
-            rows = run(study, trials)
-    assert rows == expected
+            trials = run(study, count)
+    assert trials == expected
     assert (tmp_path / "long.jsonl").read_bytes() == (tmp_path / "short.jsonl").read_bytes()
 
 
 def test_a_small_space_comes_to_an_end() -> None:
     study = Study(GpEi(Space([Axis("kind", choices=("a", "b", "c"))]), n_candidates=50))
     assert len(study.next(5)) == 3
-    for row in study.rows:
-        study.finish(row.number, 1.0)
+    for trial in study.trials:
+        study.finish(trial.number, 1.0)
     assert study.next() == ()
 
 
@@ -227,7 +225,7 @@ def test_a_damaged_line_costs_no_more_than_its_trial(
     damaged = b"".join([*lines[:3], bad, *lines[4:]])  # lines[3] asked for trial 1, lines[4] told of it
     path.write_bytes(damaged)
     with caplog.at_level(logging.WARNING), Study(search(), path, ABOUT) as study:
-        assert [(row.number, row.status) for row in study.rows] == [(0, "done"), (2, "failed"), (3, "stopped")]
+        assert [(trial.number, trial.status) for trial in study.trials] == [(0, "done"), (2, "failed"), (3, "done")]
         assert len(study.search.history) == 3
         run(study, 5)
     assert "is damaged: line 4 (" in caplog.text
@@ -235,7 +233,7 @@ def test_a_damaged_line_costs_no_more_than_its_trial(
     assert (tmp_path / "study.jsonl.damaged1").read_bytes() == damaged
     caplog.clear()
     with Study(search(), path, ABOUT) as study:  # mended
-        assert [row.number for row in study.rows] == [0, 2, 3, 4, 5][: len(study.rows)]
+        assert [trial.number for trial in study.trials] == [0, 2, 3, 4, 5][: len(study.trials)]
         assert len(study.finished) == 5
     assert not caplog.text
 
@@ -293,19 +291,16 @@ def test_another_search_is_refused_by_what_differs(
     assert path.read_bytes() == data
 
 
-class FullDisk:
-    """A file on a disk with room for so many bytes more."""
-
-    def __init__(self, file: Any, room: int) -> None:
-        self.file, self.room = file, room
-
-    def write(self, data: bytes) -> int:
-        if not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return int(self.file.write(data[: self.room]))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+@contextlib.contextmanager
+def room_for(count: int, path: Path) -> Iterator[None]:
+    """No file of this process may become larger than that at `path` and `count` bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("room", [0, 1, 40])
@@ -315,22 +310,18 @@ def test_a_full_disk_loses_nothing(room: int, tmp_path: Path) -> None:
         expected = run(study, 6)
     data = study_file(path)
     with Study(search(), path, ABOUT) as study:
-        disk = study._file
-        study._file = FullDisk(disk, room)
-        with pytest.raises(SearchError, match=r"cannot be written.*4 trials in it are safe: make room"):
+        says = pytest.raises(SearchError, match=r"cannot be written.*4 trials in it are safe: make room")
+        with room_for(room, path), says:
             study.next()
         assert path.read_bytes() == data
-        assert len(study.rows) == 4
-        study._file = disk
-        (row,) = study.next()
+        assert len(study.trials) == 4
+        (trial,) = study.next()
         data = path.read_bytes()
-        study._file = FullDisk(disk, room)
-        with pytest.raises(SearchError, match="cannot be written"):
-            study.finish(row.number, 3.0)
+        with room_for(room, path), pytest.raises(SearchError, match="cannot be written"):
+            study.finish(trial.number, 3.0)
         assert path.read_bytes() == data
-        assert study.rows[-1].status == "running"
+        assert study.trials[-1].status == "running"
         assert len(study.search.history) == 4
-        study._file = disk
         assert run(study, 6) == expected
 
 
@@ -366,7 +357,8 @@ def test_warm_start(tmp_path: Path) -> None:
     narrow = Space([Axis("a", 0, 0.2, step=0.05), *SPACE.axes[1:]])
     found = observations(tmp_path / "wide.jsonl", narrow, "maximize")
     with Study(search(), tmp_path / "wide.jsonl", ABOUT) as wide:
-        expected = [(SPACE.point(row.params).tolist(), row.value) for row in wide.rows if row.value is not None]
+        done = [trial for trial in wide.trials if trial.value is not None]
+        expected = [(SPACE.point(trial.params).tolist(), trial.value) for trial in done]
     assert [(o.point.tolist(), o.value) for o in found] == expected
     assert max(o.point[0] for o in found) > 0.2  # where the narrow search cannot go
 
@@ -374,13 +366,13 @@ def test_warm_start(tmp_path: Path) -> None:
         return GpEi(narrow, n_initial_points=4, n_candidates=30, prior=prior)
 
     with Study(narrowed(found), tmp_path / "narrow.jsonl") as study:
-        assert study.rows == ()
+        assert study.trials == ()
         assert study.best is None
-        rows = run(study, 3)
+        trials = run(study, 3)
     (tmp_path / "wide.jsonl").unlink()  # needed once: the new file has what it says
     with Study(narrowed(()), tmp_path / "narrow.jsonl") as study:
-        assert run(study, 5)[:3] == rows
-        resumed = study.rows
+        assert run(study, 5)[:3] == trials
+        resumed = study.trials
     with Study(narrowed(found), tmp_path / "undisturbed.jsonl") as study:
         assert run(study, 5) == resumed
 

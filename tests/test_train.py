@@ -545,7 +545,6 @@ WRONG = [
     ("policy.dimensions=[wings]", PolicyError, "wings"),
     ("search.n_trials=0", ConfigError, "search.n_trials=0"),
     ("search.metric=f1", ConfigError, "search.metric='f1'"),
-    ("search.early_stop=2", ConfigError, "search.early_stop=2"),
     ("search.groups=9", SearchError, "4 blocks"),
     ("search.bounds.heads=[0.9,0.1]", SearchError, "the smaller first"),
     ("search.token_ratio=all", SearchError, "token_ratio='all'"),

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_mdc as mdc
 from lightning_mdc.app.data import DigitsDataModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
-from lightning_mdc.distributed import disband
+from lightning_mdc.distributed import leave_process_group
 from lightning_mdc.errors import BudgetError, CalibrationError, DistillationError, MdcError, SearchError
 from lightning_mdc.surgery import masked
 from lightning_mdc.surgery.masks import is_masked
@@ -445,4 +445,4 @@ def test_models_that_masks_cannot_train_are_refused(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     train_ddp(Path(sys.argv[1]))
-    disband()
+    leave_process_group()

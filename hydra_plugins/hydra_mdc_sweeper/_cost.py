@@ -14,9 +14,9 @@ from lightning_mdc.errors import BudgetError, SearchError
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
 
+from ._conf import ConstraintConf
 from ._params import Params
-from ._recorded import number, words
-from .mdc_sweeper import ConstraintConf
+from ._recorded import number, one_line
 
 
 def locate(path: str, setting: str) -> Callable[..., Any]:
@@ -29,7 +29,7 @@ def locate(path: str, setting: str) -> Callable[..., Any]:
         found = pkgutil.resolve_name(path)
     except Exception as error:
         raise SearchError(
-            f"{setting}={path!r} cannot be imported ({words(error)}); give the dotted path of a function, "
+            f"{setting}={path!r} cannot be imported ({one_line(error)}); give the dotted path of a function, "
             "package.module.name, importable from where the app starts"
         ) from error
     if not callable(found):
@@ -69,7 +69,7 @@ def _made(kind: Callable[..., Any], path: str, config: DictConfig) -> Callable[.
     try:
         function = kind(config)
     except Exception as error:
-        raise SearchError(f"constraint.callable: {path}(config) raised {words(error)}") from error
+        raise SearchError(f"constraint.callable: {path}(config) raised {one_line(error)}") from error
     if not callable(function):
         raise SearchError(f"constraint.callable: instances of {path} cannot be called; give it __call__(self, params)")
     return function
@@ -87,15 +87,15 @@ class _Prices:
         if self.vectorized:
             return self._costs(self._call(self.function, "", self._columns(points)), points)
         # Neighbouring points are often the same one, once snapped.
-        unique, places = np.unique(points, axis=0, return_inverse=True)
-        return np.array([self._number(self._dict(point)) for point in unique])[places.reshape(-1)]
+        unique, inverse = np.unique(points, axis=0, return_inverse=True)
+        return np.array([self._number(self._dict(point)) for point in unique])[inverse.reshape(-1)]
 
     def snap(self, points: np.ndarray) -> np.ndarray:
         """(n, axes) -> (n, axes), points that mean the same made equal."""
         if self.vectorized:
             return self._changed("snap", points)
-        unique, places = np.unique(points, axis=0, return_inverse=True)
-        return np.concatenate([self._changed("snap", point[None]) for point in unique])[places.reshape(-1)]
+        unique, inverse = np.unique(points, axis=0, return_inverse=True)
+        return np.concatenate([self._changed("snap", point[None]) for point in unique])[inverse.reshape(-1)]
 
     def first(self) -> np.ndarray:
         """(n, axes): what to try first; one point unless vectorised."""
@@ -144,7 +144,7 @@ class _Prices:
             raise
         except Exception as error:
             called = f"{self.path}{method}"
-            raise SearchError(f"constraint.callable: {called} raised {words(error)} for {_shown(params)}") from error
+            raise SearchError(f"constraint.callable: {called} raised {one_line(error)} for {_shown(params)}") from error
 
     def _changed(self, method: str, points: np.ndarray) -> np.ndarray:
         """What a method makes of the parameters of one point (1, axes) or, vectorised, of points (n, axes).
@@ -162,7 +162,7 @@ class _Prices:
                 parts.append(_numbers(parameter.axes[0], params[parameter.name]).reshape(count, len(parameter.axes)))
             except (TypeError, ValueError) as error:
                 value = _short(params[parameter.name])
-                raise SearchError(f"{called} returned {value} for {parameter.name!r}: {words(error)}") from error
+                raise SearchError(f"{called} returned {value} for {parameter.name!r}: {one_line(error)}") from error
         if len({len(part) for part in parts}) > 1:
             raise SearchError(f"{called} returned arrays of different lengths, {[len(part) for part in parts]}")
         return np.concatenate(parts, axis=1)
@@ -197,8 +197,8 @@ def _values(axis: Axis, numbers: np.ndarray) -> np.ndarray:
     if axis.choices is None:
         return numbers.astype(np.int64) if axis.integer else numbers
     values = np.empty(numbers.shape, dtype=object)
-    for place in np.ndindex(numbers.shape):
-        values[place] = axis.value(float(numbers[place]))
+    for index in np.ndindex(numbers.shape):
+        values[index] = axis.value(float(numbers[index]))
     return values
 
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_mdc.gp_ei.study import Row
+from lightning_mdc.gp_ei.study import Trial
 
 from . import _recorded
 from ._params import Params
@@ -31,11 +31,11 @@ class Folders:
     Args:
         loader, config: Hydra's, of the sweep.
         params: of the sweep.
-        study: the mark of its study, see `Recorded`.
+        study_id: see `Recorded`.
     """
 
-    def __init__(self, loader: ConfigLoader, config: DictConfig, params: Params, study: str) -> None:
-        self.loader, self.config, self.params, self.study = loader, config, params, study
+    def __init__(self, loader: ConfigLoader, config: DictConfig, params: Params, study_id: str) -> None:
+        self.loader, self.config, self.params, self.study_id = loader, config, params, study_id
         self.root = Path(config.hydra.sweep.dir).absolute()
         sweep: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
         self._numbered = sweep["subdir"] == "${hydra.job.num}" and not any(
@@ -47,56 +47,57 @@ class Folders:
         """The config of a job, as Hydra's launchers compose it."""
         return self.loader.load_sweep_config(self.config, list(overrides))
 
-    def of(self, row: Row) -> Path | None:
+    def of(self, trial: Trial) -> Path | None:
         """The folder of a trial; None if that depends on what only the job knows."""
-        if row.number not in self._known:
-            self._known[row.number] = self.root / str(row.number) if self._numbered else self._asked_of_hydra(row)
-        return self._known[row.number]
+        if trial.number not in self._known:
+            self._known[trial.number] = self.root / str(trial.number) if self._numbered else self._asked_of_hydra(trial)
+        return self._known[trial.number]
 
-    def inside(self, row: Row) -> str | None:
+    def inside(self, trial: Trial) -> str | None:
         """The folder of a trial as seen from that of the sweep."""
-        folder = self.of(row)
+        folder = self.of(trial)
         return None if folder is None else os.path.relpath(folder, self.root)
 
-    def record(self, row: Row) -> dict[str, Any] | None:
+    def record(self, trial: Trial) -> dict[str, Any] | None:
         """What the trial has written about itself; nothing that another study, or another trial, left there."""
-        path = self._record_path(row)
+        path = self._record_path(trial)
         record = None if path is None else _recorded.read(path)
-        ours = record is not None and (record.get("study"), record.get("trial")) == (self.study, row.number)
-        return record if ours else None
+        if record is None or (record.get("study"), record.get("trial")) != (self.study_id, trial.number):
+            return None
+        return record
 
-    def final_record(self, row: Row) -> dict[str, Any] | None:
+    def final_record(self, trial: Trial) -> dict[str, Any] | None:
         """The trial's record once no process runs it any more: jobs on other machines outlive a launcher."""
-        path, waiting = self._record_path(row), False
-        while (record := self.record(row)) is not None and not _recorded.is_over(record):
+        path, waiting = self._record_path(trial), False
+        while (record := self.record(trial)) is not None and not _recorded.is_over(record):
             assert path is not None
             if not _recorded.is_alive(path):
-                return self.record(row)  # it may have ended between both looks
+                return self.record(trial)  # it may have ended between both looks
             if not waiting:
                 who = f"process {record.get('pid')} on {record.get('host')}"
-                log.info("trial %d is still being run by %s: waiting for it", row.number, who)
+                log.info("trial %d is still being run by %s: waiting for it", trial.number, who)
             waiting = True
             time.sleep(_POLL)
         return record
 
-    def forget(self, row: Row) -> None:
+    def forget(self, trial: Trial) -> None:
         """Delete the record of an earlier attempt."""
-        if (path := self._record_path(row)) is not None:
+        if (path := self._record_path(trial)) is not None:
             path.unlink(missing_ok=True)
 
-    def _record_path(self, row: Row) -> Path | None:
-        folder = self.of(row)
+    def _record_path(self, trial: Trial) -> Path | None:
+        folder = self.of(trial)
         return None if folder is None else folder / _recorded.FILE
 
-    def _asked_of_hydra(self, row: Row) -> Path | None:
-        config = self.composed(self.params.overrides(row.params))
+    def _asked_of_hydra(self, trial: Trial) -> Path | None:
+        config = self.composed(self.params.overrides(trial.params))
         with read_write(config.hydra), open_dict(config.hydra):
-            config.hydra.job.num = row.number
+            config.hydra.job.num = trial.number
         with in_context_of(config):
             try:
                 return Path(config.hydra.sweep.dir).absolute() / str(config.hydra.sweep.subdir)
             except OmegaConfBaseException as error:
-                log.debug("the folder of trial %d is not known beforehand: %s", row.number, error)
+                log.debug("the folder of trial %d is not known beforehand: %s", trial.number, error)
                 return None
 
 

@@ -18,6 +18,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import TaskFunction
 
+from lightning_mdc.files import replacing
+
 try:
     import fcntl
 except ImportError:  # not on Windows: there a trial that has begun and not ended counts as dead
@@ -31,23 +33,23 @@ class Recorded:
 
     Args:
         task_function: of the app.
-        study: a mark of the study the trials belong to.
+        study_id: of the study that the trials belong to.
     """
 
-    def __init__(self, task_function: TaskFunction, study: str) -> None:
-        self.task_function, self.study = task_function, study
+    def __init__(self, task_function: TaskFunction, study_id: str) -> None:
+        self.task_function, self.study_id = task_function, study_id
 
     def __call__(self, config: Any) -> Any:
         hydra = HydraConfig.get()
         path = Path(hydra.runtime.output_dir) / FILE
-        who = {"trial": hydra.job.num, "study": self.study, "host": socket.gethostname(), "pid": os.getpid()}
+        who = {"trial": hydra.job.num, "study": self.study_id, "host": socket.gethostname(), "pid": os.getpid()}
         begun = _write(path, who, lock=True)
         start = time.perf_counter()
         try:
             value = self._call(config)
         except Exception as error:
             seconds = time.perf_counter() - start
-            _write(path, {**who, "seconds": seconds, "error": words(error), "traceback": traceback.format_exc()})
+            _write(path, {**who, "seconds": seconds, "error": one_line(error), "traceback": traceback.format_exc()})
             raise
         else:
             _write(path, {**who, "seconds": time.perf_counter() - start, **_returned(value)})
@@ -75,7 +77,7 @@ def number(value: Any) -> float | None:
         return None
 
 
-def words(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
@@ -123,21 +125,17 @@ def _write(path: Path, record: dict[str, Any], *, lock: bool = False) -> int | N
     The lock says that this process lives: it is gone with the process, however that ends. It belongs to the file, not
     to the name, so that the next record does not have it.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    handle: int | None = None
     try:
-        handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        with replacing(path) as beside:
+            handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            if lock and fcntl is not None:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(handle, json.dumps(record).encode())
     except OSError:  # a full disk is no reason to lose the trial as well
-        return None
-    try:
-        if lock and fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(handle, json.dumps(record).encode())
-        os.replace(beside, path)
-    except OSError:
+        lock = False
+    if handle is not None and not lock:
         os.close(handle)
-        return None
-    if lock:
-        return handle
-    os.close(handle)
-    return None
+        handle = None
+    return handle

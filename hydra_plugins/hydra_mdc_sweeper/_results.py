@@ -38,17 +38,17 @@ def trials(study: Study, params: Params, folders: Folders) -> list[dict[str, Any
     """All trials as plain dicts."""
     return [
         {
-            "number": row.number,
-            "params": params.values(row.params),
-            "cost": row.cost,
-            "value": row.value,
-            "status": row.status,
-            "seconds": row.seconds,
-            "improvement": row.improvement,
-            "note": row.note,
-            "folder": folders.inside(row),
+            "number": trial.number,
+            "params": params.values(trial.params),
+            "cost": trial.cost,
+            "value": trial.value,
+            "status": trial.status,
+            "seconds": trial.seconds,
+            "improvement": trial.improvement,
+            "note": trial.note,
+            "folder": folders.inside(trial),
         }
-        for row in study.rows
+        for trial in study.trials
     ]
 
 
@@ -58,11 +58,10 @@ def table(study: Study, folders: Folders) -> str:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["number", *names, "cost", "value", "status", "seconds", "note", "folder"])
-    for row in study.rows:
-        values = [row.params[name] for name in names]
-        lines.writerow(
-            [row.number, *values, row.cost, row.value, row.status, _short(row.seconds), row.note, folders.inside(row)]
-        )
+    for trial in study.trials:
+        values = (*(trial.params[name] for name in names), trial.cost, trial.value)
+        seconds = "" if trial.seconds is None else f"{trial.seconds:.3f}"
+        lines.writerow([trial.number, *values, trial.status, seconds, trial.note, folders.inside(trial)])
     return text.getvalue()
 
 
@@ -81,11 +80,11 @@ def draw(study: Study, directory: Path) -> None:
     except ImportError as error:
         log.info("pictures are left out: %s", error)
         return
-    search, rows = study.search, study.rows
+    search, trials = study.search, study.trials
     pictures: Mapping[str, Callable[[], Any]] = {
-        "progress": lambda: search_figures.progress_figure(rows, search.direction),
+        "progress": lambda: search_figures.progress_figure(trials, search.direction),
         "cost": lambda: (
-            search.constraint and search_figures.cost_figure(rows, search.direction, search.constraint.target)
+            search.constraint and search_figures.cost_figure(trials, search.direction, search.constraint.target)
         ),
         "dependence": lambda: search_figures.dependence_figure(search),
     }
@@ -95,7 +94,3 @@ def draw(study: Study, directory: Path) -> None:
                 save_figure(figure, directory / f"{name}.png")
         except Exception:
             log.warning("%s.png could not be drawn", name, exc_info=True)
-
-
-def _short(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.3f}"

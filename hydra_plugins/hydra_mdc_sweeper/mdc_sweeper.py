@@ -3,8 +3,8 @@
 Choose it with ``python app.py -m hydra/sweeper=mdc_gp_ei 'x=interval(0, 1)'``. The app returns the number that counts.
 """
 
-# No postponed annotations: Hydra 1.3 runs this module without listing it in sys.modules, where dataclasses look.
-from dataclasses import dataclass, field
+from __future__ import annotations
+
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -14,61 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-
-@dataclass
-class ConstraintConf:
-    """What a trial may cost: at most `target`, and at least `target` - `tolerance` if there is a tolerance."""
-
-    # Dotted path of a function ``params -> cost``: the parameters by name, fixed ones too, as a dict. Or of a class
-    # that is made once, from the app's config, and whose instance is such a function. The instance may have methods
-    # that take and return such a dict: ``snap`` makes parameters equal that mean the same, ``first`` says which are to
-    # be tried first (vectorised, any number of them, n_initial_points at most). null: no constraint.
-    callable: str | None = None
-    # The most a trial may cost.
-    target: float | None = None
-    # How far below the target a trial may stay; null: as far as whole steps leave it.
-    tolerance: float | None = None
-    # true: the callable prices many trials at once. A parameter is an array (n,), (n, m) for a list of m; returns (n,).
-    vectorized: bool = False
-
-
-@dataclass
-class MdcGpEiConf:
-    """The settings of ``hydra/sweeper=mdc_gp_ei``."""
-
-    _target_: str = "hydra_plugins.hydra_mdc_sweeper.mdc_sweeper.MdcGpEiSweeper"
-    # What to search, in Hydra's sweep syntax; overrides on the command line add to it and replace.
-    #   interval(0.1, 1)           a number            tag(log, interval(1e-5, 1e-2))   where ratios count
-    #   int(interval(1, 8))        1, 2, ..., 8        range(1, 10, 2)                  1, 3, 5, 7, 9
-    #   choice(a, b, c)  or  a,b,c one of these        tag(x12, interval(0.1, 1))       a list of twelve such numbers
-    # Anything else is a fixed override of every trial.
-    params: dict[str, Any] = field(default_factory=dict)
-    # minimize or maximize what the app returns.
-    direction: str = "minimize"
-    # How many trials, those of a study that goes on counted.
-    n_trials: int = 20
-    # How many of them at the same time: the launcher gets so many at once. With 1 each knows the results of all before.
-    n_jobs: int = 1
-    # How many before the Gaussian process is believed.
-    n_initial_points: int = 10
-    # The share of all trials so far that may fail, looked at after every batch; above it the sweep ends.
-    max_failure_rate: float = 0.0
-    # Same seed, same results, same n_jobs: same trials.
-    seed: int = 0
-    # File that remembers the trials; a sweep that was stopped goes on from it, in its old folder.
-    # null: study.jsonl in the folder of the sweep.
-    study: str | None = None
-    # File of an earlier study of the same parameters, of another target for example, to learn from.
-    warm_start: str | None = None
-    # By how much a point has to be better to count, in units of what the app returns.
-    xi: float = 0.0
-    # How many points are compared for each trial; null: 2000, or 200 if each has to be priced on its own.
-    n_candidates: int | None = None
-    # What a trial may cost.
-    constraint: ConstraintConf | None = field(default_factory=ConstraintConf)
-    # Dotted path of a function ``f(results, sweep_dir, config)`` to call after the last trial.
-    on_end: str | None = None
-
+from ._conf import MdcGpEiConf
 
 # conf/hydra/sweeper/mdc_gp_ei.yaml begins with it, and so may an app's own file of that name.
 ConfigStore.instance().store(group="hydra/sweeper", name="mdc_gp_ei_defaults", node=MdcGpEiConf, provider="mdc_sweeper")
@@ -91,18 +37,13 @@ class MdcGpEiSweeper(Sweeper):
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
-        self.config: DictConfig | None = None
-        self.launcher = None
-        self.hydra_context: HydraContext | None = None
         self._sweep: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Find the folder and the study, and make the launcher."""
-        from ._core import Sweep
+        from ._sweep import Sweep
 
-        self.config, self.hydra_context = config, hydra_context
-        self._sweep = Sweep(self, task_function)
-        self.launcher = self._sweep.launcher
+        self._sweep = Sweep(self.settings, config, hydra_context, task_function)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run all trials, and return what ``optimization_results.yaml`` says."""

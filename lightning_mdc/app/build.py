@@ -54,7 +54,7 @@ from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.uniform import uniform_policy
 from lightning_mdc.distillation import DistillationModule, check_teacher
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
-from lightning_mdc.distributed import disband, is_lost_peer, rank
+from lightning_mdc.distributed import is_lost_peer, leave_process_group, rank
 from lightning_mdc.errors import ConfigError, DistributedError, check_whole
 from lightning_mdc.gp_ei.study import observations
 from lightning_mdc.importance import Criterion, Scores
@@ -346,9 +346,6 @@ def check_search(settings: Settings, model: nn.Module) -> None:
         check_whole(f"search.{name}", options[name], 1, ConfigError)
     if options["metric"] not in ("auto", *METRICS):
         raise ConfigError(f"search.metric={options['metric']!r}: expected auto or one of {', '.join(METRICS)}")
-    confidence = options["early_stop"]
-    if confidence is not None and not (isinstance(confidence, float) and 0.5 <= confidence < 1):
-        raise ConfigError(f"search.early_stop={confidence!r}: expected a confidence in [0.5, 1), or null")
     space = PolicySpace(
         model, build_budget(settings), fuse_tokens=settings["surgery"]["fuse_tokens"], **space_options(settings)
     )
@@ -474,8 +471,8 @@ def ddp(**options: Any) -> DDPStrategy:
     No buffer of a vision transformer changes, and a sync of them before each forward pass would wait for ever where
     ranks have unequal numbers of batches to validate.
     """
-    atexit.unregister(disband)  # of an earlier call
-    atexit.register(disband)  # Lightning does so for nccl only
+    atexit.unregister(leave_process_group)  # of an earlier call
+    atexit.register(leave_process_group)  # Lightning does so for nccl only
     known = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DDPStrategy(**{name: False, **options})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mdc.app.report.outcomes import Outcomes
-from lightning_mdc.distributed import everyones
+from lightning_mdc.distributed import gather
 from lightning_mdc.figures.examples import FIRST, LEAST_CHANGED, MOST_CHANGED, Example, Examples
 from lightning_mdc.models import evaluating, find_sites
 from lightning_mdc.progress import bar, steps_of
@@ -37,9 +38,9 @@ def outcomes(
     labels: np.ndarray = np.empty(0, dtype=np.int64)
     predicted = {}
     for artifact, model in models.items():
-        of_this_rank = _predictions(model.to(device), loader, device, f"Testing {artifact}")
+        of_ranks = gather(partial(_predictions, model.to(device), loader, device, f"Testing {artifact}"))
         model.cpu()
-        labels, predicted[artifact] = (torch.cat(parts).numpy() for parts in zip(*everyones(of_this_rank), strict=True))
+        labels, predicted[artifact] = (torch.cat(parts).numpy() for parts in zip(*of_ranks, strict=True))
     return Outcomes(labels, predicted, tuple(class_names))
 
 

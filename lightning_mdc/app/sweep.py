@@ -51,7 +51,7 @@ class PolicyCost:
     def __call__(self, params: Mapping[str, Any]) -> np.ndarray:
         """(n,) costs."""
         space, points, _ = self._points(params)
-        return space.load(space.snap(points))  # below min_heads a ratio costs what min_heads cost
+        return space.utilisation(space.snap(points))  # below min_heads a ratio costs what min_heads cost
 
     def snap(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """`params` with every ratio the smallest that keeps the same units."""

@@ -22,8 +22,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
-from lightning_mdc.distributed import causes, is_first
-from lightning_mdc.errors import MdcError
+from lightning_mdc.distributed import is_first
+from lightning_mdc.errors import MdcError, error_chain
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def note_where(error: BaseException, folder: Path, stage: str) -> None:
 
 def last_words(error: BaseException) -> tuple[str, int] | None:
     """(what to say instead of a traceback, exit code); None if nobody knows what the error means."""
-    chain = list(causes(error))
+    chain = list(error_chain(error))
     notes = next((cause.__notes__ for cause in chain if hasattr(cause, "__notes__")), [])
     where = "".join(f"\n{note}" for note in notes)
     terminated = isinstance(error, SIGTERMException)

@@ -19,7 +19,7 @@ _PANELS, _GRID, _BACKGROUND = 8, 30, 100
 
 
 class Tried(Protocol):
-    """A trial as the pictures see it: a `Row` of a study or a `Trial` of the policy search."""
+    """A trial as the pictures see it: of a study, or of the policy search."""
 
     @property
     def number(self) -> int: ...
@@ -47,11 +47,6 @@ def progress_figure(rows: Sequence[Tried], direction: str, value: str = "value")
     done = [row for row in rows if row.status == "done"]
     low, high = _limits([row.value for row in done if row.value is not None], direction)
     _dots(panel, done, [row.number for row in done], low, high)
-    stopped = [row for row in rows if row.status == "stopped" and row.value is not None]
-    if stopped:
-        values = np.clip([row.value or 0.0 for row in stopped], low, high)
-        label = "given up early (estimate)"
-        panel.scatter([row.number for row in stopped], values, s=22, facecolors="none", edgecolors=_TRIAL, label=label)
     _crosses(panel, rows, [row.number for row in rows if row.status == "failed"])
     if done:
         best = (np.minimum if direction == "minimize" else np.maximum).accumulate([row.value or 0.0 for row in done])

@@ -1,7 +1,6 @@
 """A search that survives anything: numbered trials around `GpEi`, each one on disk before it starts and when it ends.
 
-The file is JSON, a line each: what the search is about, then ``asked`` and ``told`` lines. Lines are only ever appended
-(one write, synced), so that a process killed at any moment leaves at most one torn line, which the next one drops.
+The file is JSON, a line each: what the search is about, then ``asked`` and ``told`` lines; see `Journal`.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,38 +16,28 @@ from typing import Any
 import numpy as np
 
 from lightning_mdc.errors import SearchError
-from lightning_mdc.files import replacing
+from lightning_mdc.gp_ei.journal import Journal, line_of
 from lightning_mdc.gp_ei.process import GpEi, Observation
 from lightning_mdc.gp_ei.space import Space
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: two searches on one file are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
 log = logging.getLogger(__name__)
 
-# Device and inode of the files that searches of this process have open.
-_OPEN: set[tuple[int, int]] = set()
-
 _FORMAT = "lightning_mdc.search.1"
-# running: asked, not told. stopped: given up early; its value is an estimate and never the best.
-STATUSES = ("running", "done", "failed", "stopped")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One trial.
+class Trial:
+    """One point that was tried, or is being tried.
 
     Attributes:
         number: from 0, in the order they were asked.
         params: values by the names of the axes.
         cost: what the constraint says they cost; None without one.
-        improvement: expected of it when it was asked for, in units of the value; None if it was drawn at random.
         value: of the objective; None while running and if it failed.
-        status: ``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``.
+        status: ``"running"``, ``"done"`` or ``"failed"``.
         seconds: how long it took.
         note: why it failed, or what else is worth knowing.
+        improvement: expected of it when it was asked for, in units of the value; None if it was drawn at random.
         facts: numbers that came with the value and that the search does not look at, such as the top-1.
     """
 
@@ -65,16 +53,38 @@ class Row:
 
 
 @dataclass
-class _Journal:
-    """What a file holds: its header, what went before the first trial, the trials, and what could not be read."""
+class StudyFile:
+    """What a study file says.
 
-    header: dict[str, Any] | None = None
+    Attributes:
+        header: what the search is about: ``space``, ``direction``, ``n_initial_points``, ``about``; empty if there is
+            no such line.
+        metadata: see `Study.add_metadata`; ``metric`` names what trials are worth, if it has a name.
+        prior: parameters and values that the search began with.
+        by_number: the trials; those that are over in the order in which they ended, after all that are running.
+        readable, unreadable: the lines that could be read, and what is wrong with the others.
+        is_torn: whether the last line has no end, which is what a kill in the middle of a write leaves.
+    """
+
+    header: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     prior: list[tuple[dict[str, Any], float]] = field(default_factory=list)
-    rows: dict[int, Row] = field(default_factory=dict)
-    remembered: dict[str, Any] = field(default_factory=dict)
-    unreadable: list[str] = field(default_factory=list)
+    by_number: dict[int, Trial] = field(default_factory=dict)
     readable: list[bytes] = field(default_factory=list)
-    torn: bool = False
+    unreadable: list[str] = field(default_factory=list)
+    is_torn: bool = False
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """All trials by number."""
+        return tuple(self.by_number[number] for number in sorted(self.by_number))
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial that is done so far, the first of equals; None if there is none."""
+        sign = 1.0 if self.header["direction"] == "minimize" else -1.0
+        done = [trial for trial in self.trials if trial.value is not None]
+        return min(done, key=lambda trial: sign * (trial.value or 0.0), default=None)
 
 
 class Study:
@@ -91,12 +101,7 @@ class Study:
     """
 
     def __init__(self, search: GpEi, path: str | Path | None = None, about: Mapping[str, Any] | None = None) -> None:
-        self.search, self.path = search, None if path is None else Path(path)
-        self.remembered: dict[str, Any] = {}
-        self._rows: dict[int, Row] = {}
-        self._file: Any = None
-        self._identity: tuple[int, int] = (-1, -1)
-        prior = [(search.space.params(o.point), o.value) for o in search.prior]
+        self.search = search
         header = {
             "format": _FORMAT,
             "space": search.space.describe(),
@@ -106,100 +111,101 @@ class Study:
             "about": dict(about or {}),
         }
         # As a reader of the file will see it: tuples are lists there.
-        self.header: dict[str, Any] = json.loads(json.dumps(header, sort_keys=True))
-        if self.path is not None:
-            self._open(prior)
+        self._known = StudyFile(json.loads(json.dumps(header, sort_keys=True)))
+        self._journal = None if path is None else Journal(Path(path))
+        if self._journal is not None:
+            try:
+                self._begin_or_go_on(self._journal)
+            except BaseException:
+                self.close()
+                raise
 
     # --- trials ---------------------------------------------------------------------------------------------------
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def trials(self) -> tuple[Trial, ...]:
         """All trials by number."""
-        return tuple(self._rows[number] for number in sorted(self._rows))
+        return self._known.trials
 
     @property
-    def finished(self) -> tuple[Row, ...]:
+    def running(self) -> tuple[Trial, ...]:
+        """Trials that are not over: being run, or left behind by a process that was killed."""
+        return tuple(trial for trial in self.trials if trial.status == "running")
+
+    @property
+    def finished(self) -> tuple[Trial, ...]:
         """Trials that are over, whether they succeeded or not."""
-        return tuple(row for row in self.rows if row.status != "running")
+        return tuple(trial for trial in self.trials if trial.status != "running")
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> Trial | None:
         """The best trial that is done, the first of equals; None if there is none."""
-        return _best(self.rows, self.search.direction)
+        return self._known.best
 
-    def next(self, n: int = 1) -> tuple[Row, ...]:
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """See `add_metadata`."""
+        return self._known.metadata
+
+    def next(self, n: int = 1) -> tuple[Trial, ...]:
         """The trials to run now: those a killed process left running, then new ones, `n` in all.
 
         Fewer, perhaps none, when the space has no other points left.
         """
-        rows = [row for row in self.rows if row.status == "running"][:n]
-        if len(rows) == n:
-            return tuple(rows)
-        space = self.search.space
-        pending = np.array([space.point(row.params) for row in rows]) if rows else None
-        number = max(self._rows, default=-1) + 1
-        lines = []
-        for point, improvement in zip(*self.search.ask_with_improvement(n - len(rows), pending), strict=True):
-            constraint = self.search.constraint
+        running = self.running[:n]
+        if len(running) == n:
+            return running
+        space, constraint = self.search.space, self.search.constraint
+        pending = np.array([space.point(trial.params) for trial in running]) if running else None
+        first = max(self._known.by_number, default=-1) + 1
+        points, improvements = self.search.ask_with_improvement(n - len(running), pending)
+        new = []
+        for number, (point, improvement) in enumerate(zip(points, improvements, strict=True), start=first):
             cost = None if constraint is None else float(np.asarray(constraint.cost(point[None]))[0])
-            row = Row(number, space.params(point), cost, improvement=improvement)
-            rows.append(row)
-            lines.append({"asked": number, "params": row.params, "cost": cost, "improvement": improvement})
-            number += 1
-        self._append(*lines)
-        self._rows |= {row.number: row for row in rows}
-        return tuple(rows)
+            new.append(Trial(number, space.params(point), cost, improvement=improvement))
+        self._write(
+            *({"asked": t.number, "params": t.params, "cost": t.cost, "improvement": t.improvement} for t in new)
+        )
+        self._known.by_number |= {trial.number: trial for trial in new}
+        return (*running, *new)
 
     def finish(
         self,
         number: int,
         value: float | None,
         *,
-        status: str | None = None,
         seconds: float | None = None,
         note: str = "",
         facts: Mapping[str, float] | None = None,
-    ) -> Row:
+    ) -> Trial:
         """Report how a running trial ended. No value, NaN or infinity: it failed.
 
         Raises:
             SearchError: no such trial is running, or the file cannot be written (the trial is still running then).
         """
-        row = self._rows.get(number)
-        if row is None or row.status != "running":
+        trial = self._known.by_number.get(number)
+        if trial is None or trial.status != "running":
             raise SearchError(f"trial {number} is not running: it was never asked for, or is over")
-        worked = value is not None and math.isfinite(value)
-        if value is not None and not worked:
-            note = note or f"its value is {value}"
-        if not worked:
-            value, status = None, "failed"
-        known = {name: float(fact) for name, fact in (facts or {}).items() if math.isfinite(fact)}
-        row = replace(row, value=value, status=status or "done", seconds=seconds, note=note, facts=known)
-        self._append(
-            {
-                "told": number,
-                "status": row.status,
-                "value": value,
-                "seconds": seconds,
-                **({"note": note} if note else {}),
-                **({"facts": known} if known else {}),
-            }
-        )
-        self._rows[number] = row
-        self.search.tell(self.search.space.point(row.params)[None], [value])
-        return row
+        if value is not None and not math.isfinite(value):
+            value, note = None, note or f"its value is {value}"
+        status = "failed" if value is None else "done"
+        finite = {name: float(fact) for name, fact in (facts or {}).items() if math.isfinite(fact)}
+        line = {"told": number, "status": status, "value": value, "seconds": seconds}
+        self._write(line | ({"note": note} if note else {}) | ({"facts": finite} if finite else {}))
+        trial = replace(trial, value=value, status=status, seconds=seconds, note=note, facts=finite)
+        self._known.by_number[number] = trial
+        self.search.tell(self.search.space.point(trial.params)[None], [value])
+        return trial
 
-    def remember(self, **facts: Any) -> None:
-        """Keep something JSON-ready that is worth knowing when the search goes on; of a name the latest holds."""
-        self._append({"remember": facts})
-        self.remembered |= facts
+    def add_metadata(self, **facts: Any) -> None:
+        """Keep something JSON-ready that is worth knowing when the search goes on; of one name the latest holds."""
+        self._write({"metadata": facts})
+        self._known.metadata |= facts
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        _OPEN.discard(self._identity)
+        if self._journal is not None:
+            self._journal.close()
 
     def __enter__(self) -> Study:
         return self
@@ -209,136 +215,97 @@ class Study:
 
     # --- the file -------------------------------------------------------------------------------------------------
 
-    def _open(self, prior: Sequence[tuple[Mapping[str, Any], float | None]]) -> None:
-        assert self.path is not None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: one write, one line; nothing is left to be written at exit.
-            self._file = self.path.open("a+b", buffering=0)
-        except OSError as error:
-            raise SearchError(f"study file {self.path} cannot be written: {error}; give another path") from error
-        try:
-            self._lock()
-            self._file.seek(0)
-            data = self._file.read()
-            journal = _parse(data, self.search.space)
-            if journal.header is None and not journal.rows:
-                # The header comes last: without it, this is a file that was being begun, and safe to begin again.
-                begin = [{"prior": dict(params), "value": value} for params, value in prior if value is not None]
-                begin.append(self.header)
-                if not b"".join(map(_line, begin)).startswith(data):
-                    raise SearchError(f"{self.path} is no study file: it has no header; give another path")
-                self._file.truncate(0)
-                self._append(*begin)
-                return
-            self._compare(journal.header)
-            if journal.unreadable or journal.torn:
-                self._mend(journal)
-        except BaseException:
-            self.close()
-            raise
-        self._rows, self.remembered = journal.rows, journal.remembered
-        self.search.prior = tuple(
-            Observation(self.search.space.point_anywhere(params), value) for params, value in journal.prior
-        )
-        for row in journal.rows.values():
-            if row.status != "running":
-                self.search.tell(self.search.space.point(row.params)[None], [row.value])
-
-    def _lock(self) -> None:
-        in_use = SearchError(
-            f"study file {self.path} is in use by another search; wait for it, stop it, or give another path"
-        )
-        stat = os.fstat(self._file.fileno())
-        identity = (stat.st_dev, stat.st_ino)
-        if identity in _OPEN:  # record locks do not hold within a process
-            raise in_use
-        if fcntl is not None:
-            self._lock_against_others(in_use)
-        _OPEN.add(identity)
-        self._identity = identity
-
-    def _lock_against_others(self, in_use: SearchError) -> None:
-        try:
-            # Not flock: a forked data loader would go on holding that after we are killed.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise in_use from error
-        except OSError as error:  # a file system without locks
-            log.debug("study file %s cannot be locked: %s", self.path, error)
-
-    def _compare(self, theirs: dict[str, Any] | None) -> None:
-        if theirs is None or theirs == self.header:
+    def _begin_or_go_on(self, journal: Journal) -> None:
+        search, data = self.search, journal.read()
+        found = _parse(data, search.space)
+        if not found.header and not found.by_number:
+            # The header comes last: without it, this is a file that was being begun, and safe to begin again.
+            begin: list[Mapping[str, Any]] = [
+                {"prior": search.space.params(o.point), "value": o.value} for o in search.prior if o.value is not None
+            ]
+            begin.append(self._known.header)
+            if not b"".join(map(line_of, begin)).startswith(data):
+                raise SearchError(f"{journal.path} is no study file: it has no header; give another path")
+            journal.clear()
+            self._write(*begin)
             return
-        differences = list(_differences(theirs, self.header))
+        _check_same_search(journal.path, found.header or self._known.header, self._known.header)
+        if found.unreadable or found.is_torn:
+            _mend(journal, found, self._known.header)
+        self._known = replace(found, header=self._known.header)
+        search.prior = tuple(Observation(search.space.point_anywhere(params), value) for params, value in found.prior)
+        for trial in found.by_number.values():
+            if trial.status != "running":
+                search.tell(search.space.point(trial.params)[None], [trial.value])
+
+    def _write(self, *records: Mapping[str, Any]) -> None:
+        if self._journal is None:
+            return
+        try:
+            self._journal.append(records)
+        except OSError as error:
+            raise SearchError(
+                f"study file {self._journal.path} cannot be written: {error}; the {len(self.finished)} trials in it "
+                "are safe: make room and start again with the same file"
+            ) from error
+
+
+def _mend(journal: Journal, found: StudyFile, header: Mapping[str, Any]) -> None:
+    """Leave only readable lines in the file; what was there stays beside it if any was damaged."""
+    if found.unreadable:
+        log.warning(
+            "study file %s is damaged: %s; %d trials could be read and are kept, the file as it was is %s",
+            journal.path,
+            "; ".join(found.unreadable[:5]),
+            len(found.by_number),
+            journal.copy_aside(),
+        )
+    journal.replace(found.readable if found.header else [line_of(header), *found.readable])
+
+
+def _check_same_search(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differences = _differences(before, now)
+    if differences:
         raise SearchError(
-            f"study file {self.path} belongs to another search: {'; '.join(differences[:3])}"
+            f"study file {path} belongs to another search: {'; '.join(differences[:3])}"
             f"{f' and {len(differences) - 3} more' if len(differences) > 3 else ''}. "
             "Give the old settings to go on with it, or another path to start anew"
         )
 
-    def _mend(self, journal: _Journal) -> None:
-        """Leave only readable lines in the file; what was there stays beside it if any was damaged."""
-        assert self.path is not None
-        lines = journal.readable
-        if journal.header is None:
-            lines = [_line(self.header), *lines]
-        if journal.unreadable:
-            number = 1
-            while (aside := self.path.with_name(f"{self.path.name}.damaged{number}")).exists():
-                number += 1
-            self._file.seek(0)
-            aside.write_bytes(self._file.read())
-            log.warning(
-                "study file %s is damaged: %s; %d trials could be read and are kept, the file as it was is %s",
-                self.path,
-                "; ".join(journal.unreadable[:5]),
-                len(journal.rows),
-                aside,
-            )
-        with replacing(self.path) as beside:
-            beside.write_bytes(b"".join(lines))
-        self.close()
-        self._file = self.path.open("a+b", buffering=0)
-        self._lock()
 
-    def _append(self, *records: Mapping[str, Any]) -> None:
-        if self._file is None or not records:
-            return
-        data = b"".join(_line(record) for record in records)
-        size = self._file.seek(0, os.SEEK_END)
+def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """What differs, leaf by leaf, in words."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = sorted({*before, *now})
+        return [line for k in keys for line in _differences(before.get(k), now.get(k), f"{where}.{k}" if where else k)]
+    if where == "space":
+        before, now = ({axis["name"]: axis for axis in axes} for axes in (before, now))
+        only = [f"its parameter {name!r} is not in this search" for name in sorted(set(before) - set(now))]
+        only += [f"parameter {name!r} is not in it" for name in sorted(set(now) - set(before))]
+        return only or _differences(before, now, "parameter")
+    return [] if before == now else [f"{where} was {before!r}, now {now!r}"]
+
+
+# --- reading a file ---------------------------------------------------------------------------------------------------
+
+
+def _parse(data: bytes, space: Space | None = None) -> StudyFile:
+    """What a file says, as far as it can be read; without a space nothing is checked against it."""
+    study = StudyFile()
+    *lines, rest = data.split(b"\n")
+    study.is_torn = rest != b""
+    for number, line in enumerate(lines, start=1):
         try:
-            if self._file.write(data) != len(data):
-                raise OSError("only a part could be written")
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.truncate(size)  # half a line would make the next one unreadable
-            raise SearchError(
-                f"study file {self.path} cannot be written: {error}; the {len(self.finished)} trials in it are safe: "
-                "make room and start again with the same file"
-            ) from error
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True, allow_nan=False).encode() + b"\n"
-
-
-def _parse(data: bytes, space: Space | None) -> _Journal:
-    journal = _Journal()
-    lines = data.split(b"\n")
-    journal.torn = lines[-1] != b""  # what a kill in the middle of a write leaves; not damage
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            _take(json.loads(line), journal, space)
+            _add(json.loads(line), study, space)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            journal.unreadable.append(f"line {number} ({str(error) or type(error).__name__:.80})")
+            study.unreadable.append(f"line {number} ({str(error) or type(error).__name__:.80})")
         else:
-            journal.readable.append(line + b"\n")
-    return journal
+            study.readable.append(line + b"\n")
+    return study
 
 
-def _take(record: dict[str, Any], journal: _Journal, space: Space | None) -> None:
-    """Add what one line says; without a space nothing is checked against it.
+def _add(record: dict[str, Any], study: StudyFile, space: Space | None) -> None:
+    """Add what one line says.
 
     Raises:
         ValueError, KeyError, TypeError: it says nothing sensible.
@@ -346,65 +313,38 @@ def _take(record: dict[str, Any], journal: _Journal, space: Space | None) -> Non
     if "format" in record:
         if record["format"] != _FORMAT:
             raise ValueError(f"format {record['format']!r}")
-        journal.header = record
+        study.header = record
     elif "prior" in record:
         if space is not None:
             space.point_anywhere(record["prior"])
-        journal.prior.append((record["prior"], float(record["value"])))
-    elif "remember" in record:
-        journal.remembered |= record["remember"]
+        study.prior.append((record["prior"], float(record["value"])))
+    elif "metadata" in record:
+        study.metadata |= record["metadata"]
     elif "asked" in record:
-        number, cost = record["asked"], record["cost"]
-        if space is not None and journal.header is not None and journal.header["space"] == space.describe():
+        number, cost, improvement = record["asked"], record["cost"], record["improvement"]
+        if space is not None and study.header and study.header["space"] == space.describe():
             space.point(record["params"])  # of another space everything is: that is said once, by the header
-        if not isinstance(number, int) or number < 0 or number in journal.rows:
+        if not isinstance(number, int) or number < 0 or number in study.by_number:
             raise ValueError(f"trial number {number!r}")
-        improvement = record.get("improvement")  # not in the files of the first release
-        journal.rows[number] = Row(
-            number,
-            record["params"],
-            None if cost is None else float(cost),
-            improvement=None if improvement is None else float(improvement),
-        )
+        study.by_number[number] = Trial(number, record["params"], _float(cost), improvement=_float(improvement))
     else:
-        row, value, seconds = journal.rows[record["told"]], record["value"], record["seconds"]
-        if record["status"] not in STATUSES[1:] or (value is None) != (record["status"] == "failed"):
-            raise ValueError(f"status {record['status']!r} with value {value!r}")
-        del journal.rows[row.number]  # and back at the end: finished trials are in the order they were told
-        journal.rows[row.number] = replace(
-            row,
-            value=None if value is None else float(value),
-            status=record["status"],
-            seconds=None if seconds is None else float(seconds),
+        trial, value, status = study.by_number[record["told"]], record["value"], record["status"]
+        if status != ("failed" if value is None else "done"):
+            raise ValueError(f"status {status!r} with value {value!r}")
+        ended = replace(
+            trial,
+            value=_float(value),
+            status=status,
+            seconds=_float(record["seconds"]),
             note=str(record.get("note", "")),
             facts={str(name): float(fact) for name, fact in record.get("facts", {}).items()},
         )
+        del study.by_number[trial.number]  # and back at the end: finished trials are in the order they were told
+        study.by_number[trial.number] = ended
 
 
-@dataclass(frozen=True)
-class StudyFile:
-    """What a study file says, to look at.
-
-    Attributes:
-        header: what the search is about: ``space``, ``direction``, ``n_initial_points``, ``about``.
-        rows: all trials by number.
-        remembered: see `Study.remember`; ``metric`` names what trials are worth, if it has a name.
-    """
-
-    header: Mapping[str, Any]
-    rows: tuple[Row, ...]
-    remembered: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def best(self) -> Row | None:
-        """The best trial that is done so far, the first of equals; None if there is none."""
-        return _best(self.rows, self.header["direction"])
-
-
-def _best(rows: Sequence[Row], direction: str) -> Row | None:
-    sign = 1.0 if direction == "minimize" else -1.0
-    done = [row for row in rows if row.status == "done" and row.value is not None]
-    return min(done, key=lambda row: (sign * (row.value or 0.0), row.number), default=None)
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def read_study(path: str | Path) -> StudyFile:
@@ -414,56 +354,34 @@ def read_study(path: str | Path) -> StudyFile:
         SearchError: it cannot be read, or has no header (yet).
     """
     try:
-        journal = _parse(Path(path).read_bytes(), None)
+        study = _parse(Path(path).read_bytes())
     except OSError as error:
         raise SearchError(f"study file {path} cannot be read: {error}") from error
-    if journal.header is None:
+    if not study.header:
         raise SearchError(f"{path} is no study file: it has no header")
-    rows = tuple(journal.rows[number] for number in sorted(journal.rows))
-    return StudyFile(journal.header, rows, journal.remembered)
+    return study
 
 
-def recall(path: str | Path) -> dict[str, Any]:
-    """What a study file remembers (see `Study.remember`), without opening it as a study; nothing if there is no file.
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a study file (see `Study.add_metadata`), also of a damaged one; nothing if there is no file.
 
     Raises:
         SearchError: it is there and cannot be read.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        return _parse(Path(path).read_bytes()).metadata
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise SearchError(f"study file {path} cannot be read: {error}; give another path") from error
-    remembered: dict[str, Any] = {}
-    for line in lines[:-1]:
-        try:
-            remembered |= json.loads(line)["remember"]
-        except (ValueError, KeyError, TypeError):
-            continue  # another kind of line; whether it can be read is asked when the study is opened
-    return remembered
 
 
-def _differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
-    """What differs, leaf by leaf, in words."""
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        keys = sorted({*theirs, *ours})
-        return [line for k in keys for line in _differences(theirs.get(k), ours.get(k), f"{where}.{k}" if where else k)]
-    if where == "space":
-        theirs, ours = ({axis["name"]: axis for axis in axes} for axes in (theirs, ours))
-        only = [f"its parameter {name!r} is not in this search" for name in sorted(set(theirs) - set(ours))]
-        only += [f"parameter {name!r} is not in it" for name in sorted(set(ours) - set(theirs))]
-        return only or _differences(theirs, ours, "parameter")
-    return [] if theirs == ours else [f"{where} was {theirs!r}, now {ours!r}"]
-
-
-def has_begun(path: str | Path) -> bool:
+def has_header(path: str | Path) -> bool:
     """Whether the file at `path` is one that a search goes on with; one killed while it began it begins again."""
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        return bool(_parse(Path(path).read_bytes()).header)
     except OSError:
         return False
-    return any(b'"format": ' in line for line in lines[:-1])
 
 
 def observations(path: str | Path, space: Space, direction: str) -> tuple[Observation, ...]:
@@ -473,22 +391,21 @@ def observations(path: str | Path, space: Space, direction: str) -> tuple[Observ
         SearchError: the file cannot be read, or its parameters or its direction are others.
     """
     try:
-        data = Path(path).read_bytes()
+        study = _parse(Path(path).read_bytes(), space)
     except OSError as error:
         raise SearchError(f"warm_start={str(path)!r} cannot be read: {error}") from error
-    journal = _parse(data, space)
-    if journal.header is None:
+    if not study.header:
         raise SearchError(f"warm_start={str(path)!r} is no study file; give one that an earlier search has written")
-    if journal.header["direction"] != direction:
+    if study.header["direction"] != direction:
         raise SearchError(
-            f"warm_start={str(path)!r} was to {journal.header['direction']}, this search is to {direction}: its values "
+            f"warm_start={str(path)!r} was to {study.header['direction']}, this search is to {direction}: its values "
             "mean the opposite"
         )
-    theirs, ours = [axis["name"] for axis in journal.header["space"]], [axis.name for axis in space.axes]
-    if theirs != ours:
+    known, axes = [axis["name"] for axis in study.header["space"]], [axis.name for axis in space.axes]
+    if known != axes:
         raise SearchError(
-            f"warm_start={str(path)!r} searched {len(theirs)} parameters ({', '.join(theirs[:3])}, ...), this one "
-            f"{len(ours)} ({', '.join(ours[:3])}, ...); use the same dimensions and groups"
+            f"warm_start={str(path)!r} searched {len(known)} parameters ({', '.join(known[:3])}, ...), this one "
+            f"{len(axes)} ({', '.join(axes[:3])}, ...); use the same dimensions and groups"
         )
-    rows = [row for row in journal.rows.values() if row.value is not None]
-    return tuple(Observation(space.point_anywhere(row.params), row.value) for row in rows)
+    done = [trial for trial in study.by_number.values() if trial.value is not None]
+    return tuple(Observation(space.point_anywhere(trial.params), trial.value) for trial in done)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_mdc.distributed import everyones, summed
+from lightning_mdc.distributed import gather, summed
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
@@ -185,7 +185,7 @@ class Scorer:
     def sum_over_ranks(self) -> None:
         """From here on `sums` are those of all ranks; one that saw no batch adds nothing."""
         mine = {name: (tuple(value.shape), value.dtype) for name, value in self.sums.items()}
-        known = {name: kind for kinds in everyones(mine) for name, kind in kinds.items()}
+        known = {name: kind for kinds in gather(lambda: mine) for name, kind in kinds.items()}
         device = self.sums["batches"].device
         for name, (shape, dtype) in sorted(known.items()):
             value = self.sums.get(name)

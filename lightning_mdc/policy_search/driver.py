@@ -11,22 +11,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_mdc.budget import Budget, LatencyTable
-from lightning_mdc.distributed import first_error, is_first, on_first_rank
+from lightning_mdc.distributed import failures_of, is_first, on_every_rank, on_first_rank
 from lightning_mdc.errors import SearchError, check_whole
 from lightning_mdc.gp_ei.process import GpEi, Observation
 from lightning_mdc.gp_ei.projection import Projection
-from lightning_mdc.gp_ei.study import Row, Study, has_begun, observations
+from lightning_mdc.gp_ei.study import Study, has_header, observations
+from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy
-from lightning_mdc.policy_search.held_out import METRICS, HeldOut, Judgement
+from lightning_mdc.policy_search.held_out import HeldOut, Judgement
 from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
@@ -36,18 +36,19 @@ from lightning_mdc.surgery.plan import make_plan
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One policy that was tried.
+    """One policy that was tried: a trial of the study file, as a policy.
 
     Attributes:
         number: from 0; trial 0 is the uniform policy, or where bounds or ties exclude it one near it.
         policy: its realised keep ratios.
         macs: multiply-accumulates of its slim model for one image.
         value: what `evaluate` gave; None if it failed.
-        status: ``"done"``, ``"failed"`` (raised, or no finite number), or ``"stopped"`` (given up early; its value is
-            an estimate).
+        status: ``"done"``, or ``"failed"`` (raised, or no finite number).
         seconds: making the slim model and evaluating it.
         cost: as a fraction of the budget, at most 1.
         note: why it failed.
@@ -112,11 +113,10 @@ def search(
     statistics: ActivationStatistics | None = None,
     n_initial_points: int = 10,
     xi: float = 0.0,
-    early_stop: float | None = None,
     state: str | Path | None = None,
     warm_start: str | Path | None = None,
     progress: bool = True,
-    on_trial: Callable[[Row, float | None], None] | None = None,
+    on_trial: Callable[[StudyTrial, float | None], None] | None = None,
 ) -> SearchResult:
     """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
 
@@ -130,7 +130,7 @@ def search(
         scores: from `score`.
         evaluate: given a slim vision transformer (itself, not the module that holds it) in eval mode and without
             gradients, how good it is; higher is better. It has to do so on held-out *training* images: see `HeldOut`,
-            which is one.
+            which is one. In a distributed run all ranks call it; the value of rank 0 counts.
         budget: fraction of the dense MACs in (0, 1], or a `Budget`.
         n_trials: how many in all, those of an earlier run in `state` counted.
         seed: of the search; `evaluate` runs under a seed of its own per trial, so that a resumed search equals an
@@ -139,8 +139,6 @@ def search(
         token_score, fuse_tokens: see `make_plan`.
         compensate, statistics: see `slim`; trials are then judged with what they will be delivered with.
         n_initial_points, xi: see `GpEi`.
-        early_stop: give up trials that will not come up to the best with this confidence, such as 0.99; `evaluate`
-            has to be a `HeldOut` then. None: see every trial through.
         state: file to keep the search in; if it is there, the search goes on from it.
         warm_start: the `state` file of an earlier search over the same axes, for another budget say.
         progress: show a progress bar where there is a terminal.
@@ -151,16 +149,11 @@ def search(
             been found by then is in `state`.
         BudgetError: the budget cannot be reached.
         CompensationError, UnsupportedModelError: what may be pruned cannot be compensated for, see `slim`.
+        RankError: another process of a distributed run failed; its own error is raised there.
     """
     check_whole("n_trials", n_trials, 1, SearchError)
     if not isinstance(scores, Scores):
         raise SearchError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
-    by_image = isinstance(evaluate, HeldOut) and not isinstance(evaluate.metric, Metric)
-    if early_stop is not None and not (by_image and 0.5 <= early_stop < 1):
-        raise SearchError(
-            f"early_stop={early_stop!r}: expected a confidence in [0.5, 1), and evaluate=HeldOut(...) of a metric that "
-            f"has a value per image, one of {METRICS}"
-        )
     if not callable(evaluate):
         raise SearchError(f"evaluate={evaluate!r:.80}: expected a function of a slim model that returns a number")
     space = PolicySpace(
@@ -176,10 +169,7 @@ def search(
         stages=stages,
         fuse_tokens=fuse_tokens,
     )
-    check_compensation(space.sites, compensate, statistics)
-    for dimension in ("heads", "neurons"):
-        for block in space.sites.blocks if dimension in space.dimensions else ():
-            check_compensable(getattr(block, dimension), compensate)
+    _check_compensation(space, compensate, statistics)
     process = GpEi(
         space,
         space.constraint,
@@ -190,14 +180,57 @@ def search(
         xi=xi,
     )
     about = {
+        **_about(space, scores, compensate, statistics),
+        "xi": float(xi),
+        "token_score": token_score,
+        "fuse_tokens": fuse_tokens,
+    }
+
+    def slim_of(policy: Policy) -> nn.Module:
+        plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
+        return slim(model, plan, compensate=compensate, statistics=statistics).eval()
+
+    study = _SharedStudy(process, state, about)
+    try:
+        if isinstance(evaluate, HeldOut) and _judges(evaluate):
+            study.note_dense(evaluate, space.sites.model)
+        trials = _run(space, study, partial(_judged, space, slim_of, evaluate, seed), n_trials, progress, on_trial)
+    finally:
+        study.close()
+    if not is_first():
+        for trial in trials:
+            process.tell(space.point(trial.params)[None], [trial.value])
+    return _result(space, process, trials)
+
+
+# --- before the first trial -------------------------------------------------------------------------------------------
+
+
+def _check_compensation(space: PolicySpace, compensate: str, statistics: ActivationStatistics | None) -> None:
+    check_compensation(space.sites, compensate, statistics)
+    for dimension in ("heads", "neurons"):
+        for block in space.sites.blocks if dimension in space.dimensions else ():
+            check_compensable(getattr(block, dimension), compensate)
+
+
+def _prior(warm_start: str | Path | None, space: PolicySpace, state: str | Path | None) -> tuple[Observation, ...]:
+    if warm_start is None:
+        return ()
+    if state is not None and has_header(state):  # it holds what it was begun with
+        log.info("  warm_start is not read again: %s goes on with what it began with", state)
+        return ()
+    return observations(warm_start, space, "maximize")
+
+
+def _about(
+    space: PolicySpace, scores: Scores, compensate: str, statistics: ActivationStatistics | None
+) -> dict[str, Any]:
+    """What makes two searches over the same axes the same."""
+    about = {
         "budget": space.budget.as_dict(),
         "dense_macs": space.dense_macs,
         "stages": list(space.stage_blocks),
         "scores": _digest_of(scores.tensors(), scores.criterion),
-        "xi": float(xi),
-        "token_score": token_score,
-        "fuse_tokens": fuse_tokens,
-        "early_stop": early_stop,
     }
     if isinstance(table := space.budget.table, LatencyTable):
         about["latency_of"] = {
@@ -205,146 +238,183 @@ def search(
         }
     if statistics is not None:
         about |= {"compensate": compensate, "statistics": _digest_of(statistics.tensors())}
-
-    # One that was given another __call__ is asked by that.
-    judge = evaluate.judge if isinstance(evaluate, HeldOut) and type(evaluate).__call__ is HeldOut.__call__ else None
-
-    def tried(policy: Policy, best: float | None) -> Any:
-        plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
-        small = slim(model, plan, compensate=compensate, statistics=statistics).eval()
-        with torch.no_grad():
-            if early_stop is not None and isinstance(evaluate, HeldOut):
-                return evaluate.judge(small, best, early_stop)
-            return evaluate(small) if judge is None else judge(small)
-
-    # Only the first rank asks, tells and writes; on the others there is nothing to be asked.
-    study = on_first_rank(lambda: None if not is_first() else Study(process, state, about), share=False)
-    try:
-        if judge is not None and isinstance(evaluate, HeldOut):
-            _remember(study, evaluate, space.sites.model)
-        rows = _run(space, study, tried, n_trials, seed, progress, on_trial)
-    finally:
-        if study is not None:
-            study.close()
-    if not is_first():
-        for row in rows:
-            process.tell(space.point(row.params)[None], [row.value])
-    history = [_trial(space, row) for row in rows]
-    done = [trial for trial in history if trial.status == "done" and trial.value is not None]
-    if not done:
-        notes = {trial.note for trial in history}
-        raise SearchError(
-            f"none of the {len(history)} trials gave a value ({'; '.join(sorted(notes)[:3])}); mend evaluate"
-        )
-    best = max(done, key=lambda trial: (trial.value, -trial.number))
-    assert best.value is not None
-    return SearchResult(best.policy, best.value, history, space, process)
+    return about
 
 
-def _remember(study: Study | None, evaluate: HeldOut, dense: nn.Module) -> None:
-    """What values mean, and what the dense model is worth, for whoever reads the file."""
-    metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
-    if on_first_rank(lambda: study is not None and study.remembered.get("metric") == metric):
-        return
-    judgement = evaluate.judge(dense)
-    known = {"value": judgement.value, **judgement.facts}
-    worth = {name: value for name, value in known.items() if math.isfinite(value)}
-    on_first_rank(lambda: None if study is None else study.remember(metric=metric, dense=worth))
+def _digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
+    """Short hash: with other scores, or statistics, the same policy gives another model."""
+    sha = hashlib.sha256(name.encode())
+    for key, tensor in sorted(tensors.items()):
+        sha.update(key.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def starting_points(space: PolicySpace) -> np.ndarray:
+    """The uniform policy, and those that leave dimensions whole, (n, axes); the process passes over what is beyond the
+    budget where bounds stand in the way."""
+    return np.concatenate([_as_point(space, policy) for policy in (space.uniform, *space.uniform_of_fewer)])
+
+
+def _as_point(space: PolicySpace, policy: Policy) -> np.ndarray:
+    point = space.nearest(policy)[None]
+    if space.policy(point[0]) == policy or not space.constraint.holds(space.utilisation(point))[0]:
+        return point
+    return Projection(space, space.constraint, seed=0).fill(point, np.random.default_rng(0))
+
+
+# --- the trials -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """How far a search is: how many trials are over, the best value, and the trial to run now, if there is one."""
+
+    finished: int
+    best: float | None
+    next: StudyTrial | None
+
+
+class _SharedStudy:
+    """A study that the first rank asks, tells and writes. All ranks call every method together and get its answer."""
+
+    def __init__(self, process: GpEi, path: str | Path | None, about: Mapping[str, Any]) -> None:
+        self._study = on_every_rank(lambda: Study(process, path, about) if is_first() else None)
+
+    def _ask(self, question: Callable[[Study], T]) -> T:
+        def asked() -> T:
+            assert self._study is not None  # this is the first rank
+            return question(self._study)
+
+        return on_first_rank(asked)
+
+    def standing(self, n_trials: int) -> _Standing:
+        """With the next trial, as long as there are fewer than `n_trials` and other policies to try."""
+
+        def of(study: Study) -> _Standing:
+            finished, best = len(study.finished), study.best
+            trials = study.next() if finished < n_trials else ()
+            return _Standing(finished, best.value if best else None, trials[0] if trials else None)
+
+        return self._ask(of)
+
+    def finish(self, number: int, judgement: Judgement | None, seconds: float, note: str, **facts: float) -> StudyTrial:
+        """See `Study.finish`; without a judgement the trial failed."""
+        value = None if judgement is None else judgement.value
+        known = None if judgement is None else {**judgement.facts, **facts}
+        return self._ask(lambda study: study.finish(number, value, seconds=round(seconds, 4), note=note, facts=known))
+
+    def note_dense(self, evaluate: HeldOut, dense: nn.Module) -> None:
+        """Write what values mean, and what the dense model is worth, for whoever reads the file."""
+        metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
+        if self._ask(lambda study: study.metadata.get("metric")) == metric:
+            return
+        judgement = evaluate.judge(dense)
+        facts = {"value": judgement.value, **judgement.facts}
+        finite = {name: value for name, value in facts.items() if math.isfinite(value)}
+        self._ask(lambda study: study.add_metadata(metric=metric, dense=finite))
+
+    def trials(self) -> tuple[StudyTrial, ...]:
+        """Those that are over."""
+        return self._ask(lambda study: study.finished)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._study is not None:
+            self._study.close()
 
 
 def _run(
     space: PolicySpace,
-    study: Study | None,
-    tried: Callable[[Policy, float | None], Any],
+    study: _SharedStudy,
+    judged: Callable[[StudyTrial, float | None], tuple[Judgement | None, str]],
     n_trials: int,
-    seed: int,
     progress: bool,
-    on_trial: Callable[[Row, float | None], None] | None,
-) -> tuple[Row, ...]:
+    on_trial: Callable[[StudyTrial, float | None], None] | None,
+) -> tuple[StudyTrial, ...]:
     """Trials until there are `n_trials`, or no more policies; returns all."""
-
-    def following() -> tuple[int, Row | None, float | None]:
-        assert study is not None
-        finished, best = len(study.finished), study.best
-        rows = study.next() if finished < n_trials else ()
-        return finished, rows[0] if rows else None, best.value if best else None
-
-    def finish(row: Row, judgement: Judgement | None, seconds: float, note: str) -> Row:
-        assert study is not None
-        seconds = round(seconds, 4)
-        if judgement is None:
-            return study.finish(row.number, None, seconds=seconds, note=note)
-        status = "stopped" if judgement.stopped else None
-        point = space.point(row.params)[None]
-        facts = {**judgement.facts, "macs": float(space.macs(point)[0])}
-        if (latency := space.latency(point)) is not None:
-            facts["latency"] = float(latency[0])
-        return study.finish(
-            row.number,
-            judgement.value,
-            status=status,
-            seconds=seconds,
-            note=note,
-            facts=facts,
-        )
-
-    finished, row, best = on_first_rank(following)
-    before, begun = finished, time.perf_counter()
-    with bar("Searching", n_trials, completed=finished, shown=progress) as advance, isolated_rng():
-        while row is not None:
+    now = study.standing(n_trials)
+    before, begun = now.finished, time.perf_counter()
+    with bar("Searching", n_trials, completed=before, shown=progress) as advance, isolated_rng():
+        while (trial := now.next) is not None:
             started = time.perf_counter()
-            judgement, note = _judged(space, row, tried, best, seed)
+            judgement, note = judged(trial, now.best)
             seconds = time.perf_counter() - started
-            over = on_first_rank(partial(finish, row, judgement, seconds, note))
-            finished, row, best = on_first_rank(following)
+            trial = study.finish(trial.number, judgement, seconds, note, **_priced(space, trial))
+            now = study.standing(n_trials)
             if on_trial is not None and is_first():
-                on_trial(over, best)
-            log.debug("  trial %d: value %s in %.2f s", over.number, _shown(over.value), seconds)
-            advance(f"value {_shown(over.value)}, best {_shown(best)}, cost {over.cost:.2%} of budget")
-            if is_first() and (finished % max(1, n_trials // 6) == 0 or finished == n_trials):
-                left = (n_trials - finished) * (time.perf_counter() - begun) / (finished - before)
-                log.info(
-                    "  %d of %d trials: the last %s at %.2f %% of the budget, best %s, about %.0f s left",
-                    finished,
-                    n_trials,
-                    _shown(over.value),
-                    100 * (over.cost or 0),
-                    _shown(best),
-                    left,
-                )
-    if finished < n_trials and is_first():
-        log.info("  all %d policies there are have been tried", finished)
-    return on_first_rank(lambda: study.finished)  # type: ignore[union-attr]
+                on_trial(trial, now.best)
+            log.debug("  trial %d: value %s in %.2f s", trial.number, _shown(trial.value), seconds)
+            advance(f"value {_shown(trial.value)}, best {_shown(now.best)}, cost {trial.cost:.2%} of budget")
+            if is_first() and (now.finished % max(1, n_trials // 6) == 0 or now.finished == n_trials):
+                each = (time.perf_counter() - begun) / (now.finished - before)
+                _report(trial, now, n_trials, (n_trials - now.finished) * each)
+    if now.finished < n_trials and is_first():
+        log.info("  all %d policies there are have been tried", now.finished)
+    return study.trials()
+
+
+def _report(trial: StudyTrial, now: _Standing, n_trials: int, seconds_left: float) -> None:
+    log.info(
+        "  %d of %d trials: the last %s at %.2f %% of the budget, best %s, about %.0f s left",
+        now.finished,
+        n_trials,
+        _shown(trial.value),
+        100 * (trial.cost or 0),
+        _shown(now.best),
+        seconds_left,
+    )
+
+
+def _priced(space: PolicySpace, trial: StudyTrial) -> dict[str, float]:
+    """What its slim model costs, in MACs and, with a budget of latency, seconds."""
+    point = space.point(trial.params)[None]
+    costs = {"macs": float(space.macs(point)[0])}
+    if (latency := space.latency(point)) is not None:
+        costs["latency"] = float(latency[0])
+    return costs
 
 
 def _judged(
     space: PolicySpace,
-    row: Row,
-    tried: Callable[[Policy, float | None], Any],
-    best: float | None,
+    slim_of: Callable[[Policy], nn.Module],
+    evaluate: Callable[[nn.Module], float],
     seed: int,
+    trial: StudyTrial,
+    best: float | None,
 ) -> tuple[Judgement | None, str]:
     """(what the trial is worth, why it failed)."""
-    seed_all(seed + row.number)
-    said, error = None, None
+    seed_all(seed + trial.number)
+    policy = space.policy(space.point(trial.params))
     try:
-        said = tried(space.policy(space.point(row.params)), best)
-    except Exception as raised:
-        error = raised
-    if (error := first_error(error)) is not None:
-        # Nothing has worked yet: a mistake in `evaluate`, for its author to see whole.
-        if best is None or isinstance(error, SearchError):
-            raise error
-        log.warning("  trial %d failed: %s: %s", row.number, type(error).__name__, error)
-        return None, f"{type(error).__name__}: {error}"
-    if isinstance(said, Judgement):
-        return said, ""
-    number = _number(said)
-    if number is None:
+        # A rank without a model must not leave the others waiting in an `evaluate` in which ranks talk.
+        small = on_every_rank(partial(slim_of, policy))
+        return on_every_rank(partial(_asked, evaluate, small, trial.number)), ""
+    except Exception as error:
+        failures = failures_of(error)
+        if not failures or any(failure.is_a(SearchError) for failure in failures):
+            raise
+        if best is None:  # nothing has worked yet: a mistake in `evaluate`, for its author to see whole
+            raise
+        log.warning("  trial %d failed: %s", trial.number, failures[0])
+        return None, str(failures[0])
+
+
+def _judges(evaluate: HeldOut) -> bool:
+    """Whether it may be asked for its whole judgement: one that was given another __call__ is asked by that."""
+    return type(evaluate).__call__ is HeldOut.__call__
+
+
+def _asked(evaluate: Callable[[nn.Module], float], small: nn.Module, number: int) -> Judgement:
+    with torch.no_grad():
+        if isinstance(evaluate, HeldOut) and _judges(evaluate):
+            return evaluate.judge(small)
+        answer = evaluate(small)
+    value = _number(answer)
+    if value is None:
         raise SearchError(
-            f"evaluate returned {said!r:.80} for trial {row.number}; it has to return a number, higher is better"
+            f"evaluate returned {answer!r:.80} for trial {number}; it has to return a number, higher is better"
         )
-    return Judgement(number), ""
+    return Judgement(value)
 
 
 def _number(value: Any) -> float | None:
@@ -358,51 +428,36 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _trial(space: PolicySpace, row: Row) -> Trial:
-    point = space.point(row.params)
-    macs = int(space.macs(point[None])[0])
-    return Trial(
-        row.number,
-        space.policy(point),
-        macs,
-        row.value,
-        row.status,
-        row.seconds or 0.0,
-        row.cost or 0.0,
-        row.note,
-        row.facts.get("accuracy"),
-    )
-
-
 def _shown(value: float | None) -> str:
     return "failed" if value is None else f"{value:.4g}"
 
 
-def _digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
-    """Short hash: with other scores, or statistics, the same policy gives another model."""
-    sha = hashlib.sha256(name.encode())
-    for key, tensor in sorted(tensors.items()):
-        sha.update(key.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
+# --- after the last one -----------------------------------------------------------------------------------------------
 
 
-def _prior(warm_start: str | Path | None, space: PolicySpace, state: str | Path | None) -> tuple[Observation, ...]:
-    if warm_start is None:
-        return ()
-    if state is not None and has_begun(state):  # it holds what it was begun with
-        log.info("  warm_start is not read again: %s goes on with what it began with", state)
-        return ()
-    return observations(warm_start, space, "maximize")
+def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> SearchResult:
+    history = [_as_policy(space, trial) for trial in trials]
+    done = [trial for trial in history if trial.value is not None]
+    if not done:
+        notes = {trial.note for trial in history}
+        raise SearchError(
+            f"none of the {len(history)} trials gave a value ({'; '.join(sorted(notes)[:3])}); mend evaluate"
+        )
+    best = max(done, key=lambda trial: (trial.value, -trial.number))
+    assert best.value is not None
+    return SearchResult(best.policy, best.value, history, space, process)
 
 
-def starting_points(space: PolicySpace) -> np.ndarray:
-    """The uniform policy, and those that leave dimensions whole, (n, axes); the process passes over what is beyond the
-    budget where bounds stand in the way."""
-    return np.concatenate([_as_point(space, policy) for policy in (space.uniform, *space.uniform_of_fewer)])
-
-
-def _as_point(space: PolicySpace, policy: Policy) -> np.ndarray:
-    point = space.nearest(policy)[None]
-    if space.policy(point[0]) == policy or not space.constraint.holds(space.load(point))[0]:
-        return point
-    return Projection(space, space.constraint, seed=0).fill(point, np.random.default_rng(0))
+def _as_policy(space: PolicySpace, trial: StudyTrial) -> Trial:
+    point = space.point(trial.params)
+    return Trial(
+        trial.number,
+        space.policy(point),
+        int(space.macs(point[None])[0]),
+        trial.value,
+        trial.status,
+        trial.seconds or 0.0,
+        trial.cost or 0.0,
+        trial.note,
+        trial.facts.get("accuracy"),
+    )

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_mdc.distributed import rank, summed, world_size
+from lightning_mdc.distributed import gather, rank, world_size
 from lightning_mdc.errors import SearchError, check_whole
 from lightning_mdc.models import evaluating
 
 METRICS = ("accuracy", "loss", "kl")
-# A trial is not judged on fewer images: a variance estimated from less says little.
-_FEWEST = 100
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,11 @@ class Judgement:
 
     Attributes:
         value: of the metric, higher is better.
-        stopped: it was given up before all images were seen; value and facts are of those that were.
         facts: what else the same predictions tell, whatever the metric: ``"accuracy"``, the top-1 as a fraction, if
             there are labels; ``"kl"``, the mean KL(dense ‖ model) in nats, if there is a dense model.
     """
 
     value: float
-    stopped: bool = False
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -43,7 +38,7 @@ class HeldOut:
     """``evaluate`` for `search`: a slim model in, a number out, higher is better.
 
     The images are decoded and moved once, and visited in a random but fixed order. In a distributed run every rank
-    takes its share of the images, and all get the same number.
+    looks at its part of the images, and all get the same number.
 
     Args:
         batches: ``(images, labels)`` batches, as a DataLoader yields them, on every rank the same. Use a held-out part
@@ -84,12 +79,10 @@ class HeldOut:
         if labels is None and name != "kl":
             raise SearchError(f"metric={metric!r} needs labels; batches must be (images, labels)")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        ranks = world_size()
-        mine = order[rank() :: ranks]
+        of_this_rank = order[rank() :: world_size()]
         self.metric, self.batch_size, self.num_images = metric, batch_size, len(images)
-        self._batches = math.ceil(math.ceil(len(images) / ranks) / batch_size)  # of the rank with most images
-        self.images = images[mine].to(device or images.device)
-        self.labels = None if labels is None else labels[mine].to(self.images.device)
+        self.images = images[of_this_rank].to(device or images.device)
+        self.labels = None if labels is None else labels[of_this_rank].to(self.images.device)
         if name is not None and self.labels is not None:
             self.labels = self.labels.long()
         classes = self.labels is not None and self.labels.ndim == 1 and not self.labels.is_floating_point()
@@ -103,79 +96,61 @@ class HeldOut:
         """The metric of `model` on all images."""
         return self.judge(model).value
 
-    def judge(self, model: nn.Module, best: float | None = None, confidence: float = 0.99) -> Judgement:
+    def judge(self, model: nn.Module) -> Judgement:
         """The metric of `model`, and whatever else one pass over the images tells.
 
-        With `best`, a model is given up as soon as the images seen say, with this confidence, that it will not come up
-        to it; its value is then an estimate. The bound is Student's for the mean of a sample drawn without replacement,
-        at a level shared out over all looks, so a trial that would have won is given up with a chance of at most
-        ``1 - confidence``.
+        Ranks talk once, when all have seen their images: an error on one is an error on all of them.
 
         Raises:
-            SearchError: with a torchmetrics metric, which cannot be judged image by image.
+            RankError: another rank failed.
         """
+        count, total, *facts = torch.stack(gather(partial(self._sums_of_this_rank, model))).sum(dim=0).tolist()
+        value = total / count
         if isinstance(self.metric, Metric):
-            if best is not None:
-                raise SearchError(f"early_stop: {type(self.metric).__name__} has no value per image; use {METRICS}")
-            return self._of_metric(model, self.metric)
-        # Images, their values, squares, and each fact.
-        sums = torch.zeros(3 + len(self._facts), dtype=torch.float64)
-        looks = self._batches - 1
-        batches = enumerate(self._log_probabilities(model))
-        for look in range(self._batches):
-            # A rank with an image less may have a batch less: it looks all the same, so that all look as often.
-            for number, log_probabilities in itertools.islice(batches, 1):
-                sums += self._summed_up(number, log_probabilities)
-            if best is not None and look < looks:
-                together = summed(sums)
-                if self._is_hopeless(together, best, (1 - confidence) / looks):
-                    return self._judgement(together, stopped=True)
-        return self._judgement(summed(sums), stopped=False)
+            value = float(self.metric.compute())  # of all ranks
+            value = -value if self.metric.higher_is_better is False else value
+        return Judgement(value, {name: fact / count for name, fact in zip(self._facts, facts, strict=True)})
 
     def accuracy(self, value: float) -> float:
         """The top-1 in a value of metric ``"accuracy"``, without what breaks ties."""
         return math.floor(value * self.num_images + 1e-9) / self.num_images
 
-    def _is_hopeless(self, sums: Tensor, best: float, risk: float) -> bool:
-        count, total, squares = sums[:3].tolist()
-        if count < _FEWEST or count >= self.num_images:
-            return False
-        mean = total / count
-        variance = max(0.0, squares / count - mean * mean) * count / (count - 1)
-        if self.metric == "accuracy":  # all seen right, or all wrong, does not make the rest certain
-            variance = max(variance, 1 / count)
-        unseen = 1 - count / self.num_images
-        bound = float(stats.t.isf(risk, count - 1)) * math.sqrt(variance / count * unseen)
-        return mean + bound < best
+    def _sums_of_this_rank(self, model: nn.Module) -> Tensor:
+        """Images, the sum of their values, of each fact; (2 + facts,), float64, on the CPU. A torchmetrics metric has
+        no value per image: it is updated.
+        """
+        sums = torch.zeros(2 + len(self._facts), dtype=torch.float64)
+        if isinstance(self.metric, Metric):
+            self.metric.to(self.images.device).reset()
+        for number, log_probabilities in enumerate(self._log_probabilities(model)):
+            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            facts = self._facts_by_image(part, log_probabilities)
+            if isinstance(self.metric, Metric):
+                self.metric.update(log_probabilities.exp(), None if self.labels is None else self.labels[part])
+                values = log_probabilities.new_zeros(len(log_probabilities), dtype=torch.float64)
+            else:
+                values = self._values_by_image(part, log_probabilities, facts)
+            by_image = (torch.ones_like(values), values, *facts.values())
+            sums += torch.stack([each.sum() for each in by_image]).cpu()
+        return sums
 
-    def _summed_up(self, number: int, log_probabilities: Tensor) -> Tensor:
-        """Of batch `number`: images, the sum of their values, of the squares, of each fact; float64, on the CPU."""
-        part = slice(number * self.batch_size, (number + 1) * self.batch_size)
-        facts = self._facts_by_image(part, log_probabilities)
+    def _values_by_image(self, part: slice, log_probabilities: Tensor, facts: Mapping[str, Tensor]) -> Tensor:
+        """The metric of every image of a batch, float64 (batch,)."""
         if self.metric == "kl":
-            values = -facts["kl"]
-        else:
-            assert self.labels is not None
-            values = log_probabilities.gather(1, self.labels[part, None])[:, 0].double()
-            if self.metric == "accuracy":
-                values = facts["accuracy"] + values.exp() / (self.num_images + 1)
-        sums = [values.sum(), values.square().sum(), *(by_image.sum() for by_image in facts.values())]
-        return torch.stack([values.new_tensor(len(values)), *sums]).cpu()
+            return -facts["kl"]
+        assert self.labels is not None
+        values = log_probabilities.gather(1, self.labels[part, None])[:, 0].double()
+        return facts["accuracy"] + values.exp() / (self.num_images + 1) if self.metric == "accuracy" else values
 
     def _facts_by_image(self, part: slice, log_probabilities: Tensor) -> dict[str, Tensor]:
         """Each fact about every image of a batch, float64 (batch,)."""
-        known = {}
+        facts = {}
         if "accuracy" in self._facts and self.labels is not None:
-            known["accuracy"] = (log_probabilities.argmax(dim=1) == self.labels[part]).double()
+            facts["accuracy"] = (log_probabilities.argmax(dim=1) == self.labels[part]).double()
         if self._dense is not None:
             dense = self._dense[part]
-            known["kl"] = F.kl_div(log_probabilities, dense, reduction="none", log_target=True).sum(dim=1).double()
-        return known
-
-    def _judgement(self, sums: Tensor, stopped: bool) -> Judgement:
-        count, total, _, *facts = sums.tolist()
-        named = {name: fact / count for name, fact in zip(self._facts, facts, strict=True)}
-        return Judgement(total / count, stopped, named)
+            facts["kl"] = F.kl_div(log_probabilities, dense, reduction="none", log_target=True).sum(dim=1).double()
+        return facts
 
     def _log_probabilities(self, model: nn.Module) -> Iterator[Tensor]:
         with torch.inference_mode(), evaluating(model):
@@ -183,21 +158,6 @@ class HeldOut:
             for images in self.images.split(self.batch_size):
                 images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
                 yield F.log_softmax(model(images).float(), dim=-1).to(self.images.device)
-
-    def _of_metric(self, model: nn.Module, metric: Metric) -> Judgement:
-        assert self.labels is not None
-        metric = metric.to(self.images.device)
-        metric.reset()
-        facts = torch.zeros(1 + len(self._facts), dtype=torch.float64)  # images, then each fact
-        for number, log_probabilities in enumerate(self._log_probabilities(model)):
-            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            metric.update(log_probabilities.exp(), self.labels[part])
-            by_image = self._facts_by_image(part, log_probabilities).values()
-            facts += torch.tensor([len(log_probabilities), *(each.sum() for each in by_image)], dtype=torch.float64)
-        count, *totals = summed(facts).tolist()
-        value = float(metric.compute())
-        value = -value if metric.higher_is_better is False else value
-        return Judgement(value, facts={name: fact / count for name, fact in zip(self._facts, totals, strict=True)})
 
 
 def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:

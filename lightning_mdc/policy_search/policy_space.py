@@ -103,7 +103,7 @@ class PolicySpace(Space):
                 self._members[name].append((len(axes), members))
                 axes.append(axis)
         super().__init__(axes)
-        self.constraint = Constraint(self.load, 1.0)
+        self.constraint = Constraint(self.utilisation, 1.0)
         self._check_reachable(budget)
 
     def _axes(self, dimension: str, bounds: Any, count: int | None, least: int) -> Iterator[tuple[Axis, np.ndarray]]:
@@ -235,11 +235,11 @@ class PolicySpace(Space):
 
     # --- what points cost -----------------------------------------------------------------------------------------
 
-    def load(self, points: np.ndarray) -> np.ndarray:
-        """Cost of points (n, axes) as a fraction of the budget, (n,): affordable up to 1."""
+    def utilisation(self, points: np.ndarray) -> np.ndarray:
+        """Cost of points (n, axes) divided by the budget, (n,): affordable up to 1, by the tightest limit."""
         heads, neurons, tokens = self._kept(points)
-        loads = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
-        return np.max(list(loads.values()), axis=0)
+        utilisations = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
+        return np.max(list(utilisations.values()), axis=0)
 
     def macs(self, points: np.ndarray) -> np.ndarray:
         """MACs of one image, (n, axes) -> (n,)."""
@@ -251,15 +251,15 @@ class PolicySpace(Space):
         if "latency" not in self.limits:
             return None
         heads, neurons, tokens = self._kept(points)
-        loads = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
-        return loads["latency"] * self.limits["latency"]
+        utilisations = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
+        return utilisations["latency"] * self.limits["latency"]
 
     def _drops(self, tokens: np.ndarray) -> list[TokenDrop]:
         can_drop = bool(self._members["tokens"])
         return [TokenDrop(block, tokens[:, stage]) for stage, block in enumerate(self.stage_blocks) if can_drop]
 
     def _check_reachable(self, budget: float | Budget) -> None:
-        least = float(self.load(self.snap(self.low[None]))[0])
+        least = float(self.utilisation(self.snap(self.low[None]))[0])
         if least > 1:
             fraction = self.pricing.fraction
             reachable = f"{least:.4g} times the budget" if fraction is None else f"{least * fraction:.4g}"

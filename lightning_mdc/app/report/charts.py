@@ -130,7 +130,7 @@ def _policy(record: RunRecord) -> Iterator[Chart]:
 
 def _search(record: RunRecord) -> Iterator[Chart]:
     study = record.study
-    if study is None or not study.rows:
+    if study is None or not study.trials:
         return
     direction, metric = study.header["direction"], _metric(study)
     yield Chart(
@@ -139,9 +139,9 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         "Is it still improving?",
         f"Every trial is a policy on the budget: {metric} on held-out training images, higher is better. "
         "The line is the best so far.",
-        search_figures.progress_figure(study.rows, direction, metric),
+        search_figures.progress_figure(study.trials, direction, metric),
     )
-    has_chosen = any(row.improvement is not None for row in study.rows)
+    has_chosen = any(trial.improvement is not None for trial in study.trials)
     if has_chosen:
         yield Chart(
             "search/improvement",
@@ -149,7 +149,7 @@ def _search(record: RunRecord) -> Iterator[Chart]:
             "Has it converged?",
             "What the Gaussian process expected to gain when it chose a trial. Where the dots have come down, more "
             "trials promise little.",
-            search_figures.improvement_figure(study.rows),
+            search_figures.improvement_figure(study.trials),
         )
     yield from _front(record, study, metric)
     yield Chart(
@@ -157,7 +157,7 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         SEARCH,
         "How close to the budget?",
         "What each trial costs as a share of the budget, against what it is worth. None is above the line.",
-        search_figures.cost_figure(study.rows, direction, 1.0, metric),
+        search_figures.cost_figure(study.trials, direction, 1.0, metric),
     )
     if has_chosen:
         yield Chart(
@@ -172,17 +172,17 @@ def _search(record: RunRecord) -> Iterator[Chart]:
 
 def _front(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
     """Accuracy against cost of everything that was evaluated under any budget."""
-    dense_macs, reference = study.header["about"].get("dense_macs"), study.remembered.get("dense", {})
+    dense_macs, reference = study.header["about"].get("dense_macs"), study.metadata.get("dense", {})
     best = study.best
     # Top-1 is what readers ask for, whatever the search looked at.
     worth, name = ("accuracy", "accuracy") if "accuracy" in reference else ("value", metric)
     points = [Point(1.0, reference[worth], _reference(record))] if worth in reference else []
     for other in record.studies:
-        for row in other.rows:
-            value = row.facts.get("accuracy") if worth == "accuracy" else row.value
-            if row.status == "done" and value is not None and dense_macs and "macs" in row.facts:
-                chosen = row is best
-                points.append(Point(row.facts["macs"] / dense_macs, value, "chosen" if chosen else "", chosen))
+        for trial in other.trials:
+            value = trial.facts.get("accuracy") if worth == "accuracy" else trial.value
+            if trial.status == "done" and value is not None and dense_macs and "macs" in trial.facts:
+                chosen = trial is best
+                points.append(Point(trial.facts["macs"] / dense_macs, value, "chosen" if chosen else "", chosen))
     # Of sensitivity, the cuts that were judged on the same images.
     cuts = record.sensitivity.cuts if record.sensitivity is not None else ()
     if worth == "accuracy" and any(cut.keep == 1 and cut.accuracy == reference["accuracy"] for cut in cuts):
@@ -330,7 +330,7 @@ _PARTS: tuple[tuple[tuple[str, ...], Callable[[RunRecord], Iterator[Chart]]], ..
 
 def _metric(study: StudyFile) -> str:
     """What the values are."""
-    name = study.remembered.get("metric", "value")
+    name = study.metadata.get("metric", "value")
     return {"kl": "−KL to dense", "loss": "−cross-entropy"}.get(name, str(name))
 
 
@@ -346,8 +346,8 @@ def _process(study: StudyFile) -> GpEi:
         for axis in study.header["space"]
     ]
     process = GpEi(Space(axes), direction=study.header["direction"], seed=study.header["seed"])
-    over = [row for row in study.rows if row.status != "running"]
-    process.tell(np.array([process.space.point(row.params) for row in over]), [row.value for row in over])
+    over = [trial for trial in study.trials if trial.status != "running"]
+    process.tell(np.array([process.space.point(trial.params) for trial in over]), [trial.value for trial in over])
     return process
 
 

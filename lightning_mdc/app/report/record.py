@@ -159,4 +159,4 @@ class RunRecord:
 def _is_comparable(study: StudyFile, other: StudyFile) -> bool:
     """Whether values of the two mean the same; what the dense model is worth tells other images and other weights."""
     same_scores = study.header["about"].get("scores") == other.header["about"].get("scores")
-    return same_scores and "dense" in study.remembered and study.remembered == other.remembered
+    return same_scores and "dense" in study.metadata and study.metadata == other.metadata

@@ -231,7 +231,7 @@ def _unfinished(record: RunRecord) -> str:
     words = [f"{', '.join(done)} {'is' if len(done) == 1 else 'are'} done" if done else "no step is done yet"]
     study = record.study
     if study is not None and "search" not in record.stages:
-        over = [row for row in study.rows if row.status != "running"]
+        over = [trial for trial in study.trials if trial.status != "running"]
         total = record.settings.get("search", {}).get("n_trials", "?")
         words.append(f"the search has {len(over)} of {total} trials")
         if study.best is not None:

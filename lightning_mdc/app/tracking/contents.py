@@ -16,7 +16,7 @@ from lightning_mdc.app.report.charts import charts
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.results import Result, mean_correct
 from lightning_mdc.figures.items import Histogram, Item, Model, Numbers, Panel, Picture, Summary, Table
-from lightning_mdc.gp_ei.study import Row
+from lightning_mdc.gp_ei.study import Trial
 from lightning_mdc.policy import DIMENSIONS, Policy
 
 _SUMMARY_NAMES = {DENSE: "dense", SLIM: "slim", FINETUNED: "finetuned", REFERENCE: "reference"}
@@ -47,29 +47,29 @@ def picture(key: str, caption: str, figure: Figure) -> Picture:
 # --- the search, here and in a sweep ----------------------------------------------------------------------------------
 
 
-def trial_numbers(row: Row, incumbent: float | None) -> Numbers:
+def trial_numbers(trial: Trial, incumbent: float | None) -> Numbers:
     """One trial as a point of the search's curves; `incumbent` is the best value so far, this one counted."""
-    known = {"value": row.value, "incumbent": incumbent, "cost": row.cost, "improvement": row.improvement}
+    known = {"value": trial.value, "incumbent": incumbent, "cost": trial.cost, "improvement": trial.improvement}
     values = {f"search/{name}": float(value) for name, value in known.items() if value is not None}
-    return Numbers(values, "search/trial", row.number)
+    return Numbers(values, "search/trial", trial.number)
 
 
-def search_table(rows: Iterable[Row], direction: str) -> Table:
+def search_table(trials: Iterable[Trial], direction: str) -> Table:
     """All trials, a line each, with every keep ratio.
 
     Args:
         direction: ``minimize`` or ``maximize``.
     """
-    rows = tuple(rows)
-    names = tuple(dict.fromkeys(name for row in rows for name in row.params))
+    trials = tuple(trials)
+    names = tuple(dict.fromkeys(name for trial in trials for name in trial.params))
     best: float | None = None
     lines = []
-    for row in rows:
-        if row.status == "done" and row.value is not None:
+    for trial in trials:
+        if trial.status == "done" and trial.value is not None:
             better = min if direction == "minimize" else max
-            best = row.value if best is None else better(best, row.value)
-        facts = (row.number, row.value, best, row.cost, row.facts.get("macs"), row.improvement, row.status, row.seconds)
-        lines.append((*facts, *(_cell(row.params.get(name)) for name in names)))
+            best = trial.value if best is None else better(best, trial.value)
+        known = (trial.number, trial.value, best, trial.cost, trial.facts.get("macs"), trial.improvement)
+        lines.append((*known, trial.status, trial.seconds, *(_cell(trial.params.get(name)) for name in names)))
     columns = ("trial", "value", "incumbent", "cost", "macs", "improvement", "status", "seconds", *names)
     return Table("search/trials", columns, tuple(lines), _SEARCH_PANELS)
 
@@ -113,7 +113,7 @@ def _share(record: RunRecord) -> Iterator[Item]:
 
 def _search(record: RunRecord) -> Iterator[Item]:
     if (study := record.study) is not None:
-        yield search_table(study.rows, study.header["direction"])
+        yield search_table(study.trials, study.header["direction"])
     if record.policy is not None:
         yield policy_table(record.policy)
 

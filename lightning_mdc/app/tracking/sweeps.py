@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lightning_mdc.app.report import policy_figure
 from lightning_mdc.app.tracking.contents import picture, policy_table, search_table, trial_numbers
 from lightning_mdc.figures.items import Item, Picture, Summary
-from lightning_mdc.gp_ei.study import Row
+from lightning_mdc.gp_ei.study import Trial
 from lightning_mdc.policy import Policy
 
 # What the sweeper draws beside its study, and what to read from it.
@@ -22,13 +22,13 @@ _PICTURES = {
 }
 
 
-def swept_row(trial: Mapping[str, Any]) -> Row:
-    """A trial of a sweep as a row: from one of ``results["trials"]``; lists of ratios get a column for each."""
+def _trial(result: Mapping[str, Any]) -> Trial:
+    """A trial of a sweep, from one of ``results["trials"]``; lists of ratios become a parameter for each."""
     params: dict[str, Any] = {}
-    for name, value in trial["params"].items():
+    for name, value in result["params"].items():
         params |= {f"{name}.{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
     names = ("number", "cost", "value", "status", "seconds", "improvement")
-    return Row(params=params, **{name: trial.get(name) for name in names})  # type: ignore[arg-type]
+    return Trial(params=params, **{name: result.get(name) for name in names})  # type: ignore[arg-type]
 
 
 def trial_items(policy: Policy, uniform: Policy, value: float, cost: float, macs_ratio: float) -> Iterator[Item]:
@@ -54,7 +54,7 @@ def sweep_items(results: Mapping[str, Any], folder: Path, direction: str, best: 
         direction: ``minimize`` or ``maximize``.
         best: the best policy, drawn; None if no trial succeeded.
     """
-    trials = [swept_row(trial) for trial in results["trials"]]
+    trials = [_trial(result) for result in results["trials"]]
     better: Callable[[Sequence[float]], float] = min if direction == "minimize" else max
     incumbent: float | None = None
     for trial in trials:
