@@ -34,10 +34,9 @@ from lightning_mdc.errors import CompensationError, UnsupportedModelError
 from lightning_mdc.files import replacing
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
-from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_channels
+from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites, unit_channels
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.surgery.masks import is_masked
 
 COMPENSATIONS = ("none", "mean", "lstsq")
 
@@ -150,10 +149,7 @@ class ActivationStatistics:
             UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
         """
         sites = find_sites(model)
-        if is_masked(sites.model):
-            raise CompensationError(
-                f"model={sites.name} has masks on, so its removed units are 0 already; gather before masking"
-            )
+        check_unmasked(sites.model, CompensationError, "its removed units are 0 already", "gather before masking")
         sums = {
             (dimension, index): _zeros(site)
             for dimension, index, site in _sites(sites)
