@@ -38,7 +38,7 @@ from weight_sharing import Images, labelled, values
 import lightning_mdc as mdc
 from lightning_mdc.app import build
 from lightning_mdc.figures.style import BLUE, GRAY, new_figure, plain
-from lightning_mdc.importance import ConditionalDependence, hsic
+from lightning_mdc.importance import hsic
 from lightning_mdc.importance.criteria import Criterion, Random
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import UnitSite, find_sites
@@ -232,7 +232,6 @@ Tried: TypeAlias = str | Criterion | Callable[[Layer], Tensor]
 def criteria(seed: int) -> dict[str, Tried]:
     return {
         OURS: "conditional",
-        "`conditional`, class token balanced": ConditionalDependence(balance_class_token=True),
         "forward selection": forward_selection,
         "forward selection for the prediction": forward_selection_for_prediction,
         "removal without refit": removal_without_refit,
@@ -243,7 +242,6 @@ def criteria(seed: int) -> dict[str, Tried]:
         "`hsic`, as in the paper": "hsic",
         "`hsic`, half and half": mdc.HSIC(hsic_weight=0.5, activation_weight=0.5),
         "`hsic`, dependence alone": mdc.HSIC(**HSIC_ALONE),
-        "`hsic`, dependence alone, unbiased": mdc.HSIC(**HSIC_ALONE, estimator="unbiased"),
         "dependence on labels": hsic_with_labels,
         "dependence of the contribution": hsic_of_contribution,
         "CKA, median bandwidth": cka,
@@ -318,7 +316,6 @@ class Case:
         balanced = mdc.ActivationStatistics(**lists, images=self.statistics.images)
         ways = {
             "`none`": ("none", None),
-            "`mean`": ("mean", self.statistics),
             "`lstsq`": ("lstsq", self.statistics),
             "lstsq, class token balanced": ("lstsq", balanced),
         }

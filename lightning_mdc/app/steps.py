@@ -112,7 +112,7 @@ def switched_off(settings: build.Settings) -> dict[str, str]:
     if not shares_weights(settings):
         off["share"] = "sharing.epochs=0; give some, e.g. sharing.epochs=5"
     if not compensates(settings):
-        off["statistics"] = "surgery.compensate=none; choose surgery.compensate=lstsq or mean"
+        off["statistics"] = "surgery.compensate=none; choose surgery.compensate=lstsq"
     return off
 
 

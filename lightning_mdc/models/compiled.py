@@ -47,7 +47,7 @@ def show_hooks(model: nn.Module, *, compiled: bool) -> None:
 
 
 def hide_hooks(model: nn.Module) -> None:
-    """Undo `show_hooks`, once the hooks on `model`, or on a model inside, are gone. Guarded code sees that by itself."""
+    """Undo `show_hooks`, once the hooks on `model` or on a model inside are gone. Guarded code sees that by itself."""
     global _users_setting
     for module in model.modules():
         _hooked.discard(module)

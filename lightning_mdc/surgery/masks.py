@@ -2,8 +2,8 @@
 
 A dropped head or neuron acts as if absent: a pre-hook zeros its channels at the input of ``proj`` or ``fc2`` (while
 gradients are recorded, it zeros the weight's columns for them instead), and a norm over the units is taken over the
-kept ones. Token stages run as in the slim model: a pre-hook on the MLP's norm (its input is the residual stream) reduces
-the tokens, a hook on the MLP's end adds the reduced stream, and a hook on the block returns the sum.
+kept ones. Token stages run as in the slim model: a pre-hook on the MLP's norm, whose input is the residual stream,
+reduces the tokens, a hook on the MLP's end adds the reduced stream, and a hook on the block returns the sum.
 """
 
 from __future__ import annotations
