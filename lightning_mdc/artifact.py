@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
-from lightning_mdc.models import FAMILIES, Sites, find_sites, unwrap
+from lightning_mdc.models import FAMILIES, Sites, check_unmasked, find_sites, unwrap
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery import plan_of, slim
 
@@ -69,10 +69,10 @@ def save(
     `class_names`, in label order, are kept in ``pretrained_cfg``.
 
     Raises:
-        ArtifactError: a part of the model that the constructor cannot express (it is named), a place that cannot be
-            written, or a folder there that holds something else.
+        ArtifactError: a part of the model that the constructor cannot express (it is named), a model with masks on, a
+            place that cannot be written, or a folder there that holds something else.
     """
-    sites, target = find_sites(model), _place(directory)
+    sites, target = _savable(model), _free_folder(directory)
     plan = plan_of(sites.model)
     spec = _describe(sites, plan) if constructor else None
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(sites.model)}
@@ -103,8 +103,8 @@ def check_savable(model: nn.Module, directory: str | Path) -> None:
     Raises:
         ArtifactError: see `save`.
     """
-    sites = find_sites(model)
-    _place(directory)
+    sites = _savable(model)
+    _free_folder(directory)
     _describe(sites, plan_of(sites.model))
 
 
@@ -139,6 +139,14 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     except (MdcError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
     return result.eval()
+
+
+def _savable(model: nn.Module) -> Sites:
+    sites = find_sites(model)
+    check_unmasked(
+        sites.model, ArtifactError, "the dense weights would be saved, without them", "save mdc.slim(model, plan)"
+    )
+    return sites
 
 
 # --- building again ---------------------------------------------------------------------------------------------------
@@ -343,7 +351,7 @@ def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
     return digest.hexdigest()
 
 
-def _place(directory: str | Path) -> Path:
+def _free_folder(directory: str | Path) -> Path:
     """`directory` without links, if a model may be written there: nothing of somebody else's would be lost."""
     target = Path(directory).resolve()
     if target.exists() and not target.is_dir():

@@ -448,7 +448,7 @@ class MultiDimPruneCallback(Callback):
             return
         try:
             plan = self._plan_now(model)
-            apply_masks(model, plan)
+            apply_masks(pl_module, plan, self.model_path)
         except (PlanError, PolicyError) as error:
             raise PlanError(f"{error}. To prune another model with this callback, call callback.reset()") from error
         self._report(trainer, find_sites(model), plan)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import check_unmasked, find_sites
 from lightning_mdc.progress import bar
-from lightning_mdc.surgery import is_masked
 from lightning_mdc.surgery.slim import plain_copy
 
 # By the suffix a file of each format has.
@@ -83,10 +82,7 @@ def export_model(
     target = Path(path)
     format = _format(target, format)
     sites = find_sites(model)
-    if is_masked(sites.model):
-        raise ArtifactError(
-            f"model={sites.name} has masks on, which are no part of a program; export mdc.slim(model, plan)"
-        )
+    check_unmasked(sites.model, ArtifactError, "they are no part of a program", "export mdc.slim(model, plan)")
     size = image_size(input_size) or sites.input_size[1:]
     sites.grid_of(size)  # says if the model cannot take it
     if format == "onnx":

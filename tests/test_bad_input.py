@@ -87,7 +87,6 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown criterion": (lambda: mdc.score(MODEL, [images(4)], "hsci"), "criterion='hsci' is unknown; known are"),
     "weights of nothing": (lambda: mdc.HSIC(0, 0), "nothing is left to score with"),
     "negative weight": (lambda: mdc.HSIC(hsic_weight=-1), "hsic_weight=-1"),
-    "unknown estimator": (lambda: mdc.HSIC(estimator="mean"), "estimator='mean'"),  # type: ignore[arg-type]
     "no classes": (lambda: mdc.score(MODEL, [images(4)], prediction=logits_3d), r"\(4, 2, 2\).*prediction="),
     "one class": (lambda: mdc.score(randomised(one_class()), [images(4)]), r"one output.*torch\.sigmoid"),
     "one-hot labels": (lambda: mdc.score(MODEL, [(images(4), torch.zeros(4, 7))], "taylor"), "no one-hot"),

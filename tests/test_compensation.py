@@ -16,7 +16,7 @@ from lightning_mdc.errors import CalibrationError, CompensationError, Unsupporte
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import find_sites
 from lightning_mdc.surgery import compensation
-from lightning_mdc.surgery.compensation import Moments, compensated
+from lightning_mdc.surgery.compensation import Moments, refitted
 from tests.kinds import DEPTH, KINDS, images, make
 
 # Their norm over the units makes what is kept of them depend on what is not.
@@ -70,14 +70,13 @@ def moments_of(z: np.ndarray) -> Moments:
     return Moments(torch.tensor(len(z)), torch.tensor(mean), torch.tensor((z - mean).T @ (z - mean)))
 
 
-def solved(problem, how: str, with_bias: bool = True, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray | None]:
+def solved(problem, with_bias: bool = True, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray | None]:
     z, weight, bias, kept = problem
-    new = compensated(
+    new = refitted(
         torch.tensor(weight),
         torch.tensor(bias) if with_bias else None,
         moments_of(z),
         torch.tensor(kept, dtype=torch.long),
-        how,
         ridge,
     )
     return new[0].numpy(), None if new[1] is None else new[1].numpy()
@@ -88,7 +87,7 @@ def test_lstsq_is_numpys_least_squares(problem):
     wanted = z @ weight.T + bias
     with_one = np.column_stack([z[:, kept], np.ones(len(z))])
     best = np.linalg.lstsq(with_one, wanted, rcond=None)[0]
-    new_weight, new_bias = solved(problem, "lstsq", ridge=1e-12)
+    new_weight, new_bias = solved(problem, ridge=1e-12)
     np.testing.assert_allclose(new_weight, best[:-1].T, atol=1e-8)
     np.testing.assert_allclose(new_bias, best[-1], atol=1e-8)
 
@@ -103,13 +102,13 @@ def test_the_ridge_pulls_to_the_old_weights(problem, ridge):
     rows = np.vstack([centred[:, kept], np.sqrt(strength) * np.eye(len(kept))])
     wanted = np.vstack([centred[:, removed] @ weight[:, removed].T, np.zeros((len(kept), 4))])
     update = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
-    np.testing.assert_allclose(solved(problem, "lstsq", ridge=ridge)[0], weight[:, kept] + update, atol=1e-8)
+    np.testing.assert_allclose(solved(problem, ridge=ridge)[0], weight[:, kept] + update, atol=1e-8)
 
 
 def test_without_a_bias_the_weights_alone_are_refitted(problem):
     z, weight, _, kept = problem
     best = np.linalg.lstsq(z[:, kept], z @ weight.T, rcond=None)[0]
-    new_weight, new_bias = solved(problem, "lstsq", with_bias=False, ridge=1e-12)
+    new_weight, new_bias = solved(problem, with_bias=False, ridge=1e-12)
     np.testing.assert_allclose(new_weight, best.T, atol=1e-8)
     assert new_bias is None
 
@@ -119,23 +118,28 @@ def error_of(problem, weight: np.ndarray, bias: np.ndarray) -> float:
     return float(np.square(z @ dense_weight.T + dense_bias - z[:, kept] @ weight.T - bias).sum())
 
 
+def folded(problem) -> tuple[np.ndarray, np.ndarray]:
+    """The weights that are left, and the mean contribution of the removed ones in the bias."""
+    z, weight, bias, kept = problem
+    return weight[:, kept], bias + np.delete(weight, kept, axis=1) @ np.delete(z.mean(axis=0), kept)
+
+
 @pytest.mark.parametrize("ridge", [RIDGE, 1.0, 1e3])
 @pytest.mark.parametrize("kept", [[], [5], [0, 2, 3, 7], list(range(9))])
-def test_it_is_never_worse_than_mean_and_that_never_than_nothing(problem, kept, ridge):
+def test_it_is_never_worse_than_mean_folding_and_that_never_than_nothing(problem, kept, ridge):
     problem = (*problem[:3], kept)
     nothing = error_of(problem, problem[1][:, kept], problem[2])
-    mean = error_of(problem, *solved(problem, "mean"))
-    lstsq = error_of(problem, *solved(problem, "lstsq", ridge=ridge))
+    mean = error_of(problem, *folded(problem))
+    lstsq = error_of(problem, *solved(problem, ridge=ridge))
     assert mean < nothing
-    assert lstsq < mean if kept else lstsq == mean
+    assert lstsq < mean if kept else lstsq == pytest.approx(mean)
 
 
 def test_the_mean_output_stays(problem):
     z, weight, bias, kept = problem
     wanted = (z @ weight.T + bias).mean(axis=0)
-    for how in ("mean", "lstsq"):
-        new_weight, new_bias = solved(problem, how)
-        np.testing.assert_allclose((z[:, kept] @ new_weight.T + new_bias).mean(axis=0), wanted, atol=1e-10)
+    new_weight, new_bias = solved(problem)
+    np.testing.assert_allclose((z[:, kept] @ new_weight.T + new_bias).mean(axis=0), wanted, atol=1e-10)
 
 
 def test_channels_that_say_nothing_do_no_harm(problem):
@@ -143,11 +147,11 @@ def test_channels_that_say_nothing_do_no_harm(problem):
     z, weight, bias, kept = problem
     z = z.copy()
     z[:, 2], z[:, 3] = 0.0, z[:, 0]
-    new_weight, new_bias = solved((z, weight, bias, kept), "lstsq")
+    new_weight, new_bias = solved((z, weight, bias, kept))
     assert np.isfinite(new_weight).all()
     np.testing.assert_allclose(new_weight[:, 1], weight[:, 2])  # of the dead one
     still = np.ones_like(z)
-    new_weight, new_bias = solved((still, weight, bias, kept), "lstsq")  # nothing varies: the mean is all there is
+    new_weight, new_bias = solved((still, weight, bias, kept))  # nothing varies: the mean is all there is
     np.testing.assert_allclose(new_weight, weight[:, kept])
     np.testing.assert_allclose(new_bias, bias + np.delete(weight, kept, axis=1).sum(axis=1))
 
@@ -160,9 +164,9 @@ def test_rounding_that_outweighs_the_ridge_is_borne(problem):
     moments = moments_of(z)
     moments.scatter[2, 3] = moments.scatter[3, 2] = 1.01 * moments.scatter[2, 2]
     assert torch.linalg.eigvalsh(moments.scatter[kept][:, kept]).min() / len(z) < -RIDGE * moments.scale(centred=True)
-    new = compensated(torch.tensor(weight), torch.tensor(bias), moments, torch.tensor(kept), "lstsq")
+    new = refitted(torch.tensor(weight), torch.tensor(bias), moments, torch.tensor(kept))
     changed = (z, weight, bias, kept)
-    assert error_of(changed, *(each.numpy() for each in new)) < error_of(changed, *solved(changed, "mean"))
+    assert error_of(changed, *(each.numpy() for each in new)) < error_of(changed, *folded(changed))
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -190,13 +194,14 @@ def test_one_pass_gives_the_moments_of_all_batches():
         np.testing.assert_allclose(moments.scatter / len(z), covariance, rtol=0, atol=1e-6 * covariance.max())
 
 
-def test_rows_are_added_up_in_bounded_pieces(monkeypatch):
-    model = make()
-    whole = mdc.ActivationStatistics.of(model, [images()])
-    monkeypatch.setattr("lightning_mdc.surgery.compensation._ROWS_AT_ONCE", 7)
-    pieces = mdc.ActivationStatistics.of(model, [images()])
-    for name, tensor in whole.tensors().items():
-        torch.testing.assert_close(pieces.tensors()[name], tensor, rtol=1e-4, atol=1e-4)
+def test_a_batch_of_more_rows_than_are_added_up_at_once_is_counted_whole():
+    model, batch = make(), images(256)
+    moments = mdc.ActivationStatistics.of(model, [batch]).neurons[1]
+    z = reads(model, "neurons.1", batch)
+    assert int(moments.rows) == len(z) == 256 * 17
+    np.testing.assert_allclose(moments.mean, z.mean(axis=0), rtol=1e-5, atol=1e-6)
+    covariance = np.cov(z.T, bias=True)
+    np.testing.assert_allclose(moments.scatter / len(z), covariance, rtol=0, atol=1e-6 * covariance.max())
 
 
 def test_ranks_agree_on_the_moments_of_all_rows(problem, monkeypatch):
@@ -278,20 +283,20 @@ def test_what_cannot_be_gathered_is_said():
 # --- slim models ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["mean", "lstsq"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gets_nearer_to_what_its_layers_put_out_or_is_refused(kind, how):
+def test_every_kind_gets_nearer_to_what_its_layers_put_out_or_is_refused(kind):
     model = make(kind)
     batch = images(12)
     plan = plan_for(model, heads=0.5, neurons=0.5)
     statistics = mdc.ActivationStatistics.of(model, [batch[:5], batch[5:]])
-    reason = "is taken over the units" if kind in NORMED else "has no bias"
-    if kind in NORMED or (kind == "no_biases" and how == "mean"):
-        with pytest.raises(UnsupportedModelError, match=rf"compensate='{how}'.*blocks\.0\.(attn|mlp).*{reason}"):
-            mdc.slim(model, plan, compensate=how, statistics=statistics)
+    if kind in NORMED:
+        with pytest.raises(
+            UnsupportedModelError, match=r"compensate='lstsq'.*blocks\.0\.(attn|mlp).*is taken over the units"
+        ):
+            mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
         return
     before = copy.deepcopy(model.state_dict())
-    plain, better = mdc.slim(model, plan), mdc.slim(model, plan, compensate=how, statistics=statistics)
+    plain, better = mdc.slim(model, plan), mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())  # the dense one
     assert mdc.macs(better) == mdc.macs(plain)
     assert better.mdc_plan == plain.mdc_plan
@@ -321,24 +326,22 @@ def test_of_a_normed_model_what_has_no_norm_is_compensated():
         mdc.slim(model, plan_for(model, neurons=0.5), compensate="lstsq", statistics=statistics)
 
 
-@pytest.mark.parametrize("how", ["mean", "lstsq"])
-def test_keeping_everything_leaves_weights_as_they_are(how):
+def test_keeping_everything_leaves_weights_as_they_are():
     model = make()
     statistics = mdc.ActivationStatistics.of(model, [images()])
-    slim = mdc.slim(model, plan_for(model, tokens=0.5), compensate=how, statistics=statistics)
+    slim = mdc.slim(model, plan_for(model, tokens=0.5), compensate="lstsq", statistics=statistics)
     assert all(torch.equal(slim.state_dict()[key], value) for key, value in model.state_dict().items())
     # So does the closed form where all units are among the kept.
     layer, moments = consumers(model, "neurons")[0], statistics.neurons[0]
-    weight, bias = compensated(layer.weight, layer.bias, moments, torch.arange(layer.in_features), how)
+    weight, bias = refitted(layer.weight, layer.bias, moments, torch.arange(layer.in_features))
     torch.testing.assert_close(weight.float(), layer.weight.detach(), rtol=0, atol=1e-6)
     torch.testing.assert_close(bias.float(), layer.bias.detach(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["mean", "lstsq"])
-def test_a_part_that_loses_all_units_keeps_their_mean(how):
+def test_a_part_that_loses_all_units_keeps_their_mean():
     model = make()
     statistics = mdc.ActivationStatistics.of(model, [images()])
-    slim = mdc.slim(model, plan_for(model, heads=0.0, neurons=0.0), compensate=how, statistics=statistics)
+    slim = mdc.slim(model, plan_for(model, heads=0.0, neurons=0.0), compensate="lstsq", statistics=statistics)
     z = reads(model, "heads.1", images())
     layer = consumers(model, "heads")[1]
     mean = (z @ layer.weight.detach().double().numpy().T).mean(axis=0) + layer.bias.detach().double().numpy()
@@ -393,7 +396,7 @@ def test_what_does_not_fit_is_said():
         mdc.slim(model, plan, statistics=statistics)
     narrow = mdc.slim(model, plan)
     with pytest.raises(CompensationError, match="statistics are of another model"):
-        mdc.slim(narrow, plan_for(narrow, heads=0.5), compensate="mean", statistics=statistics)
+        mdc.slim(narrow, plan_for(narrow, heads=0.5), compensate="lstsq", statistics=statistics)
 
 
 # --- searching --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError
-from lightning_mdc.importance import scoring
+from lightning_mdc.importance import Scorer, as_criterion
+from lightning_mdc.models import find_sites
 from tests.kinds import CLASSES, images, make
 
 RAW = mdc.HSIC(hsic_weight=1, activation_weight=0)
@@ -74,21 +75,18 @@ def test_a_compiled_model_is_scored_like_the_original() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("kind", ["vit", "glu", "swiglu", "no_biases", "scaled"])
-def test_units_lie_together_in_memory_while_they_are_scored(kind: str) -> None:
-    """Else turning them round would cost a sixth of a forward pass; what the model computes stays the same."""
-    model = make("beit3_scale_norms" if kind == "scaled" else kind)
-    seen: dict[str, Tensor] = {}
-    model.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
-    with torch.no_grad():
-        logits = model(images())
-        expected = seen["x"]
-    outputs: list[Tensor] = []
-    model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-    mdc.score(model, [images()], "hsic", progress=False)
-    assert seen["x"].permute(2, 0, 1).is_contiguous() == (kind != "scaled")  # a norm in between would turn them back
-    torch.testing.assert_close(seen["x"], expected)
-    torch.testing.assert_close(outputs[0], logits)
+@pytest.mark.parametrize("plan", [mdc.Policy(neurons=0.5), mdc.Policy(tokens=0.5)], ids=["neurons", "tokens"])
+def test_a_masked_model_is_refused(plan: mdc.Policy) -> None:
+    """What is masked would score 0, without a word."""
+    model = make()
+    plan = mdc.make_plan(model, mdc.score(model, criterion="random"), plan)
+    for scored in (model, nn.ModuleDict({"backbone": model})):
+        with (
+            mdc.masked(model, plan),
+            pytest.raises(CalibrationError, match="VisionTransformer has masks on: .*score it"),
+        ):
+            mdc.score(scored, [images(8)], progress=False)
+    assert mdc.score(model, [images(8)], progress=False).neurons[0].min() > 0
 
 
 def test_batches_are_cut_to_one_size_and_a_small_rest_is_dropped() -> None:
@@ -99,18 +97,24 @@ def test_batches_are_cut_to_one_size_and_a_small_rest_is_dropped() -> None:
     for mine, theirs in zip(even.neurons, ragged.neurons, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert mdc.score(model, [pool[:8], pool[8:12]], RAW, progress=False).images == 12  # half a batch still counts
-    unbiased = mdc.HSIC(estimator="unbiased")
-    assert mdc.score(model, [pool[:8], pool[8:13]], unbiased, progress=False).images == 13
+    assert mdc.score(model, [pool[:8], pool[8:13]], "activation", progress=False).images == 13  # compares no batches
 
 
-def test_memory_is_bounded_by_looking_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = make(), [images(8, seed=s) for s in range(2)]
-    at_once = mdc.score(model, batches, progress=False)
-    monkeypatch.setattr(scoring, "_MEMORY_LIMIT", 10_000)
-    calls = []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
-    twice = mdc.score(model, batches, progress=False)
-    handle.remove()
+@pytest.mark.parametrize("criterion", ["hsic", "conditional"])
+def test_memory_is_bounded_by_looking_twice(criterion: str) -> None:
+    model, batches, calls = make(), [images(8, seed=s) for s in range(2)], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+
+    def scored(**options: int) -> mdc.Scores:
+        calls.clear()
+        with Scorer(find_sites(model), as_criterion(criterion), **options) as scorer:
+            for batch in batches:
+                scorer.update(lambda batch=batch: model(batch).softmax(-1))
+        return scorer.scores()
+
+    at_once = scored()
+    assert len(calls) == 2
+    twice = scored(memory_limit=10_000)
     assert len(calls) == 4  # two passes for each batch
     for d in ("heads", "neurons", "tokens"):
         for mine, theirs in zip(getattr(twice, d), getattr(at_once, d), strict=True):
@@ -183,7 +187,7 @@ def test_scores_survive_a_file(tmp_path: object) -> None:
     scores = mdc.score(make(), [images(8)], progress=False)
     scores.save(path)
     loaded = mdc.Scores.load(path)
-    assert (loaded.stages, loaded.criterion, loaded.images) == ((1, 2, 3), "hsic", 8)
+    assert (loaded.stages, loaded.criterion, loaded.images) == ((1, 2, 3), "conditional", 8)
     for d in ("heads", "neurons", "tokens"):
         assert all(torch.equal(a, b) for a, b in zip(getattr(scores, d), getattr(loaded, d), strict=True))
     path.write_bytes(path.read_bytes()[:100])

@@ -65,7 +65,7 @@ def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStat
         for kind, block in (("student", sites.blocks[index]), ("teacher", of_teacher.blocks[index])):
             handles.append(block.module.register_forward_hook(_Keep(caught, kind, index)))
     for network in (student, teacher):
-        show_hooks(network)
+        show_hooks(network, compiled=True)  # if not yet, then after this, or in a wrapper that is not given here
     try:
         yield caught
     finally:

@@ -22,7 +22,7 @@ from lightning_mdc.distillation import DistillationModule, soft_distillation_los
 from lightning_mdc.errors import DistillationError, check_number, check_whole
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.importance import Scores
-from lightning_mdc.models import unwrap
+from lightning_mdc.models import is_compiled
 from lightning_mdc.policy import Plan, Policy
 from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
 from lightning_mdc.surgery import masked
@@ -181,9 +181,9 @@ class WeightSharingModule(DistillationModule):
 
 def _check_masks_can_train(sharing: DistillationModule) -> None:
     """Masks are hooks that are there in the forward pass only, and others in every step."""
-    compiles, checkpoints = sharing.compile_options is not False, sharing.grad_checkpointing
+    compiles = sharing.compile_options is not False or is_compiled(sharing.student)
+    checkpoints = sharing.grad_checkpointing
     for module in sharing.student.modules():
-        compiles |= unwrap(module) is not module or module._compiled_call_impl is not None
         checkpoints |= bool(getattr(module, "grad_checkpointing", False))
     name = type(sharing.student).__name__
     if compiles:

@@ -1,7 +1,7 @@
 """How much does each unit matter? `hsic` is the maths, `criteria` the choices, `scoring` runs them over a model."""
 
 from lightning_mdc.importance.conditional import ConditionalDependence
-from lightning_mdc.importance.criteria import HSIC, Criterion, Place, as_criterion, register
+from lightning_mdc.importance.criteria import HSIC, Criterion, UnitGroup, as_criterion, register
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.importance.scoring import Scorer, as_prediction, score, split_batch
 
@@ -9,9 +9,9 @@ __all__ = [
     "HSIC",
     "ConditionalDependence",
     "Criterion",
-    "Place",
     "Scorer",
     "Scores",
+    "UnitGroup",
     "as_criterion",
     "as_prediction",
     "register",

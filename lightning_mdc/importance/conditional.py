@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_mdc.importance.criteria import HSIC, Place, register
+from lightning_mdc.importance.criteria import HSIC, Criterion, UnitGroup, register
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.models import unit_channels
 
@@ -29,7 +29,7 @@ _CANDIDATES = 64
 
 
 @register
-class ConditionalDependence(HSIC):
+class ConditionalDependence(Criterion):
     """What a unit adds to its layer's output that the other units cannot make up for.
 
     A score is the share of the output's variance that is lost once this unit has left, and all with lower scores before
@@ -37,44 +37,36 @@ class ConditionalDependence(HSIC):
     `HSIC`. No labels, no gradients.
 
     Its sums are second moments of the channels, 4 bytes x channels² per layer: 453 MB for the neurons of DeiT-B.
-
-    Args:
-        balance_class_token: the class token counts as much as all other tokens together, not as any one of them.
-            Helps some models, where nothing is finetuned and no tokens leave.
     """
 
     name = "conditional"
+    needs_equal_batches, min_batch = HSIC.needs_equal_batches, HSIC.min_batch  # for the tokens
 
-    def __init__(self, balance_class_token: bool = False) -> None:
-        self.balance_class_token = balance_class_token
-        super().__init__(hsic_weight=1.0, activation_weight=0.0, redundancy_weight=0.0)
+    def __init__(self) -> None:
+        self._of_tokens = HSIC(hsic_weight=1.0, activation_weight=0.0)
 
-    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
         if dimension == "tokens":
-            return super().observe(dimension, activations, place)
-        x = activations.flatten(2)  # (images, tokens, channels)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        counts, counted = x.new_ones(x.shape[1]), x
-        if self.balance_class_token and place.num_class_rows:
-            counts[: place.num_class_rows] = x.shape[1] - place.num_class_rows
-            counted = x * counts[:, None]
-        return counted.flatten(0, 1).T @ x.flatten(0, 1), counted.sum(dim=(0, 1)), len(x) * counts.sum()
+            return self._of_tokens.observe(dimension, activations, group)
+        z = activations.flatten(2).flatten(0, 1)  # (images * tokens, channels)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return z.T @ z, z.sum(dim=0), z.new_tensor(len(z))
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
         if dimension == "tokens":
-            return super().contract(dimension, seen, prediction)
+            return self._of_tokens.contract(dimension, seen, prediction)
         return dict(zip(("products", "sum", "rows"), seen, strict=True))
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], place: Place) -> Tensor:
+    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         if dimension == "tokens":
-            return super().finish(dimension, sums, place)
-        assert place.site is not None  # that of tokens only is None
+            return self._of_tokens.finish(dimension, sums, group)
+        assert group.site is not None  # that of tokens only is None
         products, total, rows = sums["products"], sums["sum"], sums["rows"]
         if products.device.type not in ("cpu", "cuda"):  # where float64 is not to be had
             products, total, rows = products.cpu(), total.cpu(), rows.cpu()
         mean = total.double() / rows
         covariance = products.double() / rows - torch.outer(mean, mean)
-        return lost_by_elimination(covariance, place.site.consumer.weight.detach().to(covariance), place.num_units)
+        return lost_by_elimination(covariance, group.site.consumer.weight.detach().to(covariance), group.num_units)
 
 
 def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int, ridge: float = RIDGE) -> Tensor:
@@ -100,7 +92,9 @@ def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int, ridg
     while len(units):
         ranked = _loss(precision, weight, width).sort(stable=True)
         candidates = ranked.indices[:_CANDIDATES]
-        # Candidates alone are followed exactly, for as long as no other unit would have been better.
+        # Only the candidates are updated, until the best of them costs more than the best of the others did before.
+        # That one may cost less by now, if it served to cancel a unit that left. With 48 outputs or more no order was
+        # seen to change by that; with 8, up to 10 of 128 units did, which cost less than 0.3 % of the variance.
         limit = float(ranked.values[_CANDIDATES]) if len(units) > _CANDIDATES else float("inf")
         leaving: list[int] = []
         near = unit_channels(candidates, width)

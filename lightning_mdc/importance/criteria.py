@@ -20,31 +20,34 @@ from lightning_mdc.importance import hsic as hsic_maths
 from lightning_mdc.importance.scores import min_max
 from lightning_mdc.models import UnitSite
 
-# Bytes of activations looked at at a time: what stays in a CPU's cache, and enough to fill a GPU.
-_CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**21, 2**26
-_CACHE_LINE = 16  # floats
+# Neurons or token positions looked at at a time. It bounds the copy of their activations: 13 MB for 256 neurons, 16
+# images and 197 tokens.
+_UNITS_AT_ONCE = 256
+
+# Images in a batch that dependence is estimated from: with fewer, independent data seem dependent (0.048 even at 8).
+MIN_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is scored together: one block's heads or neurons, or one stage's token positions (then `site` is None).
+class UnitGroup:
+    """Units that are scored together: one block's heads or neurons, or one stage's token positions.
 
     Attributes:
-        num_class_rows: how many of the tokens, the first, are those that the classifier reads.
+        name: where they are in the model, e.g. ``blocks.3.mlp``.
+        site: of the heads or neurons; None for token positions.
     """
 
     name: str
     num_units: int
     site: UnitSite | None
-    num_class_rows: int = 0
 
 
 class Criterion(ABC):
     """How much does each unit matter? Stateless; sums live with the caller.
 
     Activations have shape (images, tokens, units, channels): heads with head_dim channels, neurons with one, and for
-    the token dimension the value vectors of the patch positions, (images, 1, positions, channels). In whatever
-    layout they lie in memory: `reshape` them, `view` may be refused.
+    the token dimension the value vectors of the patch positions, (images, 1, positions, channels). They need not be
+    contiguous in memory.
     """
 
     name: ClassVar[str]
@@ -53,7 +56,7 @@ class Criterion(ABC):
     needs_equal_batches: bool = False
     min_batch: ClassVar[int] = 1
 
-    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
         """What to remember of one forward pass until the prediction is known."""
         raise NotImplementedError
 
@@ -62,7 +65,7 @@ class Criterion(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], place: Place) -> Tensor:
+    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         """Scores (units,) from sums over all batches; ``sums["batches"]`` and ``sums["images"]`` are counts."""
 
 
@@ -101,18 +104,14 @@ class HSIC(Criterion):
     Args:
         hsic_weight, activation_weight: the blend for neurons.
         redundancy_weight: what a head's mean dependence on other heads costs it.
-        estimator: ``"biased"`` needs equal batches; ``"unbiased"`` takes any of at least 4 images.
     """
 
     name = "hsic"
-    min_batch = hsic_maths.MIN_SAMPLES
+    needs_equal_batches = True  # the estimate depends on the number of images
+    min_batch = MIN_IMAGES
 
     def __init__(
-        self,
-        hsic_weight: float = 0.1,
-        activation_weight: float = 0.9,
-        redundancy_weight: float = 0.1,
-        estimator: hsic_maths.Estimator = "biased",
+        self, hsic_weight: float = 0.1, activation_weight: float = 0.9, redundancy_weight: float = 0.1
     ) -> None:
         weights = {"hsic_weight": hsic_weight, "activation_weight": activation_weight}
         for name, value in (weights | {"redundancy_weight": redundancy_weight}).items():
@@ -120,34 +119,29 @@ class HSIC(Criterion):
                 raise CalibrationError(f"{name}={value!r}: expected a number of at least 0")
         if hsic_weight == activation_weight == 0:
             raise CalibrationError("hsic_weight=0 and activation_weight=0: nothing is left to score with")
-        hsic_maths.normaliser(hsic_maths.MIN_SAMPLES, estimator)  # refuses an unknown estimator
         self.hsic_weight, self.activation_weight = hsic_weight, activation_weight
-        self.redundancy_weight, self.estimator = redundancy_weight, estimator
-        self.needs_equal_batches = estimator == "biased"
+        self.redundancy_weight = redundancy_weight
 
-    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
         if dimension == "heads":
-            # Few, and compared with each other as well: whole Gram matrices.
-            means = activations.mean(dim=-1, dtype=torch.float32).permute(2, 0, 1)  # (heads, n, tokens)
-            return (hsic_maths.gaussian_gram(means),)
+            return (_grams(activations.mean(dim=-1, dtype=torch.float32).permute(2, 0, 1)),)  # of (heads, n, tokens)
         if dimension == "tokens":
-            return (_grams_of_pairs(activations[:, 0].transpose(0, 1))[0],)  # (positions, n, channels)
-        grams, magnitudes = _grams_of_pairs(activations[..., 0].permute(2, 0, 1))  # (neurons, n, tokens)
-        return (grams, magnitudes) if self.activation_weight else (grams,)
+            return (_grams(activations[:, 0].transpose(0, 1)),)  # of (positions, n, channels)
+        grams = _grams(activations[..., 0].permute(2, 0, 1))  # of (neurons, n, tokens)
+        return (grams, _magnitude(activations)) if self.activation_weight else (grams,)
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
-        gram = seen[0]
-        weights = hsic_maths.linear_weights(prediction.to(gram.dtype), self.estimator)
-        relevance = hsic_maths.dependence(gram, weights if dimension == "heads" else hsic_maths.pair_weights(weights))
+        grams = seen[0]
+        relevance = hsic_maths.dependence(grams, hsic_maths.linear_weights(prediction.to(grams.dtype)))
         if dimension == "heads":
-            pairs = hsic_maths.pairwise_dependence(gram, self.estimator)
-            others = (pairs.sum(dim=1) - pairs.diagonal()) / max(len(gram) - 1, 1)
+            pairs = hsic_maths.pairwise_dependence(grams)
+            others = (pairs.sum(dim=1) - pairs.diagonal()) / max(len(grams) - 1, 1)
             return {"hsic": relevance - self.redundancy_weight * others}
         if dimension == "tokens" and self.activation_weight:
             return {"hsic": min_max(relevance)}
         return {"hsic": relevance} | ({"magnitude": seen[1]} if len(seen) > 1 else {})
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], place: Place) -> Tensor:
+    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         mean = sums["hsic"] / sums["batches"]
         if dimension != "neurons":
             return mean
@@ -158,17 +152,17 @@ class HSIC(Criterion):
 
 @register
 class Activation(Criterion):
-    """Mean magnitude of a unit's activations."""
+    """Summed magnitude of a unit's activations in an image, averaged over images."""
 
     name = "activation"
 
-    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
         return (_magnitude(activations),)
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
         return {"magnitude": seen[0]}
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], place: Place) -> Tensor:
+    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         return sums["magnitude"] / sums["images"]
 
 
@@ -183,13 +177,13 @@ class Taylor(Criterion):
     name = "taylor"
     needs_gradients = True
 
-    def observe(self, dimension: str, activations: Tensor, place: Place) -> tuple[Tensor, ...]:
+    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
         return (activations.float().abs().sum(dim=0),)
 
     def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
         return {"change": seen[0]}
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], place: Place) -> Tensor:
+    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         return sums["change"] / sums["images"]
 
 
@@ -200,8 +194,8 @@ class Magnitude(Criterion):
     name = "magnitude"
     needs_images = False
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], place: Place) -> Tensor:
-        site, units = place.site, place.num_units
+    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+        site, units = group.site, group.num_units
         if site is None:
             return torch.ones(units)
         squares = site.consumer.weight.detach().float().square().sum(dim=0).view(units, -1).sum(dim=1)
@@ -222,38 +216,19 @@ class Random(Criterion):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], place: Place) -> Tensor:
-        # One stream per place, so that scores do not depend on what else is scored.
-        digest = hashlib.sha256(f"{self.seed} {place.name}".encode()).digest()
+    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+        # One stream per group, so that scores do not depend on what else is scored.
+        digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        return torch.rand(place.num_units, generator=generator)
+        return torch.rand(group.num_units, generator=generator)
 
 
 def _magnitude(activations: Tensor) -> Tensor:
     return activations.abs().sum(dim=(0, 1, 3), dtype=torch.promote_types(activations.dtype, torch.float32))
 
 
-def _grams_of_pairs(features: Tensor) -> tuple[Tensor, Tensor]:
-    """`gaussian_pairs` and summed magnitude, (units,), of (units, n, p) features; in fp32 or wider."""
-    units, n, p = features.shape
+def _grams(features: Tensor) -> Tensor:
+    """`hsic.gaussian_gram` of (units, n, p) features, in fp32 or wider: (units, n, n)."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    grams = features.new_empty(units, *hsic_maths.pairs(features.new_empty(n, n)).shape, dtype=dtype)
-    magnitudes = features.new_empty(units, dtype=dtype)
-    size = (_CHUNK_ON_CPU if features.device.type == "cpu" else _CHUNK_ELSEWHERE) // (4 * n * p)
-    step = max(_CACHE_LINE, size // _CACHE_LINE * _CACHE_LINE)
-    spare = features.new_empty(min(step, units), n, p, dtype=dtype)
-    for some, gram, magnitude in zip(features.split(step), grams.split(step), magnitudes.split(step), strict=True):
-        chunk = _contiguous(some.to(dtype))
-        work = spare[: len(chunk)]
-        gram.copy_(hsic_maths.gaussian_pairs(chunk, work))
-        torch.sum(torch.abs(chunk, out=work), dim=(1, 2), out=magnitude)
-    return grams, magnitudes
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    """`x` (units, n, p) with units outermost in memory; itself, if they are."""
-    if x.stride(0) == 1 and x.stride(1) == x.shape[2] * x.stride(2):
-        # Units lie innermost, as the layers of a model leave them by themselves: one copy would go through memory once
-        # a unit. First a few units are brought into the cache, then they are turned round there: four times as fast.
-        return x.flatten(1).t().contiguous().t().clone(memory_format=torch.contiguous_format).view(x.shape)
-    return x.contiguous()
+    chunks = features.split(_UNITS_AT_ONCE)
+    return torch.cat([hsic_maths.gaussian_gram(chunk.to(dtype).contiguous()) for chunk in chunks])

@@ -11,25 +11,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_mdc.distributed import gather, summed
 from lightning_mdc.errors import CalibrationError
-from lightning_mdc.importance.criteria import Criterion, Place, as_criterion
+from lightning_mdc.importance.criteria import Criterion, UnitGroup, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
-from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites
+from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites
 from lightning_mdc.policy import Policy, default_stages
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 
-# Above this, the prediction is computed by a pass of its own, so that nothing has to be remembered until it is known.
-_MEMORY_LIMIT = 2 * 2**30
+_MEMORY_LIMIT = 2 * 2**30  # bytes
 
 
 def score(
     model: nn.Module,
     batches: Iterable[Any] = (),
-    criterion: str | Criterion = "hsic",
+    criterion: str | Criterion = "conditional",
     *,
     dimensions: Iterable[str] | None = None,
     stages: Sequence[int] | None = None,
@@ -43,7 +41,8 @@ def score(
         model: a supported model or a module that holds one; called as ``model(images)``. Left exactly as it was, on
             whatever device it is.
         batches: what a DataLoader yields, ``(images, labels)`` or ``images``. Read once.
-        criterion: ``"hsic"``, ``"activation"``, ``"taylor"``, ``"magnitude"``, ``"random"``, or an instance.
+        criterion: ``"conditional"``, ``"hsic"``, ``"taylor"``, ``"activation"``, ``"magnitude"``, ``"random"``, a name
+            of your own (see `criteria.register`), or an instance.
         dimensions: None means all that the model can lose.
         stages: blocks of the token stages; None means quarters of the depth.
         prediction: turns the model's output into probabilities (images, classes); None means softmax.
@@ -52,7 +51,7 @@ def score(
             of them and the same on all ranks, which all have to call this.
 
     Raises:
-        CalibrationError: no batches, batches the criterion cannot use, or NaN scores.
+        CalibrationError: no batches, batches the criterion cannot use, a model with masks on, or NaN scores.
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; names the
             module in the way.
     """
@@ -80,6 +79,17 @@ class Scorer:
     """Adds up a criterion's sums over forward passes. A context manager: the probes are on inside.
 
     Every entry of `sums` is a plain sum over batches, so that ranks can share them out.
+
+    Args:
+        sites: of the model, which has no masks on.
+        criterion: what is summed up.
+        dimensions, stages: see `score`.
+        memory_limit: bytes that a batch's observations may take until its prediction is known. Above it, the prediction
+            is computed by a pass of its own, and nothing has to be remembered.
+
+    Raises:
+        CalibrationError: the model has masks on, or stages that are not in it.
+        UnsupportedModelError: it cannot lose units of one of the `dimensions`.
     """
 
     def __init__(
@@ -88,8 +98,15 @@ class Scorer:
         criterion: Criterion,
         dimensions: Iterable[str] | None = None,
         stages: Sequence[int] | None = None,
+        memory_limit: int = _MEMORY_LIMIT,
     ) -> None:
-        self.sites, self.criterion = sites, criterion
+        check_unmasked(
+            sites.model,
+            CalibrationError,
+            "units that are left out would score as if they did nothing",
+            "score it before masks are put on, or after they are taken off",
+        )
+        self.sites, self.criterion, self.memory_limit = sites, criterion, memory_limit
         self.dimensions = sites.dimensions if dimensions is None else sites.require(dimensions)
         # As a policy's stages are: increasing, and in the model.
         self.stages = default_stages(sites.depth) if stages is None else Policy(stages=stages).stages or ()
@@ -97,14 +114,10 @@ class Scorer:
             raise CalibrationError(f"stages={list(self.stages)}: {sites.name} has only {sites.depth} blocks")
         device = next(sites.model.parameters()).device
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
-        self.places = dict(self._places())
+        self.groups = dict(self._groups())
         self._contexts = ExitStack()
         self._pass = _Pass()
         self._two_passes = False
-        # Elsewhere than on a CPU it is not known to help, and a norm in between would turn them back.
-        helped = device.type == "cpu" and "neurons" in self.dimensions
-        neurons = [block.neurons for block in sites.blocks if helped and block.neurons and block.neurons.norm is None]
-        self._units_first = _UnitsFirst(producer.linear.weight for site in neurons for producer in site.producers)
 
     def __enter__(self) -> Scorer:
         with ExitStack() as stack:
@@ -139,7 +152,7 @@ class Scorer:
         if self.criterion.needs_gradients:
             self._update_by_gradient(predict, labels)
             return
-        with torch.no_grad(), self._units_first:
+        with torch.no_grad():
             self._pass = _Pass(remembers=not self._two_passes)
             prediction = self._checked(predict())
             if self._pass.overflowed or self._two_passes:
@@ -177,7 +190,7 @@ class Scorer:
                 change = torch.zeros_like(gate) if gradient is None else gradient
                 self._add(
                     name,
-                    self.criterion.observe(_dimension(name), change.flatten(1), self.places[name]),
+                    self.criterion.observe(_dimension(name), change.flatten(1), self.groups[name]),
                     prediction.detach(),
                 )
         self._count(len(prediction))
@@ -203,26 +216,26 @@ class Scorer:
                 f"least {self.criterion.min_batch} images, e.g. a DataLoader"
             )
         lists: dict[str, list[Tensor]] = {"heads": [], "neurons": [], "tokens": []}
-        for name, place in self.places.items():
+        for name, group in self.groups.items():
             sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
             counts = {key: self.sums[key] for key in ("batches", "images")}
-            result = self.criterion.finish(_dimension(name), sums | counts, place)
+            result = self.criterion.finish(_dimension(name), sums | counts, group)
             lists[_dimension(name)].append(result.detach().float().cpu())
         stages = self.stages if "tokens" in self.dimensions else ()
         return finite(
             Scores(**lists, stages=stages, criterion=self.criterion.name, images=int(self.sums["images"].item()))
         )
 
-    def _places(self) -> Iterator[tuple[str, Place]]:
+    def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
         for dimension in self.dimensions:
             if dimension == "tokens":
                 positions = self.sites.grid[0] * self.sites.grid[1]
                 for stage, block in enumerate(self.stages):
-                    yield f"tokens.{stage}", Place(f"{self.sites.blocks[block].name}.tokens", positions, None)
+                    yield f"tokens.{stage}", UnitGroup(f"{self.sites.blocks[block].name}.tokens", positions, None)
                 continue
             for index, block_site in enumerate(self.sites.blocks):
                 site: UnitSite = getattr(block_site, dimension)
-                yield f"{dimension}.{index}", Place(site.name, site.num_units, site, len(self.sites.class_rows))
+                yield f"{dimension}.{index}", UnitGroup(site.name, site.num_units, site)
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 
@@ -249,11 +262,11 @@ class Scorer:
         if self._pass.prediction is None and (not self._pass.remembers or self._pass.overflowed):
             return None
         with torch.autocast(activations.device.type, enabled=False), full_precision():
-            seen = self.criterion.observe(_dimension(name), activations, self.places[name])
+            seen = self.criterion.observe(_dimension(name), activations, self.groups[name])
         if self._pass.prediction is not None:
             self._add(name, seen, self._pass.prediction)
         else:
-            self._pass.remember(name, seen)
+            self._pass.remember(name, seen, self.memory_limit)
         return None
 
     def _add(self, name: str, seen: tuple[Tensor, ...], prediction: Tensor) -> None:
@@ -275,27 +288,6 @@ class Scorer:
         self.sums["images"] += images
 
 
-class _UnitsFirst(TorchFunctionMode):
-    """Inside, linear layers with one of these weights compute (channels, rows) and return its transpose.
-
-    The same numbers but for rounding, in the same shape, but what each unit did lies together in memory, as activation
-    functions leave it and the next layer takes it just as well. Turning activations round afterwards costs a sixth of a
-    forward pass on a CPU.
-    """
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._weights = {id(weight): weight for weight in weights}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and len(args) == 3 and id(args[1]) in self._weights:
-            x, weight, bias = args
-            columns = x.flatten(0, -2).T
-            found = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
-            return found.T.unflatten(0, x.shape[:-1])
-        return func(*args, **(kwargs or {}))
-
-
 @dataclass
 class _Pass:
     """What one forward pass has seen so far."""
@@ -306,9 +298,9 @@ class _Pass:
     seen: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     overflowed: bool = False
 
-    def remember(self, name: str, seen: tuple[Tensor, ...]) -> None:
+    def remember(self, name: str, seen: tuple[Tensor, ...], limit: int) -> None:
         self.seen[name] = seen
-        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > _MEMORY_LIMIT:
+        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > limit:
             self.seen.clear()
             self.overflowed = True
 

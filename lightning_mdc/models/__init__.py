@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models.compiled import hide_hooks, show_hooks, unwrap
+from lightning_mdc.models.compiled import hide_hooks, is_compiled, show_hooks, unwrap
+from lightning_mdc.models.masking import MaskHook, check_unmasked, is_masked
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.sites import (
     AttentionSite,
@@ -27,14 +28,18 @@ __all__ = [
     "BlockSite",
     "Counts",
     "Family",
+    "MaskHook",
     "Producer",
     "Sites",
     "TokenSite",
     "UnitSite",
+    "check_unmasked",
     "evaluating",
     "find_model",
     "find_sites",
     "hide_hooks",
+    "is_compiled",
+    "is_masked",
     "show_hooks",
     "unit_channels",
     "unwrap",

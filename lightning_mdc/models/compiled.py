@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 
 import torch
 from torch import nn
 
 _hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_users_setting: bool | None = None  # of torch, while it is ours
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -17,25 +17,39 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module if original is None else original
 
 
-def show_hooks(model: nn.Module) -> None:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module` or a part of it runs compiled: in place, in a wrapper, or by Lightning.
+
+    A function compiled around it, or a wrapper that holds `module`, leaves nothing in `module` that could be seen.
+    """
+    return any(
+        unwrap(part) is not part
+        or part._compiled_call_impl is not None
+        or getattr(part, "_compiler_ctx", None) is not None  # Lightning's, of a whole LightningModule
+        for part in module.modules()
+    )
+
+
+def show_hooks(model: nn.Module, *, compiled: bool) -> None:
     """Have compiled code see the hooks just put on `model`, until `hide_hooks`.
 
-    Compiled code does not look at hooks again: what was compiled before would run on as before, and blocks compiled one
-    by one would share the code of whichever was compiled first. So it is compiled again, with hooks guarded.
+    Compiled code does not look at hooks again: what has run before would run on as before, and blocks compiled one by
+    one would share the code of whichever ran first. So torch guards code with hooks from here on, and if `compiled`
+    (see `is_compiled`) it forgets what it has compiled so far, which it can only do for everybody's code at once.
     """
+    global _users_setting
     _hooked.add(model)
-    _compile_again()
+    if _users_setting is None:
+        _users_setting = torch._dynamo.config.skip_nnmodule_hook_guards
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    if compiled:
+        torch.compiler.reset()
 
 
 def hide_hooks(model: nn.Module) -> None:
-    """Have compiled code see that the hooks on `model`, or on a model inside, are gone."""
+    """Undo `show_hooks`, once the hooks on `model` or on a model inside are gone. Guarded code sees that by itself."""
+    global _users_setting
     for module in model.modules():
         _hooked.discard(module)
-    _compile_again()
-
-
-def _compile_again() -> None:
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing it takes seconds
-        return
-    torch._dynamo.config.skip_nnmodule_hook_guards = not _hooked  # True is torch's default
-    torch.compiler.reset()
+    if not _hooked and _users_setting is not None:
+        torch._dynamo.config.skip_nnmodule_hook_guards, _users_setting = _users_setting, None

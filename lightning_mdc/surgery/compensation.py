@@ -1,17 +1,14 @@
 """What removed units did, given to those that stay: the layer that reads them is refitted, at no cost at run time.
 
 A block's `proj` or `fc2` computes ``W z + b`` from its units' channels z. Without the removed ones (D) it is left with
-``W_K z_K + b``. On average, and as far as the kept channels (K) can tell, the rest can be given back:
+``W_K z_K + b``. ``compensate="lstsq"`` gives it new weights ``W_K + U`` and a new bias, with the least squared error to
+what the dense layer puts out: ``U = W_D S_DK (S_KK + r I)^-1``, where S is the covariance of z and the ridge r is a
+small share of its mean diagonal. The ridge pulls to W_K, not to 0: if nothing is removed nothing changes, and the error
+is never larger than without compensation.
 
-- ``"mean"``: their mean contribution goes into the bias, ``b + W_D mean(z_D)``.
-- ``"lstsq"``: new weights ``W_K + U`` and bias, with the least squared error to what the dense layer puts out:
-  ``U = W_D S_DK (S_KK + r I)^-1``, where S is the covariance of z and the ridge r is a small share of its mean
-  diagonal. The ridge pulls to W_K, not to 0: if nothing is removed nothing changes, and the error is never larger
-  than that of mean folding, nor than that of doing nothing.
-
-Both need of z only its first and second moments, so one pass of the calibration images serves all plans. These are
-moments in the dense model: what earlier blocks lose changes z further on, and is not accounted for. A layer without
-bias gets none: ``"lstsq"`` then refits the weights alone (S uncentred), ``"mean"`` is refused.
+Of z it needs only the first and second moments, so one pass of the calibration images serves all plans. These are
+moments in the dense model: that z changes when earlier blocks lose units is not accounted for. A layer without bias
+gets none; its weights alone are refitted (S uncentred).
 """
 
 from __future__ import annotations
@@ -34,17 +31,16 @@ from lightning_mdc.errors import CompensationError, UnsupportedModelError
 from lightning_mdc.files import replacing
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
-from lightning_mdc.models import Sites, UnitSite, evaluating, find_sites, unit_channels
+from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites, unit_channels
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.surgery.masks import is_masked
 
-COMPENSATIONS = ("none", "mean", "lstsq")
+COMPENSATIONS = ("none", "lstsq")
 
 _DIMENSIONS = ("heads", "neurons")
 _PARTS = ("rows", "mean", "scatter")
 _FORMAT = "lightning_mdc.statistics.1"
-# Rows that are added up at once: bounds the centred copy, 50 MB for 3072 neurons.
+# Rows that are added up at once. It bounds the centred copy: 50 MB for 3072 neurons.
 _ROWS_AT_ONCE = 2**12
 
 
@@ -77,8 +73,8 @@ class Moments:
         return (variance if centred else variance + self.mean.double().square()).mean()
 
 
-def compensated(
-    weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor, how: str, ridge: float = RIDGE
+def refitted(
+    weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (out, kept) and bias (out,) of a layer that reads the `kept` channels only, float64.
 
@@ -87,7 +83,6 @@ def compensated(
         bias: (out,), or None: there is none then either.
         moments: of what the dense layer reads, on the device of `weight`.
         kept: sorted channel numbers, (kept,) int64.
-        how: ``"mean"`` (which needs a bias) or ``"lstsq"``.
         ridge: as a share of the channels' mean variance, above 0.
     """
     is_removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
@@ -96,8 +91,6 @@ def compensated(
     weight = weight.detach().double()
     new_weight, lost = weight[:, kept], weight[:, removed]
     new_bias = None if bias is None else bias.detach().double() + lost @ moments.mean[removed].double()
-    if how == "mean":
-        return new_weight, new_bias
     centred = bias is not None
     scale = moments.scale(centred=centred)
     if not len(kept) or scale <= 0:  # nobody left to take over, or nothing that varies
@@ -117,8 +110,8 @@ def compensated(
 class ActivationStatistics:
     """What compensation has to know of a model: moments of the channels its `proj` and `fc2` layers read. On the CPU.
 
-    One pass, whatever the plans. Memory, and the file: 4 bytes x channels² per layer, 453 MB for the 12 `fc2` of
-    DeiT-B (3072 neurons) and 28 MB for its `proj`, however many images there are; DeiT-S needs a quarter of it.
+    One pass over the images serves all plans. Memory and file take 4 bytes x channels² per layer, however many images
+    there are: for DeiT-B 453 MB for the 12 `fc2` (3072 neurons) and 28 MB for the 12 `proj`, for DeiT-S a quarter.
 
     Attributes:
         heads: per block; None where a norm over the units makes them useless, empty if heads cannot be cut.
@@ -150,10 +143,7 @@ class ActivationStatistics:
             UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
         """
         sites = find_sites(model)
-        if is_masked(sites.model):
-            raise CompensationError(
-                f"model={sites.name} has masks on, so its removed units are 0 already; gather before masking"
-            )
+        check_unmasked(sites.model, CompensationError, "its removed units are 0 already", "gather before masking")
         sums = {
             (dimension, index): _zeros(site)
             for dimension, index, site in _sites(sites)
@@ -161,7 +151,7 @@ class ActivationStatistics:
         }
         count = torch.zeros((), dtype=torch.int64)
         shown = bar("Gathering", steps_of(batches), shown=progress)
-        with isolated_rng(), evaluating(model), torch.no_grad(), _looking(sites, sums), shown as advance:
+        with isolated_rng(), evaluating(model), torch.no_grad(), _probes(sites, sums), shown as advance:
             for images, _ in map(split_batch, batches):
                 model(on_device_of(sites, images))
                 count += len(images)
@@ -249,7 +239,7 @@ def _zeros(site: UnitSite) -> Moments:
     return Moments(rows, torch.zeros(width, **kind), torch.zeros((width, width), **kind))
 
 
-def _looking(sites: Sites, sums: dict[tuple[str, int], Moments]) -> ExitStack:
+def _probes(sites: Sites, sums: dict[tuple[str, int], Moments]) -> ExitStack:
     """Inside, what the layers read is added to `sums`."""
     with ExitStack() as stack:
         # Compiled code would not see the probes; it runs as it was written meanwhile.
@@ -277,12 +267,12 @@ def _add(sums: Moments, module: nn.Module, args: tuple[Tensor]) -> None:
             sums.rows.add_(len(part))
 
 
-def _over_ranks(mine: Moments) -> Moments:
+def _over_ranks(own: Moments) -> Moments:
     """The moments of the rows of all ranks; one that saw none adds nothing."""
-    rows = summed(mine.rows)
-    mean = summed(mine.mean * int(mine.rows)) / max(int(rows), 1)
-    apart = mine.mean - mean
-    return Moments(rows, mean, summed(torch.addr(mine.scatter, apart, apart, alpha=int(mine.rows))))
+    rows = summed(own.rows)
+    mean = summed(own.mean * int(own.rows)) / max(int(rows), 1)
+    apart = own.mean - mean
+    return Moments(rows, mean, summed(torch.addr(own.scatter, apart, apart, alpha=int(own.rows))))
 
 
 # --- in a model -------------------------------------------------------------------------------------------------------
@@ -299,8 +289,8 @@ def check_compensation(sites: Sites, compensate: str, statistics: ActivationStat
     if compensate == "none":
         if statistics is not None:
             raise CompensationError(
-                "statistics are given, but compensate='none' does not use them; pass compensate='lstsq' or 'mean', or "
-                "leave them out"
+                "statistics are given, but compensate='none' does not use them; pass compensate='lstsq', or leave "
+                "them out"
             )
         return
     if not isinstance(statistics, ActivationStatistics):
@@ -309,16 +299,16 @@ def check_compensation(sites: Sites, compensate: str, statistics: ActivationStat
             "statistics=ActivationStatistics.of(model, batches)"
         )
     for name in _DIMENSIONS:
-        mine = [
+        expected = [
             None if site is None or site.norm is not None else site.num_units * site.unit_width
             for dimension, _, site in _sites(sites)
             if dimension == name
         ]
-        theirs = [None if moments is None else len(moments.mean) for moments in getattr(statistics, name)]
-        if mine != theirs:
+        given = [None if moments is None else len(moments.mean) for moments in getattr(statistics, name)]
+        if given != expected:
             raise CompensationError(
-                f"statistics are of another model: its layers read {theirs} channels of {name}, those of {sites.name} "
-                f"{mine}; gather them from this model"
+                f"statistics are of another model: its layers read {given} channels of {name}, those of {sites.name} "
+                f"{expected}; gather them from this model"
             )
 
 
@@ -326,7 +316,7 @@ def check_compensable(site: UnitSite, compensate: str) -> None:
     """Whether what units of this site did can be given back, if some of them leave.
 
     Raises:
-        UnsupportedModelError: a norm over the units, or no bias to fold a mean into; names the module.
+        UnsupportedModelError: a norm over the units; names the module.
     """
     if compensate != "none" and site.norm is not None:
         raise UnsupportedModelError(
@@ -334,14 +324,9 @@ def check_compensable(site: UnitSite, compensate: str) -> None:
             "those that stay change when others leave, and statistics of the dense model do not hold; use "
             "compensate='none', or do not prune these units"
         )
-    if compensate == "mean" and site.consumer.bias is None:
-        raise UnsupportedModelError(
-            f"compensate='mean': the layer that reads the units of {site.name} has no bias to fold their mean into; "
-            "use compensate='lstsq', which refits its weights alone"
-        )
 
 
-def compensate_units(site: UnitSite, kept: tuple[int, ...], moments: Moments | None, compensate: str) -> None:
+def refit_consumer(site: UnitSite, kept: tuple[int, ...], moments: Moments | None) -> None:
     """Refit the layer that reads one block's heads or neurons, in place, for the removal of all but the `kept` ones.
 
     Raises:
@@ -349,15 +334,15 @@ def compensate_units(site: UnitSite, kept: tuple[int, ...], moments: Moments | N
     """
     if len(kept) == site.num_units:
         return
-    check_compensable(site, compensate)
-    assert moments is not None  # by check_compensation, that of a site without a norm is there
+    check_compensable(site, "lstsq")
+    assert moments is not None  # check_compensation has seen that a site without a norm has them
     weight, bias = site.consumer.weight, site.consumer.bias
     # Where float64 is to be had.
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
-    there = Moments(moments.rows, moments.mean.to(device), moments.scatter.to(device))
+    moments = Moments(moments.rows, moments.mean.to(device), moments.scatter.to(device))
     channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), site.unit_width)
     old_bias = None if bias is None else bias.to(device)
-    new_weight, new_bias = compensated(weight.to(device), old_bias, there, channels, compensate)
+    new_weight, new_bias = refitted(weight.to(device), old_bias, moments, channels)
     with torch.no_grad():
         weight[:, channels.to(weight.device)] = new_weight.to(weight.device, weight.dtype)
         if new_bias is not None:

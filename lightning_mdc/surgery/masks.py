@@ -1,9 +1,9 @@
 """Reversible pruning by hooks: parameters, buffers, state_dict keys and classes stay as they are.
 
-Heads and neurons act as if absent: 0 at the input of ``proj`` / ``fc2`` (in training: in its weight), and a norm that
-spans them is taken over the kept ones. Token stages run as in the slim model: a pre-hook on the MLP's norm (its input
-is the residual stream) reduces the tokens, a hook on the MLP's end adds the reduced stream, a hook on the block returns
-the sum.
+A dropped head or neuron acts as if absent: a pre-hook zeros its channels at the input of ``proj`` or ``fc2`` (while
+gradients are recorded, it zeros the weight's columns for them instead), and a norm over the units is taken over the
+kept ones. Token stages run as in the slim model: a pre-hook on the MLP's norm, whose input is the residual stream,
+reduces the tokens, a hook on the MLP's end adds the reduced stream, and a hook on the block returns the sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError
-from lightning_mdc.models import BlockSite, Sites, UnitSite, find_sites, hide_hooks, show_hooks, unit_channels
+from lightning_mdc.models import (
+    BlockSite,
+    MaskHook,
+    Sites,
+    UnitSite,
+    find_sites,
+    hide_hooks,
+    is_compiled,
+    is_masked,
+    show_hooks,
+    unit_channels,
+)
 from lightning_mdc.policy import Plan, TokenStage
 from lightning_mdc.surgery.cutting import narrow_norm
 from lightning_mdc.surgery.intermediates import guard_intermediates, unguard_intermediates
@@ -29,7 +40,10 @@ from lightning_mdc.tokens.stage import TokenSelection
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """``with masked(model, plan):`` the model computes what ``slim(model, plan)`` would; after it, it is as before.
 
-    Yields `model`. A model that has already run compiled is compiled again on the way in and on the way out.
+    Yields `model`. If `model` or a part of it is compiled, torch forgets all it has compiled so far, and compiles again
+    where that is needed. A function compiled around the model, or a wrapper from ``torch.compile(model)`` that is not
+    given here, cannot be seen: where it has run before, it runs on without masks. Give the wrapper, or call
+    ``torch.compiler.reset()`` inside.
 
     Raises:
         PlanError: the plan is for another model, or the model is masked already.
@@ -41,13 +55,16 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         remove_masks(model)
 
 
-def apply_masks(model: nn.Module, plan: Plan) -> None:
-    """Put the masks of `plan` on, until `remove_masks`.
+def apply_masks(model: nn.Module, plan: Plan, path: str | None = None) -> None:
+    """Put the masks of `plan` on, until `remove_masks`; compiled code sees them as `masked` says.
+
+    Args:
+        path: of the vision transformer in `model`, as an attribute; None finds it if there is just one.
 
     Raises:
         PlanError: see `masked`.
     """
-    sites = find_sites(model)
+    sites = find_sites(model, path)
     sites.check(plan)
     if is_masked(sites.model):
         raise PlanError(f"{sites.name} is masked already; leave the first `masked` block, or call remove_masks(model)")
@@ -61,7 +78,8 @@ def apply_masks(model: nn.Module, plan: Plan) -> None:
             _mask_tokens(sites, sites.blocks[stage.block], stage, kept_heads, plan.fuse)
     if plan.drops_tokens:
         guard_intermediates(sites.model)
-    show_hooks(sites.model)
+    if is_masked(sites.model):  # not by a plan that keeps everything
+        show_hooks(sites.model, compiled=is_compiled(model))
 
 
 def remove_masks(model: nn.Module) -> None:
@@ -71,7 +89,7 @@ def remove_masks(model: nn.Module) -> None:
     dropped_tokens = False
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, MaskHook)]:
                 hook = hooks.pop(key)
                 dropped_tokens |= isinstance(hook, _ReturnReduced)
                 if isinstance(hook, _OwnWeight):
@@ -80,20 +98,6 @@ def remove_masks(model: nn.Module) -> None:
     if dropped_tokens:  # else the guard, if there is one, is a slim model's own
         for module in model.modules():
             unguard_intermediates(module)
-
-
-def is_masked(model: nn.Module) -> bool:
-    """Whether any of our masks is on."""
-    return any(
-        isinstance(hook, _Hook)
-        for module in model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
-    )
-
-
-class _Hook:
-    """Marks our hooks. Plain objects, no bound methods: a deepcopy of the model copies them and nothing else."""
 
 
 # --- heads and neurons ------------------------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ def _mask_units(site: UnitSite | None, kept: tuple[int, ...]) -> None:
         site.norm.register_forward_hook(_NormOfKept(site.norm, channels))
 
 
-class _ZeroChannels(_Hook):
+class _ZeroChannels(MaskHook):
     """Zeros the dropped input channels of a Linear; in training its weight's columns for them instead.
 
     Either way output and gradients are the same, and the weight is the smaller of the two: masking the activations of
@@ -137,14 +141,14 @@ class _ZeroChannels(_Hook):
         return None
 
 
-class _OwnWeight(_Hook):
+class _OwnWeight(MaskHook):
     """Takes away what `_ZeroChannels` has put before the module's weight."""
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         module.__dict__.pop("weight", None)
 
 
-class _NormOfKept(_Hook):
+class _NormOfKept(MaskHook):
     """Replaces a norm's output by the norm over the kept channels, put back in their places."""
 
     def __init__(self, norm: nn.Module, channels: Tensor) -> None:
@@ -189,7 +193,7 @@ def _mask_tokens(
     block.module.register_forward_hook(_ReturnReduced(passing))
 
 
-class _Catch(_Hook):
+class _Catch(MaskHook):
     def __init__(self, passing: _Passing, name: str, kept_heads: tuple[int, ...] | None) -> None:
         self.passing, self.name = passing, name
         self.kept_heads = None if kept_heads is None else list(kept_heads)
@@ -198,7 +202,7 @@ class _Catch(_Hook):
         setattr(self.passing, self.name, output if self.kept_heads is None else output[:, self.kept_heads])
 
 
-class _Reduce(_Hook):
+class _Reduce(MaskHook):
     def __init__(self, passing: _Passing, select: TokenSelection, scale: float) -> None:
         self.passing, self.select, self.scale = passing, select, scale
 
@@ -211,7 +215,7 @@ class _Reduce(_Hook):
         return (self.passing.reduced,)
 
 
-class _AddReduced(_Hook):
+class _AddReduced(MaskHook):
     def __init__(self, passing: _Passing) -> None:
         self.passing = passing
 
@@ -223,7 +227,7 @@ class _AddReduced(_Hook):
         return output.new_zeros(())
 
 
-class _ReturnReduced(_Hook):
+class _ReturnReduced(MaskHook):
     def __init__(self, passing: _Passing) -> None:
         self.passing = passing
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_mdc.models import Sites, find_sites, unwrap
 from lightning_mdc.policy import Plan
-from lightning_mdc.surgery.compensation import ActivationStatistics, check_compensation, compensate_units
+from lightning_mdc.surgery.compensation import ActivationStatistics, check_compensation, refit_consumer
 from lightning_mdc.surgery.cutting import cut_units
 from lightning_mdc.surgery.intermediates import guard_intermediates
 from lightning_mdc.surgery.masks import remove_masks
@@ -25,15 +25,16 @@ def slim(
     Args:
         model: a supported model or a module that holds one.
         plan: what is kept.
-        compensate: what becomes of what removed heads and neurons did: ``"none"``, or, folded into the next layer at
-            no cost at run time, ``"mean"`` (their mean) or ``"lstsq"`` (all that the kept ones can tell of it).
-        statistics: of `model`, for compensation.
+        compensate: ``"none"`` slices the weights. ``"lstsq"`` also refits, by least squares, each layer that reads
+            heads or neurons: from the kept ones it then puts out what it put out from all, as nearly as it can. That
+            costs nothing at run time.
+        statistics: of `model`; needed by ``"lstsq"``.
 
     Raises:
         PlanError: the plan is for another model.
         CompensationError: `compensate` is unknown, or the statistics are missing or of another model.
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; or a norm over
-            the units, or a missing bias, stands in the way of compensation.
+            the units stands in the way of compensation.
     """
     dense = find_sites(model)
     dense.check(plan)
@@ -47,7 +48,7 @@ def slim(
             if site is None:
                 continue
             if statistics is not None:
-                compensate_units(site, kept, getattr(statistics, dimension)[index], compensate)
+                refit_consumer(site, kept, getattr(statistics, dimension)[index])
             cut_units(site, kept)
     for stage in plan.tokens:
         if stage.keep < 1:
