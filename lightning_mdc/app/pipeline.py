@@ -94,7 +94,7 @@ def _say_what_next(this: Run) -> None:
         log.info("  %s", terminal.again(terminal.started(), this.folder.path, without=("stage", "skip")))
     else:
         log.info("look at it, as a page and as pictures:")
-        log.info("  %s", shlex.join(["python", "-m", "lightning_mdc", "report", str(this.folder)]))
+        log.info("  %s", shlex.join(["mdc", "report", str(this.folder)]))
 
 
 def _opened(settings: build.Settings, selected: tuple[str, ...], stack: ExitStack) -> Run:

@@ -1,6 +1,6 @@
 """The policy search as a Hydra sweep of ``train.py``: what a trial does, what it costs, what comes after the last one.
 
-``python train.py -m hydra/sweeper=mdc_gp_ei budget=0.6`` starts one; see ``conf/hydra/sweeper/mdc_gp_ei.yaml``. Every
+``mdc train -m hydra/sweeper=mdc_gp_ei budget=0.6`` starts one; see ``conf/hydra/sweeper/mdc_gp_ei.yaml``. Every
 trial is a job of its own, on this machine or another one; the dense model, its scores and the prepared images lie in
 ``<runs>/cache``, keyed by what they were made from, and are made by the trial that comes first.
 """
@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_mdc.app import build, pipeline, tracking
+from lightning_mdc.app import build, pipeline, terminal, tracking
 from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import RunFolder, fingerprint
 from lightning_mdc.app.steps import Run, held_out_batches
@@ -232,7 +232,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     _show_sweep(results, sweep_dir, load.settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in found.items() if not key.startswith(_KEEP)]
-    command = ["python", "train.py", f"policy.file={path}", *given, *others]
+    command = [*terminal.program(), f"policy.file={path}", *given, *others]
     print(f"Finetune with the best policy (trial {results['best_trial']}; the dense model is in the cache):")
     print("  " + shlex.join(command))
 
