@@ -10,7 +10,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torchvision.io import write_png
 
-import train
 from lightning_mdc.app import build
 from lightning_mdc.app.fingerprints import relevant
 from lightning_mdc.app.step_table import STEPS
@@ -26,7 +25,7 @@ EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 
 def settings(*overrides: str) -> dict:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return train.plain(compose("train", ["name=test", *overrides]))
+        return build.plain(compose("train", ["name=test", *overrides]))
 
 
 @pytest.mark.parametrize("override", [*OPTIONS, *(f"experiment={name}" for name in EXPERIMENTS)])

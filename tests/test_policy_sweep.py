@@ -224,7 +224,7 @@ def test_a_sweep_and_the_command_it_ends_with(runs):
     for picture in ("policy.png",):
         assert (folder / picture).stat().st_size > 10_000
     command = shlex.split(done.stdout.strip().splitlines()[-1])
-    assert command[:2] == ["python", "train.py"]
+    assert command[:2] == ["python", str(ROOT / "train.py")]
     made = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *command[2:], "skip=[distill,test,report]"],
         cwd=runs,

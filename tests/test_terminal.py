@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import lightning_mdc as mdc
-import train
 from lightning_mdc import progress
-from lightning_mdc.app import pipeline, steps, terminal
+from lightning_mdc.app import main, pipeline, steps, terminal
+from lightning_mdc.app.main import conf_folder
 from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.kinds import images, make
@@ -210,7 +210,7 @@ def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog):
     assert "all of it is in" not in caplog.text  # the report says it
     caplog.clear()
     pipeline.run(settings(tmp_path, "distillation.seeds=[0]", "distillation.reference_seeds=[]", f"resume={folder}"))
-    assert f"python -m lightning_mdc report {folder}" in caplog.text
+    assert f"mdc report {folder}" in caplog.text
 
 
 # --- ending early -----------------------------------------------------------------------------------------------------
@@ -233,11 +233,11 @@ def test_a_stopped_training_says_how_to_go_on(tmp_path, by):
     assert "\x1b[?25h" in written[written.rindex("\x1b[?25l") :]  # the cursor is back
 
 
-def test_an_interrupted_sweep_says_what_the_sweeper_noted(monkeypatch, capsys):
+def test_an_interrupted_sweep_says_what_the_sweeper_noted(tmp_path, monkeypatch, capsys):
     stop = KeyboardInterrupt()
     stop.add_note("The sweep was interrupted: go on with ...")
-    monkeypatch.setattr(train, "app", dies(stop))
-    assert script(monkeypatch, "-m") == 130
+    monkeypatch.setattr(main, "app", dies(stop))
+    assert script(monkeypatch, "-m", f"runs={tmp_path}") == 130
     assert capsys.readouterr().err == "interrupted\nThe sweep was interrupted: go on with ...\n"
 
 
@@ -300,7 +300,7 @@ def test_a_killed_reader_of_images(tmp_path, monkeypatch, capsys):
     _, said = ends(tmp_path, monkeypatch, capsys, killed)
     assert "data.num_workers" in said
     assert "Traceback" not in said
-    assert terminal.last_words(RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly")) is not None
+    assert terminal.explain(RuntimeError("DataLoader worker (pid(s) 1, 2) exited unexpectedly")) is not None
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -342,13 +342,13 @@ def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeyp
         ),
         ("logger=wanb", "logger='wanb' is none of csv, none, tensorboard, wandb, wandb_offline"),
         ("budget", "'budget' gives no value; write budget=VALUE"),
-        ("xyzzy=1", "there is no setting 'xyzzy'; python train.py --cfg job shows all of them"),
+        ("xyzzy=1", "there is no setting 'xyzzy'; mdc train --cfg job shows all of them"),
     ],
 )
 def test_a_misspelt_setting_is_named_with_the_one_that_is_meant(given, said):
-    assert terminal.hint(["-q", "budget=0.5", "logger=[csv,wandb]", given], train.CONF).startswith(said)
+    assert terminal.hint(["-q", "budget=0.5", "logger=[csv,wandb]", given], conf_folder()).startswith(said)
 
 
 def test_settings_that_exist_need_no_hint():
     fine = ["budget=0.5", "model=timm", "model.name=x", "+model.args.extra=1", "hydra.verbose=true", "-m"]
-    assert terminal.hint(fine[:3] + fine[4:], train.CONF) is None
+    assert terminal.hint(fine[:3] + fine[4:], conf_folder()) is None

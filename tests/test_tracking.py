@@ -1,6 +1,7 @@
 """Dashboards: what offline runs of wandb hold when their process is over, TensorBoard, and trackers that fail."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -14,7 +15,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from matplotlib.figure import Figure
 
 import lightning_mdc as mdc
-import train
 from lightning_mdc.app import build, pipeline, steps
 from lightning_mdc.app.report import Results, charts
 from lightning_mdc.app.report.outcomes import Outcomes
@@ -330,7 +330,7 @@ class _Curves(CSVLogger):
 @pytest.fixture
 def recorder(monkeypatch, caplog) -> type[Recorder]:
     caplog.set_level("INFO", "lightning_mdc")
-    monkeypatch.setattr(train.log, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("lightning_mdc"), "propagate", True)
     monkeypatch.setattr(Recorder, "calls", [])
     monkeypatch.setattr(Recorder, "breaks", "")
     monkeypatch.setattr(Recorder, "after", 0)

@@ -1,6 +1,7 @@
 """The pipeline end to end on a tiny ViT: steps, resuming, wrong settings, and the script around it."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,8 +16,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
-import train
 from lightning_mdc.app import build, fingerprints, pipeline, steps
+from lightning_mdc.app.main import main
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import (
@@ -64,7 +65,7 @@ NOT_ASKED_FOR = ("share", "sensitivity")
 
 def settings(tmp_path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return train.plain(compose("train", [*TINY, f"runs={tmp_path}", *overrides]))
+        return build.plain(compose("train", [*TINY, f"runs={tmp_path}", *overrides]))
 
 
 def script(monkeypatch, *overrides: str) -> int:
@@ -72,7 +73,7 @@ def script(monkeypatch, *overrides: str) -> int:
     monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
     GlobalHydra.instance().clear()
     try:
-        train.main()
+        main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -88,7 +89,7 @@ def picked_up(caplog) -> list[str]:
 @pytest.fixture(autouse=True)
 def heard(caplog, monkeypatch):
     caplog.set_level("INFO", "lightning_mdc")
-    monkeypatch.setattr(train.log, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("lightning_mdc"), "propagate", True)
 
 
 @pytest.fixture(scope="module")
@@ -638,6 +639,6 @@ def test_help_says_what_to_type(monkeypatch, capsys):
         "budget=0.6",
     ):
         assert words in said
-    for words in ("stage=sensitivity", "-q, --quiet", "python -m lightning_mdc report", "--cfg job", "logger=wandb"):
+    for words in ("stage=sensitivity", "-q, --quiet", "mdc report", "--cfg job", "logger=wandb"):
         assert words in said
     assert said.count("\n") < 100  # more than one screen, but to be read

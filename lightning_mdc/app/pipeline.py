@@ -91,7 +91,7 @@ def _say_what_next(run: Run) -> None:
         log.info("  %s", terminal.again(terminal.started(), run.folder.path, without=("stage", "skip")))
     else:
         log.info("look at it, as a page and as pictures:")
-        log.info("  %s", shlex.join(["python", "-m", "lightning_mdc", "report", str(run.folder)]))
+        log.info("  %s", shlex.join(["mdc", "report", str(run.folder)]))
 
 
 def _opened(settings: build.Settings, selected: tuple[str, ...], stack: ExitStack) -> Run:

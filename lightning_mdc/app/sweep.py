@@ -1,6 +1,6 @@
 """The policy search as a Hydra sweep of ``train.py``: what its trials cost, and what comes after the last one.
 
-``python train.py -m hydra/sweeper=mdc_gp_ei budget=0.6`` starts one; see ``conf/hydra/sweeper/mdc_gp_ei.yaml``, which
+``mdc train -m hydra/sweeper=mdc_gp_ei budget=0.6`` starts one; see ``conf/hydra/sweeper/mdc_gp_ei.yaml``, which
 names what is here. Trials are jobs of their own, see `sweep_trial`.
 """
 
@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from lightning_mdc.app import build, tracking
+from lightning_mdc.app import build, terminal, tracking
 from lightning_mdc.app import report as reporting
 from lightning_mdc.app.tracking import About
 from lightning_mdc.app.tracking.sweeps import sweep_items
@@ -135,7 +135,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     _show_sweep(results, sweep_dir, settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in params.items() if not key.startswith(_KEEP)]
-    command = ["python", "train.py", f"policy.file={path}", *given, *others]
+    command = [*terminal.program(), f"policy.file={path}", *given, *others]
     print(f"Finetune with the best policy (trial {results['best_trial']}; the dense model is in the cache):")
     print("  " + shlex.join(command))
 

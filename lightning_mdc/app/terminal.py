@@ -1,4 +1,4 @@
-"""How ``train.py`` speaks: the flags of its command line, its lines as a file, and what is said when it ends early."""
+"""How ``mdc train`` speaks: the flags of its command line, its lines as a file, and what is said when it ends early."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def log_file(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        words = last_words(error)
-        lines = words[0] if words and words[1] in STOPPED else "".join(traceback.format_exception(error))
+        explained = explain(error)
+        text = explained[0] if explained and explained[1] in STOPPED else "".join(traceback.format_exception(error))
         if file in root.handlers:
-            file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, lines, (), None))
+            file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None))
         raise
     finally:
         root.removeHandler(file)
@@ -118,7 +118,7 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
     close = difflib.get_close_matches(unknown[0], known, n=1)
     also = [key for key in known if key.rpartition(".")[2] == unknown[0]][:3]
     meant = f"did you mean {' or '.join(dict.fromkeys([*also, *close]))}? " if also or close else ""
-    return f"there is no setting {unknown[0]!r}; {meant}python train.py --cfg job shows all of them"
+    return f"there is no setting {unknown[0]!r}; {meant}{shlex.join(program())} --cfg job shows all of them"
 
 
 def _keys(settings: Any, prefix: str = "") -> Iterator[str]:
@@ -131,16 +131,20 @@ def _keys(settings: Any, prefix: str = "") -> Iterator[str]:
 # --- what to type next ------------------------------------------------------------------------------------------------
 
 
+def program() -> list[str]:
+    """What a command line begins with: ``python .../train.py`` where the user has typed that, else ``mdc train``."""
+    return ["python", sys.argv[0]] if Path(sys.argv[0]).name == "train.py" else ["mdc", "train"]
+
+
 def started() -> str:
     """The command line that is running, for a shell."""
     if not HydraConfig.initialized():
         return shlex.join(["python", *sys.argv])
-    said: Any = HydraConfig.get().overrides
+    seen: Any = HydraConfig.get().overrides
     # The mode is Hydra's own addition.
-    given = [*said.task, *(text for text in said.hydra if not text.startswith("hydra.mode="))]
-    quiet = {override: flag for flag, override in _FLAGS.items() if not flag.startswith("--")}
-    program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    return shlex.join(["python", program, *(quiet.get(text, text) for text in given)])
+    given = [*seen.task, *(text for text in seen.hydra if not text.startswith("hydra.mode="))]
+    flags = {override: flag for flag, override in _FLAGS.items() if not flag.startswith("--")}
+    return shlex.join([*program(), *(flags.get(text, text) for text in given)])
 
 
 def again(command: str, folder: Path, *overrides: str, without: Sequence[str] = ()) -> str:
@@ -174,15 +178,15 @@ def note_where(error: BaseException, folder: Path, stage: str) -> None:
 # --- ending early -----------------------------------------------------------------------------------------------------
 
 
-def last_words(error: BaseException) -> tuple[str, int] | None:
-    """(what to say instead of a traceback, exit code); None if nobody knows what the error means."""
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """(message in place of a traceback, exit code); None if the error is one that only its traceback explains."""
     chain = list(error_chain(error))
     notes = next((cause.__notes__ for cause in chain if hasattr(cause, "__notes__")), [])
     where = "".join(f"\n{note}" for note in notes)
     terminated = isinstance(error, SIGTERMException)
     if terminated or any(isinstance(cause, KeyboardInterrupt) for cause in chain[:2]):  # Lightning makes an exit of it
-        said, code = stopped_by(error)
-        return " ".join([said, *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), code
+        word, code = stopped_by(error)
+        return " ".join([word, *notes[:1]]) + "".join(f"; {note}" for note in notes[1:]), code
     if (full := _disk_full(chain)) is not None:
         return f"{full}{where}", 1
     if isinstance(error, MdcError):
@@ -191,8 +195,8 @@ def last_words(error: BaseException) -> tuple[str, int] | None:
         smaller = "data.batch_size, calibration.batch_size, search.batch_size or latency.batch_sizes"
         return f"{error}\ntake fewer images at a time: {smaller}{where}", 1
     if _WORKER_KILLED.search(str(error)):
-        said = "a process that reads images was killed, most likely for lack of memory"
-        return f"{said}: {error}\nuse fewer of them (data.num_workers) or a smaller data.batch_size{where}", 1
+        killed = f"a process that reads images was killed, most likely for lack of memory: {error}"
+        return f"{killed}\nuse fewer of them (data.num_workers) or a smaller data.batch_size{where}", 1
     return None
 
 
@@ -205,9 +209,9 @@ def _disk_full(chain: Sequence[BaseException]) -> str | None:
     for cause in chain:
         file = getattr(cause, "filename", None) or ""
         number = getattr(cause, "errno", None)
-        said = str(cause)
-        torchs = _TORCH_CANNOT_WRITE in said and shutil.disk_usage(".").free < _NO_ROOM
-        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in said for words in _DISK_FULL) or torchs:
+        text = str(cause)
+        by_torch = _TORCH_CANNOT_WRITE in text and shutil.disk_usage(".").free < _NO_ROOM
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in text for words in _DISK_FULL) or by_torch:
             named = f" {file}" if file else ""
-            return f"the disk is full: cannot write{named} ({said}); what is finished is safe. Make room"
+            return f"the disk is full: cannot write{named} ({text}); what is finished is safe. Make room"
     return None

@@ -177,7 +177,7 @@ def places(record: RunRecord) -> tuple[Place, ...]:
 def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
     """What to type next: (what it does, command)."""
     folder = record.folder
-    command = record.invocations[-1].command if record.invocations else "python train.py"
+    command = record.invocations[-1].command if record.invocations else "mdc train"
     once = ("stage", "skip")
     results = record.results
     if results is None:
