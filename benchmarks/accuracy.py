@@ -46,11 +46,11 @@ from weight_sharing import Images, labelled, training, values
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import fingerprint, newest_run
 from lightning_mdc.budget import num_params
 from lightning_mdc.distillation import DistillationModule, TeacherCache
 from lightning_mdc.errors import BudgetError
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.importance.criteria import Random
 from lightning_mdc.policy_search.held_out import HeldOut
@@ -136,7 +136,7 @@ def main() -> None:
         return
     results.mkdir(parents=True, exist_ok=True)
     write_json(path, found | {"targets": [target.facts() for target in targets]})
-    reporting.save_figure(figure(found), results / "accuracy.png")
+    save_figure(figure(found), results / "accuracy.png")
     if asked.quick:
         print(text)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightning_mdc.app.report import save_figure
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json, write_text
 
 README = Path(__file__).resolve().parents[1] / "README.md"

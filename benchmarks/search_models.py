@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import newest_run
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.policy_search.held_out import HeldOut
 
@@ -68,7 +68,7 @@ def main() -> None:
     if not found:
         parser.error(f"--table-only: {path} holds no models")
     write_json(path, {"models": found, "targets": [target.facts() for target in targets(found)]})
-    reporting.save_figure(figure(found), folder / "search_models.png")
+    save_figure(figure(found), folder / "search_models.png")
     if arguments.quick:
         print(table(found))
     else:

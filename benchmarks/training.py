@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc.app.report import style
+from lightning_mdc.figures import style
 from lightning_mdc.policy import DIMENSIONS
 
 WARM_UP = 2  # rounds; in the first one the cache is filled

@@ -35,11 +35,11 @@ from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.run_folder import fingerprint
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_json, write_text
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.held_out import gathered
@@ -88,7 +88,7 @@ def main() -> None:
     write_json(path, found)
     if not found:
         parser.error("--run: give the folder of at least one run of train.py with a dense model and scores")
-    reporting.save_figure(figure(found), RESULTS / "weight_sharing.png")
+    save_figure(figure(found), RESULTS / "weight_sharing.png")
     put("weight_sharing", table(found))
 
 

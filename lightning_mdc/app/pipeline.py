@@ -54,7 +54,7 @@ def _run(settings: build.Settings, selected: tuple[str, ...]) -> RunFolder:
         torch.set_num_threads(settings["threads"])
     with ExitStack() as stack:  # of the first rank; the others have nothing to close
         this = on_first_rank(partial(_opened, settings, selected, stack))
-        about = tracking.about_run(this.folder.path, settings)
+        about = tracking.run_info(this.folder.path, settings)
         trackers = stack.enter_context(tracking.opened(build.build_trackers(settings), about))
         _run_stages(replace(this, trackers=trackers), selected)
         return this.folder
@@ -67,20 +67,20 @@ def _run_stages(this: Run, selected: tuple[str, ...]) -> None:
         # A stage is picked up only if all it is built on was: its fingerprint holds theirs.
         if not fresh.intersection(_upstream(settings, name)) and on_first_rank(partial(is_done, this, name)):
             log.info("%-8s picked up from %s", f"{name}:", this.folder / STAGES[name].output)
-            tracking.show_stage(this.trackers, folder, name, this.marks[name])
+            tracking.show_step(this.trackers, folder, name, this.marks[name])
             continue
         fresh.add(name)
         if name in cached(settings) and on_first_rank(partial(_take_from_cache, this, name)):
             log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
-            tracking.show_stage(this.trackers, folder, name, this.marks[name])
+            tracking.show_step(this.trackers, folder, name, this.marks[name])
             continue
         try:
             run_stage(this, name)
         except BaseException as error:
             terminal.note_where(error, folder, name)
-            tracking.show_stage(this.trackers, folder, name, None)  # as far as it came
+            tracking.show_step(this.trackers, folder, name, None)  # as far as it came
             raise
-        tracking.show_stage(this.trackers, folder, name, this.marks[name])
+        tracking.show_step(this.trackers, folder, name, this.marks[name])
     if "report" not in fresh:  # which says it at more length
         on_first_rank(partial(_say_what_next, this))
 

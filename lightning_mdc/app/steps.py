@@ -27,16 +27,17 @@ from lightning_mdc.app import build, evaluation
 from lightning_mdc.app import report as reporting
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.report.outcomes import Outcomes
-from lightning_mdc.app.report.report import write_report
+from lightning_mdc.app.report.write import write_report
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, fingerprint
 from lightning_mdc.app.tracking import Trackers
-from lightning_mdc.app.tracking.contents import trial_numbers
 from lightning_mdc.artifact import WEIGHTS, load, save
 from lightning_mdc.budget import macs, num_params
 from lightning_mdc.budget.latency import latencies
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distributed import on_first_rank, rank, world_size
 from lightning_mdc.errors import DataError
+from lightning_mdc.figures.numbers import scaled
+from lightning_mdc.figures.search_items import trial_numbers
 from lightning_mdc.files import write_text
 from lightning_mdc.importance import Scores, score
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy
@@ -128,7 +129,7 @@ def dense(run: Run) -> str:
         train(run, options, module, "dense", run.marks["dense"])
     else:
         on_first_rank(lambda: save(model.eval(), run.folder / "dense", class_names=list(run.data.class_names)))
-    size = f"{reporting.scaled(macs(model))}MACs, {num_params(model):,} parameters"
+    size = f"{scaled(macs(model))}MACs, {num_params(model):,} parameters"
     return f"{type(model).__name__} of {size}"
 
 
@@ -282,7 +283,7 @@ def test(run: Run) -> str:
 
 
 def _keep_results(run: Run, results: reporting.Results, found: Outcomes, models: Mapping[str, nn.Module]) -> None:
-    place = found.slim_places[0]
+    place = found.slim_models[0]
     shown = evaluation.examples(
         models["dense"],
         models[place],

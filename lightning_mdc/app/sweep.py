@@ -24,15 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_mdc.app import build, pipeline, tracking
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import RunFolder, fingerprint
 from lightning_mdc.app.steps import Run, held_out_batches
-from lightning_mdc.app.tracking import About, Trackers
+from lightning_mdc.app.tracking import RunInfo, Trackers
 from lightning_mdc.app.tracking.sweeps import sweep_items, trial_items
 from lightning_mdc.budget import CostModel, macs
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.figures.items import Item
+from lightning_mdc.figures.plan import policy_figure
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import replacing, write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import find_sites
@@ -63,7 +64,7 @@ def trial(settings: build.Settings, folder: Path) -> float:
             f"stage=trial is the work of one process, but trainer.devices={settings['trainer']['devices']!r} makes "
             f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"
         )
-    with tracking.opened(build.build_trackers(settings), tracking.about_run(folder, settings, "trial")) as trackers:
+    with tracking.opened(build.build_trackers(settings), tracking.run_info(folder, settings, "trial")) as trackers:
         return _trial(settings, folder, trackers)
 
 
@@ -227,8 +228,8 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     best = space.policy(space.point(build.keep_params(keep)))
     path = sweep_dir / "best_policy.json"
     write_text(path, best.to_json())
-    figure = reporting.policy_figure(best, space.uniform, f"{load.settings['name']}: trial {results['best_trial']}")
-    reporting.save_figure(figure, sweep_dir / "policy.png")
+    figure = policy_figure(best, space.uniform, f"{load.settings['name']}: trial {results['best_trial']}")
+    save_figure(figure, sweep_dir / "policy.png")
     _show_sweep(results, sweep_dir, load.settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in found.items() if not key.startswith(_KEEP)]
@@ -239,7 +240,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
 
 def _show_sweep(results: Mapping[str, Any], folder: Path, settings: build.Settings, best: Figure | None) -> None:
     trackers = build.build_trackers(settings)
-    about = About(folder, f"{settings['name']}: the search", folder.name, "sweep", settings)
-    with tracking.opened({key: each for key, each in trackers.items() if each.shows_items}, about) as watched:
+    info = RunInfo(folder, f"{settings['name']}: the search", folder.name, "sweep", settings)
+    with tracking.opened({key: each for key, each in trackers.items() if each.shows_items}, info) as watched:
         direction = HydraConfig.get().sweeper.direction
         watched.show(lambda: sweep_items(results, folder, direction, best))
