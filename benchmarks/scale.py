@@ -29,8 +29,8 @@ from targets import Target, verdicts
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc.app import report as reporting
 from lightning_mdc.budget import num_params
+from lightning_mdc.figures.numbers import scaled
 from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, new_figure, plain
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_large_patch16_224")
@@ -127,7 +127,7 @@ def text(result: dict[str, Any]) -> str:
     for row in [*result["rows"]["models"], *result["rows"]["images"]]:
         cells = [f"{row['seconds'][step]:.2f} s" if step in row["seconds"] else "" for step in STEPS]
         lines.append(
-            f"| {row['model']} | {row['params'] / 1e6:.1f} M | {reporting.scaled(row['macs'])} | {row['images']} | "
+            f"| {row['model']} | {row['params'] / 1e6:.1f} M | {scaled(row['macs'])} | {row['images']} | "
             f"{' | '.join(cells)} | {row['memory'] / GIB:.2f} GiB |"
         )
     return "\n".join(

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc.app import report as reporting
+from lightning_mdc.figures.numbers import scaled
 from lightning_mdc.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +131,7 @@ def text(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{result['name']}: slim has {share:.0%} of {reporting.scaled(result['macs']['dense'])}MACs; batches of "
+            f"{result['name']}: slim has {share:.0%} of {scaled(result['macs']['dense'])}MACs; batches of "
             f"{result['batch']} images in memory, on {result['device']}; memory on a CPU is the whole process. "
             f"Top-1 on {result['images']} test images: {accuracies}. Measured by `python benchmarks/training_run.py`.",
         ]

@@ -70,14 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 def _report(runs: Sequence[Path], output: Path | None) -> Path:
     """Write the page; returns where it is."""
     if len(runs) > 1:
-        from lightning_mdc.app.report.comparing import write_comparison
+        from lightning_mdc.app.report.write import write_comparison
 
         path = output or Path("comparison.html")
         print(f"{write_comparison(runs, path).title}")
         return path
     if output is not None:
         raise MdcError(f"--output={output}: a single run's report goes into its folder; leave it out")
-    from lightning_mdc.app.report.report import write_report
+    from lightning_mdc.app.report.write import write_report
 
     print(write_report(runs[0]).verdict)
     return runs[0] / "report.html"

@@ -219,7 +219,7 @@ def test_results_of_older_settings_are_not_taken_for_new_ones(copied, monkeypatc
     assert record.study.header["about"]["budget"]["macs"] == 0.5
     assert [row.status for row in record.study.trials] == []
     assert "Not finished: " in report_of(record).verdict
-    assert {place.path for place in report_of(record).places}.isdisjoint({"slim/", "finetuned/", "results.json"})
+    assert {output.path for output in report_of(record).outputs}.isdisjoint({"slim/", "finetuned/", "results.json"})
     monkeypatch.undo()
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "policy.kind=uniform"))
     assert RunRecord(copied).study is None

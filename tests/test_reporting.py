@@ -8,10 +8,13 @@ from timm.models.vision_transformer import VisionTransformer
 import lightning_mdc as mdc
 from lightning_mdc.app import report as reporting
 from lightning_mdc.app.report import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
-from lightning_mdc.app.report.tables import count, scaled, seconds
+from lightning_mdc.app.report.tables import count
 from lightning_mdc.app.run_folder import RunFolder, newest_run
 from lightning_mdc.budget.timing import latencies, latency
 from lightning_mdc.errors import BudgetError, ConfigError
+from lightning_mdc.figures.numbers import percent, scaled, seconds
+from lightning_mdc.figures.plan import kept_by_block, kept_figure
+from lightning_mdc.figures.style import save_figure
 
 
 def result(model: str, seed: int | None, correct: int, **changes) -> Result:
@@ -80,6 +83,7 @@ def test_every_seed_has_its_row():
     [
         (count(351, 360), "351/360 (97.50 %)"),
         (count(351.5, 360), "351.5/360 (97.64 %)"),
+        (percent(0.5985), "59.9 %"),
         (scaled(999), "999 "),
         (scaled(17_563_828_224), "17.56 G"),
         (seconds(0.0025), "2.50 ms"),
@@ -125,7 +129,7 @@ def test_results_go_through_json(tmp_path):
     path.write_text(results().to_json())
     assert Results.load(path) == results()
     path.write_text(results().to_json().replace('"correct"', '"korrekt"'))
-    with pytest.raises(ConfigError, match="run the stage 'test' again"):
+    with pytest.raises(ConfigError, match="run the step test again"):
         Results.load(path)
 
 
@@ -142,7 +146,7 @@ def tiny_plan() -> tuple[torch.nn.Module, mdc.Plan]:
 def test_kept_counts_are_those_of_the_slim_model():
     model, plan = tiny_plan()
     slim = mdc.slim(model, plan).eval()
-    heads, neurons, tokens = reporting.kept_by_block(plan, 17, 1)
+    heads, neurons, tokens = kept_by_block(plan, 17, 1)
     assert heads.kept == tuple(block.attn.num_heads for block in slim.blocks)
     assert neurons.kept == tuple(block.mlp.fc1.out_features for block in slim.blocks)
     seen: list[int] = []
@@ -155,8 +159,8 @@ def test_kept_counts_are_those_of_the_slim_model():
 
 def test_the_picture_shows_every_count(tmp_path):
     _, plan = tiny_plan()
-    kept = reporting.kept_by_block(plan, 17, 1)
-    figure = reporting.kept_figure(kept, "what was kept")
+    kept = kept_by_block(plan, 17, 1)
+    figure = kept_figure(kept, "what was kept")
     assert figure.get_suptitle() == "what was kept"
     for axes, units in zip(figure.axes, kept, strict=True):
         assert axes.get_ylabel() == units.dimension
@@ -164,7 +168,7 @@ def test_the_picture_shows_every_count(tmp_path):
         assert (dense, bars) == (units.dense, units.kept)
         assert tuple(int(text.get_text()) for text in axes.texts) == units.kept
     assert figure.axes[-1].get_xlabel() == "block"
-    reporting.save_figure(figure, tmp_path / "kept.png")
+    save_figure(figure, tmp_path / "kept.png")
     assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
     assert mpl_image.imread(tmp_path / "kept.png").ndim == 3
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_mdc.app.report import save_figure
 from lightning_mdc.figures.search import cost_figure, dependence_figure, improvement_figure, progress_figure
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.gp_ei.study import Trial

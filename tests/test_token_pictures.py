@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.figures.examples import Example, Examples
-from lightning_mdc.figures.tokens import faded, said, tokens_figure
+from lightning_mdc.app.report.examples import Examples
+from lightning_mdc.figures.tokens import Example, answers, faded, tokens_figure
 from lightning_mdc.tokens.survivors import surviving_patches
 from tests.kinds import images, make, randomised
 
@@ -87,9 +87,9 @@ def test_exactly_the_patches_that_are_gone_are_faded() -> None:
     shown = faded(image, kept, (2, 3))
     for patch, stays in enumerate(kept):
         row, column = divmod(patch, 3)
-        place = np.s_[row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
-        assert np.array_equal(shown[place], image[place]) == stays
-        assert stays or (shown[place] > image[place]).all()
+        pixels = np.s_[row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
+        assert np.array_equal(shown[pixels], image[pixels]) == stays
+        assert stays or (shown[pixels] > image[pixels]).all()
 
 
 def an_example(number: int, stages: int = 2) -> Example:
@@ -106,8 +106,8 @@ def test_the_picture_shows_every_stage_and_what_was_said() -> None:
     assert len(pictures) == 6
     assert np.array_equal(pictures[3], an_example(1).image)
     assert np.array_equal(pictures[5], faded(an_example(1).image, an_example(1).kept[1], (4, 4)))
-    assert said(an_example(0), names) == "is truck · dense: truck (97 %) · slim: dog (55 %)"
-    assert figure.axes[0].get_title(loc="left") == said(an_example(0), names)
+    assert answers(an_example(0), names) == "is truck · dense: truck (97 %) · slim: dog (55 %)"
+    assert figure.axes[0].get_title(loc="left") == answers(an_example(0), names)
     assert [text.get_text() for panel in figure.axes[:3] for text in panel.texts] == [
         "block 1: 12 of 16",
         "block 4: 7 of 16",
@@ -120,7 +120,7 @@ def test_examples_go_to_a_file_and_back(tmp_path, stages: int) -> None:
     examples = Examples(items, "finetuned/seed0", (4, 4), (1, 4)[:stages], ("a", "b", "c", "d"), 360)
     examples.save(tmp_path / "examples.safetensors")
     read = Examples.load(tmp_path / "examples.safetensors")
-    for name in ("place", "grid", "blocks", "class_names", "looked_at"):
+    for name in ("model", "grid", "blocks", "class_names", "looked_at"):
         assert getattr(read, name) == getattr(examples, name)
     for before, after in zip(items, read.items, strict=True):
         assert np.array_equal(before.image, after.image)
@@ -132,5 +132,5 @@ def test_examples_go_to_a_file_and_back(tmp_path, stages: int) -> None:
             after.slim,
         )
     (tmp_path / "examples.safetensors").write_bytes(b"torn")
-    with pytest.raises(mdc.errors.ConfigError, match="run the stage 'test' again"):
+    with pytest.raises(mdc.errors.ConfigError, match="run the step test again"):
         Examples.load(tmp_path / "examples.safetensors")

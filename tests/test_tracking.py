@@ -20,16 +20,18 @@ from lightning_mdc.app.report import Results, charts
 from lightning_mdc.app.report.outcomes import Outcomes
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.run_folder import RunFolder
-from lightning_mdc.app.tracking import About, Tracker, Trackers, contents
-from lightning_mdc.app.tracking.contents import published, search_table
+from lightning_mdc.app.tracking import RunInfo, Tracker, Trackers, contents
+from lightning_mdc.app.tracking.contents import published
+from lightning_mdc.app.tracking.tracker import Model, Shown
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.figures.items import Histogram, Item, Model, Numbers, Summary, Table
+from lightning_mdc.figures.items import Histogram, Numbers, Summary, Table
+from lightning_mdc.figures.search_items import search_table, trial_numbers
 from lightning_mdc.gp_ei.study import Trial, read_study
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
 from tests.test_train import ROOT, TINY, settings
 from tests.wandb_file import OfflineRun, read
 
-PLACES = ("dense", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
+TRAININGS = ("dense", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
 
 
 def started(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -85,16 +87,16 @@ def test_the_run_has_all_settings_and_ended_well(run, folder):
 
 
 def test_losses_and_rates_come_by_the_step_on_an_axis_of_their_training(run):
-    for place in PLACES:
-        assert run.metrics[f"{place}/*"][0] == f"{place}/step"
-        losses = ["task", "loss"] if place == "dense" else ["task", "kd", "loss"]
+    for training in TRAININGS:
+        assert run.metrics[f"{training}/*"][0] == f"{training}/step"
+        losses = ["task", "loss"] if training == "dense" else ["task", "kd", "loss"]
         for loss in losses:
-            lines = [line for line in run.history if f"{place}/train/{loss}_step" in line]
-            assert [line[f"{place}/step"] for line in lines] == [0, 1]  # 64 images by 32
-            means = run.values(f"{place}/train/{loss}")
-            steps = [line[f"{place}/train/{loss}_step"] for line in lines]
+            lines = [line for line in run.history if f"{training}/train/{loss}_step" in line]
+            assert [line[f"{training}/step"] for line in lines] == [0, 1]  # 64 images by 32
+            means = run.values(f"{training}/train/{loss}")
+            steps = [line[f"{training}/train/{loss}_step"] for line in lines]
             assert means == pytest.approx([np.mean(steps)], rel=1e-5)
-        assert len(run.values(f"{place}/lr-Muon/pg1")) == 2
+        assert len(run.values(f"{training}/lr-Muon/pg1")) == 2
 
 
 def test_every_trial_comes_live_and_in_the_table(run, folder):
@@ -110,7 +112,7 @@ def test_every_trial_comes_live_and_in_the_table(run, folder):
     table = run.table("search/trials")
     names = [("trial", "number"), *((name, name) for name in ("value", "cost", "improvement", "status", "seconds"))]
     for line, row, incumbent in zip(table, rows, best, strict=True):
-        assert {ours: line[ours] for ours, _ in names} == {ours: getattr(row, theirs) for ours, theirs in names}
+        assert {name: line[name] for name, _ in names} == {name: getattr(row, field) for name, field in names}
         assert {name: line[name] for name in row.params} == dict(row.params)
         assert line["incumbent"] == incumbent
     policy = mdc.Policy.load(folder / "policy.json")
@@ -300,14 +302,14 @@ class Recorder(Tracker):
         if call == self.breaks and sum(name == call for name, _ in self.calls) > self.after:
             raise OSError("no space left on device")
 
-    def start(self, about: About) -> None:
-        self._note("start", about)
+    def start(self, info: RunInfo) -> None:
+        self._note("start", info)
 
     def curves(self, training: str) -> Logger:
         self._note("curves", training)
         return _Curves(self)
 
-    def show(self, item: Item) -> None:
+    def show(self, item: Shown) -> None:
         self._note("show", item)
 
     def finish(self, failed: bool) -> None:
@@ -369,7 +371,7 @@ def test_a_run_that_is_interrupted_shows_what_it_has_and_that_it_failed(tmp_path
     def killed(row, incumbent):
         if row.number == 1:
             raise KeyboardInterrupt
-        return contents.trial_numbers(row, incumbent)
+        return trial_numbers(row, incumbent)
 
     monkeypatch.setattr(steps, "trial_numbers", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -387,7 +389,7 @@ def test_a_run_that_ends_well_says_so(tmp_path, recorder):
 
 def test_other_ranks_have_no_trackers(tmp_path, recorder, monkeypatch):
     monkeypatch.setattr("lightning_mdc.app.tracking.tracker.is_first", lambda: False)
-    trackers = Trackers({"own": Recorder()}, About(tmp_path, "tiny"))
+    trackers = Trackers({"own": Recorder()}, RunInfo(tmp_path, "tiny"))
     trackers.show(lambda: pytest.fail("asked for what nobody sees"))
     assert trackers.curves("dense") == []
     trackers.finish(failed=False)
@@ -489,8 +491,7 @@ def test_wrong_settings_are_refused_before_anything_is_trained(overrides, words,
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_said_with_the_remedy(name, tmp_path, monkeypatch):
-    module = {"tensorboard": "tensorboard_log", "wandb": "wandb_run"}[name]
-    monkeypatch.setattr(f"lightning_mdc.app.tracking.{module}.find_spec", lambda _: None)
+    monkeypatch.setattr(f"lightning_mdc.app.tracking.{name}_tracker.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=f"pip install {name}"):
         pipeline.run(settings(tmp_path, f"logger={name}"))
     assert not list(tmp_path.glob("tiny/*"))

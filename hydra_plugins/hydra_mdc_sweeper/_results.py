@@ -74,12 +74,9 @@ def save(study: Study, params: Params, folders: Folders) -> None:
 
 def draw(study: Study, directory: Path) -> None:
     """Draw what can be drawn; a picture that fails is not worth a sweep."""
-    try:
-        from lightning_mdc.figures import search as search_figures
-        from lightning_mdc.figures.style import save_figure
-    except ImportError as error:
-        log.info("pictures are left out: %s", error)
-        return
+    from lightning_mdc.figures import search as search_figures
+    from lightning_mdc.figures.style import save_figure
+
     search, trials = study.search, study.trials
     pictures: Mapping[str, Callable[[], Any]] = {
         "progress": lambda: search_figures.progress_figure(trials, search.direction),
@@ -92,5 +89,8 @@ def draw(study: Study, directory: Path) -> None:
         try:
             if figure := picture():
                 save_figure(figure, directory / f"{name}.png")
+        except ImportError as error:  # matplotlib is not installed
+            log.info("pictures are left out: %s", error)
+            return
         except Exception:
             log.warning("%s.png could not be drawn", name, exc_info=True)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_mdc.app.report.examples import FIRST, LEAST_CHANGED, MOST_CHANGED, Examples
 from lightning_mdc.app.report.outcomes import Outcomes
 from lightning_mdc.distributed import gather
-from lightning_mdc.figures.examples import FIRST, LEAST_CHANGED, MOST_CHANGED, Example, Examples
+from lightning_mdc.figures.tokens import Example
 from lightning_mdc.models import evaluating, find_sites
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.tokens.survivors import surviving_patches

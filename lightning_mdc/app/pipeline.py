@@ -51,7 +51,7 @@ def _run(settings: build.Settings, selected: tuple[str, ...]) -> RunFolder:
         torch.set_num_threads(settings["threads"])
     with ExitStack() as stack:  # of the first rank; the others have nothing to close
         run = on_first_rank(partial(_opened, settings, selected, stack))
-        about = tracking.about_run(run.folder.path, settings)
+        about = tracking.run_info(run.folder.path, settings)
         trackers = stack.enter_context(tracking.opened(build.build_trackers(settings), about))
         _run_steps(replace(run, trackers=trackers), selected)
         return run.folder
@@ -64,20 +64,20 @@ def _run_steps(run: Run, selected: tuple[str, ...]) -> None:
         # A step is picked up only if all it is built on was: its fingerprint holds theirs.
         if not fresh.intersection(_upstream(run.settings, name)) and on_first_rank(partial(run.is_done, name)):
             log.info("%-8s picked up from %s", f"{name}:", run.output(name))
-            tracking.show_stage(run.trackers, folder, name, run.fingerprints[name])
+            tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
             continue
         fresh.add(name)
         if name in shared_by_trials(run.settings) and on_first_rank(partial(_take_from_cache, run, name)):
             log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
-            tracking.show_stage(run.trackers, folder, name, run.fingerprints[name])
+            tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
             continue
         try:
             run_step(run, name)
         except BaseException as error:
             terminal.note_where(error, folder, name)
-            tracking.show_stage(run.trackers, folder, name, None)  # as far as it came
+            tracking.show_step(run.trackers, folder, name, None)  # as far as it came
             raise
-        tracking.show_stage(run.trackers, folder, name, run.fingerprints[name])
+        tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
     if "report" not in fresh:  # which says it at more length
         on_first_rank(partial(_say_what_next, run))
 

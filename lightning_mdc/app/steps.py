@@ -30,17 +30,18 @@ from lightning_mdc.app import report as reporting
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.fingerprints import fingerprint_of, relevant
 from lightning_mdc.app.report.outcomes import Outcomes
-from lightning_mdc.app.report.report import write_report
+from lightning_mdc.app.report.write import write_report
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.tracking import Trackers
-from lightning_mdc.app.tracking.contents import trial_numbers
 from lightning_mdc.artifact import WEIGHTS
 from lightning_mdc.budget import num_params
 from lightning_mdc.budget.timing import latencies
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distributed import on_first_rank, rank, world_size
 from lightning_mdc.errors import DataError
+from lightning_mdc.figures.numbers import scaled
+from lightning_mdc.figures.search_items import trial_numbers
 from lightning_mdc.files import write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy
@@ -137,7 +138,7 @@ def dense(run: Run) -> str:
         train(run, options, module, "dense", run.fingerprints["dense"])
     else:
         on_first_rank(partial(_save, run, model, "dense"))
-    size = f"{reporting.scaled(mdc.macs(model))}MACs, {num_params(model):,} parameters"
+    size = f"{scaled(mdc.macs(model))}MACs, {num_params(model):,} parameters"
     return f"{type(model).__name__} of {size}"
 
 
@@ -451,7 +452,7 @@ def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, dict[str, flo
 
 
 def _save_results(run: Run, results: reporting.Results, outcomes: Outcomes, models: Mapping[str, nn.Module]) -> None:
-    artifact = outcomes.slim_places[0]
+    artifact = outcomes.slim_models[0]
     examples = evaluation.examples(
         models["dense"].to(run.device),
         models[artifact].to(run.device),

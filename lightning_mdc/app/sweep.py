@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from lightning_mdc.app import build, terminal, tracking
-from lightning_mdc.app import report as reporting
-from lightning_mdc.app.tracking import About
+from lightning_mdc.app.tracking import RunInfo
 from lightning_mdc.app.tracking.sweeps import sweep_items
 from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.plan import policy_figure
+from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import write_text
 from lightning_mdc.policy import DIMENSIONS
 from lightning_mdc.policy_search.driver import starting_points
@@ -130,8 +131,8 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     best = space.policy(space.point(build.keep_params(keep)))
     path = sweep_dir / "best_policy.json"
     write_text(path, best.to_json())
-    figure = reporting.policy_figure(best, space.uniform, f"{settings['name']}: trial {results['best_trial']}")
-    reporting.save_figure(figure, sweep_dir / "policy.png")
+    figure = policy_figure(best, space.uniform, f"{settings['name']}: trial {results['best_trial']}")
+    save_figure(figure, sweep_dir / "policy.png")
     _show_sweep(results, sweep_dir, settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in params.items() if not key.startswith(_KEEP)]
@@ -142,7 +143,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
 
 def _show_sweep(results: Mapping[str, Any], folder: Path, settings: build.Settings, best: Figure | None) -> None:
     trackers = build.build_trackers(settings)
-    about = About(folder, f"{settings['name']}: the search", folder.name, "sweep", settings)
-    with tracking.opened({key: tracker for key, tracker in trackers.items() if tracker.shows_items}, about) as watched:
+    info = RunInfo(folder, f"{settings['name']}: the search", folder.name, "sweep", settings)
+    with tracking.opened({key: tracker for key, tracker in trackers.items() if tracker.shows_items}, info) as watched:
         direction = HydraConfig.get().sweeper.direction
         watched.show(lambda: sweep_items(results, folder, direction, best))

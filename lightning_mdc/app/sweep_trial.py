@@ -47,7 +47,7 @@ def trial(settings: build.Settings, folder: Path) -> float:
             f"stage=trial is the work of one process, but trainer.devices={settings['trainer']['devices']!r} makes "
             f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"
         )
-    with tracking.opened(build.build_trackers(settings), tracking.about_run(folder, settings, "trial")) as trackers:
+    with tracking.opened(build.build_trackers(settings), tracking.run_info(folder, settings, "trial")) as trackers:
         return _trial(settings, folder, trackers)
 
 

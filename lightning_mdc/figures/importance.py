@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from lightning_mdc.figures.style import COLOURS, INK, PALE, PAPER, RED, WIDTH, new_figure, plain
+from lightning_mdc.figures.style import (
+    COLOURS,
+    INK,
+    PALE,
+    PAPER,
+    RED,
+    WIDTH,
+    colour_bar,
+    few_ticks,
+    new_figure,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MAP = "viridis"
 # More columns than a picture has pixels for are averaged.
@@ -28,7 +41,7 @@ def heads_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | N
     figure, (panel,) = new_figure(WIDTH, 0.2 * depth + 1.1)
     image = np.full((depth, most), np.nan)
     for row, block in enumerate(scores):
-        image[row, : len(block)] = _scaled(block)
+        image[row, : len(block)] = _to_unit(block)
     _show(panel, image, "head")
     for row, units in enumerate(kept or ()):
         gone = sorted(set(range(len(scores[row]))) - set(units))
@@ -51,7 +64,7 @@ def neurons_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] |
     image = np.full((depth, columns), np.nan)
     for row, block in enumerate(scores):
         width = max(1, round(columns * len(block) / most))
-        parts = np.array_split(np.sort(_scaled(block))[::-1], min(width, len(block)))
+        parts = np.array_split(np.sort(_to_unit(block))[::-1], min(width, len(block)))
         image[row, :width] = _stretched([part.mean() for part in parts], width)
     _show(panel, image, "neurons, ranked", extent=(0, most))
     for row, units in enumerate(kept or ()):
@@ -72,7 +85,7 @@ def tokens_figure(scores: Sequence[np.ndarray], blocks: Sequence[int], grid: tup
     count = len(scores)
     figure, panels = new_figure(WIDTH, WIDTH / max(count, 2) * grid[0] / grid[1] + 0.5, 1, count)
     for panel, stage, block in zip(panels, scores, blocks, strict=True):
-        panel.imshow(_scaled(stage).reshape(grid), cmap=_MAP, vmin=0, vmax=1, interpolation="nearest")
+        panel.imshow(_to_unit(stage).reshape(grid), cmap=_MAP, vmin=0, vmax=1, interpolation="nearest")
         panel.set_axis_off()
         panel.set_title(f"block {block}", fontsize=9, color=INK, loc="left")
     return figure
@@ -83,12 +96,12 @@ def histograms_figure(scores: dict[str, Sequence[np.ndarray]]) -> Figure:
     shown = {name: blocks for name, blocks in scores.items() if blocks}
     figure, panels = new_figure(WIDTH, 1.9, 1, len(shown))
     for panel, (name, blocks) in zip(panels, shown.items(), strict=True):
-        values = np.concatenate([_scaled(block) for block in blocks])
+        values = np.concatenate([_to_unit(block) for block in blocks])
         bins = min(30, max(5, math.isqrt(len(values))))
         panel.hist(values, bins=bins, range=(0, 1), color=COLOURS[name], linewidth=0)
         panel.set_xlabel("importance")
-        panel.xaxis.set_major_locator(MaxNLocator(2))
-        panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        few_ticks(panel.xaxis, 2)
+        few_ticks(panel.yaxis, 3, integer=True)
         plain(panel, name)
     return figure
 
@@ -108,15 +121,12 @@ def _show(panel: Axes, image: np.ndarray, what: str, extent: tuple[float, float]
     )
     panel.set_xlabel(what)
     panel.set_ylabel("block")
-    panel.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    few_ticks(panel.yaxis, 12, integer=True)
     plain(panel)
-    bar = panel.figure.colorbar(picture, ax=panel, pad=0.02, aspect=14, ticks=[0, 1])
-    bar.ax.set_yticklabels(["least", "most"], fontsize=8, color=INK)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
+    colour_bar(panel, picture, aspect=14, ticks=[0, 1]).ax.set_yticklabels(["least", "most"])
 
 
-def _scaled(scores: np.ndarray) -> np.ndarray:
+def _to_unit(scores: np.ndarray) -> np.ndarray:
     """To [0, 1]: only the order within a block decides, and blocks differ in scale."""
     low, high = float(scores.min()), float(scores.max())
     return (scores - low) / (high - low) if high > low else np.zeros_like(scores, dtype=float)

@@ -1,13 +1,19 @@
-"""What a dashboard can be shown: values, each with the key that names its panel. Knows no tracker's library."""
+"""What a logger can be shown: values, each with the key that names its panel. Knows no logger's library."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
+
+from lightning_mdc.figures.style import png_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cell: TypeAlias = str | float | None
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,15 @@ class Picture:
     caption: str
     png: bytes
 
+    @classmethod
+    def of(cls, key: str, caption: str, figure: Figure) -> Picture:
+        """A figure, drawn; under ``charts/``, because ``search/value`` is a picture's key and a number's."""
+        return cls(f"charts/{key}", caption, png_of(figure))
+
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart that the dashboard draws itself from a table: what one can hover over and zoom into.
+    """A chart that the logger's dashboard draws itself from a table: what one can hover over and zoom into.
 
     Attributes:
         key: of the panel.
@@ -63,11 +74,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, each a number, text or None; all cells of a column are of one kind."""
+    """Rows of cells; all cells of a column are of one kind, or None."""
 
     key: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[Any, ...], ...]
+    rows: tuple[tuple[Cell, ...], ...]
     panels: tuple[Panel, ...] = ()
 
 
@@ -78,21 +89,4 @@ class Summary:
     values: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Model:
-    """A saved model.
-
-    Attributes:
-        name: its place in the run's folder, such as ``finetuned/seed0``.
-        folder: with its files.
-        parent: name of the model that it was made from; None if it was trained from scratch or loaded.
-        metadata: what its ``config.json`` says.
-    """
-
-    name: str
-    folder: Path
-    parent: str | None
-    metadata: Mapping[str, Any]
-
-
-Item: TypeAlias = Numbers | Histogram | Picture | Table | Summary | Model
+Item: TypeAlias = Numbers | Histogram | Picture | Table | Summary

@@ -7,27 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lightning_mdc.app.report.tables import scaled
-from lightning_mdc.figures.style import (
-    BLUE,
-    COLOURS,
-    INK,
-    ORANGE,
-    PALE,
-    WIDTH,
-    legend_above,
-    named,
-    new_figure,
-    plain,
-    width_of_blocks,
-)
+from lightning_mdc.figures import style
+from lightning_mdc.figures.numbers import scaled
+from lightning_mdc.figures.style import BLUE, COLOURS, INK, ORANGE, PALE, legend_above, new_figure, plain
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy, default_stages, kept_tokens
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from lightning_mdc.budget.macs import BlockMacs
 
 _LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens in the MLP"}
@@ -67,35 +56,35 @@ def kept_by_block(plan: Plan, num_tokens: int, num_prefix_tokens: int) -> tuple[
 def kept_figure(units: tuple[Kept, ...], title: str = "") -> Figure:
     """Bars per block, one panel per dimension; the pale bar behind each is what the dense model has."""
     depth = len(units[0].dense)
-    figure, panels = new_figure(width_of_blocks(depth), 1.7 * len(units) + 0.6, len(units), sharex=True)
+    figure, panels = new_figure(style.width_of_blocks(depth), 1.7 * len(units) + 0.6, len(units), sharex=True)
     for panel, dimension in zip(panels, units, strict=True):
         _draw_kept(panel, dimension)
     panels[-1].set_xlabel("block")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.few_ticks(panels[-1].xaxis, integer=True)
     figure.suptitle(title, color=INK, fontsize=11)
     return figure
 
 
 def policy_figure(policy: Policy, uniform: Policy | None, title: str = "") -> Figure:
-    """Keep ratios per block (per stage for tokens) of a policy, as bars, with the uniform policy's as a line."""
+    """Keep ratios per block (per token stage for tokens) of a policy, as bars, with the uniform policy's as a line."""
     both = [p for p in (policy, uniform) if p is not None]
     names = [name for name in DIMENSIONS if any(r < 1 for p in both for r in getattr(p, name))]
     names = names or list(DIMENSIONS)
     depth = max(len(getattr(policy, name)) for name in names)
-    figure, panels = new_figure(width_of_blocks(depth), 1.6 * len(names) + 0.6, len(names))
+    figure, panels = new_figure(style.width_of_blocks(depth), 1.6 * len(names) + 0.6, len(names))
     for panel, name in zip(panels, names, strict=True):
         ratios = np.asarray(getattr(policy, name))
-        places = np.arange(len(ratios))
-        panel.bar(places, np.ones(len(ratios)), width=0.8, color=PALE)
-        panel.bar(places, ratios, width=0.8, color=COLOURS[name], label="this policy")
+        numbers = np.arange(len(ratios))
+        panel.bar(numbers, np.ones(len(ratios)), width=0.8, color=PALE)
+        panel.bar(numbers, ratios, width=0.8, color=COLOURS[name], label="this policy")
         if uniform is not None:
             even = np.broadcast_to(np.asarray(getattr(uniform, name)), ratios.shape)
-            for place, ratio in zip(places, even, strict=True):
-                label = "uniform" if place == 0 else None
-                panel.plot([place - 0.4, place + 0.4], [ratio, ratio], color=INK, linewidth=1.6, label=label)
+            for number, ratio in enumerate(even):
+                label = "uniform" if number == 0 else None
+                panel.plot([number - 0.4, number + 0.4], [ratio, ratio], color=INK, linewidth=1.6, label=label)
         stages = policy.stages or default_stages(depth)
-        blocks = stages if name == "tokens" and len(stages) == len(ratios) else places
-        panel.set_xticks(places, [str(block) for block in blocks])
+        blocks = stages if name == "tokens" and len(stages) == len(ratios) else numbers
+        panel.set_xticks(numbers, [str(block) for block in blocks])
         panel.set_xlabel("token stage after the attention of block" if name == "tokens" else "block")
         plain(panel, f"{_LABELS[name] if name != 'tokens' else 'tokens'} kept")
         panel.set_ylim(0, 1.02)
@@ -108,8 +97,8 @@ def policy_figure(policy: Policy, uniform: Policy | None, title: str = "") -> Fi
 def macs_figure(dense: BlockMacs, slim: BlockMacs) -> Figure:
     """Where the MACs of an image went: attention and MLP stacked per block, dense (left, pale) beside slim (right)."""
     depth = len(dense.attention)
-    figure, (panel,) = new_figure(width_of_blocks(depth + 1), 3.1)
-    places = np.arange(depth + 1)  # the last one for all that is in no block
+    figure, (panel,) = new_figure(style.width_of_blocks(depth + 1), 3.1)
+    columns = np.arange(depth + 1)  # the last one for all that is in no block
     for model, shift, alpha, name in ((dense, -0.2, 0.38, "dense"), (slim, 0.2, 1.0, "slim")):
         lower = np.zeros(depth + 1)
         for part, amounts, colour in (
@@ -119,12 +108,12 @@ def macs_figure(dense: BlockMacs, slim: BlockMacs) -> Figure:
         ):
             heights = np.asarray(amounts, dtype=float)
             label = part if name == "slim" else None
-            panel.bar(places + shift, heights, 0.38, bottom=lower, color=colour, alpha=alpha, label=label, linewidth=0)
+            panel.bar(columns + shift, heights, 0.38, bottom=lower, color=colour, alpha=alpha, label=label, linewidth=0)
             lower += heights
-    panel.set_xticks(places, [*map(str, range(depth)), "rest"])
+    panel.set_xticks(columns, [*map(str, range(depth)), "rest"])
     panel.set_xlabel("block: dense pale on the left, slim on the right")
     panel.set_ylabel("MACs per image")
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda macs, _: scaled(macs).strip()))
+    panel.yaxis.set_major_formatter(lambda macs, _: scaled(macs).strip())
     tallest = max(dense.outside, *(a + m for a, m in zip(dense.attention, dense.mlp, strict=True)))
     panel.set_ylim(0, 1.06 * tallest)
     plain(panel)
@@ -133,18 +122,18 @@ def macs_figure(dense: BlockMacs, slim: BlockMacs) -> Figure:
 
 
 def kept_overview_figure(runs: Sequence[tuple[str, tuple[Kept, ...]]]) -> Figure:
-    """Share of all heads, neurons and tokens that several runs kept, a group of bars each."""
-    figure, (panel,) = new_figure(max(WIDTH, 1.1 * len(runs) + 1), 2.6)
+    """Fraction of all heads, neurons and tokens that each of several runs kept, a group of bars each."""
+    figure, (panel,) = new_figure(max(style.WIDTH, 1.1 * len(runs) + 1), 2.6)
     for number, dimension in enumerate(DIMENSIONS):
-        shares = {
-            place: sum(units.kept) / max(sum(units.dense), 1)
-            for place, (_, kept) in enumerate(runs)
+        fractions = {
+            run: sum(units.kept) / max(sum(units.dense), 1)
+            for run, (_, kept) in enumerate(runs)
             for units in kept
             if units.dimension == dimension
         }
-        at = np.fromiter(shares, dtype=float) + 0.27 * (number - 1)
-        panel.bar(at, list(shares.values()), 0.25, color=COLOURS[dimension], label=_LABELS[dimension])
-    panel.set_xticks(range(len(runs)), [named(name, 40) for name, _ in runs], rotation=20, ha="right")
+        at = np.fromiter(fractions, dtype=float) + 0.27 * (number - 1)
+        panel.bar(at, list(fractions.values()), 0.25, color=COLOURS[dimension], label=_LABELS[dimension])
+    panel.set_xticks(range(len(runs)), [style.named(name, 40) for name, _ in runs], rotation=20, ha="right")
     panel.set_ylim(0, 1.15)
     panel.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
     plain(panel)
@@ -153,24 +142,15 @@ def kept_overview_figure(runs: Sequence[tuple[str, tuple[Kept, ...]]]) -> Figure
 
 
 def _draw_kept(panel: Axes, units: Kept) -> None:
-    blocks = np.arange(len(units.dense))
+    blocks = range(len(units.dense))
     panel.bar(blocks, units.dense, width=0.8, color=PALE, label="dense")
     panel.bar(blocks, units.kept, width=0.8, color=COLOURS[units.dimension], label="kept")
     size = 8 if len(blocks) <= 16 else 6.5
     for block, kept in zip(blocks, units.kept, strict=True):
-        panel.annotate(
-            str(kept),
-            (block, kept),
-            (0, 2),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            color=INK,
-            fontsize=size,
-        )
-    share = sum(units.kept) / max(sum(units.dense), 1)
+        style.beside(panel, str(kept), (block, kept), (0, 2), ha="center", va="bottom", fontsize=size)
+    fraction = sum(units.kept) / max(sum(units.dense), 1)
     panel.set_ylabel(units.dimension)
     panel.set_ylim(0, max(units.dense) * 1.2)
-    panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    plain(panel, f"{share:.0%} of {_LABELS[units.dimension]}")
+    style.few_ticks(panel.yaxis, 4, integer=True)
+    plain(panel, f"{fraction:.0%} of {_LABELS[units.dimension]}")
     legend_above(panel)

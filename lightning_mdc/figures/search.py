@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from lightning_mdc.figures.style import BLUE, GRAY, GREEN, INK, PAPER, RED, WIDTH, new_figure, plain
+from lightning_mdc.figures.style import (
+    BLUE,
+    GRAY,
+    GREEN,
+    INK,
+    PAPER,
+    RED,
+    WIDTH,
+    few_ticks,
+    new_figure,
+    plain,
+    ring,
+    text_figure,
+)
 from lightning_mdc.gp_ei.process import GpEi
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TRIAL, _BEST, _FAILED = BLUE, GREEN, RED
 # Panels of the dependence picture, values per curve, and trials that a curve is averaged over.
@@ -38,70 +52,68 @@ class Expected(Tried, Protocol):
     def improvement(self) -> float | None: ...
 
 
-def progress_figure(rows: Sequence[Tried], direction: str, value: str = "value") -> Figure:
+def progress_figure(trials: Sequence[Tried], direction: str, value: str = "value") -> Figure:
     """Values by trial number: dots as they came, a line for the best so far, crosses for trials that failed.
 
     `value` is what they are called.
     """
-    figure, panel = _panel(3.1)
-    done = [row for row in rows if row.status == "done"]
-    low, high = _limits([row.value for row in done if row.value is not None], direction)
-    _dots(panel, done, [row.number for row in done], low, high)
-    _crosses(panel, rows, [row.number for row in rows if row.status == "failed"])
+    figure, (panel,) = new_figure(WIDTH, 3.1)
+    done, title = [trial for trial in trials if trial.status == "done"], ""
+    low, high = _limits([trial.value for trial in done if trial.value is not None], direction)
+    _dots(panel, done, [trial.number for trial in done], low, high)
+    _crosses(panel, trials, [trial.number for trial in trials if trial.status == "failed"])
     if done:
-        best = (np.minimum if direction == "minimize" else np.maximum).accumulate([row.value or 0.0 for row in done])
-        numbers = [row.number for row in done]
-        end = max(row.number for row in rows)
+        best = (np.minimum if direction == "minimize" else np.maximum).accumulate(
+            [trial.value or 0.0 for trial in done]
+        )
+        numbers = [trial.number for trial in done]
+        end = max(trial.number for trial in trials)
         panel.step([*numbers, end], np.clip([*best, best[-1]], low, high), where="post", color=_BEST, lw=1.8)
         where = int(np.flatnonzero(best == best[-1])[0])
-        panel.scatter([numbers[where]], [best[-1]], s=60, facecolors="none", edgecolors=_BEST, lw=1.8, label="best")
-        over = sum(row.status != "running" for row in rows)
+        ring(panel, numbers[where], best[-1], label="best")
+        over = sum(trial.status != "running" for trial in trials)
         title = f"best value {best[-1]:.6g}: trial {numbers[where]} of {over}"
-        panel.set_title(title, loc="left", fontsize=9.5, color=INK)
-    _finish(panel, "trial", value, low, high)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(panel, "trial", value, (low, high), title)
+    few_ticks(panel.xaxis, integer=True)
     return figure
 
 
-def cost_figure(rows: Sequence[Tried], direction: str, target: float, value: str = "value") -> Figure:
+def cost_figure(trials: Sequence[Tried], direction: str, target: float, value: str = "value") -> Figure:
     """What trials cost against what they are worth, with a line at the target. `value` is what that is called."""
-    figure, panel = _panel(3.1)
-    priced = [row for row in rows if row.cost is not None]
-    done = [row for row in priced if row.status == "done"]
-    low, high = _limits([row.value for row in done if row.value is not None], direction)
+    figure, (panel,) = new_figure(WIDTH, 3.1)
+    priced = [trial for trial in trials if trial.cost is not None]
+    done, title = [trial for trial in priced if trial.status == "done"], ""
+    low, high = _limits([trial.value for trial in done if trial.value is not None], direction)
     panel.axvline(target, color=INK, lw=1, ls=(0, (4, 3)), zorder=0, label=f"target {target:.6g}")
-    _dots(panel, done, [row.cost or 0.0 for row in done], low, high)
-    _crosses(panel, rows, [row.cost or 0.0 for row in priced if row.status == "failed"])
+    _dots(panel, done, [trial.cost or 0.0 for trial in done], low, high)
+    _crosses(panel, trials, [trial.cost or 0.0 for trial in priced if trial.status == "failed"])
     if done:
-        best = (min if direction == "minimize" else max)(done, key=lambda row: row.value or 0.0)
-        panel.scatter(
-            [best.cost or 0.0], [best.value or 0.0], s=60, facecolors="none", edgecolors=_BEST, lw=1.8, label="best"
-        )
+        best = (min if direction == "minimize" else max)(done, key=lambda trial: trial.value or 0.0)
+        ring(panel, best.cost or 0.0, best.value or 0.0, label="best")
         title = f"best value {best.value:.6g} at cost {best.cost:.6g}: trial {best.number}"
-        panel.set_title(title, loc="left", fontsize=9.5, color=INK)
-    left = min([row.cost or 0.0 for row in priced], default=target)
+    left = min([trial.cost or 0.0 for trial in priced], default=target)
     # Trials may all cost within a hair of the target: wide enough that the axis can say so in plain numbers.
     margin = max(0.08 * (target - left), 1e-4 * abs(target), 1e-12)
     panel.set_xlim(left - margin, target + margin)
     panel.ticklabel_format(axis="x", useOffset=False)
-    panel.xaxis.set_major_locator(MaxNLocator(6))
-    _finish(panel, "cost", value, low, high)
+    few_ticks(panel.xaxis, 6)
+    _finish(panel, "cost", value, (low, high), title)
     return figure
 
 
-def improvement_figure(rows: Sequence[Expected]) -> Figure:
+def improvement_figure(trials: Sequence[Expected]) -> Figure:
     """Expected improvement of every trial that the Gaussian process chose, when it chose it, on a logarithmic scale.
 
     Where the dots have come down, the process expects little of another trial: the search has converged.
     """
-    figure, panel = _panel(2.6)
-    chosen = [row for row in rows if row.improvement is not None]
-    drawn = [row.number for row in rows if row.improvement is None]
+    figure, (panel,) = new_figure(WIDTH, 2.6)
+    chosen = [trial for trial in trials if trial.improvement is not None]
+    drawn = [trial.number for trial in trials if trial.improvement is None]
     # Below this it is rounding.
     least = 1e-12
-    values = np.array([max(row.improvement or 0.0, least) for row in chosen])
+    values = np.array([max(trial.improvement or 0.0, least) for trial in chosen])
     if len(chosen):
-        panel.scatter([row.number for row in chosen], values, s=22, color=_TRIAL, alpha=0.75, linewidths=0)
+        panel.scatter([trial.number for trial in chosen], values, s=22, color=_TRIAL, alpha=0.75, linewidths=0)
         panel.set_yscale("log")
         panel.set_ylim(max(values.min(), values.max() * 1e-6) / 2, values.max() * 2)
     if drawn:
@@ -111,7 +123,7 @@ def improvement_figure(rows: Sequence[Expected]) -> Figure:
         _legend_below(panel)
     panel.set_xlabel("trial")
     panel.set_ylabel("expected improvement")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    few_ticks(panel.xaxis, integer=True)
     plain(panel)
     return figure
 
@@ -125,10 +137,7 @@ def dependence_figure(search: GpEi) -> Figure:
     process, points = search.model(), np.array([o.point for o in search.history if o.value is not None])
     axes = np.flatnonzero(search.space.numeric & (search.space.high > search.space.low))
     if process is None or not len(points) or not len(axes):
-        figure, panel = _panel(1.2)
-        panel.set_axis_off()
-        panel.text(0, 0.5, "no dependence to show: too few trials, or no numeric parameter", color=INK)
-        return figure
+        return text_figure("no dependence to show: too few trials, or no numeric parameter")
     background = points[np.linspace(0, len(points) - 1, min(len(points), _BACKGROUND)).astype(int)]
     curves = {axis: _dependence(search, process, background, axis) for axis in axes.tolist()}
     shown = sorted(curves, key=lambda axis: -np.ptp(curves[axis][1]))[:_PANELS]
@@ -146,46 +155,41 @@ def dependence_figure(search: GpEi) -> Figure:
     return figure
 
 
-def _dependence(search: GpEi, process: object, background: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values along an axis and what is expected there, both (grid,)."""
-    space, about = search.space, search.space.axes[axis]
-    low, high, step = about.low, about.high, about.step
+def _dependence(search: GpEi, process: object, background: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values along the axis of that number and what is expected there, both (grid,)."""
+    space, axis = search.space, search.space.axes[number]
+    low, high, step = axis.low, axis.high, axis.step
     count = round((high - low) / step) + 1 if step > 0 else _GRID
     if count <= _GRID and step > 0:
         grid = np.linspace(low, high, count)
     else:
-        grid = np.geomspace(low, high, _GRID) if about.log else np.linspace(low, high, _GRID)
+        grid = np.geomspace(low, high, _GRID) if axis.log else np.linspace(low, high, _GRID)
     points = np.repeat(background[None], len(grid), axis=0)
-    points[:, :, axis] = grid[:, None]
+    points[:, :, number] = grid[:, None]
     expected = process.predict(space.encode(points.reshape(-1, len(space))))  # type: ignore[attr-defined]
     sign = 1.0 if search.direction == "minimize" else -1.0
     return grid, sign * expected.reshape(len(grid), -1).mean(axis=1)
 
 
 def _draw_dependence(
-    panel: Axes, search: GpEi, tried: np.ndarray, axis: int, curve: tuple[np.ndarray, np.ndarray]
+    panel: Axes, search: GpEi, tried: np.ndarray, number: int, curve: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    about = search.space.axes[axis]
+    axis = search.space.axes[number]
     panel.plot(*curve, color=_TRIAL, lw=1.8)
     panel.plot(tried, np.zeros(len(tried)), "|", color=GRAY, ms=7, transform=panel.get_xaxis_transform(), clip_on=False)
     if search.best is not None:
-        best = search.best.point[axis]
-        x, y = (np.log(v) for v in (best, curve[0])) if about.log else (best, curve[0])
+        best = search.best.point[number]
+        x, y = (np.log(v) for v in (best, curve[0])) if axis.log else (best, curve[0])
         height = np.interp(x, y, curve[1])
-        panel.scatter([best], [height], s=50, facecolors=PAPER, edgecolors=_BEST, lw=1.8, zorder=3)
-    if about.log:
+        ring(panel, best, height, s=50, facecolors=PAPER, zorder=3)
+    if axis.log:
         panel.set_xscale("log")
     else:
-        panel.xaxis.set_major_locator(MaxNLocator(4, integer=about.integer))
-    plain(panel, about.name)
+        few_ticks(panel.xaxis, 4, integer=axis.integer)
+    plain(panel, axis.name)
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
-
-
-def _panel(height: float) -> tuple[Figure, Axes]:
-    figure, (panel,) = new_figure(WIDTH, height)
-    return figure, panel
 
 
 def _limits(values: Sequence[float], direction: str) -> tuple[float, float]:
@@ -202,30 +206,30 @@ def _limits(values: Sequence[float], direction: str) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5 * max(abs(low), 1e-9), high + 0.5 * max(abs(high), 1e-9))
 
 
-def _dots(panel: Axes, rows: Sequence[Tried], places: Sequence[float], low: float, high: float) -> None:
-    values, where = np.array([row.value for row in rows], dtype=float), np.array(places, dtype=float)
+def _dots(panel: Axes, trials: Sequence[Tried], x: Sequence[float], low: float, high: float) -> None:
+    values, at = np.array([trial.value for trial in trials], dtype=float), np.array(x, dtype=float)
     inside = (values >= low) & (values <= high)
-    panel.scatter(where[inside], values[inside], s=22, color=_TRIAL, alpha=0.75, linewidths=0, label="trial")
+    panel.scatter(at[inside], values[inside], s=22, color=_TRIAL, alpha=0.75, linewidths=0, label="trial")
     for outside, edge, marker in ((values > high, high, "^"), (values < low, low, "v")):
         if outside.any():
             far = f"far worse, to {values[outside].max() if edge == high else values[outside].min():.3g}"
-            at = np.full(outside.sum(), edge)
-            panel.scatter(where[outside], at, s=26, marker=marker, color=_TRIAL, alpha=0.75, linewidths=0, label=far)
+            edges = np.full(outside.sum(), edge)
+            panel.scatter(at[outside], edges, s=26, marker=marker, color=_TRIAL, alpha=0.75, linewidths=0, label=far)
 
 
-def _crosses(panel: Axes, rows: Sequence[Tried], places: Sequence[float]) -> None:
+def _crosses(panel: Axes, trials: Sequence[Tried], x: Sequence[float]) -> None:
     """Trials without a value, along the bottom."""
-    if len(places):
-        at, bottom = np.asarray(places), np.full(len(places), 0.03)
-        label = f"failed ({len(places)} of {len(rows)})"
-        panel.plot(at, bottom, "x", color=_FAILED, ms=6, mew=1.6, transform=panel.get_xaxis_transform(), label=label)
+    if len(x):
+        label, bottom = f"failed ({len(x)} of {len(trials)})", np.full(len(x), 0.03)
+        panel.plot(x, bottom, "x", color=_FAILED, ms=6, mew=1.6, transform=panel.get_xaxis_transform(), label=label)
 
 
-def _finish(panel: Axes, x: str, y: str, low: float, high: float) -> None:
+def _finish(panel: Axes, x: str, y: str, limits: tuple[float, float], title: str) -> None:
+    low, high = limits
     panel.set_xlabel(x)
     panel.set_ylabel(y)
     panel.set_ylim(low - 0.12 * (high - low), high + 0.06 * (high - low))
-    plain(panel)
+    plain(panel, title)
     _legend_below(panel)
 
 

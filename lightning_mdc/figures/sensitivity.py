@@ -1,23 +1,24 @@
-"""Pictures of what each dimension of each block bears alone. Drawn without a display."""
+"""Pictures of what each dimension of each block bears alone."""
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from typing import TYPE_CHECKING
 
-from lightning_mdc.figures.style import GRAY, INK, WIDTH, new_figure, plain
+import numpy as np
+
+from lightning_mdc.figures.style import GRAY, INK, WIDTH, colour_bar, new_figure, percent_ticks, plain, text_figure
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
 
-_NOT_YET = "#f2f2f2"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.figure import Figure
+
+_NOT_YET, _NOTHING_YET = "#f2f2f2", "no cut has been tried yet"
 # On a map's colours, which are the same on a light page and on a dark one; the theme's would not be read there.
 _ON_PALE, _ON_DARK = "#1c1c1c", "#fdfdfd"
-# Tokens leave at a stage, and all blocks after it have fewer.
-_LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens after a stage"}
+# Tokens leave at a token stage, and all blocks after it have fewer.
+_LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens after a token stage"}
 _WORDS = {"accuracy": "top-1", "kl": "KL to dense (nats)"}
 # Below this KL two curves differ by noise; above it they are drawn by orders of magnitude.
 _SMALL_KL = 0.01
@@ -29,12 +30,12 @@ def sensitivity_figure(sensitivity: Sensitivity, measure: str = "accuracy") -> F
     """Accuracy or KL against the keep ratio, a panel per dimension, a line per block from pale (early) to dark (late).
 
     Args:
-        sensitivity: also of a stage that is under way.
+        sensitivity: also of a measurement that is under way.
         measure: ``"accuracy"`` or ``"kl"``.
     """
     names = sensitivity.dimensions
     if not names:
-        return _nothing_yet()
+        return text_figure(_NOTHING_YET)
     figure, panels = new_figure(WIDTH, 1.9 * len(names) + 0.5, len(names), sharex=True, sharey=True)
     blocks = sorted({cut.block for cut in sensitivity.cuts})
     colours = _colours(blocks[-1] + 1)
@@ -52,16 +53,20 @@ def sensitivity_figure(sensitivity: Sensitivity, measure: str = "accuracy") -> F
         panels[-1].set_ylim(0, 1.3 * max(max(cut.kl for cut in sensitivity.cuts), _SMALL_KL))
     panels[-1].set_xlim(1.02, -0.02)
     panels[-1].set_xlabel("kept of this block's units, all other blocks whole", fontsize=9, color=INK)
-    _depth_bar(figure, panels, colours)
+    _depth_bar(panels, colours)
     return figure
 
 
 def sensitivity_map(sensitivity: Sensitivity) -> Figure:
     """Percentage points of top-1 lost, by block and keep ratio: a map per dimension; what is not yet known is pale."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
     names = sensitivity.dimensions
     rows = [len(sensitivity.blocks(name)) for name in names]
     if not names:
-        return _nothing_yet()
+        return text_figure(_NOTHING_YET)
     figure, panels = new_figure(WIDTH, 0.24 * sum(rows) + 0.75 * len(names) + 0.5, len(names), height_ratios=rows)
     dense = max((cut.accuracy for cut in sensitivity.cuts if cut.keep == 1), default=0.0)
     worst = max(dense - min(cut.accuracy for cut in sensitivity.cuts), 0.01)
@@ -80,34 +85,26 @@ def sensitivity_map(sensitivity: Sensitivity) -> Figure:
         plain(panel, f"{_LABELS[name]} kept")
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, aspect=40, pad=0.02)
-    bar.set_label("top-1 lost (percentage points)", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8, colors=INK)
-    bar.outline.set_visible(False)
-    return figure
-
-
-def _nothing_yet() -> Figure:
-    figure, (panel,) = new_figure(WIDTH, 1.2)
-    panel.set_axis_off()
-    panel.text(0, 0.5, "no cut has been tried yet", color=INK)
+    colour_bar(panels, ScalarMappable(norm, colours), "top-1 lost (percentage points)")
     return figure
 
 
 def _colours(depth: int) -> ListedColormap:
     """A colour per block; neither end of the map vanishes on a light page or a dark one."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
     return ListedColormap(colormaps["viridis_r"](np.linspace(0.12, 0.72, depth)))
 
 
-def _depth_bar(figure: Figure, panels: list[Axes], colours: ListedColormap) -> None:
+def _depth_bar(panels: list[Axes], colours: ListedColormap) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+
     depth = colours.N
     norm = BoundaryNorm(np.arange(depth + 1) - 0.5, depth)
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, aspect=40, pad=0.02)
-    bar.set_ticks(list(range(0, depth, -(-depth // 12))))
-    bar.set_label("block", fontsize=9, color=INK)
-    bar.ax.tick_params(labelsize=8, colors=INK, length=0)
+    bar = colour_bar(panels, ScalarMappable(norm, colours), "block", ticks=range(0, depth, -(-depth // 12)))
     bar.ax.minorticks_off()
-    bar.outline.set_visible(False)
 
 
 def _finish(panel: Axes, name: str, measure: str) -> None:
@@ -117,7 +114,7 @@ def _finish(panel: Axes, name: str, measure: str) -> None:
     if measure == "kl":
         panel.set_yscale("symlog", linthresh=_SMALL_KL)
     else:
-        panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        percent_ticks(panel.yaxis, decimals=0)
 
 
 def _percent(cut: Cut) -> int:
@@ -135,5 +132,5 @@ def _numbers(panel: Axes, lost: np.ndarray, norm: Normalize) -> None:
     for (row, column), points in np.ndenumerate(lost):
         if np.isfinite(points):
             colour = _ON_DARK if norm(points) > 0.55 else _ON_PALE
-            said = f"{points:.0f}" if abs(points) >= 9.95 else f"{points:.1f}".replace("-0.0", "0.0")
-            panel.text(column, row, said, ha="center", va="center", fontsize=7, color=colour)
+            text = f"{points:.0f}" if abs(points) >= 9.95 else f"{points:.1f}".replace("-0.0", "0.0")
+            panel.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)

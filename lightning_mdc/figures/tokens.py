@@ -6,12 +6,15 @@ As readers know them from EViT (Liang et al., arXiv 2202.07800) and ToMe (Bolya 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from lightning_mdc.figures.examples import Example
 from lightning_mdc.figures.style import INK, WIDTH, named, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What is left of a faded patch, and the gray it fades into.
 _LEFT, _FADE_TO = 0.22, 225.0
@@ -19,6 +22,28 @@ _LEFT, _FADE_TO = 0.22, 225.0
 _ABOVE, _BELOW, _SHARE = 0.38, 0.22, 0.94
 # Letters that fit above a row of pictures.
 _LINE = 62
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One image, what two models say of it, and what the slim one still looks at.
+
+    Attributes:
+        image: (height, width, 3), uint8, as the model sees it.
+        why: it is shown.
+        label: its class.
+        dense, slim: (class, probability) that each predicts.
+        change: KL(dense ‖ slim) of the two predictions, in nats.
+        kept: (stages, patches), bool: whether a patch is still there as a token of its own after each token stage.
+    """
+
+    image: np.ndarray
+    why: str
+    label: int
+    dense: tuple[int, float]
+    slim: tuple[int, float]
+    change: float
+    kept: np.ndarray
 
 
 def faded(image: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -32,8 +57,8 @@ def faded(image: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> np.ndar
     height, width = image.shape[:2]
     # Each pixel's patch; where the grid does not divide the image, borders fall on the nearest pixel.
     rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
-    there = kept.reshape(grid)[rows[:, None], columns[None]][..., None]
-    return np.where(there, image, _LEFT * image + (1 - _LEFT) * _FADE_TO).round().astype(np.uint8)
+    stays = kept.reshape(grid)[rows[:, None], columns[None]][..., None]
+    return np.where(stays, image, _LEFT * image + (1 - _LEFT) * _FADE_TO).round().astype(np.uint8)
 
 
 def tokens_figure(
@@ -56,7 +81,7 @@ def tokens_figure(
         pictures = [example.image, *(faded(example.image, kept, grid) for kept in example.kept)]
         for panel, picture in zip(line, pictures, strict=True):
             panel.imshow(picture, interpolation="nearest")
-        line[0].set_title(said(example, class_names), loc="left", fontsize=8, color=INK)
+        line[0].set_title(answers(example, class_names), loc="left", fontsize=8, color=INK)
         for panel, kept, block in zip(line[1:], example.kept, blocks, strict=True):
             panel.text(
                 0.5,
@@ -71,7 +96,7 @@ def tokens_figure(
     return figure
 
 
-def said(example: Example, class_names: Sequence[str]) -> str:
+def answers(example: Example, class_names: Sequence[str]) -> str:
     """What an image is and what the two models say: ``is cat · dense: cat (97 %) · slim: dog (55 %)``."""
     parts = [
         f"{name}: {named(class_names[kind])} ({sure:.0%})".replace("%", " %")

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_mdc.app.report import result_figures
+from lightning_mdc.app.report.examples import FIRST, LEAST_CHANGED, MOST_CHANGED
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.result_figures import Point
-from lightning_mdc.app.report.tables import scaled, share
 from lightning_mdc.budget import Budget
 from lightning_mdc.budget.uniform import uniform_policy
 from lightning_mdc.errors import MdcError
@@ -22,7 +22,7 @@ from lightning_mdc.figures import plan as plan_figures
 from lightning_mdc.figures import search as search_figures
 from lightning_mdc.figures import sensitivity as sensitivity_figures
 from lightning_mdc.figures import tokens as token_figures
-from lightning_mdc.figures.examples import FIRST, LEAST_CHANGED, MOST_CHANGED
+from lightning_mdc.figures.numbers import percent, scaled
 from lightning_mdc.figures.style import save_figure
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
@@ -58,15 +58,15 @@ class Chart:
     figure: Figure
 
 
-def charts(record: RunRecord, stage: str | None = None) -> list[Chart]:
+def charts(record: RunRecord, step: str | None = None) -> list[Chart]:
     """The pictures of a run, in the order of a report; those that have nothing to show (yet) are left out.
 
     Args:
-        stage: only those that come with the result of this stage.
+        step: only those that come with the result of this step.
     """
     found: list[Chart] = []
-    for stages, part in _PARTS:
-        if stage is not None and stage not in stages:
+    for steps, part in _PARTS:
+        if step is not None and step not in steps:
             continue
         try:
             found.extend(part(record))
@@ -110,7 +110,7 @@ def _removed(record: RunRecord) -> Iterator[Chart]:
             REMOVED,
             "Where the MACs went",
             f"Of the {scaled(before.total)}MACs of an image {scaled(after.total)} are left, "
-            f"{share(after.total / before.total)}. The bars named “rest” are patch embedding and classifier.",
+            f"{percent(after.total / before.total)}. The bars named “rest” are patch embedding and classifier.",
             plan_figures.macs_figure(before, after),
         )
 
@@ -156,7 +156,7 @@ def _search(record: RunRecord) -> Iterator[Chart]:
         "search/cost",
         SEARCH,
         "How close to the budget?",
-        "What each trial costs as a share of the budget, against what it is worth. None is above the line.",
+        "What each trial costs as a fraction of the budget, against what it is worth. None is above the line.",
         search_figures.cost_figure(study.trials, direction, 1.0, metric),
     )
     if has_chosen:
@@ -176,7 +176,7 @@ def _front(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
     best = study.best
     # Top-1 is what readers ask for, whatever the search looked at.
     worth, name = ("accuracy", "accuracy") if "accuracy" in reference else ("value", metric)
-    points = [Point(1.0, reference[worth], _reference(record))] if worth in reference else []
+    points = [Point(1.0, reference[worth], record.weights)] if worth in reference else []
     for other in record.studies:
         for trial in other.trials:
             value = trial.facts.get("accuracy") if worth == "accuracy" else trial.value
@@ -196,7 +196,7 @@ def _front(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
         "What does a MAC buy?",
         "Every policy that was evaluated, not finetuned, on held-out training images. The line joins those that "
         "no other one beats, the ring is the one that was chosen.",
-        result_figures.front_figure(points, "MACs, as a share of dense", name, percent=name == "accuracy"),
+        result_figures.front_figure(points, "MACs, as a fraction of dense", name, percent=name == "accuracy"),
     )
 
 
@@ -231,7 +231,7 @@ def _speed(record: RunRecord) -> Iterator[Chart]:
 def _classes(record: RunRecord) -> Iterator[Chart]:
     changes, outcomes = record.class_changes, record.outcomes
     if changes and outcomes is not None:
-        seeds = len(outcomes.slim_places)
+        seeds = len(outcomes.slim_models)
         yield Chart(
             "classes",
             SPEED_AND_CLASSES,
@@ -247,7 +247,6 @@ def _sensitivity(record: RunRecord) -> Iterator[Chart]:
     if sensitivity is None or not sensitivity.cuts:
         return
     alone = "One dimension of one block is cut, all else stays whole; not finetuned, on held-out training images."
-    reference = _reference(record)
     yield Chart(
         "sensitivity/accuracy",
         SENSITIVITY,
@@ -259,7 +258,7 @@ def _sensitivity(record: RunRecord) -> Iterator[Chart]:
         "sensitivity/kl",
         SENSITIVITY,
         "How far predictions move",
-        f"{alone} KL({reference} ‖ cut) also sees what does not turn an answer into a wrong one.",
+        f"{alone} KL({record.weights} ‖ cut) also sees what does not turn an answer into a wrong one.",
         sensitivity_figures.sensitivity_figure(sensitivity, "kl"),
     )
     yield Chart(
@@ -332,11 +331,6 @@ def _metric(study: StudyFile) -> str:
     """What the values are."""
     name = study.metadata.get("metric", "value")
     return {"kl": "−KL to dense", "loss": "−cross-entropy"}.get(name, str(name))
-
-
-def _reference(record: RunRecord) -> str:
-    """What trials are compared with: the model whose weights they share."""
-    return "shared" if record.settings.get("sharing", {}).get("epochs") else "dense"
 
 
 def _process(study: StudyFile) -> GpEi:

@@ -10,11 +10,11 @@ from typing import Any
 from lightning_mdc.app.report.charts import REMOVED, SPEED_AND_CLASSES, Chart
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.result_figures import runs_figure
-from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, mean_correct
-from lightning_mdc.app.report.tables import Table, share
+from lightning_mdc.app.report.results import FINETUNED, REFERENCE, mean_top1
+from lightning_mdc.app.report.tables import Table
 from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.numbers import percent
 from lightning_mdc.figures.plan import kept_by_block, kept_overview_figure
-from lightning_mdc.files import write_text
 
 # Settings that differ between any two runs, or change no result.
 _SILENT = ("resume", "stage", "skip", "runs", "logger", "latency")
@@ -30,14 +30,14 @@ class Comparison:
         table: a row per run.
         differences: a row per setting that is not the same in all, a column per run.
         charts: pictures.
-        places: (name, folder) of each run.
+        folders: (name, folder) of each run.
     """
 
     title: str
     table: Table
     differences: Table
     charts: tuple[Chart, ...]
-    places: tuple[tuple[str, Path], ...]
+    folders: tuple[tuple[str, Path], ...]
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
@@ -57,21 +57,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
         ),
         differences=_differences(records),
         charts=tuple(_charts(records)),
-        places=tuple((name, record.folder) for name, record in records.items()),
+        folders=tuple((name, record.folder) for name, record in records.items()),
     )
-
-
-def write_comparison(folders: Sequence[Path], path: Path) -> Comparison:
-    """Write the comparison of these runs as a page; returns what it says.
-
-    Raises:
-        ConfigError: see `compare`.
-    """
-    from lightning_mdc.app.report.page import comparison_page
-
-    comparison = compare(folders)
-    write_text(path, comparison_page(comparison))
-    return comparison
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -88,15 +75,14 @@ def _row(record: RunRecord) -> tuple[str, ...]:
     results = record.results
     if results is None:
         return ("not finished", *[""] * (len(_COLUMNS) - 1))
-    dense, slim, reference = results.of(DENSE)[0], results.slimmest, results.of(REFERENCE)
-    images = slim.images
+    dense, slim, reference = results.dense, results.slimmest, results.of(REFERENCE)
     return (
-        share(slim.macs / dense.macs),
-        share(slim.params / dense.params),
-        share(dense.top1),
-        share(mean_correct(reference) / images) if reference else "",
-        share(results.slim_correct / images) + ("" if results.of(FINETUNED) else " (not finetuned)"),
-        f"{100 * (results.slim_correct / images - dense.top1):+.1f}",
+        percent(slim.macs / dense.macs),
+        percent(slim.params / dense.params),
+        percent(dense.top1),
+        percent(mean_top1(reference)) if reference else "",
+        percent(results.slim_top1) + ("" if results.of(FINETUNED) else " (not finetuned)"),
+        f"{100 * (results.slim_top1 - dense.top1):+.1f}",
         ", ".join(f"{results.speedup(size):.2f}x" for size in results.batch_sizes),
     )
 
@@ -140,6 +126,6 @@ def _charts(records: Mapping[str, RunRecord]) -> Iterator[Chart]:
             "kept",
             REMOVED,
             "What was kept",
-            "Share of all heads, neurons and tokens (summed over blocks) that each run kept.",
+            "Fraction of all heads, neurons and tokens (summed over blocks) that each run kept.",
             kept_overview_figure(kept),
         )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, Results, mean_correct
-from lightning_mdc.app.report.tables import scaled, seconds, share
+from lightning_mdc.app.report.results import FINETUNED, REFERENCE, Results, mean_correct
+from lightning_mdc.figures.numbers import percent, scaled, seconds
 
 
 def verdict(results: Results) -> str:
     """The one sentence: what it costs, what accuracy is left, how much faster it is."""
-    dense, slim, right = results.of(DENSE)[0], results.slimmest, results.slim_correct
+    dense, slim, right = results.dense, results.slimmest, results.slim_correct
     number = f"{right:.0f}" if float(right).is_integer() else f"{right:.1f}"
     after = " after finetuning" if results.of(FINETUNED) else ", not finetuned,"
     batch = results.batch_sizes[-1]
     return (
-        f"At {share(slim.macs / dense.macs)} of the MACs and {share(slim.params / dense.params)} of the parameters the "
-        f"slim model{after} gets {number} of {dense.images} test "
-        f"images right, {_difference(right - dense.correct)} dense ({share(dense.top1)} → "
-        f"{share(right / dense.images)}), and is {results.speedup(batch):.2f}x as fast at batch {batch}."
+        f"At {percent(slim.macs / dense.macs)} of the MACs and {percent(slim.params / dense.params)} of the parameters "
+        f"the slim model{after} gets {number} of {dense.images} test "
+        f"images right, {_difference(right - dense.correct)} dense ({percent(dense.top1)} → "
+        f"{percent(right / dense.images)}), and is {results.speedup(batch):.2f}x as fast at batch {batch}."
     )
 
 
@@ -43,7 +43,7 @@ def overhead_line(results: Results) -> str | None:
     gain, full_gain = results.speedup(small) - 1, results.speedup(large) - 1
     if small == large or full_gain <= 0 or gain >= full_gain / 2:
         return None
-    dense = results.of(DENSE)[0]
+    dense = results.dense
     return (
         f"At batch {small} the slim model is {1 + gain:.2f}x as fast as dense, at batch {large} {1 + full_gain:.2f}x: "
         f"{scaled(dense.macs)}MACs are so few that most of the {seconds(dense.latency[small])} of a single image goes "

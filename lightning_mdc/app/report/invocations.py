@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.terminal import started
-from lightning_mdc.files import write_json
+from lightning_mdc.files import read_json, write_json
 
 _FILE = "invocations.json"
 _PACKAGES = ("lightning-mdc", "torch", "lightning", "timm", "torchmetrics", "hydra-core", "scikit-optimize", "numpy")
@@ -41,15 +40,14 @@ def this_invocation() -> Invocation:
 
 def note_invocation(folder: RunFolder) -> None:
     """Add this process to the ones that the run's folder remembers."""
-    everyone = [*invocations(folder.path), this_invocation()]
-    write_json(folder / _FILE, [asdict(each) for each in everyone])
+    write_json(folder / _FILE, [asdict(each) for each in (*invocations(folder.path), this_invocation())])
 
 
 def invocations(folder: Path) -> tuple[Invocation, ...]:
     """All that worked on the run in `folder`, the first first; none if the file is missing or damaged."""
     try:
-        return tuple(Invocation(**each) for each in json.loads((folder / _FILE).read_text()))
-    except (OSError, ValueError, TypeError):
+        return tuple(Invocation(**each) for each in read_json(folder / _FILE) or ())
+    except TypeError:  # edited by somebody
         return ()
 
 

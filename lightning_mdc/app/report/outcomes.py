@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from lightning_mdc.errors import ConfigError
-from lightning_mdc.files import replacing
+from lightning_mdc.app.report.saved import load_arrays, reading, save_arrays
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class ClassChange:
 
     @property
     def change(self) -> float:
-        """Of the share that is right; 0 without images."""
+        """Of the fraction that is right; 0 without images."""
         return (self.slim - self.dense) / self.images if self.images else 0.0
 
 
@@ -42,7 +38,7 @@ class Outcomes:
 
     Attributes:
         labels: (images,) whole numbers.
-        predicted: (images,) by the model's place in the run's folder: ``"dense"``, ``"slim"``, ``"finetuned/seed0"``.
+        predicted: (images,) by the model's folder in the run's folder: ``"dense"``, ``"slim"``, ``"finetuned/seed0"``.
         class_names: in the order of the labels.
     """
 
@@ -55,32 +51,30 @@ class Outcomes:
         """Test images of each class, (classes,)."""
         return np.bincount(self.labels, minlength=len(self.class_names))
 
-    def correct_by_class(self, place: str) -> np.ndarray:
-        """Images of each class that the model at `place` gets right, (classes,)."""
-        right = self.labels[self.predicted[place] == self.labels]
+    def correct_by_class(self, model: str) -> np.ndarray:
+        """Images of each class that `model` gets right, (classes,)."""
+        right = self.labels[self.predicted[model] == self.labels]
         return np.bincount(right, minlength=len(self.class_names))
 
     @property
-    def slim_places(self) -> tuple[str, ...]:
-        """Of the slim models to speak of: the finetuned ones if there are any."""
-        finetuned = [place for place in self.predicted if place.startswith("finetuned/")]
-        return tuple(sorted(finetuned, key=lambda place: (len(place), place))) or ("slim",)
+    def slim_models(self) -> tuple[str, ...]:
+        """The slim models to speak of: the finetuned ones, by seed, if there are any."""
+        finetuned = [model for model in self.predicted if model.startswith("finetuned/")]
+        return tuple(sorted(finetuned, key=lambda model: (len(model), model))) or ("slim",)
 
     def class_changes(self) -> tuple[ClassChange, ...]:
         """How each class that has test images fared, the worst first."""
         dense = self.correct_by_class("dense")
-        slim = np.mean([self.correct_by_class(place) for place in self.slim_places], axis=0)
+        slim = np.mean([self.correct_by_class(model) for model in self.slim_models], axis=0)
         rows = zip(self.class_names, self.images_by_class.tolist(), dense.tolist(), slim.tolist(), strict=True)
         found = [ClassChange(*row) for row in rows if row[1]]
         return tuple(sorted(found, key=lambda change: (change.change, change.name)))
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, so that it is there whole or not at all."""
-        tensors = {"labels": self.labels}
-        tensors |= {f"predicted/{place}": classes for place, classes in self.predicted.items()}
-        plain = {name: np.ascontiguousarray(array, dtype=np.int32) for name, array in tensors.items()}
-        with replacing(path) as beside:
-            save_file(plain, beside, metadata={"class_names": json.dumps(self.class_names)})
+        arrays = {f"predicted/{model}": classes for model, classes in self.predicted.items()} | {"labels": self.labels}
+        facts = {"class_names": self.class_names}
+        save_arrays(path, {name: array.astype(np.int32) for name, array in arrays.items()}, facts)
 
     @classmethod
     def load(cls, path: Path) -> Outcomes:
@@ -89,12 +83,8 @@ class Outcomes:
         Raises:
             ConfigError: it cannot be read.
         """
-        try:
-            with safe_open(str(path), framework="numpy") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                names = json.loads((file.metadata() or {})["class_names"])
-            labels = tensors.pop("labels")
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{path} holds no predictions ({error}); run the stage 'test' again") from error
-        predicted = {name.removeprefix("predicted/"): classes for name, classes in tensors.items()}
-        return cls(labels, predicted, tuple(names))
+        with reading(path, "predictions"):
+            arrays, facts = load_arrays(path)
+            labels = arrays.pop("labels")
+            predicted = {name.removeprefix("predicted/"): classes for name, classes in arrays.items()}
+            return cls(labels, predicted, tuple(facts["class_names"]))

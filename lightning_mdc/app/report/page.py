@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import re
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import matplotlib as mpl
 from markupsafe import Markup
 
-from lightning_mdc.app.report.charts import Chart
-from lightning_mdc.app.report.comparing import Comparison
-from lightning_mdc.app.report.report import Report
 from lightning_mdc.figures import style
+
+if TYPE_CHECKING:
+    from lightning_mdc.app.report.charts import Chart
+    from lightning_mdc.app.report.comparing import Comparison
+    from lightning_mdc.app.report.report import Report
 
 # Colours of the pictures that the page's style sheet redefines for a dark background.
 _THEMED = {

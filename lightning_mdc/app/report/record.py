@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_mdc.app.report.examples import Examples
 from lightning_mdc.app.report.invocations import Invocation, invocations
 from lightning_mdc.app.report.outcomes import ClassChange, Outcomes
 from lightning_mdc.app.report.results import Results
@@ -18,7 +18,7 @@ from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.artifact import load
 from lightning_mdc.budget import CostModel
 from lightning_mdc.errors import ConfigError, MdcError
-from lightning_mdc.figures.examples import Examples
+from lightning_mdc.files import read_json
 from lightning_mdc.gp_ei.study import StudyFile, read_study
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import find_sites
@@ -54,23 +54,25 @@ class RunRecord:
     @cached_property
     def settings(self) -> Mapping[str, Any]:
         """Of the last start; empty if there are none."""
-        try:
-            settings = json.loads((self.folder / "settings.json").read_text())
-        except (OSError, ValueError):
-            return {}
+        settings = read_json(self.folder / "settings.json")
         if not isinstance(settings, dict) or any(not isinstance(settings.get(k, {}), dict) for k in _GROUPS):
-            return {}  # edited by somebody
+            return {}  # none, or edited by somebody
         return settings
 
     @cached_property
     def name(self) -> str:
         return str(self.settings.get("name", self.folder.resolve().parent.name))
 
+    @property
+    def weights(self) -> str:
+        """The model whose weights were searched over and cut: ``dense``, or ``shared``, what sharing made of it."""
+        return "shared" if self.settings.get("sharing", {}).get("epochs") else "dense"
+
     @cached_property
-    def stages(self) -> Mapping[str, Mapping[str, Any]]:
-        """What is known of every stage that is done, in their order: ``seconds``, ``settings``, ``fingerprint``."""
-        records = {name: RunFolder(self.folder).record(name) for name in STEPS}
-        return {name: record for name, record in records.items() if record is not None}
+    def steps(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of every step that is done, in their order: ``seconds``, ``settings``, ``fingerprint``."""
+        known = {name: RunFolder(self.folder).record(name) for name in STEPS}
+        return {name: facts for name, facts in known.items() if facts is not None}
 
     @cached_property
     def invocations(self) -> tuple[Invocation, ...]:
@@ -132,8 +134,8 @@ class RunRecord:
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
-        """What was cut so far; of a stage that is under way or was killed, the cuts that are done."""
-        if "sensitivity" in self.stages or "score" not in self.stages:
+        """What was cut so far; of a step that is under way or was killed, the cuts that are done."""
+        if "sensitivity" in self.steps or "score" not in self.steps:
             return self._of("sensitivity", "sensitivity.csv", Sensitivity.load)
         # Of an older dense model or older scores there may be some, too.
         since = (self.folder / RECORDS / "score.json").stat().st_mtime_ns
@@ -141,9 +143,9 @@ class RunRecord:
         newest = max((when for when in begun if when > since), default=None)
         return None if newest is None else self._read(str(begun[newest].relative_to(self.folder)), Sensitivity.load)
 
-    def _of(self, stage: str, name: str, read: Callable[[Path], T]) -> T | None:
-        """What a stage left; nothing unless it is done, for what lies there then belongs to older settings."""
-        return self._read(name, read) if stage in self.stages else None
+    def _of(self, step: str, name: str, read: Callable[[Path], T]) -> T | None:
+        """What a step left; nothing unless it is done, for what lies there then belongs to older settings."""
+        return self._read(name, read) if step in self.steps else None
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T | None:
         path = self.folder / name

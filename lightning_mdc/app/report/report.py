@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from lightning_mdc.app.report.charts import Chart, charts, save_charts
+from lightning_mdc.app.report.charts import Chart, charts
 from lightning_mdc.app.report.findings import findings, verdict
 from lightning_mdc.app.report.record import RunRecord
-from lightning_mdc.app.report.results import DENSE
-from lightning_mdc.app.report.tables import Table, by_class, by_seed, comparison, share
+from lightning_mdc.app.report.tables import Table, by_class, by_seed, comparison
 from lightning_mdc.app.run_folder import RECORDS
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.terminal import again
-from lightning_mdc.files import write_text
+from lightning_mdc.figures.numbers import percent
 
 PICTURES = "pictures"
 
@@ -34,7 +32,7 @@ _OF_THE_RUN = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Output:
     """A file or folder of the run, relative to the run's folder, and what it holds."""
 
     path: str
@@ -66,10 +64,10 @@ class Report:
         verdict: how it went, in a sentence.
         headline: a few numbers to see at once: (number, what it is).
         findings: further sentences.
-        stages: of every stage that is done: (name, seconds; None if it was picked up).
+        steps: of every step that is done: (name, seconds; None if it was picked up).
         comparison, seeds, classes: tables, where there are results.
         charts: pictures.
-        places: where things lie.
+        outputs: what lies in the run's folder.
         commands: what to type next: (what it does, command).
         reproduction: how to get the same again.
     """
@@ -79,12 +77,12 @@ class Report:
     verdict: str
     headline: tuple[tuple[str, str], ...]
     findings: tuple[str, ...]
-    stages: tuple[tuple[str, float | None], ...]
+    steps: tuple[tuple[str, float | None], ...]
     comparison: Table | None
     seeds: Table | None
     classes: Table | None
     charts: tuple[Chart, ...]
-    places: tuple[Place, ...]
+    outputs: tuple[Output, ...]
     commands: tuple[tuple[str, str], ...]
     reproduction: Reproduction
 
@@ -99,33 +97,15 @@ def report_of(record: RunRecord) -> Report:
         verdict=_unfinished(record) if results is None else verdict(results),
         headline=_headline(record),
         findings=() if results is None else (*_warnings(record), *findings(results)[1:]),
-        stages=tuple((name, known.get("seconds")) for name, known in record.stages.items()),
+        steps=tuple((name, known.get("seconds")) for name, known in record.steps.items()),
         comparison=None if results is None else comparison(results),
         seeds=by_seed(results) if results is not None and by_seed(results).rows else None,
         classes=by_class(changes) if changes else None,
         charts=tuple(charts(record)),
-        places=places(record),
+        outputs=outputs(record),
         commands=commands(record),
         reproduction=_reproduction(record),
     )
-
-
-def write_report(folder: Path) -> Report:
-    """Write ``report.html``, ``report.md`` and ``pictures/`` into a run's folder; returns what they say.
-
-    Raises:
-        ConfigError: the folder holds no run.
-    """
-    from lightning_mdc.app.report.page import page
-
-    record = RunRecord(folder)
-    report = report_of(record)
-    shutil.rmtree(folder / PICTURES, ignore_errors=True)  # of an earlier report, which may have had others
-    pictures = {key: path.relative_to(folder) for key, path in save_charts(report.charts, folder / PICTURES).items()}
-    report = replace(report, charts=tuple(chart for chart in report.charts if chart.key in pictures))
-    write_text(folder / "report.md", markdown(report, pictures))
-    write_text(folder / "report.html", page(report))
-    return report
 
 
 def markdown(report: Report, pictures: Mapping[str, Path]) -> str:
@@ -151,7 +131,7 @@ def markdown(report: Report, pictures: Mapping[str, Path]) -> str:
     made = report.reproduction
     parts += [
         "## Where everything lies",
-        "\n".join(f"- `{place.path}`: {place.holds}" for place in report.places),
+        "\n".join(f"- `{output.path}`: {output.holds}" for output in report.outputs),
         "## What to type next",
         "\n\n".join(f"{what}:\n\n```\n{command}\n```" for what, command in report.commands),
         "## To get the same again",
@@ -162,16 +142,16 @@ def markdown(report: Report, pictures: Mapping[str, Path]) -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def places(record: RunRecord) -> tuple[Place, ...]:
+def outputs(record: RunRecord) -> tuple[Output, ...]:
     """What lies in a run's folder, the report included that is about to be written; nothing of older settings."""
     made = {
         output.path: output.holds
         for name, step in STEPS.items()
         for output in step.outputs
-        if output.grows or name in record.stages
+        if output.grows or name in record.steps
     }
     there = {path: holds for path, holds in (made | _OF_THE_RUN).items() if (record.folder / path).exists()}
-    return tuple(Place(path, holds) for path, holds in (_WRITTEN | there).items())
+    return tuple(Output(path, holds) for path, holds in (_WRITTEN | there).items())
 
 
 def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
@@ -183,15 +163,15 @@ def commands(record: RunRecord) -> tuple[tuple[str, str], ...]:
     if results is None:
         return (("Go on where it stopped", again(command, folder, without=once)),)
     best = results.slimmest
-    place = folder / ("slim" if best.seed is None else f"finetuned/seed{best.seed}")
-    use = f"import lightning_mdc as mdc; print(mdc.load({str(place)!r}))"
+    model = folder / ("slim" if best.seed is None else f"finetuned/seed{best.seed}")
+    use = f"import lightning_mdc as mdc; print(mdc.load({str(model)!r}))"
     found = [("Use the slim model", shlex.join(["python", "-c", use]))]
     policy = record.settings.get("policy", {})
     is_given = policy.get("file") or any(ratios is not None for ratios in policy.get("keep", {}).values())
     if not is_given:
-        smaller = 0.8 * best.macs / results.of(DENSE)[0].macs
-        said = "Make it smaller still (dense model and scores are picked up, the slim models and this report replaced)"
-        found.append((said, again(command, folder, f"budget={smaller:.2g}", without=once)))
+        smaller = 0.8 * best.macs / results.dense.macs
+        what = "Make it smaller still (dense model and scores are picked up, the slim models and this report replaced)"
+        found.append((what, again(command, folder, f"budget={smaller:.2g}", without=once)))
     if record.sensitivity is None:
         look = again(command, folder, "stage=[sensitivity,report]", without=once)
         found.append(("See what each block alone can spare", look))
@@ -203,12 +183,12 @@ def _warnings(record: RunRecord) -> tuple[str, ...]:
     results, outcomes = record.results, record.outcomes
     if results is None or outcomes is None:
         return ()
-    chance, top1 = 1 / len(outcomes.class_names), results.of(DENSE)[0].top1
+    chance, top1 = 1 / len(outcomes.class_names), results.dense.top1
     if top1 > 2 * chance:
         return ()
     return (
-        f"The dense model gets {share(top1)} right, and guessing among {len(outcomes.class_names)} classes "
-        f"{share(chance)}: nothing can be concluded from a comparison with it. Train it longer (dense.epochs).",
+        f"The dense model gets {percent(top1)} right, and guessing among {len(outcomes.class_names)} classes "
+        f"{percent(chance)}: nothing can be concluded from a comparison with it. Train it longer (dense.epochs).",
     )
 
 
@@ -216,21 +196,21 @@ def _headline(record: RunRecord) -> tuple[tuple[str, str], ...]:
     results = record.results
     if results is None:
         return ()
-    dense, slim = results.of(DENSE)[0], results.slimmest
-    points = 100 * (results.slim_correct / dense.images - dense.top1)
+    dense, slim = results.dense, results.slimmest
+    points = 100 * (results.slim_top1 - dense.top1)
     return (
-        (share(slim.macs / dense.macs), "of the MACs"),
-        (share(slim.params / dense.params), "of the parameters"),
-        (share(results.slim_correct / dense.images), f"top-1 ({points:+.1f} points)"),
+        (percent(slim.macs / dense.macs), "of the MACs"),
+        (percent(slim.params / dense.params), "of the parameters"),
+        (percent(results.slim_top1), f"top-1 ({points:+.1f} points)"),
         *((f"{results.speedup(size):.2f}x", f"as fast at batch {size}") for size in results.batch_sizes),
     )
 
 
 def _unfinished(record: RunRecord) -> str:
-    done = [name for name in record.stages if name != "report"]
+    done = [name for name in record.steps if name != "report"]
     words = [f"{', '.join(done)} {'is' if len(done) == 1 else 'are'} done" if done else "no step is done yet"]
     study = record.study
-    if study is not None and "search" not in record.stages:
+    if study is not None and "search" not in record.steps:
         over = [trial for trial in study.trials if trial.status != "running"]
         total = record.settings.get("search", {}).get("n_trials", "?")
         words.append(f"the search has {len(over)} of {total} trials")

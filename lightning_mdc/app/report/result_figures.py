@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from lightning_mdc.app.report.outcomes import ClassChange
-from lightning_mdc.app.report.results import DENSE, Results
-from lightning_mdc.app.report.tables import seconds
-from lightning_mdc.figures.style import BLUE, GRAY, GREEN, INK, PALE, RED, WIDTH, named, new_figure, plain
+from lightning_mdc.app.report.results import Results
+from lightning_mdc.figures.numbers import seconds
+from lightning_mdc.figures.style import (
+    BLUE,
+    GRAY,
+    GREEN,
+    INK,
+    PALE,
+    RED,
+    WIDTH,
+    beside,
+    named,
+    new_figure,
+    percent_ticks,
+    plain,
+    ring,
+)
 
 # Classes in the picture; the table has all.
 _CLASSES = 20
@@ -49,7 +61,7 @@ def front_figure(points: Sequence[Point], cost: str, value: str, percent: bool) 
 
     Args:
         cost, value: what they are called.
-        percent: whether values are shares to be read in per cent.
+        percent: whether values are fractions, to be read in per cent.
     """
     figure, (panel,) = new_figure(WIDTH, 3.1)
     cloud = [p for p in points if not p.name]
@@ -61,16 +73,14 @@ def front_figure(points: Sequence[Point], cost: str, value: str, percent: bool) 
         if point.name:
             colour = GREEN if point.chosen else INK
             panel.scatter([point.cost], [point.value], s=30, color=colour, linewidths=0, zorder=3)
-            panel.annotate(
-                point.name, (point.cost, point.value), (5, 4), textcoords="offset points", fontsize=8, color=INK
-            )
+            beside(panel, point.name, (point.cost, point.value), (5, 4))
         if point.chosen:
-            panel.scatter([point.cost], [point.value], s=90, facecolors="none", edgecolors=GREEN, lw=1.8, zorder=3)
+            ring(panel, point.cost, point.value, s=90, zorder=3)
     panel.set_xlabel(cost)
     panel.set_ylabel(value)
-    panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    percent_ticks(panel.xaxis)
     if percent:
-        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        percent_ticks(panel.yaxis)
     panel.margins(0.08)
     plain(panel)
     return figure
@@ -78,15 +88,15 @@ def front_figure(points: Sequence[Point], cost: str, value: str, percent: bool) 
 
 def latency_figure(results: Results) -> Figure:
     """Time per image of dense and slim, a panel per batch size: bars on scales of their own."""
-    dense, slim = results.of(DENSE)[0], results.slimmest
+    dense, slim = results.dense, results.slimmest
     sizes = results.batch_sizes
     figure, panels = new_figure(WIDTH, 0.85 * len(sizes) + 0.3, len(sizes))
     for panel, size in zip(panels, sizes, strict=True):
         times = [slim.latency[size], dense.latency[size]]
         panel.barh([0, 1], times, 0.7, color=[BLUE, PALE])
         faster = f"{seconds(times[0])}, {results.speedup(size):.2f}x as fast"
-        for place, (time, text) in enumerate(zip(times, (faster, seconds(times[1])), strict=True)):
-            panel.annotate(text, (time, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+        for row, (time, text) in enumerate(zip(times, (faster, seconds(times[1])), strict=True)):
+            beside(panel, text, (time, row), (4, 0), va="center")
         panel.set_yticks([0, 1], ["slim", "dense"])
         panel.set_xlim(0, max(times) * 1.45)
         panel.set_xticks([])
@@ -102,23 +112,15 @@ def classes_figure(changes: Sequence[ClassChange]) -> Figure:
         shown = [*shown[: _CLASSES * 3 // 4], *shown[-_CLASSES // 4 :]]
     figure, (panel,) = new_figure(WIDTH, 0.2 * len(shown) + 0.7)
     points = [100 * each.change for each in shown]
-    places = range(len(shown))
-    panel.barh(places, points, 0.75, color=[RED if p < 0 else GREEN for p in points])
+    rows = range(len(shown))
+    panel.barh(rows, points, 0.75, color=[RED if p < 0 else GREEN for p in points])
     reach = max(1.0, *map(abs, points))
-    for place, point in zip(places, points, strict=True):
-        side = 1 if point >= 0 else -1
-        panel.annotate(
-            f"{point:+.1f}" if point else "0",
-            (point, place),
-            (4 * side, 0),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            va="center",
-            fontsize=7.5,
-            color=INK,
-        )
+    for row, point in zip(rows, points, strict=True):
+        offset, align = (4, "left") if point >= 0 else (-4, "right")
+        text = f"{point:+.1f}" if point else "0"
+        beside(panel, text, (point, row), (offset, 0), ha=align, va="center", fontsize=7.5)
     panel.set_xlim(-1.3 * reach, 1.3 * reach)
-    panel.set_yticks(places, [named(each.name) for each in shown])
+    panel.set_yticks(rows, [named(each.name) for each in shown])
     panel.invert_yaxis()
     panel.axvline(0, color=GRAY, lw=1)
     panel.set_xlabel("change of accuracy against dense, in points")
@@ -130,20 +132,15 @@ def runs_figure(results: Mapping[str, Results]) -> Figure:
     """Top-1 against MACs of several runs: dense as a gray dot, the slim model joined to it by a line."""
     figure, (panel,) = new_figure(WIDTH, 3.3)
     for name, run in results.items():
-        dense = run.of(DENSE)[0]
-        top1 = run.slim_correct / run.slimmest.images
-        _joined(panel, (1.0, dense.top1), (run.slimmest.macs / dense.macs, top1), named(name, 40))
-    panel.set_xlabel("MACs, as a share of the run's dense model")
+        slim = (run.slimmest.macs / run.dense.macs, run.slim_top1)
+        panel.plot(*zip((1.0, run.dense.top1), slim, strict=True), color=PALE, lw=1.2, zorder=1)
+        panel.scatter(1.0, run.dense.top1, s=26, color=GRAY, linewidths=0)
+        panel.scatter(*slim, s=34, color=BLUE, linewidths=0)
+        beside(panel, named(name, 40), slim, (5, 4))
+    panel.set_xlabel("MACs, as a fraction of the run's dense model")
     panel.set_ylabel("top-1 on the test images")
     for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        percent_ticks(axis)
     panel.margins(0.1)
     plain(panel)
     return figure
-
-
-def _joined(panel: Axes, dense: tuple[float, float], slim: tuple[float, float], name: str) -> None:
-    panel.plot(*zip(dense, slim, strict=True), color=PALE, lw=1.2, zorder=1)
-    panel.scatter(*dense, s=26, color=GRAY, linewidths=0)
-    panel.scatter(*slim, s=34, color=BLUE, linewidths=0)
-    panel.annotate(name, slim, (5, 4), textcoords="offset points", fontsize=8, color=INK)

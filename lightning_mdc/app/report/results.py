@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from lightning_mdc.errors import ConfigError
+from lightning_mdc.app.report.saved import reading
 
 DENSE, SLIM, FINETUNED, REFERENCE = "dense", "slim", "slim finetuned", "dense, same extra training"
 
@@ -57,9 +57,14 @@ class Results:
         """The rows of one kind of model, one per seed."""
         return tuple(row for row in self.rows if row.model == model)
 
+    @property
+    def dense(self) -> Result:
+        """The dense model."""
+        return self.of(DENSE)[0]
+
     def speedup(self, batch_size: int) -> float:
         """How many times as fast as dense the slim model is, per image."""
-        return self.of(DENSE)[0].latency[batch_size] / self.slimmest.latency[batch_size]
+        return self.dense.latency[batch_size] / self.slimmest.latency[batch_size]
 
     @property
     def slimmest(self) -> Result:
@@ -70,6 +75,11 @@ class Results:
     def slim_correct(self) -> float:
         """Images that the slim model to speak of gets right, on average over its seeds."""
         return mean_correct(self.of(FINETUNED) or self.of(SLIM))
+
+    @property
+    def slim_top1(self) -> float:
+        """The same as a fraction of the images."""
+        return self.slim_correct / self.slimmest.images
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -86,7 +96,7 @@ class Results:
         Raises:
             ConfigError: it cannot be read or was edited.
         """
-        try:
+        with reading(path, "results"):
             fields = json.loads(path.read_text())
             rows = tuple(
                 Result(**{**row, "latency": {int(size): value for size, value in row["latency"].items()}})
@@ -96,10 +106,13 @@ class Results:
             if not (results.of(DENSE) and results.of(SLIM)) or any(not row.images or not row.latency for row in rows):
                 raise ValueError("dense or slim is missing, or was not measured")
             return results
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} holds no results ({error}); run the stage 'test' again") from error
 
 
 def mean_correct(rows: Sequence[Result]) -> float:
     """Images right, on average over seeds."""
     return mean(row.correct for row in rows)
+
+
+def mean_top1(rows: Sequence[Result]) -> float:
+    """Fraction of the images right, on average over seeds."""
+    return mean_correct(rows) / rows[0].images

@@ -11,6 +11,7 @@ import rich.table
 
 from lightning_mdc.app.report.outcomes import ClassChange
 from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results, mean_correct
+from lightning_mdc.figures.numbers import percent, scaled, seconds
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Table:
 
 def comparison(results: Results) -> Table:
     """Models side by side, one column each (several seeds of one model are averaged); a row per quantity."""
-    dense = results.of(DENSE)[0]
+    dense = results.dense
     groups = [rows for kind in (DENSE, SLIM, FINETUNED, REFERENCE) if (rows := results.of(kind))]
 
     def of_dense(of: Callable[[Result], int], unit: str = "") -> tuple[str, ...]:
@@ -78,8 +79,8 @@ def by_class(changes: Sequence[ClassChange]) -> Table:
             (
                 each.name,
                 str(each.images),
-                share(each.dense / each.images),
-                share(each.slim / each.images),
+                percent(each.dense / each.images),
+                percent(each.slim / each.images),
                 f"{100 * each.change:+.1f}",
             )
             for each in changes
@@ -88,7 +89,7 @@ def by_class(changes: Sequence[ClassChange]) -> Table:
 
 
 def count(number: float, total: int) -> str:
-    """n/N and its share: ``351/360 (97.50 %)``; a mean over seeds keeps one decimal, ``350.7/360``."""
+    """n/N and per cent: ``351/360 (97.50 %)``; a mean over seeds keeps one decimal, ``350.7/360``."""
     shown = f"{number:.0f}" if float(number).is_integer() else f"{number:.1f}"
     return f"{shown}/{total} ({number / total:.2%})".replace("%", " %")
 
@@ -96,24 +97,6 @@ def count(number: float, total: int) -> str:
 def _escaped(cell: str) -> str:
     """Text that Markdown shows as it is."""
     return cell.replace("|", r"\|").replace("<", "&lt;")
-
-
-def share(part: float) -> str:
-    """A fraction in per cent: ``0.5985`` is ``59.9 %``."""
-    return f"{part:.1%}".replace("%", " %")
-
-
-def scaled(number: float) -> str:
-    """Four digits and a prefix: ``22418816`` is ``22.42 M``."""
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.2f} {prefix}"
-    return f"{number:.0f} "
-
-
-def seconds(value: float) -> str:
-    """A duration with its unit: ``0.0021`` is ``2.10 ms``."""
-    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} µs"
 
 
 def _title(rows: Sequence[Result]) -> str:

@@ -1,7 +1,7 @@
 """Where is a run watched? Dashboards (wandb, TensorBoard) and curves (CSV); none of them can stop a run.
 
 `published` says what of a run is shown, `Tracker` what a dashboard has to be able to do; each dashboard is one file
-here and one in ``conf/logger/``.
+here, about a run's life, one in ``conf/logger/``, and one in `lightning_mdc.figures` that draws items on it.
 """
 
 from __future__ import annotations
@@ -17,45 +17,40 @@ from hydra.types import RunMode
 
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.tracking.contents import published
-from lightning_mdc.app.tracking.tracker import About, Tracker, Trackers
+from lightning_mdc.app.tracking.tracker import RunInfo, Tracker, Trackers
 
 log = logging.getLogger(__name__)
 
-__all__ = ["About", "Tracker", "Trackers", "about_run", "opened", "show_stage"]
+__all__ = ["RunInfo", "Tracker", "Trackers", "opened", "run_info", "show_step"]
 
 
 @contextmanager
-def opened(trackers: Mapping[str, Tracker], about: About) -> Iterator[Trackers]:
+def opened(trackers: Mapping[str, Tracker], info: RunInfo) -> Iterator[Trackers]:
     """Dashboards that are open inside, and say how it ended; at the end it is said where they are."""
-    watched = Trackers(trackers, about)
+    watched = Trackers(trackers, info)
+    failed = True
     try:
         yield watched
-    except BaseException:
-        watched.finish(failed=True)
-        _say_where(watched)
-        raise
-    watched.finish(failed=False)
-    if about.kind != "trial":  # the sweep has a line per trial already
-        _say_where(watched)
+        failed = False
+    finally:
+        watched.finish(failed)
+        if failed or info.kind != "trial":  # the sweep has a line per trial already
+            for key, location in watched.locations.items():
+                log.info("%-8s %s", f"{key}:", location)
 
 
-def _say_where(watched: Trackers) -> None:
-    for key, place in watched.places.items():
-        log.info("%-8s %s", f"{key}:", place)
+def show_step(trackers: Trackers, folder: Path, name: str, fingerprint: str | None) -> None:
+    """Show what step `name` left in the run's folder; see `Trackers.show_step`."""
+    trackers.show_step(name, fingerprint, lambda: published(RunRecord(folder), name))
 
 
-def show_stage(watched: Trackers, folder: Path, name: str, mark: str | None) -> None:
-    """Show what stage `name` left in the run's folder; see `Trackers.show_stage`."""
-    watched.show_stage(name, mark, lambda: published(RunRecord(folder), name))
-
-
-def about_run(folder: Path, settings: Mapping[str, Any], kind: str = "pipeline") -> About:
+def run_info(folder: Path, settings: Mapping[str, Any], kind: str = "pipeline") -> RunInfo:
     """A run or trial by its folder and, in a sweep of Hydra's, by what is its own there."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return About(folder, f"{settings['name']} {folder.name}", kind=kind, settings=settings)
+        return RunInfo(folder, f"{settings['name']} {folder.name}", kind=kind, settings=settings)
     hydra = HydraConfig.get()
     group = Path(hydra.sweep.dir).name
     if kind == "trial":
-        return About(folder, f"trial {folder.name}", group, kind, settings)
+        return RunInfo(folder, f"trial {folder.name}", group, kind, settings)
     name = f"{hydra.job.num}: {hydra.job.override_dirname}"
-    return About(folder, name[:128], group, kind, settings)
+    return RunInfo(folder, name[:128], group, kind, settings)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from lightning_mdc.app.report import policy_figure
-from lightning_mdc.app.tracking.contents import picture, policy_table, search_table, trial_numbers
 from lightning_mdc.figures.items import Item, Picture, Summary
+from lightning_mdc.figures.plan import policy_figure
+from lightning_mdc.figures.search_items import incumbents, policy_table, search_table, trial_numbers
 from lightning_mdc.gp_ei.study import Trial
 from lightning_mdc.policy import Policy
 
@@ -42,7 +42,8 @@ def trial_items(policy: Policy, uniform: Policy, value: float, cost: float, macs
     """
     yield Summary({"value": value, "cost": cost, "macs_ratio": macs_ratio})
     yield policy_table(policy)
-    yield picture("policy", "What each block keeps, and what the uniform policy would", _policy_figure(policy, uniform))
+    figure = policy_figure(policy, uniform, "What each block keeps")
+    yield Picture.of("policy", "What each block keeps, and what the uniform policy would", figure)
 
 
 def sweep_items(results: Mapping[str, Any], folder: Path, direction: str, best: Figure | None) -> Iterator[Item]:
@@ -55,21 +56,14 @@ def sweep_items(results: Mapping[str, Any], folder: Path, direction: str, best: 
         best: the best policy, drawn; None if no trial succeeded.
     """
     trials = [_trial(result) for result in results["trials"]]
-    better: Callable[[Sequence[float]], float] = min if direction == "minimize" else max
-    incumbent: float | None = None
-    for trial in trials:
-        if trial.status == "done" and trial.value is not None:
-            incumbent = trial.value if incumbent is None else better([incumbent, trial.value])
+    best_so_far = incumbents(trials, direction)
+    for trial, incumbent in zip(trials, best_so_far, strict=True):
         yield trial_numbers(trial, incumbent)
-    if incumbent is not None:
-        yield Summary({"search/best": incumbent, "search/best_trial": float(results["best_trial"])})
+    if best_so_far and best_so_far[-1] is not None:
+        yield Summary({"search/best": best_so_far[-1], "search/best_trial": float(results["best_trial"])})
     yield search_table(trials, direction)
     for name, caption in _PICTURES.items():
         if (path := folder / f"{name}.png").exists():
             yield Picture(f"charts/search/{name}", caption, path.read_bytes())
     if best is not None:
-        yield picture("policy", "The best policy of the sweep, and the uniform one", best)
-
-
-def _policy_figure(policy: Policy, uniform: Policy) -> Figure:
-    return policy_figure(policy, uniform, "What each block keeps")
+        yield Picture.of("policy", "The best policy of the sweep, and the uniform one", best)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from lightning.pytorch.loggers import Logger
 
 from lightning_mdc.distributed import is_first
 from lightning_mdc.figures.items import Item, Summary
-from lightning_mdc.files import write_json
+from lightning_mdc.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +22,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class About:
-    """What a dashboard is about.
+class RunInfo:
+    """What a dashboard is told of the run (of the trial, of the sweep) that it is opened for.
 
     Attributes:
-        folder: of the run (of the trial, of the sweep).
+        folder: of the run.
         name: to be listed under.
         group: of runs that belong together, the folder name of their sweep; None if there is none.
         kind: ``pipeline``, ``trial`` or ``sweep``.
@@ -39,6 +38,26 @@ class About:
     group: str | None = None
     kind: str = "pipeline"
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A saved model.
+
+    Attributes:
+        name: its folder in the run's folder, such as ``finetuned/seed0``.
+        folder: with its files.
+        parent: name of the model that it was made from; None if it was trained from scratch or loaded.
+        metadata: what its ``config.json`` says.
+    """
+
+    name: str
+    folder: Path
+    parent: str | None
+    metadata: Mapping[str, Any]
+
+
+Shown: TypeAlias = Item | Model
 
 
 class Tracker(ABC):
@@ -54,7 +73,7 @@ class Tracker(ABC):
     remedy = "the run goes on without it"
 
     @abstractmethod
-    def start(self, about: About) -> None:
+    def start(self, info: RunInfo) -> None:
         """Open the dashboard, or go on with the one that an earlier start of the same run opened."""
 
     @abstractmethod
@@ -62,7 +81,7 @@ class Tracker(ABC):
         """What Lightning's Trainer writes the curves of one training to."""
 
     @abstractmethod
-    def show(self, item: Item) -> None:
+    def show(self, item: Shown) -> None:
         """Put one thing on the dashboard."""
 
     @abstractmethod
@@ -70,30 +89,31 @@ class Tracker(ABC):
         """Close it, as that of a run that ended well or did not."""
 
     @property
-    def place(self) -> str | None:
-        """Where to look; None if it is nothing to speak of."""
+    def location(self) -> str | None:
+        """Where to look, an address or a command; None if it is nothing to speak of."""
         return None
 
 
-class _Guard:
-    """Between a tracker and the run: the first failure is said in one line, and is the last call but `finish`."""
+class _FailSafe:
+    """Calls of a tracker that cannot stop a run: the first that fails is logged in one line, and is the last but
+    `finish`.
+    """
 
     def __init__(self, key: str, tracker: Tracker) -> None:
         self.key, self.tracker, self.works = key, tracker, True
 
-    def __call__(self, call: Callable[[], T]) -> T | None:
+    def __call__(self, call: Callable[[Tracker], T]) -> T | None:
         if not self.works:
             return None
         try:
-            return call()
+            return call(self.tracker)
         except Exception as error:  # of a library, a network, a disk: whatever it is, training is worth more
             self.works = False
-            reason = " ".join(str(error).split())[:300]
             log.warning(
                 "logger.%s failed (%s: %s) and is off for the rest of this run; %s",
                 self.key,
                 type(error).__name__,
-                reason,
+                " ".join(str(error).split())[:300],
                 self.tracker.remedy,
             )
             log.debug("logger.%s", self.key, exc_info=True)
@@ -108,32 +128,32 @@ class _Guard:
             log.debug("logger.%s", self.key, exc_info=True)
 
 
-class _GuardedCurves(Logger):
+class _FailSafeCurves(Logger):
     """A Lightning logger whose failures stop no training."""
 
-    def __init__(self, guard: _Guard, inner: Logger) -> None:
+    def __init__(self, guarded: _FailSafe, logger: Logger) -> None:
         super().__init__()
-        self._guard, self._inner = guard, inner
+        self._guarded, self._logger = guarded, logger
 
     @property
     def name(self) -> str | None:
-        return self._inner.name
+        return self._logger.name
 
     @property
     def version(self) -> int | str | None:
-        return self._inner.version
+        return self._logger.version
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._guard(lambda: self._inner.log_metrics(metrics, step))
+        self._guarded(lambda _: self._logger.log_metrics(metrics, step))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        self._guard(lambda: self._inner.log_hyperparams(params, *args, **kwargs))
+        self._guarded(lambda _: self._logger.log_hyperparams(params, *args, **kwargs))
 
     def save(self) -> None:
-        self._guard(self._inner.save)
+        self._guarded(lambda _: self._logger.save())
 
     def finalize(self, status: str) -> None:
-        self._guard(lambda: self._inner.finalize(status))
+        self._guarded(lambda _: self._logger.finalize(status))
 
 
 class Trackers:
@@ -141,76 +161,75 @@ class Trackers:
 
     Args:
         trackers: by the key of their settings under ``logger``.
-        about: the run.
+        info: the run.
     """
 
-    def __init__(self, trackers: Mapping[str, Tracker] | None = None, about: About | None = None) -> None:
-        self.about = about
-        self._guards = [_Guard(key, tracker) for key, tracker in (trackers or {}).items() if is_first()]
-        for guard in self._guards:
-            self._call(guard, lambda tracker: tracker.start(about) if about is not None else None)
-        self._shown: dict[str, dict[str, str]] = {} if about is None else _read_shown(about.folder)
+    def __init__(self, trackers: Mapping[str, Tracker] | None = None, info: RunInfo | None = None) -> None:
+        self.info = info
+        self._trackers = [_FailSafe(key, tracker) for key, tracker in (trackers or {}).items() if is_first()]
+        if info is not None:
+            for tracker in self._trackers:
+                tracker(lambda tracker: tracker.start(info))
+        self._shown: dict[str, dict[str, str]] = {} if info is None else _read_shown(info.folder)
 
     def curves(self, training: str) -> list[Logger]:
         """Where Lightning writes the curves of `training`, such as ``finetuned/seed0``."""
-        made = [(guard, self._call(guard, lambda tracker: tracker.curves(training))) for guard in self._guards]
-        return [_GuardedCurves(guard, logger) for guard, logger in made if logger is not None]
+        made = [(tracker, tracker(lambda tracker: tracker.curves(training))) for tracker in self._trackers]
+        return [_FailSafeCurves(tracker, logger) for tracker, logger in made if logger is not None]
 
-    def show(self, items: Callable[[], Iterable[Item]]) -> None:
+    def show(self, items: Callable[[], Iterable[Shown]]) -> None:
         """Put what `items` makes on every dashboard that has a place for it; it is not asked if none has."""
         self._show(items, self._showing())
 
-    def show_stage(self, name: str, mark: str | None, items: Callable[[], Iterable[Item]]) -> None:
-        """The same for what stage `name` left. What an earlier start of this run has shown is not shown again.
+    def show_step(self, name: str, fingerprint: str | None, items: Callable[[], Iterable[Shown]]) -> None:
+        """The same for what step `name` left. What an earlier start of this run has shown is not shown again, but for
+        the summary.
 
         Args:
-            mark: fingerprint of what the stage left; None: it did not end.
+            fingerprint: of what the step left; None: it did not end.
         """
         showing = self._showing()
-        fresh = [guard for guard in showing if mark is None or self._shown.get(guard.key, {}).get(name) != mark]
-        again = [guard for guard in showing if guard not in fresh]
-        self._show(items, fresh, again)
-        if mark is None or self.about is None or not fresh:
+        fresh = [t for t in showing if fingerprint is None or self._shown.get(t.key, {}).get(name) != fingerprint]
+        self._show(items, fresh, summary_only=[tracker for tracker in showing if tracker not in fresh])
+        if fingerprint is None or self.info is None or not fresh:
             return
-        for guard in fresh:
-            if guard.works:
-                self._shown.setdefault(guard.key, {})[name] = mark
+        for tracker in fresh:
+            if tracker.works:
+                self._shown.setdefault(tracker.key, {})[name] = fingerprint
         try:
-            write_json(_shown_file(self.about.folder), self._shown)
+            write_json(_shown_file(self.info.folder), self._shown)
         except OSError as error:  # the dashboards have it; a resumed run will show it twice
-            log.debug("%s: %s", _shown_file(self.about.folder), error)
+            log.debug("%s: %s", _shown_file(self.info.folder), error)
 
     def finish(self, failed: bool) -> None:
         """Close all of them."""
-        for guard in self._guards:
-            guard.finish(failed)
+        for tracker in self._trackers:
+            tracker.finish(failed)
 
     @property
-    def places(self) -> dict[str, str]:
+    def locations(self) -> dict[str, str]:
         """Where to look, by key."""
-        found = {guard.key: self._call(guard, lambda tracker: tracker.place) for guard in self._guards}
-        return {key: place for key, place in found.items() if place}
+        found = {tracker.key: tracker(lambda tracker: tracker.location) for tracker in self._trackers}
+        return {key: location for key, location in found.items() if location}
 
-    def _showing(self) -> list[_Guard]:
-        return [guard for guard in self._guards if guard.works and guard.tracker.shows_items]
+    def _showing(self) -> list[_FailSafe]:
+        return [tracker for tracker in self._trackers if tracker.works and tracker.tracker.shows_items]
 
     def _show(
-        self, items: Callable[[], Iterable[Item]], guards: Sequence[_Guard], summary_only: Sequence[_Guard] = ()
+        self,
+        items: Callable[[], Iterable[Shown]],
+        trackers: Sequence[_FailSafe],
+        summary_only: Sequence[_FailSafe] = (),
     ) -> None:
-        if not guards and not summary_only:
+        if not trackers and not summary_only:
             return
         try:
             for item in items():
-                to = guards if not isinstance(item, Summary) else (*guards, *summary_only)
-                for guard in to:
-                    self._call(guard, lambda tracker, item=item: tracker.show(item))  # type: ignore[misc]
+                for tracker in (*trackers, *summary_only) if isinstance(item, Summary) else trackers:
+                    tracker(lambda tracker, item=item: tracker.show(item))  # type: ignore[misc]
         except Exception as error:  # a picture that cannot be drawn is not worth a run
             log.warning("dashboards lack what could not be drawn (%s: %s)", type(error).__name__, error)
             log.debug("dashboards", exc_info=True)
-
-    @staticmethod
-    def _call(guard: _Guard, call: Callable[[Tracker], T]) -> T | None:
-        return guard(lambda: call(guard.tracker))
 
 
 def _shown_file(folder: Path) -> Path:
@@ -218,8 +237,8 @@ def _shown_file(folder: Path) -> Path:
 
 
 def _read_shown(folder: Path) -> dict[str, dict[str, str]]:
-    try:
-        shown = json.loads(_shown_file(folder).read_text())
-        return {key: dict(stages) for key, stages in shown.items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # never written, or damaged: all is shown again
+    """Fingerprints by dashboard and step; empty if it was never written or is damaged: then all is shown again."""
+    shown = read_json(_shown_file(folder))
+    if not isinstance(shown, dict) or not all(isinstance(steps, dict) for steps in shown.values()):
         return {}
+    return shown

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lightning_mdc.app.tracking.tracker import About, Tracker
-from lightning_mdc.figures.items import Item
+from lightning_mdc.app.tracking.tracker import RunInfo, Shown, Tracker
 
 
 class CsvTracker(Tracker):
@@ -14,13 +13,13 @@ class CsvTracker(Tracker):
     shows_items = False
     remedy = "is the disk full, or the folder not writable?"
 
-    def start(self, about: About) -> None:
-        self._folder = about.folder / "logs"
+    def start(self, info: RunInfo) -> None:
+        self._folder = info.folder / "logs"
 
     def curves(self, training: str) -> Logger:
         return CSVLogger(self._folder, name=training.replace("/", "-"))
 
-    def show(self, item: Item) -> None:
+    def show(self, item: Shown) -> None:
         raise TypeError(f"{type(item).__name__} is no training curve")  # see shows_items
 
     def finish(self, failed: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import secrets
@@ -15,19 +14,17 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_mdc.app.tracking.tracker import About, Tracker
+from lightning_mdc.app.tracking.tracker import Model, RunInfo, Shown, Tracker
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.figures.items import Histogram, Item, Model, Numbers, Panel, Picture, Summary, Table
-from lightning_mdc.files import write_json
+from lightning_mdc.figures import wandb_logger
+from lightning_mdc.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
 _MODES = ("online", "offline", "disabled")
-# Steps; a run that is killed has noted all but the last so many.
-_NOTED_EVERY = 50
-
-# What a list of runs shows of a curve, where the last value is not what counts.
-_BEST_OF = {"search/value": "max,last", "search/incumbent": "max", "search/improvement": "min,last"}
+# More lines than one start of a run logs. ``wandb sync`` drops lines whose step is not above all it has seen, so the
+# second start of an offline run begins at this step, the third at twice of it.
+_STEPS_PER_START = 1_000_000
 
 
 class WandbTracker(Tracker):
@@ -66,30 +63,26 @@ class WandbTracker(Tracker):
         self.project, self.entity, self.mode, self.models = project, entity, mode, models
         self.init_timeout, self.finish_timeout = float(init_timeout), float(finish_timeout)
         self._run: Any = None
-        self._about: About | None = None
         self._artifacts: dict[str, Any] = {}
-        self._first_step: int | None = None
 
-    def start(self, about: About) -> None:
-        self._about = about
-        home = about.folder / "logs"
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):  # wandb would silently write elsewhere
+    def start(self, info: RunInfo) -> None:
+        self._info = info
+        folder = info.folder / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # wandb would silently write elsewhere
             pass
-        known = _read(home / "wandb.json")
-        run_id = known.get("id") or secrets.token_hex(4)
-        write_json(home / "wandb.json", {**known, "id": run_id})
-        self._run = self._opened(self.mode, home, run_id, about)
-        if known.get("steps") and self._run.settings.mode == "offline":
-            # A server would know how far the run is. Steps have to grow, else what comes now is dropped by wandb sync.
-            self._first_step = int(known["steps"]) + _NOTED_EVERY
-        for key, best in _BEST_OF.items():
-            self._run.define_metric(key, step_metric="search/trial", summary=best)
-        self._run.define_metric("search/cost", step_metric="search/trial")
+        known = read_json(folder / "wandb.json")
+        known = known if isinstance(known, dict) else {}  # none yet, or damaged: another wandb run is begun
+        run_id, starts = known.get("id") or secrets.token_hex(4), known.get("starts", 0)
+        write_json(folder / "wandb.json", {"id": run_id, "starts": starts + 1})
+        self._run = self._open(folder, run_id)
+        if starts and self._run.settings.mode == "offline":  # a server would know how far the run is
+            self._run.log({}, step=starts * _STEPS_PER_START)
         if self._run.settings.mode == "online":
             log.info("wandb:   %s", self._run.url)
 
-    def _opened(self, mode: str, home: Path, run_id: str, about: About) -> Any:
+    def _open(self, folder: Path, run_id: str) -> Any:
+        """The wandb run, recorded offline where the server does not answer."""
         import wandb
 
         settings = wandb.Settings(
@@ -111,16 +104,16 @@ class WandbTracker(Tracker):
                 mode=mode,  # type: ignore[arg-type]
                 id=run_id,
                 resume="allow",
-                dir=str(home),
-                name=about.name,
-                group=about.group,
-                job_type=about.kind,
-                config=dict(about.settings),
+                dir=str(folder),
+                name=self._info.name,
+                group=self._info.group,
+                job_type=self._info.kind,
+                config=dict(self._info.settings),
                 settings=settings,
             )
 
-        if mode != "online":
-            return opened(mode)
+        if self.mode != "online":
+            return opened(self.mode)
         try:
             if not wandb.login(prompt=False, verify=False):  # else a terminal would be asked for a key, and wait
                 raise wandb.errors.UsageError("no API key; run `wandb login` once, or set WANDB_API_KEY")
@@ -146,47 +139,24 @@ class WandbTracker(Tracker):
         # An axis of its own: steps of several trainings, and of the search, are not one time.
         self._run.define_metric(f"{training}/step")
         self._run.define_metric(f"{training}/*", step_metric=f"{training}/step")
-        return _Curves(self, training)
+        return _Curves(self._run, training)
 
-    def show(self, item: Item) -> None:
-        import wandb
-        from PIL import Image
-
-        match item:
-            case Numbers():
-                self.log({**item.values, item.axis: item.at})
-            case Histogram():
-                self.log({item.key: wandb.Histogram(item.values.tolist())})
-            case Picture():
-                image = Image.open(io.BytesIO(item.png)).convert("RGB")
-                self.log({item.key: wandb.Image(image, caption=item.caption)})
-            case Table():
-                panels = {panel.key: _drawn(item, panel) for panel in item.panels}
-                self.log({item.key: _table(item.columns, item.rows), **panels})
-            case Summary():
-                self._run.summary.update(dict(item.values))
-                self._note_steps()
-            case Model():
-                self._upload(item)
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Add one line to the run's history."""
-        self._run.log(dict(values), step=self._first_step)
-        self._first_step = None
-        if self._run.step % _NOTED_EVERY == 0:
-            self._note_steps()
+    def show(self, item: Shown) -> None:
+        if isinstance(item, Model):
+            self._upload(item)
+        else:
+            wandb_logger.show(self._run, item)
 
     def _upload(self, model: Model) -> None:
         import wandb
 
         if not self.models or self._run.settings.mode == "disabled":
             return
-        assert self._about is not None
-        title = f"{self._about.settings.get('name', 'model')}-{model.name.replace('/', '-')}"
+        title = f"{self._info.settings.get('name', 'model')}-{model.name.replace('/', '-')}"
         parent = self._artifacts.get(model.parent or "")
         # Offline there is no lineage to write to (use_artifact refuses), so the parent is said here as well.
-        said = {**model.metadata, "parent": model.parent, "run": self._run.id}
-        artifact = wandb.Artifact(title, type="model", metadata=json.loads(json.dumps(said, default=str)))
+        facts = {**model.metadata, "parent": model.parent, "run": self._run.id}
+        artifact = wandb.Artifact(title, type="model", metadata=json.loads(json.dumps(facts, default=str)))
         for path in sorted(model.folder.iterdir()):
             if path.is_file():
                 artifact.add_file(str(path), name=path.name)
@@ -196,76 +166,30 @@ class WandbTracker(Tracker):
         self._artifacts[model.name] = self._run.log_artifact(artifact, aliases=["latest", self._run.id])
 
     def finish(self, failed: bool) -> None:
-        if self._run is None:
-            return
-        self._note_steps()
-        self._run.finish(exit_code=int(failed))
-
-    def _note_steps(self) -> None:
-        assert self._about is not None
-        write_json(self._about.folder / "logs" / "wandb.json", {"id": self._run.id, "steps": self._run.step})
+        if self._run is not None:
+            self._run.finish(exit_code=int(failed))
 
     @property
-    def place(self) -> str | None:
+    def location(self) -> str | None:
         if self._run is None or self._run.settings.mode == "disabled":
             return None
         if self._run.settings.mode == "online":
             return str(self._run.url)
-        folder = self._run.settings.sync_dir
-        return f"recorded offline; to upload it: wandb sync {folder}"
+        return f"recorded offline; to upload it: wandb sync {self._run.settings.sync_dir}"
 
 
 class _Curves(WandbLogger):
     """Lightning's logger for one training of several in the same wandb run."""
 
-    def __init__(self, tracker: WandbTracker, training: str) -> None:
-        super().__init__(experiment=tracker._run, prefix=training)
-        self._tracker, self._training = tracker, training
+    def __init__(self, run: Any, training: str) -> None:
+        super().__init__(experiment=run, prefix=training)
+        self._training = training
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         values = {f"{self._training}/{key}": value for key, value in metrics.items()}
-        self._tracker.log(values if step is None else {**values, f"{self._training}/step": step})
+        self.experiment.log(values if step is None else {**values, f"{self._training}/step": step})
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
         """They are the run's config already, and those of several trainings would overwrite one another."""
-
-
-def _table(columns: tuple[str, ...], rows: tuple[tuple[Any, ...], ...]) -> Any:
-    import wandb
-
-    return wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
-
-
-def _drawn(table: Table, panel: Panel) -> Any:
-    """wandb's own chart of some columns; rows that lack one of them are left out."""
-    import wandb
-
-    columns = (panel.x, *panel.y)
-    places = [table.columns.index(name) for name in columns]
-    if panel.kind == "line":
-        cells = {name: [row[place] for row in table.rows] for name, place in zip(columns, places, strict=True)}
-        known = {
-            name: [(x, y) for x, y in zip(cells[panel.x], cells[name], strict=True) if y is not None]
-            for name in panel.y
-        }
-        return wandb.plot.line_series(
-            xs=[[x for x, _ in known[name]] for name in panel.y],
-            ys=[[y for _, y in known[name]] for name in panel.y],
-            keys=list(panel.y),
-            title=panel.title,
-            xname=panel.x,
-        )
-    rows = tuple(tuple(row[place] for place in places) for row in table.rows)
-    chosen = _table(columns, tuple(row for row in rows if None not in row))
-    draw = wandb.plot.scatter if panel.kind == "scatter" else wandb.plot.bar
-    return draw(chosen, panel.x, panel.y[0], title=panel.title)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: another run is begun
-        return {}
-    return known if isinstance(known, dict) else {}

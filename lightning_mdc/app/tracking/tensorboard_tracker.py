@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_mdc.app.tracking.tracker import About, Tracker
+from lightning_mdc.app.tracking.tracker import Model, RunInfo, Shown, Tracker
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.figures.items import Histogram, Item, Model, Numbers, Picture, Summary, Table
+from lightning_mdc.figures import tensorboard_logger
+from lightning_mdc.figures.items import Summary
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorboardTracker(Tracker):
@@ -30,54 +32,37 @@ class TensorboardTracker(Tracker):
                 "logger=tensorboard needs the package tensorboard, which is not installed; run pip install tensorboard "
                 "(or install this package as lightning-mdc[tensorboard])"
             )
-        self._writer: Any = None
+        self._writer: SummaryWriter | None = None
         self._summary: dict[str, float] = {}
 
-    def start(self, about: About) -> None:
+    def start(self, info: RunInfo) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._about, self._home = about, about.folder / "logs" / "tensorboard"
-        self._writer = SummaryWriter(str(self._home / "run"))
+        self._info, self._folder = info, info.folder / "logs" / "tensorboard"
+        self._writer = SummaryWriter(str(self._folder / "run"))
 
     def curves(self, training: str) -> Logger:
-        return TensorBoardLogger(self._home.parent, name="tensorboard", version=training, default_hp_metric=False)
+        return TensorBoardLogger(self._folder.parent, name="tensorboard", version=training, default_hp_metric=False)
 
-    def show(self, item: Item) -> None:
-        from PIL import Image
-
+    def show(self, item: Shown) -> None:
+        assert self._writer is not None
         match item:
-            case Numbers():
-                for key, value in item.values.items():
-                    self._writer.add_scalar(key, value, item.at)
-            case Histogram():
-                self._writer.add_histogram(item.key, item.values, 0)
-            case Picture():
-                pixels = np.asarray(Image.open(io.BytesIO(item.png)).convert("RGB"))
-                self._writer.add_image(item.key, pixels, 0, dataformats="HWC")
-                self._writer.add_text(item.key, item.caption)
-            case Table():
-                self._writer.add_text(item.key, _markdown(item))
-            case Summary():
+            case Summary():  # at the end, beside the settings
                 self._summary |= item.values
             case Model():
                 self._writer.add_text(f"models/{item.name}", f"`{item.folder}`, made from {item.parent or 'nothing'}")
-        self._writer.flush()
+            case _:
+                tensorboard_logger.show(self._writer, item)
 
     def finish(self, failed: bool) -> None:
         if self._writer is None:
             return
-        settings = dict(_flat(self._about.settings))
-        self._writer.add_hparams(settings, self._summary, run_name=".")
+        self._writer.add_hparams(dict(_flat(self._info.settings)), self._summary, run_name=".")
         self._writer.close()
 
     @property
-    def place(self) -> str | None:
-        return f"tensorboard --logdir {self._home}"
-
-
-def _markdown(table: Table) -> str:
-    lines = [table.columns, tuple("---" for _ in table.columns), *table.rows]
-    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    def location(self) -> str | None:
+        return f"tensorboard --logdir {self._folder}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,74 @@
+"""A search and the policy it found, as curves and tables for a logger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lightning_mdc.figures.items import Cell, Numbers, Panel, Table
+from lightning_mdc.gp_ei.study import Trial
+from lightning_mdc.policy import DIMENSIONS, Policy
+
+_PANELS = (
+    Panel("search/progress", "Value by trial, and the best so far", "line", "trial", ("value", "incumbent")),
+    Panel("search/expected", "Expected improvement of each trial", "line", "trial", ("improvement",)),
+    Panel("search/tradeoff", "Value by cost", "scatter", "cost", ("value",)),
+)
+
+
+def incumbents(trials: Sequence[Trial], direction: str) -> list[float | None]:
+    """The best value so far after each trial; None before there is one.
+
+    Args:
+        direction: ``minimize`` or ``maximize``.
+    """
+    better = min if direction == "minimize" else max
+    best: float | None = None
+    found = []
+    for trial in trials:
+        if trial.status == "done" and trial.value is not None:
+            best = trial.value if best is None else better(best, trial.value)
+        found.append(best)
+    return found
+
+
+def trial_numbers(trial: Trial, incumbent: float | None) -> Numbers:
+    """One trial as a point of the search's curves; `incumbent` is the best value so far, this one counted."""
+    known = {"value": trial.value, "incumbent": incumbent, "cost": trial.cost, "improvement": trial.improvement}
+    values = {f"search/{name}": float(value) for name, value in known.items() if value is not None}
+    return Numbers(values, "search/trial", trial.number)
+
+
+def search_table(trials: Sequence[Trial], direction: str) -> Table:
+    """All trials, a line each, with every keep ratio; `direction` as in `incumbents`."""
+    names = tuple(dict.fromkeys(name for trial in trials for name in trial.params))
+    columns = ("trial", "value", "incumbent", "cost", "macs", "improvement", "status", "seconds", *names)
+    lines = []
+    for trial, best in zip(trials, incumbents(trials, direction), strict=True):
+        facts = (
+            trial.number,
+            trial.value,
+            best,
+            trial.cost,
+            trial.facts.get("macs"),
+            trial.improvement,
+            trial.status,
+            trial.seconds,
+        )
+        lines.append((*facts, *(_cell(trial.params.get(name)) for name in names)))
+    return Table("search/trials", columns, tuple(lines), _PANELS)
+
+
+def policy_table(policy: Policy) -> Table:
+    """A line per keep ratio."""
+    rows = [(name, number, float(ratio)) for name in DIMENSIONS for number, ratio in enumerate(getattr(policy, name))]
+    return Table("policy/ratios", ("dimension", "block or stage", "keep ratio"), tuple(rows))
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
