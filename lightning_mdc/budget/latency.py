@@ -77,9 +77,9 @@ def _between(knots: tuple[int, ...], values: Any) -> tuple[Any, Any, Any]:
     if len(knots) == 1:
         zero = np.zeros(np.shape(values), dtype=np.int64)
         return zero, zero, zero
-    places = np.asarray(knots, dtype=np.float64)
-    low = np.clip(np.searchsorted(places, values, side="right") - 1, 0, len(knots) - 2)
-    part = (values - places[low]) / (places[low + 1] - places[low])
+    ends = np.asarray(knots, dtype=np.float64)
+    low = np.clip(np.searchsorted(ends, values, side="right") - 1, 0, len(knots) - 2)
+    part = (values - ends[low]) / (ends[low + 1] - ends[low])
     return low, low + 1, np.clip(part, 0.0, 1.0)
 
 
@@ -169,9 +169,9 @@ class LatencyTable:
             after = np.stack([np.broadcast_to(flow[b].mlp, shape) for b in blocks], axis=-1)
             total = total + kind.attention(heads[..., blocks], before).sum(axis=-1)
             total = total + kind.mlp_seconds(neurons[..., blocks], after).sum(axis=-1)
-            for place, block in enumerate(blocks):
+            for block in blocks:
                 if kind.stage is not None and flow[block].dropped is not False:
-                    stage = kind.stage(heads[..., block], before[..., place])
+                    stage = kind.stage(heads[..., block], flow[block].attention)
                     total = total + np.where(flow[block].dropped, stage, 0.0)
         return total
 

@@ -108,8 +108,8 @@ class Budget:
 
 def _seconds(text: str) -> float:
     """Of a duration such as ``"1.8ms"``; NaN if it is none."""
-    found = _DURATION.fullmatch(text)
-    return math.nan if found is None else float(found[1]) * _SECONDS[found[2].lower()]
+    match = _DURATION.fullmatch(text)
+    return math.nan if match is None else float(match[1]) * _SECONDS[match[2].lower()]
 
 
 def as_budget(budget: float | Budget) -> Budget:

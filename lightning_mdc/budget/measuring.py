@@ -154,18 +154,18 @@ def _measured_table(
 def _device_of(sites: Sites, device: str | torch.device | None) -> torch.device:
     own = next(sites.model.parameters()).device
     try:
-        place = own if device is None else torch.device(device)
-        if place.type == "cuda" and not torch.cuda.is_available():
+        wanted = own if device is None else torch.device(device)
+        if wanted.type == "cuda" and not torch.cuda.is_available():
             raise BudgetError(f"device={str(device)!r}: there is none here; measure there and pass table=")
     except RuntimeError as error:
         raise BudgetError(f"device={device!r}: expected a device such as 'cpu' or 'cuda:0' ({error})") from error
-    return torch.device("cpu") if place.type == "meta" else place
+    return torch.device("cpu") if wanted.type == "meta" else wanted
 
 
 def _conditions(sites: Sites, batch_size: int, device: torch.device) -> dict[str, Any]:
     """What the times depend on, JSON-ready."""
     on_gpu = device.type == "cuda"
-    outcome = {
+    conditions = {
         "model": architecture(sites),
         "modules": sorted({type(module).__name__ for block in sites.blocks for module in block.module.modules()}),
         "batch_size": batch_size,
@@ -176,7 +176,7 @@ def _conditions(sites: Sites, batch_size: int, device: torch.device) -> dict[str
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-    as_read: dict[str, Any] = json.loads(json.dumps(outcome))
+    as_read: dict[str, Any] = json.loads(json.dumps(conditions))
     return as_read
 
 
@@ -380,7 +380,7 @@ class _Blocks:
             self.watch.readings["stage", self.index, heads, num_tokens].append(self.watch.between(*marks))
 
     def times(self) -> BlockTimes:
-        """The medians."""
+        """What this kind of block takes: medians of the readings."""
         surface = partial(self.watch.surface, tokens=self.tokens)
         return BlockTimes(
             attention=surface(("attention", self.index), self.heads),
@@ -441,7 +441,7 @@ class _Outside:
         watch.readings["outside", 0, left].append(watch.between(start, marks[0]) + watch.between(marks[1], end))
 
     def surface(self) -> Surface:
-        """The medians."""
+        """What is outside the blocks takes: medians of the readings."""
         return self.watch.surface(("outside",), [0], sorted(self.models))
 
 

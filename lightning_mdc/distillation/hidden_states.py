@@ -14,7 +14,11 @@ from lightning_mdc.models import Sites, find_sites, hide_hooks, show_hooks
 
 
 class HiddenStates:
-    """The hidden states of the blocks that are compared, while somebody is `watching`."""
+    """The hidden states of the blocks that are compared, kept while somebody is `watching`.
+
+    Attributes:
+        student, teacher: by the block's index, (n, tokens, dim) each.
+    """
 
     def __init__(self, num_prefix_tokens: int) -> None:
         self.num_prefix_tokens = num_prefix_tokens
@@ -35,7 +39,7 @@ class HiddenStates:
             self.teacher.clear()
 
     def loss(self) -> Tensor:
-        """See `hidden_state_loss`; of the last forward passes.
+        """The `hidden_state_loss` of the last forward passes.
 
         Raises:
             DistillationError: no gradient would come from it.
@@ -51,19 +55,19 @@ class HiddenStates:
 
 @contextmanager
 def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStates]:
-    """Hooks on both networks inside, gone after. To be entered before the first compiled forward pass.
+    """Both networks have hooks inside, and none after. To be entered before the first compiled forward pass.
 
     Compared are the blocks in which the student still has heads or neurons.
 
     Raises:
         DistillationError: see `comparable`.
     """
-    sites, of_teacher = comparable(student, teacher)
-    caught = HiddenStates(sites.num_prefix_tokens)
+    of_student, of_teacher = comparable(student, teacher)
+    caught = HiddenStates(of_student.num_prefix_tokens)
     handles = []
-    for index in kept_blocks(sites):
-        for kind, block in (("student", sites.blocks[index]), ("teacher", of_teacher.blocks[index])):
-            handles.append(block.module.register_forward_hook(_Keep(caught, kind, index)))
+    for index in kept_blocks(of_student):
+        for kind, sites in (("student", of_student), ("teacher", of_teacher)):
+            handles.append(sites.blocks[index].module.register_forward_hook(_Keep(caught, kind, index)))
     for network in (student, teacher):
         show_hooks(network, compiled=True)  # if not yet, then after this, or in a wrapper that is not given here
     try:
@@ -76,7 +80,7 @@ def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStat
 
 
 class _Keep:
-    """A forward hook."""
+    """A forward hook that keeps what a block of the student or the teacher (`kind`) puts out."""
 
     def __init__(self, caught: HiddenStates, kind: str, index: int) -> None:
         self.caught, self.kind, self.index = caught, kind, index
@@ -96,29 +100,28 @@ def kept_blocks(sites: Sites) -> list[int]:
 
 
 def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Sites, Sites]:
-    """The sites of both, if their hidden states can be compared block by block.
+    """The sites of student and teacher, whose hidden states can be compared block by block.
 
     Raises:
-        DistillationError: they cannot; says why.
+        DistillationError: they cannot be compared; says why.
     """
-    found = []
+    both = []
     for name, network in (("student", student), ("teacher", teacher)):
         try:
-            found.append(find_sites(network))
+            both.append(find_sites(network))
         except UnsupportedModelError as error:
             raise DistillationError(
                 f"hidden_weight > 0 compares blocks, but {name}={type(network).__name__} has none that are known:"
                 f" {error} Pass hidden_weight=0"
             ) from error
-    sites, of_teacher = found
-    facts = {"blocks": "depth", "channels": "dim", "prefix tokens": "num_prefix_tokens"}
-    for what, attribute in facts.items():
-        mine, theirs = getattr(sites, attribute), getattr(of_teacher, attribute)
-        if mine != theirs:
+    of_student, of_teacher = both
+    for what, attribute in {"blocks": "depth", "channels": "dim", "prefix tokens": "num_prefix_tokens"}.items():
+        count, expected = getattr(of_student, attribute), getattr(of_teacher, attribute)
+        if count != expected:
             raise DistillationError(
-                f"hidden_weight > 0 compares blocks, but teacher={of_teacher.name} has {theirs} {what} and"
-                f" student={sites.name} has {mine}; pass hidden_weight=0, or the dense model the student was cut from"
+                f"hidden_weight > 0 compares blocks, but teacher={of_teacher.name} has {expected} {what} and student="
+                f"{of_student.name} has {count}; pass hidden_weight=0, or the dense model the student was cut from"
             )
-    if not kept_blocks(sites):
-        raise DistillationError(f"hidden_weight > 0 compares blocks, but student={sites.name} has kept none")
-    return sites, of_teacher
+    if not kept_blocks(of_student):
+        raise DistillationError(f"hidden_weight > 0 compares blocks, but student={of_student.name} has kept none")
+    return of_student, of_teacher

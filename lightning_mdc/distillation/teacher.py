@@ -96,7 +96,7 @@ def build_teacher(
     args: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
 ) -> nn.Module:
-    """The network that `name` says: of a folder that ``mdc.save`` wrote, or a timm model.
+    """The network of the folder that ``mdc.save`` wrote, or of the timm model, that `name` says.
 
     Args:
         name: a folder, or a timm model name; its pretrained weights are timm's to find.
@@ -131,7 +131,7 @@ def build_teacher(
 def check_teacher(
     name: str | Path, checkpoint: str | Path | None = None, args: Mapping[str, Any] | None = None
 ) -> None:
-    """What can be known of the arguments of `build_teacher` without building it: takes no time, needs no network.
+    """Refuse arguments that `build_teacher` would refuse, as far as it shows without building; needs no network.
 
     Raises:
         DistillationError: nothing is known by that name, or there is no such file.

@@ -180,7 +180,7 @@ class WeightSharingModule(DistillationModule):
 
 
 def _check_masks_can_train(sharing: DistillationModule) -> None:
-    """Masks are hooks that are there in the forward pass only, and others in every step."""
+    """Refuse a model that masks cannot train: they are hooks, there in a forward pass only, others in every step."""
     compiles = sharing.compile_options is not False or is_compiled(sharing.student)
     checkpoints = sharing.grad_checkpointing
     for module in sharing.student.modules():
