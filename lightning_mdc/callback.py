@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +73,7 @@ class MultiDimPruneCallback(Callback):
         self,
         budget: float | Budget = 0.6,
         policy: str | Path | Policy = "uniform",
-        criterion: str | Criterion = "hsic",
+        criterion: str | Criterion = "conditional",
         *,
         calibration_batches: int = 4,
         calibration_images: int | None = None,
@@ -93,10 +95,16 @@ class MultiDimPruneCallback(Callback):
         save_to: str | Path | None = None,
     ) -> None:
         super().__init__()
+        _check_types(fuse_tokens=fuse_tokens, restore_rng=restore_rng, model=model, save_to=save_to)
+        _check_schedule(schedule, start, end, unit)
+        _one_of("token_score", token_score, TOKEN_SCORES)
+        check_whole("calibration_batches", calibration_batches, 1, CallbackError)
+        check_whole("calibration_images", calibration_images, 1, CallbackError, or_none="whole batches")
+        check_whole("seed", seed, 0, CallbackError)
+        if prediction is not None and not callable(prediction):
+            raise CallbackError(f"prediction={prediction!r:.80}: expected a function of what the model returns")
         self.budget = as_budget(budget)
         self.criterion = as_criterion(criterion)
-        check_whole("start", start, 0, CallbackError)
-        check_whole("calibration_batches", calibration_batches, 1, CallbackError)
         self.wanted_policy = _policy(policy)
         self.uniform_options: dict[str, Any] = {
             "dimensions": None if dimensions is None else check_dimensions(dimensions),
@@ -105,24 +113,6 @@ class MultiDimPruneCallback(Callback):
             "round_to": round_to,
             "stages": None if stages is None else tuple(stages),
         }
-        _one_of("schedule", schedule, ("one-shot", "cubic"))
-        _one_of("unit", unit, ("epoch", "step"))
-        _one_of("token_score", token_score, TOKEN_SCORES)
-        check_whole("calibration_images", calibration_images, 1, CallbackError, or_none="whole batches")
-        check_whole("end", end, start + 1, CallbackError, or_none="the end of training")
-        check_whole("seed", seed, 0, CallbackError)
-        for name, value, kinds in (
-            ("fuse_tokens", fuse_tokens, bool),
-            ("restore_rng", restore_rng, bool),
-            ("model", model, (str, type(None))),
-            ("save_to", save_to, (str, Path, type(None))),
-        ):
-            if not isinstance(value, kinds):
-                raise CallbackError(f"{name}={value!r:.80} has the wrong type ({type(value).__name__})")
-        if prediction is not None and not callable(prediction):
-            raise CallbackError(f"prediction={prediction!r:.80}: expected a function of what the model returns")
-        if end is not None and schedule == "one-shot":
-            raise CallbackError(f"end={end} means nothing to schedule='one-shot'; pass schedule='cubic', or no end")
         self.calibration_batches, self.calibration_images = calibration_batches, calibration_images
         self.schedule, self.start, self.end, self.unit = schedule, start, end, unit
         self.token_score, self.fuse_tokens = token_score, fuse_tokens
@@ -130,6 +120,7 @@ class MultiDimPruneCallback(Callback):
         self.restore_rng, self.save_to = restore_rng, None if save_to is None else Path(save_to)
         # Spawned workers cannot give attributes back; rank 0 leaves the outcome in this file.
         self._handover = Path(tempfile.gettempdir()) / f"lightning_mdc-{uuid.uuid4().hex}.pt"
+        weakref.finalize(self, _remove, self._handover, os.getpid())
         self._restores_rng_now = False
         self.reset()
 
@@ -138,6 +129,7 @@ class MultiDimPruneCallback(Callback):
         self._scores: Scores | None = None
         self._policy: Policy | None = None
         self._plan: Plan | None = None
+        self._asked: Policy | None = None  # see `_asked_policy`
         self._progress = 0.0
         self._scorer: Scorer | None = None  # while an iterable dataset is watched
         self._steps_to_watch: int | None = None
@@ -223,7 +215,9 @@ class MultiDimPruneCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What could be refused after hours of training is refused now.
-        self._uniform_or_given(pl_module)
+        self._asked = None  # budget and model may be others than in the last fit
+        if self._plan is None or isinstance(self.wanted_policy, Policy):
+            self._asked_policy(pl_module)
         if self.save_to is not None and trainer.is_global_zero:
             check_savable(find_model(pl_module, self.model_path)[1], self.save_to)
         if self.schedule == "cubic":
@@ -344,21 +338,23 @@ class MultiDimPruneCallback(Callback):
             raise CallbackError("schedule='cubic' with an endless Trainer: say when it is through, e.g. end=10")
         return max(self.start + 1, round(total * 2 / 3))
 
-    def _uniform_or_given(self, pl_module: LightningModule) -> Policy:
-        model = find_model(pl_module, self.model_path)[1]
-        if isinstance(self.wanted_policy, Policy):
-            find_sites(model).counts(self.wanted_policy)
-            return self.wanted_policy
-        if self._plan is not None:
-            return self._plan.policy
-        return uniform_policy(model, self.budget, **self.uniform_options)
+    def _asked_policy(self, pl_module: LightningModule) -> Policy:
+        """The given policy, or the uniform one of the budget. Found once a fit: for a latency budget it may measure."""
+        if self._asked is None:
+            model = find_model(pl_module, self.model_path)[1]
+            if isinstance(self.wanted_policy, Policy):
+                find_sites(model).counts(self.wanted_policy)
+                self._asked = self.wanted_policy
+            else:
+                self._asked = uniform_policy(model, self.budget, **self.uniform_options)
+        return self._asked
 
     def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
         """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""
         _, model = find_model(pl_module, self.model_path)
         if self._plan is None or isinstance(self.wanted_policy, Policy) or self._is_delivered(model):
             return
-        asked, kept = uniform_policy(model, self.budget, **self.uniform_options), self._plan.policy
+        asked, kept = self._asked_policy(pl_module), self._plan.policy
         if policy_macs(model, asked) != policy_macs(model, kept):
             share = policy_macs(model, kept) / macs(model)
             rank_zero_warn(
@@ -368,9 +364,8 @@ class MultiDimPruneCallback(Callback):
             )
 
     def _new_scorer(self, pl_module: LightningModule) -> Scorer:
-        sites = self._sites(pl_module)
-        policy = self._uniform_or_given(pl_module)
-        stages = sites.counts(policy).stages
+        sites = find_sites(pl_module, self.model_path)
+        stages = sites.counts(self._asked_policy(pl_module)).stages
         return Scorer(sites, self.criterion, sites.dimensions, stages)
 
     def _score(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> Scorer:
@@ -428,8 +423,8 @@ class MultiDimPruneCallback(Callback):
         """Average over ranks, decide on rank 0, tell the others, make sure they heard."""
         scorer.sum_over_ranks()
         scores = scorer.scores()
-        policy = self._uniform_or_given(pl_module)
         _, model = find_model(pl_module, self.model_path)
+        policy = self._asked_policy(pl_module)
         plan = make_plan(model, scores, policy, token_score=self.token_score, fuse_tokens=self.fuse_tokens)
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
         plan = Plan.from_json(told)
@@ -473,9 +468,6 @@ class MultiDimPruneCallback(Callback):
         except MdcError:
             return  # there never was a model of ours; whoever needs one has said so
         remove_masks(model)
-
-    def _sites(self, pl_module: LightningModule) -> Sites:
-        return find_sites(find_model(pl_module, self.model_path)[1])
 
     def _is_delivered(self, model: nn.Module) -> bool:
         """Whether `model` is already the slim network of this plan (`slim_model(in_place=True)`)."""
@@ -541,7 +533,28 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-# --- small print ------------------------------------------------------------------------------------------------------
+# --- settings, and what is left behind --------------------------------------------------------------------------------
+
+
+def _check_types(**settings: Any) -> None:
+    kinds = {"fuse_tokens": bool, "restore_rng": bool, "model": (str, type(None)), "save_to": (str, Path, type(None))}
+    for name, value in settings.items():
+        if not isinstance(value, kinds[name]):
+            raise CallbackError(f"{name}={value!r:.80} has the wrong type ({type(value).__name__})")
+
+
+def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:
+    _one_of("schedule", schedule, ("one-shot", "cubic"))
+    _one_of("unit", unit, ("epoch", "step"))
+    check_whole("start", start, 0, CallbackError)
+    check_whole("end", end, start + 1, CallbackError, or_none="the end of training")
+    if end is not None and schedule == "one-shot":
+        raise CallbackError(f"end={end} means nothing to schedule='one-shot'; pass schedule='cubic', or no end")
+
+
+def _remove(handover: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not a forked worker, which leaves the file behind for its parent
+        handover.unlink(missing_ok=True)
 
 
 def _spawns(strategy: Strategy) -> bool:

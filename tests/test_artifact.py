@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.artifact import CONFIG, WEIGHTS
+from lightning_mdc.artifact import CONFIG, WEIGHTS, check_savable
 from lightning_mdc.errors import ArtifactError
 from tests.kinds import BASE, KINDS, POST_NORM, images, make, randomised
 
@@ -117,6 +117,22 @@ def test_a_slim_model_loads_where_its_module_class_is_unknown(tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(mdc.__file__).parents[1])
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "y.pt"), slim(images()))
+
+
+@pytest.mark.parametrize("dimension", ["heads", "neurons", "tokens"])
+def test_a_masked_model_is_refused(dimension: str, tmp_path: Path) -> None:
+    """It would be saved as the dense one, which is neither what it costs nor what it computes."""
+    model = make()
+    plan = mdc.make_plan(model, mdc.score(model, [images(8)], progress=False), mdc.Policy(**{dimension: 0.5}))
+    with mdc.masked(model, plan):
+        for masked in (model, nn.ModuleDict({"backbone": model})):
+            for refuses in (mdc.save, check_savable):
+                with pytest.raises(ArtifactError, match=r"has masks on.*save mdc\.slim\(model, plan\)"):
+                    refuses(masked, tmp_path / "m")
+        assert list(tmp_path.iterdir()) == []
+        mdc.save(mdc.slim(model, plan), tmp_path / "slim")
+    mdc.save(model, tmp_path / "dense")
+    assert mdc.macs(mdc.load(tmp_path / "slim")) < mdc.macs(mdc.load(tmp_path / "dense"))
 
 
 # --- damage and malice ------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The callback inside Trainers it knows nothing about."""
 
 import csv
+import gc
 import itertools
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,22 @@ def test_a_second_fit_keeps_the_plan_until_reset(tmp_path: Path) -> None:
     assert mdc.plan_macs(module, callback.plan) > mdc.plan_macs(module, plan)  # type: ignore[arg-type]
 
 
+def test_the_budgets_policy_is_found_once_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A latency budget may have to measure for it: minutes."""
+    calls: list[float] = []
+
+    def counted(model: nn.Module, budget: mdc.Budget, **options: Any) -> mdc.Policy:
+        calls.append(1)
+        return mdc.uniform_policy(model, budget, **options)
+
+    monkeypatch.setattr("lightning_mdc.callback.uniform_policy", counted)
+    callback = mdc.MultiDimPruneCallback(0.5)
+    module = fitted(tmp_path, callback, loader(), epochs=1)
+    assert len(calls) == 1
+    trainer(tmp_path, callback, epochs=1).fit(module, loader())  # has a plan; is it still what is asked for?
+    assert len(calls) == 2
+
+
 def test_a_plan_made_for_another_budget_is_kept_with_a_word(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="half")
     fitted(tmp_path, mdc.MultiDimPruneCallback(0.5), loader(), checkpoint, epochs=1)
@@ -296,11 +314,21 @@ def test_two_processes_with_uneven_streams_decide_at_the_same_step(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_spawned_processes_give_the_plan_back(tmp_path: Path) -> None:
+def test_spawned_processes_give_the_plan_back_and_leave_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     callback = mdc.MultiDimPruneCallback(0.5)
     module = fitted(tmp_path, callback, loader(), epochs=1, strategy="ddp_spawn", devices=2)
+    (outcome,) = tmp_path.glob("lightning_mdc-*")
+    written = outcome.read_bytes()
     assert callback.plan is not None
+    assert not outcome.exists()
     assert mdc.macs(callback.slim_model(module)) <= 0.5 * mdc.macs(module)
+    outcome.write_bytes(written)  # as if nobody had asked
+    del callback, module
+    gc.collect()
+    assert not outcome.exists()
 
 
 @pytest.mark.parametrize(
@@ -437,16 +465,19 @@ def test_a_model_that_cannot_be_saved_is_refused_before_training(tmp_path: Path)
         trainer(tmp_path, mdc.MultiDimPruneCallback(0.5, save_to=tmp_path / "slim")).fit(module, loader())
 
 
-def test_a_compiled_network_is_pruned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["network", "module"])
+def test_a_compiled_network_is_pruned(what: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    module = Stranger()
-    module.encoder = torch.compile(module.encoder, backend="aot_eager")
-    with torch.no_grad():
-        module.eval()(Spots().images[:16])  # compiled before the callback comes
-    callback = mdc.MultiDimPruneCallback(0.5)
-    fit = trainer(tmp_path, callback, epochs=1)
-    fit.fit(module.train(), loader(), loader())
-    (result,) = fit.validate(module, loader(), verbose=False)
+    module: Any = Stranger()
+    if what == "network":
+        module.encoder = torch.compile(module.encoder, backend="aot_eager")
+        with torch.no_grad():
+            module.eval()(Spots().images[:16])  # compiled before the callback comes
+    callback = mdc.MultiDimPruneCallback(0.5, start=1)
+    fit = trainer(tmp_path, callback, epochs=2)  # the first epoch, without masks, runs compiled as well
+    given = torch.compile(module, backend="aot_eager") if what == "module" else module
+    fit.fit(given.train(), loader(), loader())
+    (result,) = fit.validate(given, loader(), verbose=False)
     slim = callback.slim_model(module, in_place=True)
     assert module.encoder is slim
     (expected,) = trainer(tmp_path).validate(module, loader(), verbose=False)

@@ -322,11 +322,91 @@ def test_masks_take_effect_on_blocks_compiled_one_by_one() -> None:
         with mdc.masked(model, plan):
             assert agree(model(x), slim)
         assert not agree(dense, slim, 1e-3)
-    assert torch._dynamo.config.skip_nnmodule_hook_guards
+
+
+def counted(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[int]]:
+    """`function`, compiled, and a list that gets longer with each compilation of it."""
+    compilations: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+        compilations.append(len(graph.graph.nodes))
+        return graph.forward
+
+    return torch.compile(function, backend=backend), compilations
 
 
 @torch.no_grad()
-def test_what_is_masked_may_be_infinite() -> None:
+def test_masks_leave_other_peoples_compiled_code_alone() -> None:
+    model, x = make(), images()
+    plans = [planned(model), planned(model, mdc.Policy(neurons=0.3)), planned(model, mdc.Policy())]
+    other, compilations = counted(lambda y: (y.sin() + 1).square())
+    other(x)
+    for plan in plans:
+        with mdc.masked(model, plan):
+            model(x)
+            other(x)
+        other(x)
+    assert len(compilations) == 1
+
+
+@torch.no_grad()
+def test_masks_on_a_compiled_model_make_the_compiler_forget_once() -> None:
+    model, x = make(), images()
+    plan = planned(model)
+    other, compilations = counted(lambda y: (y.sin() + 1).square())
+    other(x)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x)
+    with mdc.masked(compiled, plan):
+        compiled(x)
+        other(x)
+    compiled(x)
+    other(x)
+    assert len(compilations) == 2  # before, and within
+
+
+@pytest.mark.parametrize("setting", [True, False])
+def test_torchs_setting_comes_back_as_the_user_had_it(setting: bool) -> None:
+    first, second = make(), make("glu")
+    config = torch._dynamo.config
+    with config.patch(skip_nnmodule_hook_guards=setting):
+        with mdc.masked(first, planned(first)):
+            apply_masks(second, planned(second))
+        assert not config.skip_nnmodule_hook_guards  # the second is still masked
+        remove_masks(second)
+        assert config.skip_nnmodule_hook_guards == setting
+        with mdc.masked(first, planned(first, mdc.Policy())):  # masks nothing
+            assert config.skip_nnmodule_hook_guards == setting
+
+
+@torch.no_grad()
+def test_masks_take_effect_in_a_compiled_parent() -> None:
+    model, x = make(), images()
+    plan = planned(model)
+    dense, slim = model(x), mdc.slim(model, plan)(x)
+    parent = nn.Sequential(nn.Identity(), model)
+    parent.compile(backend="aot_eager")
+    assert agree(parent(x), dense)
+    with mdc.masked(parent, plan):
+        assert agree(parent(x), slim)
+    assert agree(parent(x), dense)
+
+
+@torch.no_grad()
+def test_what_was_first_compiled_under_masks_is_compiled_again_without() -> None:
+    """Also what cannot be seen from the model: its code knows of the hooks it was compiled with."""
+    model, x = make(), images()
+    plans = [planned(model), planned(model, mdc.Policy(heads=0.5))]
+    dense, slims = model(x), [mdc.slim(model, plan)(x) for plan in plans]
+    compiled = torch.compile(lambda images: model(images), backend="aot_eager")
+    for plan, slim in zip(plans, slims, strict=True):
+        with mdc.masked(model, plan):
+            assert agree(compiled(x), slim)
+    assert agree(compiled(x), dense)
+
+
+@torch.no_grad()
+def test_without_gradients_what_is_masked_may_be_infinite() -> None:
     model = make()
     plan = planned(model, mdc.Policy(neurons=0.5))
     dropped = next(i for i in range(192) if i not in plan.neurons[1])
