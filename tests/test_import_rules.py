@@ -53,7 +53,7 @@ def imports(module: str) -> Iterator[Import]:
             source = ".".join(filter(None, (above, statement.module)))
             # What is imported from a package may be a module or a name in it.
             whole = [f"{source}.{alias.name}" for alias in statement.names]
-            names = [name if name in MODULES else source for name in whole]
+            names = [name if name in MODULES or source not in MODULES else source for name in whole]
         for name in dict.fromkeys(names):
             yield Import(module, name, statement.lineno, at_module_level)
 
