@@ -80,7 +80,7 @@ def test_killed_and_resumed_it_is_what_it_would_have_been(model, scores, judge, 
     before = Sensitivity.load(state)
     assert before.cuts == whole.cuts[: len(before.cuts)]
     assert measure_sensitivity(model, scores, judge, levels=LEVELS, state=state) == whole
-    distinct = len({cut.place for cut in whole.cuts if cut.keep < 1}) + 1  # dense is looked at once
+    distinct = len({cut.key for cut in whole.cuts if cut.keep < 1}) + 1  # dense is looked at once
     assert len(calls) == distinct + 1  # the one that was killed, again
     assert Sensitivity.load(state) == whole
     fewer = {**LEVELS, "neurons": (0.5,)}  # other levels take what is there, and leave it there
@@ -135,7 +135,7 @@ def test_a_line_per_block_from_whole_to_nothing(whole, measure):
 
 
 def test_the_map_shows_what_is_lost_and_what_is_not_yet_known(whole):
-    partial = Sensitivity(tuple(cut for cut in whole.cuts if cut.place != ("neurons", 1, 0.0)))
+    partial = Sensitivity(tuple(cut for cut in whole.cuts if cut.key != ("neurons", 1, 0.0)))
     figure = sensitivity_map(partial)
     figure.draw_without_rendering()
     neurons = next(panel for panel in figure.axes if panel.get_title(loc="left").startswith("MLP"))

@@ -26,15 +26,15 @@ def locate(path: str, setting: str) -> Callable[..., Any]:
         SearchError: there is none.
     """
     try:
-        found = pkgutil.resolve_name(path)
+        function = pkgutil.resolve_name(path)
     except Exception as error:
         raise SearchError(
             f"{setting}={path!r} cannot be imported ({one_line(error)}); give the dotted path of a function, "
             "package.module.name, importable from where the app starts"
         ) from error
-    if not callable(found):
-        raise SearchError(f"{setting}={path!r} is no function or class, but {type(found).__name__}")
-    return found
+    if not callable(function):
+        raise SearchError(f"{setting}={path!r} is no function or class, but {type(function).__name__}")
+    return function
 
 
 def build(

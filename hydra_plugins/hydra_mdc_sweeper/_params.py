@@ -120,13 +120,13 @@ def read_params(params: Mapping[str, Any], arguments: Sequence[str]) -> Params:
     for override in OverridesParser.create().parse_overrides([*lines, *arguments]):
         parameter = _parameter(override)
         parameters[parameter.name] = parameter
-    found = Params(tuple(parameters.values()))
-    if not found.searched:
+    all_params = Params(tuple(parameters.values()))
+    if not all_params.searched:
         raise SearchError(
             "there is nothing to search: none of the overrides is a sweep; add one, such as 'x=interval(0, 1)' on the "
             "command line, or to hydra.sweeper.params"
         )
-    return found
+    return all_params
 
 
 def text(value: Any) -> str:

@@ -151,9 +151,9 @@ class GpEi:
         waiting = [] if pending is None else [*self.space.snap(np.atleast_2d(pending))]
         asked: list[np.ndarray] = []
         improvements: list[float | None] = []
-        while len(asked) < n and (found := self._next([*waiting, *asked])) is not None:
-            asked.append(found[0])
-            improvements.append(found[1])
+        while len(asked) < n and (chosen := self._next([*waiting, *asked])) is not None:
+            asked.append(chosen[0])
+            improvements.append(chosen[1])
         return np.array(asked).reshape(-1, len(self.space)), tuple(improvements)
 
     def _next(self, waiting: Sequence[np.ndarray]) -> tuple[np.ndarray, float | None] | None:

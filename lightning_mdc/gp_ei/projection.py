@@ -125,8 +125,8 @@ class Projection:
         unit = rng.random((_PROBES, len(space)))
         low = np.repeat(unit[:, None], len(space), axis=1)  # (probes, axis that is moved, axes)
         high = low.copy()
-        each = np.arange(len(space))
-        low[:, each, each], high[:, each, each] = 0.0, 1.0
+        axes = np.arange(len(space))
+        low[:, axes, axes], high[:, axes, axes] = 0.0, 1.0
         low_cost, high_cost = (
             self._cost(space.snap(space.from_unit(ends.reshape(-1, len(space))))).reshape(_PROBES, -1)
             for ends in (low, high)

@@ -346,8 +346,8 @@ def _run(
             log.debug("  trial %d: value %s in %.2f s", trial.number, _shown(trial.value), seconds)
             advance(f"value {_shown(trial.value)}, best {_shown(now.best)}, cost {trial.cost:.2%} of budget")
             if is_first() and (now.finished % max(1, n_trials // 6) == 0 or now.finished == n_trials):
-                each = (time.perf_counter() - begun) / (now.finished - before)
-                _report(trial, now, n_trials, (n_trials - now.finished) * each)
+                seconds_each = (time.perf_counter() - begun) / (now.finished - before)
+                _report(trial, now, n_trials, (n_trials - now.finished) * seconds_each)
     if now.finished < n_trials and is_first():
         log.info("  all %d policies there are have been tried", now.finished)
     return study.trials()

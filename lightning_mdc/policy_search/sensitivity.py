@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from lightning_mdc.budget import CostModel
-from lightning_mdc.distributed import on_first_rank
+from lightning_mdc.distributed import on_every_rank, on_first_rank
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.files import write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import Sites, find_sites
-from lightning_mdc.policy import DIMENSIONS, Plan, Policy, default_stages, keep_count, kept_tokens
+from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, keep_count, kept_tokens
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.progress import bar
 from lightning_mdc.surgery import slim
@@ -35,6 +35,8 @@ LEVELS: Mapping[str, Sequence[float] | None] = {
     "tokens": (0.9, 0.7, 0.5, 0.3, 0.1, 0.0),
 }
 _MOST_HEAD_COUNTS = 8
+
+Key = tuple[str, int, float]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Cut:
     cost: float
 
     @property
-    def place(self) -> tuple[str, int, float]:
-        """What was cut, and how far."""
+    def key(self) -> Key:
+        """What was cut, and how far: dimension, block, keep ratio."""
         return self.dimension, self.block, self.keep
 
 
@@ -71,8 +73,8 @@ class Sensitivity:
 
     def curve(self, dimension: str, block: int) -> tuple[Cut, ...]:
         """The cuts of one dimension of one block, from whole to nothing."""
-        mine = [cut for cut in self.cuts if (cut.dimension, cut.block) == (dimension, block)]
-        return tuple(sorted(mine, key=lambda cut: -cut.keep))
+        cuts = [cut for cut in self.cuts if (cut.dimension, cut.block) == (dimension, block)]
+        return tuple(sorted(cuts, key=lambda cut: -cut.keep))
 
     def blocks(self, dimension: str) -> tuple[int, ...]:
         """The blocks in which the dimension was cut."""
@@ -113,7 +115,7 @@ class Sensitivity:
                 )
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} holds no sensitivities ({error}); run the stage 'sensitivity' again") from error
+            raise ConfigError(f"{path} holds no sensitivities ({error}); run the step 'sensitivity' again") from error
 
 
 def measure_sensitivity(
@@ -150,46 +152,52 @@ def measure_sensitivity(
     costs = CostModel(sites)
     wanted = list(_cuts(sites, costs.num_tokens, levels, default_stages(sites.depth) if stages is None else stages))
     known = on_first_rank(partial(_known, state))
-    cuts: list[Cut] = []
+    done = sum(key in known for key, _ in wanted)
+    # All curves begin at the same model, which is judged once.
+    whole = next((cut for cut in known.values() if cut.keep == 1), None)
 
-    def judged(plan: Plan, place: tuple[str, int, float]) -> Cut:
+    def cut_model(policy: Policy) -> tuple[nn.Module, float]:
+        plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
         with torch.no_grad():
-            facts = held_out.judge(slim(model, plan).eval()).facts
-        if not {"accuracy", "kl"} <= set(facts):
-            raise ConfigError(
-                f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
-                "(images, labels) and dense=model"
-            )
-        return Cut(*place, facts["accuracy"], facts["kl"], costs.of_plan(plan) / costs.of_model())
+            return slim(model, plan).eval(), costs.of_plan(plan) / costs.of_model()
 
-    done = sum(place in known for place, _ in wanted)
-    whole: Cut | None = next((cut for cut in known.values() if cut.keep == 1), None)
+    def judged(key: Key, policy: Policy) -> Cut:
+        small, cost = on_every_rank(partial(cut_model, policy))
+        return Cut(*key, *_accuracy_and_kl(held_out, small), cost)
+
     with bar("Cutting", len(wanted), completed=done, shown=progress) as advance:
-        for place, policy in wanted:
-            if place in known:
-                cuts.append(known[place])
+        for key, policy in wanted:
+            if key in known:
                 continue
-            if place[2] == 1 and whole is not None:  # all curves begin at the same model
-                cut = Cut(*place, whole.accuracy, whole.kl, whole.cost)
+            if key[2] == 1:
+                cut = judged(key, policy) if whole is None else replace(whole, dimension=key[0], block=key[1])
+                whole = cut
             else:
-                plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
-                cut = judged(plan, place)
-            whole = cut if place[2] == 1 else whole
-            cuts.append(cut)
-            known[place] = cut
+                cut = judged(key, policy)
+            known[key] = cut
             if state is not None:
                 on_first_rank(partial(Sensitivity(tuple(known.values())).save, state))
-            said = f"{cut.dimension} of block {cut.block} to {cut.keep:.0%}: top-1 {cut.accuracy:.1%}"
-            log.debug("  %s, KL %.4f", said, cut.kl)
-            advance(said)
-    return Sensitivity(tuple(cuts))
+            message = f"{cut.dimension} of block {cut.block} to {cut.keep:.0%}: top-1 {cut.accuracy:.1%}"
+            log.debug("  %s, KL %.4f", message, cut.kl)
+            advance(message)
+    return Sensitivity(tuple(known[key] for key, _ in wanted))
 
 
-def _known(state: Path | None) -> dict[tuple[str, int, float], Cut]:
+def _accuracy_and_kl(held_out: HeldOut, model: nn.Module) -> tuple[float, float]:
+    facts = held_out.judge(model).facts
+    if not {"accuracy", "kl"} <= set(facts):
+        raise ConfigError(
+            f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
+            "(images, labels) and dense=model"
+        )
+    return facts["accuracy"], facts["kl"]
+
+
+def _known(state: Path | None) -> dict[Key, Cut]:
     if state is None or not state.exists():
         return {}
     try:
-        return {cut.place: cut for cut in Sensitivity.load(state).cuts}
+        return {cut.key: cut for cut in Sensitivity.load(state).cuts}
     except ConfigError as error:
         aside = state.with_name(f"{state.name}.damaged")
         state.replace(aside)
@@ -199,11 +207,11 @@ def _known(state: Path | None) -> dict[tuple[str, int, float], Cut]:
 
 def _cuts(
     sites: Sites, num_tokens: int, levels: Mapping[str, Sequence[float] | None], stages: Sequence[int]
-) -> Iterator[tuple[tuple[str, int, float], Policy]]:
+) -> Iterator[tuple[Key, Policy]]:
     """((dimension, block, realised keep ratio), policy) of every cut, each curve from whole to nothing."""
-    places = {"heads": range(sites.depth), "neurons": range(sites.depth), "tokens": stages}
+    blocks = {"heads": range(sites.depth), "neurons": range(sites.depth), "tokens": stages}
     for dimension in sites.dimensions:
-        for index, block in enumerate(places[dimension]):
+        for index, block in enumerate(blocks[dimension]):
             ratios = levels[dimension]
             if dimension == "tokens":
                 kept = {kept_tokens(num_tokens, ratio, sites.num_prefix_tokens) for ratio in ratios or ()}
@@ -216,7 +224,7 @@ def _cuts(
                 even = np.linspace(units, 0, steps + 1).round().astype(int).tolist()
                 kept = set(even) if ratios is None else {keep_count(units, ratio) for ratio in ratios}
             for count in sorted({units, *kept}, reverse=True):
-                alone = [1.0] * len(places[dimension])
+                alone = [1.0] * len(blocks[dimension])
                 alone[index] = count / units
                 policy = Policy(**{dimension: alone}, stages=tuple(stages) if dimension == "tokens" else None)
                 yield (dimension, block, count / units), policy
