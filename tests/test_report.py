@@ -80,6 +80,12 @@ def test_a_record_knows_every_stage_in_its_order():
     assert tuple(steps.STAGES) == STAGE_NAMES
 
 
+def test_no_weights_are_read_to_say_what_the_dense_model_costs(finished):
+    dense = RunRecord(finished).dense
+    assert all(parameter.is_meta for parameter in dense.sites.model.parameters())
+    assert dense.of_model() == mdc.macs(mdc.load(finished / "dense"))
+
+
 def test_reports_say_how_to_get_the_same_again(finished):
     record = RunRecord(finished)
     facts = dict(report_of(record).reproduction.facts)
