@@ -149,6 +149,17 @@ def _savable(model: nn.Module) -> Sites:
     return sites
 
 
+def load_skeleton(directory: str | Path) -> nn.Module:
+    """The model saved in `directory` on the meta device, without its weights: what it is made of and what it costs.
+
+    Raises:
+        ArtifactError: as `load`, but weights that were changed are not noticed.
+    """
+    folder = _recovered(Path(directory).resolve())
+    config = _read_config(folder)
+    return _rebuilt(config, _plan(config), _read_header(folder / WEIGHTS), folder).eval()
+
+
 # --- building again ---------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,12 @@ def test_the_page_needs_nothing_else(finished):
     assert not re.search(r"#333333|#000000", page, flags=re.IGNORECASE)  # ink is the theme's
 
 
+def test_no_weights_are_read_to_say_what_the_dense_model_costs(finished):
+    dense = RunRecord(finished).dense
+    assert all(parameter.is_meta for parameter in dense.sites.model.parameters())
+    assert dense.of_model() == mdc.macs(mdc.load(finished / "dense"))
+
+
 def test_reports_say_how_to_get_the_same_again(finished):
     record = RunRecord(finished)
     facts = dict(report_of(record).reproduction.facts)

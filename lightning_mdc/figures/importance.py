@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_mdc.figures.style import (
-    COLOURS,
-    INK,
-    PALE,
-    PAPER,
-    RED,
-    WIDTH,
-    colour_bar,
-    few_ticks,
-    new_figure,
-    plain,
-)
+from lightning_mdc.figures.style import COLOURS, INK, PALE, PAPER, RED, WIDTH, colour_bar, few_ticks, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +26,11 @@ def heads_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | N
         scores: per block, (heads,).
         kept: per block, indices; None before there is a plan.
     """
-    depth, most = len(scores), max(len(block) for block in scores)
-    figure, (panel,) = new_figure(WIDTH, 0.2 * depth + 1.1)
-    image = np.full((depth, most), np.nan)
+    most = max(len(block) for block in scores)
+    image = np.full((len(scores), most), np.nan)
     for row, block in enumerate(scores):
         image[row, : len(block)] = _to_unit(block)
-    _show(panel, image, "head")
+    figure, panel = _block_map(image, "head", (-0.5, most - 0.5))
     for row, units in enumerate(kept or ()):
         gone = sorted(set(range(len(scores[row]))) - set(units))
         panel.plot(gone, [row] * len(gone), "x", color=PAPER, ms=6, mew=2.6)
@@ -58,15 +46,14 @@ def neurons_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] |
         scores: per block, (neurons,).
         kept: per block, indices; None before there is a plan.
     """
-    depth, most = len(scores), max(len(block) for block in scores)
-    figure, (panel,) = new_figure(WIDTH, 0.2 * depth + 1.1)
+    most = max(len(block) for block in scores)
     columns = min(most, _COLUMNS)
-    image = np.full((depth, columns), np.nan)
+    image = np.full((len(scores), columns), np.nan)
     for row, block in enumerate(scores):
         width = max(1, round(columns * len(block) / most))
         parts = np.array_split(np.sort(_to_unit(block))[::-1], min(width, len(block)))
         image[row, :width] = _stretched([part.mean() for part in parts], width)
-    _show(panel, image, "neurons, ranked", extent=(0, most))
+    figure, panel = _block_map(image, "neurons, ranked", (0, most))
     for row, units in enumerate(kept or ()):
         if len(units) < len(scores[row]):
             for colour, wide in ((PAPER, 4.0), (RED, 2.0)):
@@ -106,9 +93,10 @@ def histograms_figure(scores: dict[str, Sequence[np.ndarray]]) -> Figure:
     return figure
 
 
-def _show(panel: Axes, image: np.ndarray, what: str, extent: tuple[float, float] | None = None) -> None:
-    depth, columns = image.shape
-    left, right = (-0.5, columns - 0.5) if extent is None else extent
+def _block_map(image: np.ndarray, units: str, extent: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A row of colours per block; `extent` is what the left and right edge are on the axis of the units."""
+    depth = len(image)
+    figure, (panel,) = new_figure(WIDTH, 0.2 * depth + 1.1)
     panel.set_facecolor(PALE)
     picture = panel.imshow(
         np.ma.masked_invalid(image),
@@ -117,13 +105,14 @@ def _show(panel: Axes, image: np.ndarray, what: str, extent: tuple[float, float]
         vmax=1,
         aspect="auto",
         interpolation="nearest",
-        extent=(left, right, depth - 0.5, -0.5),
+        extent=(*extent, depth - 0.5, -0.5),
     )
-    panel.set_xlabel(what)
+    panel.set_xlabel(units)
     panel.set_ylabel("block")
     few_ticks(panel.yaxis, 12, integer=True)
     plain(panel)
     colour_bar(panel, picture, aspect=14, ticks=[0, 1]).ax.set_yticklabels(["least", "most"])
+    return figure, panel
 
 
 def _to_unit(scores: np.ndarray) -> np.ndarray:

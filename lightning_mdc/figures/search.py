@@ -7,20 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from lightning_mdc.figures.style import (
-    BLUE,
-    GRAY,
-    GREEN,
-    INK,
-    PAPER,
-    RED,
-    WIDTH,
-    few_ticks,
-    new_figure,
-    plain,
-    ring,
-    text_figure,
-)
+from lightning_mdc.figures import style
+from lightning_mdc.figures.style import BLUE, GRAY, GREEN, INK, PAPER, RED, WIDTH, new_figure, plain
 from lightning_mdc.gp_ei.process import GpEi
 
 if TYPE_CHECKING:
@@ -70,11 +58,11 @@ def progress_figure(trials: Sequence[Tried], direction: str, value: str = "value
         end = max(trial.number for trial in trials)
         panel.step([*numbers, end], np.clip([*best, best[-1]], low, high), where="post", color=_BEST, lw=1.8)
         where = int(np.flatnonzero(best == best[-1])[0])
-        ring(panel, numbers[where], best[-1], label="best")
+        style.ring(panel, numbers[where], best[-1], label="best")
         over = sum(trial.status != "running" for trial in trials)
         title = f"best value {best[-1]:.6g}: trial {numbers[where]} of {over}"
     _finish(panel, "trial", value, (low, high), title)
-    few_ticks(panel.xaxis, integer=True)
+    style.few_ticks(panel.xaxis, integer=True)
     return figure
 
 
@@ -89,14 +77,14 @@ def cost_figure(trials: Sequence[Tried], direction: str, target: float, value: s
     _crosses(panel, trials, [trial.cost or 0.0 for trial in priced if trial.status == "failed"])
     if done:
         best = (min if direction == "minimize" else max)(done, key=lambda trial: trial.value or 0.0)
-        ring(panel, best.cost or 0.0, best.value or 0.0, label="best")
+        style.ring(panel, best.cost or 0.0, best.value or 0.0, label="best")
         title = f"best value {best.value:.6g} at cost {best.cost:.6g}: trial {best.number}"
     left = min([trial.cost or 0.0 for trial in priced], default=target)
     # Trials may all cost within a hair of the target: wide enough that the axis can say so in plain numbers.
     margin = max(0.08 * (target - left), 1e-4 * abs(target), 1e-12)
     panel.set_xlim(left - margin, target + margin)
     panel.ticklabel_format(axis="x", useOffset=False)
-    few_ticks(panel.xaxis, 6)
+    style.few_ticks(panel.xaxis, 6)
     _finish(panel, "cost", value, (low, high), title)
     return figure
 
@@ -123,7 +111,7 @@ def improvement_figure(trials: Sequence[Expected]) -> Figure:
         _legend_below(panel)
     panel.set_xlabel("trial")
     panel.set_ylabel("expected improvement")
-    few_ticks(panel.xaxis, integer=True)
+    style.few_ticks(panel.xaxis, integer=True)
     plain(panel)
     return figure
 
@@ -137,7 +125,7 @@ def dependence_figure(search: GpEi) -> Figure:
     process, points = search.model(), np.array([o.point for o in search.history if o.value is not None])
     axes = np.flatnonzero(search.space.numeric & (search.space.high > search.space.low))
     if process is None or not len(points) or not len(axes):
-        return text_figure("no dependence to show: too few trials, or no numeric parameter")
+        return style.text_figure("no dependence to show: too few trials, or no numeric parameter")
     background = points[np.linspace(0, len(points) - 1, min(len(points), _BACKGROUND)).astype(int)]
     curves = {axis: _dependence(search, process, background, axis) for axis in axes.tolist()}
     shown = sorted(curves, key=lambda axis: -np.ptp(curves[axis][1]))[:_PANELS]
@@ -181,11 +169,11 @@ def _draw_dependence(
         best = search.best.point[number]
         x, y = (np.log(v) for v in (best, curve[0])) if axis.log else (best, curve[0])
         height = np.interp(x, y, curve[1])
-        ring(panel, best, height, s=50, facecolors=PAPER, zorder=3)
+        style.ring(panel, best, height, s=50, facecolors=PAPER, zorder=3)
     if axis.log:
         panel.set_xscale("log")
     else:
-        few_ticks(panel.xaxis, 4, integer=axis.integer)
+        style.few_ticks(panel.xaxis, 4, integer=axis.integer)
     plain(panel, axis.name)
 
 

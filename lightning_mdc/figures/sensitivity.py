@@ -18,7 +18,7 @@ _NOT_YET, _NOTHING_YET = "#f2f2f2", "no cut has been tried yet"
 # On a map's colours, which are the same on a light page and on a dark one; the theme's would not be read there.
 _ON_PALE, _ON_DARK = "#1c1c1c", "#fdfdfd"
 # Tokens leave at a token stage, and all blocks after it have fewer.
-_LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens after a token stage"}
+_LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens after a stage"}
 _WORDS = {"accuracy": "top-1", "kl": "KL to dense (nats)"}
 # Below this KL two curves differ by noise; above it they are drawn by orders of magnitude.
 _SMALL_KL = 0.01

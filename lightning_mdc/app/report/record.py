@@ -15,7 +15,7 @@ from lightning_mdc.app.report.outcomes import ClassChange, Outcomes
 from lightning_mdc.app.report.results import Results
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RECORDS, RunFolder, newest_run
 from lightning_mdc.app.step_table import STEPS
-from lightning_mdc.artifact import load
+from lightning_mdc.artifact import load_skeleton
 from lightning_mdc.budget import CostModel
 from lightning_mdc.errors import ConfigError, MdcError
 from lightning_mdc.files import read_json
@@ -81,7 +81,7 @@ class RunRecord:
     @cached_property
     def dense(self) -> CostModel | None:
         """The dense model's anatomy and what its parts cost."""
-        return self._of("dense", "dense", lambda path: CostModel(find_sites(load(path))))
+        return self._of("dense", "dense", lambda path: CostModel(find_sites(load_skeleton(path))))
 
     @cached_property
     def scores(self) -> Scores | None:

@@ -9,22 +9,9 @@ from matplotlib.figure import Figure
 
 from lightning_mdc.app.report.outcomes import ClassChange
 from lightning_mdc.app.report.results import Results
+from lightning_mdc.figures import style
 from lightning_mdc.figures.numbers import seconds
-from lightning_mdc.figures.style import (
-    BLUE,
-    GRAY,
-    GREEN,
-    INK,
-    PALE,
-    RED,
-    WIDTH,
-    beside,
-    named,
-    new_figure,
-    percent_ticks,
-    plain,
-    ring,
-)
+from lightning_mdc.figures.style import BLUE, GRAY, GREEN, INK, PALE, RED, WIDTH, beside, named, new_figure, plain
 
 # Classes in the picture; the table has all.
 _CLASSES = 20
@@ -75,12 +62,12 @@ def front_figure(points: Sequence[Point], cost: str, value: str, percent: bool) 
             panel.scatter([point.cost], [point.value], s=30, color=colour, linewidths=0, zorder=3)
             beside(panel, point.name, (point.cost, point.value), (5, 4))
         if point.chosen:
-            ring(panel, point.cost, point.value, s=90, zorder=3)
+            style.ring(panel, point.cost, point.value, s=90, zorder=3)
     panel.set_xlabel(cost)
     panel.set_ylabel(value)
-    percent_ticks(panel.xaxis)
+    style.percent_ticks(panel.xaxis)
     if percent:
-        percent_ticks(panel.yaxis)
+        style.percent_ticks(panel.yaxis)
     panel.margins(0.08)
     plain(panel)
     return figure
@@ -140,7 +127,7 @@ def runs_figure(results: Mapping[str, Results]) -> Figure:
     panel.set_xlabel("MACs, as a fraction of the run's dense model")
     panel.set_ylabel("top-1 on the test images")
     for axis in (panel.xaxis, panel.yaxis):
-        percent_ticks(axis)
+        style.percent_ticks(axis)
     panel.margins(0.1)
     plain(panel)
     return figure
