@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
@@ -83,3 +84,8 @@ def counted_macs(model: nn.Module, height: int = SIZE, width: int | None = None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, height, width or height, device=device))
     return int(counter.get_total_flops() // 2)
+
+
+def everyday(first: Any, *others: Any) -> list[Any]:
+    """Parameters of a test: the first in every run, the others for ``make test-slow``."""
+    return [first, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]

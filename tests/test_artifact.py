@@ -261,6 +261,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
         assert torch.equal(mdc.load(tmp_path / "m")(images()), first(images()))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path) -> None:
     program = (
         "import lightning_mdc as mdc\n"

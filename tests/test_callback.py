@@ -155,6 +155,7 @@ def test_resuming_works_where_the_optimizer_asks_for_the_length(tmp_path: Path) 
     assert same_weights(fit(tmp_path / "epoch=0.ckpt"), whole)
 
 
+@pytest.mark.slow
 def test_a_strangers_run_survives_a_kill(tmp_path: Path) -> None:
     def run(root: Path, killed_at: str, how: str) -> int:
         root.mkdir(exist_ok=True)

@@ -71,6 +71,7 @@ def run(tmp_path_factory):
     return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_accuracy_over_an_odd_number_of_images_is_exact(run):
     _, (first, second) = run
     assert sorted(first[f"validated {HELD_OUT}"] + second[f"validated {HELD_OUT}"]) == list(range(HELD_OUT))

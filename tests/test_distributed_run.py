@@ -126,6 +126,7 @@ def child_of(pid: int) -> int:
     return next(int(line.split()[0]) for line in listed.stdout.splitlines() if "train_ddp_process_1" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

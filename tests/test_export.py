@@ -18,12 +18,12 @@ from lightning_mdc import export
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.tokens.stage import best_and_rest
 from tests import kinds
-from tests.kinds import SIZE, images
+from tests.kinds import SIZE, everyday, images
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 
 # Two heads; register tokens; no class row (mean attention); attention pooling; norms over units and a packed GLU.
-EXPORTED = ["deit_distilled", "registers", "average_pool", "attention_pool", "swiglu_packed_normed"]
+EXPORTED = everyday("deit_distilled", "registers", "average_pool", "attention_pool", "swiglu_packed_normed")
 
 
 def make(kind: str = "vit") -> nn.Module:
@@ -61,6 +61,7 @@ def test_programs_equal_the_model_at_any_batch(kind, tmp_path):
     assert len(list(tmp_path.rglob("*"))) == 3  # nothing else is left
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_t2t_vit_goes_to_onnx_from_inside_a_module(tmp_path):
     model = timm.create_model("t2t_vit_7", img_size=SIZE, num_classes=7, embed_dim=32, num_heads=4, depth=2).eval()

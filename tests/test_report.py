@@ -182,6 +182,7 @@ def test_the_browser_would_notice(tmp_path):
 # --- of half a run ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_search_shows_what_was_done(tmp_path, monkeypatch, capsys):
     def dies(self, model, *args):
         if len(calls) == 3:  # the dense model comes first

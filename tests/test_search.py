@@ -272,6 +272,7 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills, tmp_path):
     killed_again_and_again(tmp_path, kills, seed=kills)

@@ -12,7 +12,7 @@ import lightning_mdc as mdc
 from lightning_mdc.errors import PlanError, UnsupportedModelError
 from lightning_mdc.surgery import apply_masks, is_masked, remove_masks
 from lightning_mdc.tokens.stage import best_and_rest, regroup, resample_prior
-from tests.kinds import KINDS, POST_NORM, images, make, randomised
+from tests.kinds import KINDS, POST_NORM, everyday, images, make, randomised
 
 
 def planned(model: nn.Module, policy: mdc.Policy | None = None, **options: object) -> mdc.Plan:
@@ -263,7 +263,7 @@ def test_plans_of_another_model_are_refused() -> None:
 
 # --- company ----------------------------------------------------------------------------------------------------------
 
-COMPILED_KINDS = ["vit", "deit_distilled", "average_pool", "rms_norms"]
+COMPILED_KINDS = everyday("deit_distilled", "vit", "average_pool", "rms_norms")
 
 
 @pytest.mark.parametrize("kind", COMPILED_KINDS)
@@ -278,6 +278,7 @@ def test_slim_models_compile_whole_and_export(kind: str) -> None:
     assert agree(exported(x[:3]), eager[:3], 1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_slim_models_compile_with_inductor() -> None:
     import shutil
@@ -307,6 +308,7 @@ def test_masks_take_effect_around_compiled_code(kind: str) -> None:
     assert not agree(dense, slim, 1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_masks_take_effect_on_blocks_compiled_one_by_one() -> None:
     model, x = make(), images()

@@ -865,6 +865,7 @@ def test_a_batch_that_was_told_in_part_is_completed_before_the_next(tmp_path, in
     assert history(tmp_path / "out") == history(in_one_process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(i, marks=pytest.mark.slow) for i in range(3, 23))])
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(tmp_path, in_one_process, seed):
     rng = random.Random(seed)

@@ -538,6 +538,7 @@ def test_ours_first_then_timm(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     ["import timm, lightning_mdc", "from lightning_mdc.models.timm_vit import TimmVisionTransformer; import timm"],

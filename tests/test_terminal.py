@@ -21,7 +21,7 @@ from lightning_mdc.app import main, pipeline, steps, terminal
 from lightning_mdc.app.main import conf_folder
 from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.held_out import HeldOut
-from tests.kinds import images, make
+from tests.kinds import everyday, images, make
 from tests.test_train import ROOT, TINY, script, settings
 
 # Anything but printable characters and line ends.
@@ -216,7 +216,7 @@ def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog):
 # --- ending early -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("by", everyday(signal.SIGTERM, signal.SIGINT))
 def test_a_stopped_training_says_how_to_go_on(tmp_path, by):
     """By Ctrl-C, or as a cluster stops it. Lightning shuts down by itself, in the second case with exit code 0."""
     code, word = (130, "interrupted") if by == signal.SIGINT else (143, "stopped")

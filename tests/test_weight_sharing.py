@@ -374,6 +374,7 @@ def test_a_copy_draws_and_trains_by_itself() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_policies(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.test_weight_sharing", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=120)
