@@ -36,7 +36,7 @@ class RunFolder:
         """Make the folder, and the one for records by which `newest_run` knows it.
 
         Raises:
-            ConfigError: the place cannot be written.
+            ConfigError: it cannot be written.
         """
         try:
             (self.path / RECORDS).mkdir(parents=True, exist_ok=True)

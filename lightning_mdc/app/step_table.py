@@ -37,7 +37,7 @@ class Switch:
     """
 
     key: str
-    off: Any
+    off: int | str
     remedy: str
 
 

@@ -102,8 +102,7 @@ def prepared(settings: build.Settings, trackers: Trackers | None = None) -> Run:
 
 
 def build_held_out(run: Run, model: nn.Module) -> HeldOut:
-    """What trials are judged on. The prepared images lie in the cache: reading them anew would take each trial longer
-    than judging."""
+    """What trials are judged on. The prepared images lie in the cache, so that only the first trial reads files."""
     num_images = run.settings["search"]["images"]
     fingerprint = fingerprint_of({"images": num_images}, {"dense": run.fingerprints["dense"]})
     path = run.folder / f"held_out-{fingerprint[:12]}.safetensors"
