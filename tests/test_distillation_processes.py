@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import lightning_mdc as mdc
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distributed import leave_process_group
+from tests.kinds import everyday
 
 STEPS, BATCH = 20, 8  # images per step, over all processes
 ROOT = Path(__file__).parents[1]

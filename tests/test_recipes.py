@@ -16,6 +16,7 @@ from lightning_mdc.policy_search.held_out import HeldOut
 from tests.kinds import everyday
 from tests.test_configs import CONF, EXPERIMENTS
 
+T2T = "t2t_vit_14_imagenet_40"
 IMAGENET = [name for name in EXPERIMENTS if name not in ("digits", "cifar10")]
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3}
 # Where the tokens-to-token module, which nothing can be pruned of, is not nearly all there is.
