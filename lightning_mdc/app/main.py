@@ -77,11 +77,10 @@ def app(cfg: DictConfig) -> float | None:
         if explained is None or wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         message, code = explained
-        # All processes of a run are stopped together; one says it.
         rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+        # All processes of a run are stopped together; one says it.
         if code not in terminal.STOPPED or rank == 0:
-            speaker = f"[rank {rank}] " if rank else ""
-            print(f"{speaker}{message}", file=sys.stderr)
+            print(f"[rank {rank}] {message}" if rank else message, file=sys.stderr)
         sys.exit(code)
     return None
 
