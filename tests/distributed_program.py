@@ -103,6 +103,7 @@ def scenarios() -> dict[str, Callable[[], Any]]:
             f"inside {kind}": partial(on_every_rank, partial(on_every_rank, partial(only, 1, kind))),
         }
         known |= {f"{name} {kind}": partial(judge.judge, Fails(kind)) for name, judge in judges.items()}
+        known[f"dense {kind}"] = partial(HeldOut, batches, "kl", dense=Fails(kind))
     return known | {name: lambda judge=judge: judge(Fails(None)) for name, judge in judges.items()}  # type: ignore[misc]
 
 

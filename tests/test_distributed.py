@@ -59,7 +59,7 @@ def test_the_error_of_the_first_rank_is_its_own_there_and_in_words_elsewhere(out
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-@pytest.mark.parametrize("where", ["second", "before", "inside", "loss", "metric"])
+@pytest.mark.parametrize("where", ["second", "before", "inside", "loss", "metric", "dense"])
 def test_an_error_of_another_rank_likewise(outcomes, where, kind):
     first, second = (outcome[f"{where} {kind}"] for outcome in outcomes)
     assert second == [kind, WORDS[kind]]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_mdc.distributed import gather, rank, world_size
+from lightning_mdc.distributed import gather, on_every_rank, rank, world_size
 from lightning_mdc.errors import SearchError, check_whole
 from lightning_mdc.models import evaluating
 
@@ -38,7 +38,7 @@ class HeldOut:
     """``evaluate`` for `search`: a slim model in, a number out, higher is better.
 
     The images are decoded and moved once, and visited in a random but fixed order. In a distributed run every rank
-    looks at its part of the images, and all get the same number.
+    makes one, looks at its part of the images, and all get the same number.
 
     Args:
         batches: ``(images, labels)`` batches, as a DataLoader yields them, on every rank the same. Use a held-out part
@@ -90,7 +90,7 @@ class HeldOut:
         self._facts = ("accuracy",) * classes + ("kl",) * (dense is not None)
         self._dense: Tensor | None = None
         if dense is not None:
-            self._dense = torch.cat(list(self._log_probabilities(dense)))
+            self._dense = on_every_rank(lambda: torch.cat(list(self._log_probabilities(dense))))
 
     def __call__(self, model: nn.Module) -> float:
         """The metric of `model` on all images."""
