@@ -537,7 +537,12 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 
 def _check_types(**settings: Any) -> None:
-    kinds = {"fuse_tokens": bool, "restore_rng": bool, "model": (str, type(None)), "save_to": (str, Path, type(None))}
+    kinds: dict[str, Any] = {
+        "fuse_tokens": bool,
+        "restore_rng": bool,
+        "model": (str, type(None)),
+        "save_to": (str, Path, type(None)),
+    }
     for name, value in settings.items():
         if not isinstance(value, kinds[name]):
             raise CallbackError(f"{name}={value!r:.80} has the wrong type ({type(value).__name__})")

@@ -61,8 +61,8 @@ def describe(
     Raises:
         ArtifactError: a part that no constructor argument expresses; names it.
     """
-    block, embed = unwrap(model.blocks[0]), model.patch_embed
-    mlp: Any = block.mlp
+    block: Any = unwrap(model.blocks[0])
+    embed, mlp = model.patch_embed, block.mlp
     if type(embed) is not embedding:
         raise ArtifactError(
             f"patch_embed is a {qualified_name(embed)}, which no constructor argument of ours expresses"
