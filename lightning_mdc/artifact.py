@@ -188,15 +188,15 @@ def _describe(sites: Sites, plan: Plan | None) -> dict[str, Any]:
 
 def _difference(model: nn.Module, again: nn.Module) -> str | None:
     """The first part in which `again` is not built like `model`, in words."""
-    mine, theirs = _parts(model), _parts(again)
-    for name in [*mine, *(n for n in theirs if n not in mine)]:
-        if name not in theirs:
-            return f"{name} is a {mine[name][0]}, which the rebuilt model does not have"
-        if name not in mine:
-            return f"{name} is missing, the rebuilt model has a {theirs[name][0]} there"
-        for is_, would_be in zip(mine[name][1:], theirs[name][1:], strict=True):
+    parts, rebuilt = _parts(model), _parts(again)
+    for name in [*parts, *(n for n in rebuilt if n not in parts)]:
+        if name not in rebuilt:
+            return f"{name} is a {parts[name][0]}, which the rebuilt model does not have"
+        if name not in parts:
+            return f"{name} is missing, the rebuilt model has a {rebuilt[name][0]} there"
+        for is_, would_be in zip(parts[name][1:], rebuilt[name][1:], strict=True):
             if is_ != would_be:
-                return f"{name or 'the model'} is {mine[name][0]}: {is_}, the rebuilt one would be {would_be}"
+                return f"{name or 'the model'} is {parts[name][0]}: {is_}, the rebuilt one would be {would_be}"
     return None
 
 
@@ -311,9 +311,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be parsed ({error}); get a fresh copy of the folder") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        format = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ArtifactError(
-            f"{path}: format {found!r} is not {_FORMAT!r}; it is no model of ours, or of a newer version"
+            f"{path}: format {format!r} is not {_FORMAT!r}; it is no model of ours, or of a newer version"
         )
     if set(config) != _FIELDS:
         raise ArtifactError(f"{path}: fields {sorted(set(config) ^ _FIELDS)} are missing or unknown")

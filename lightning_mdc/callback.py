@@ -374,10 +374,10 @@ class MultiDimPruneCallback(Callback):
         if not self.criterion.needs_images:
             return scorer
         batches = CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
-        mine = range(trainer.global_rank, len(batches), trainer.world_size)
-        shown = bar("Scoring", len(mine), shown=trainer.is_global_zero and trainer.progress_bar_callback is not None)
+        own = range(trainer.global_rank, len(batches), trainer.world_size)
+        shown = bar("Scoring", len(own), shown=trainer.is_global_zero and trainer.progress_bar_callback is not None)
         with isolated_rng(), evaluating(pl_module), scorer, shown as advance:
-            for index in mine:
+            for index in own:
                 seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
                 batch = batches[index]
                 self._observe(trainer, pl_module, scorer, _to_device(trainer, pl_module, batch))
@@ -509,21 +509,21 @@ def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
     except Exception as error:
         raise CallbackError(f"checkpoint={str(path)!r} cannot be read without unpickling classes: {error}") from error
     states = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
-    found = {
+    plans = {
         key: state["plan"]
         for key, state in (states if isinstance(states, dict) else {}).items()
         if isinstance(state, dict) and "plan" in state and state.get("format") == _STATE_FORMAT
     }
     if model is not None:
-        found = {key: plan for key, plan in found.items() if repr(model) in key}
-    if len(found) != 1 or None in found.values():
+        plans = {key: plan for key, plan in plans.items() if repr(model) in key}
+    if len(plans) != 1 or None in plans.values():
         raise CallbackError(
-            f"checkpoint={str(path)!r} holds {len(found)} MultiDimPruneCallback states"
-            f"{'' if found else ': no plan; it was not written by a Trainer with that callback'}"
-            f"{' (the plan is not decided yet)' if None in found.values() else ''}"
-            f"{'; say which with model=' if len(found) > 1 else ''}"
+            f"checkpoint={str(path)!r} holds {len(plans)} MultiDimPruneCallback states"
+            f"{'' if plans else ': no plan; it was not written by a Trainer with that callback'}"
+            f"{' (the plan is not decided yet)' if None in plans.values() else ''}"
+            f"{'; say which with model=' if len(plans) > 1 else ''}"
         )
-    return Plan.from_json(next(iter(found.values())))
+    return Plan.from_json(next(iter(plans.values())))
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -146,13 +146,13 @@ def _difference(network: nn.Module, run: Callable[[Path, Tensor], Tensor], path:
     """
     images = torch.randn(_COMPARED, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = network(images)
-    found = run(path, images)
-    difference = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("nan")
-    if not difference <= _TOLERANCE * float(wanted.abs().max()) + 1e-6:
+        logits = network(images)
+    exported = run(path, images)
+    difference = float((exported - logits).abs().max()) if exported.shape == logits.shape else float("nan")
+    if not difference <= _TOLERANCE * float(logits.abs().max()) + 1e-6:
         raise ArtifactError(
-            f"the exported program puts out {tuple(found.shape)} that differ from the model's {tuple(wanted.shape)} by "
-            f"{difference:.3g}, so it was not kept; use the other format, or another release of torch"
+            f"the exported program puts out {tuple(exported.shape)} that differ from the model's {tuple(logits.shape)} "
+            f"by {difference:.3g}, so it was not kept; use the other format, or another release of torch"
         )
     return difference
 

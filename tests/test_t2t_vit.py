@@ -524,11 +524,8 @@ def test_ours_first_then_timm(tmp_path: Path) -> None:
     torch.save(slim(images()).detach(), tmp_path / "y.pt")
     torch.save(images(), tmp_path / "x.pt")
     run(
-        "import sys, lightning_mdc as mdc\n"
-        "assert 'torch' not in sys.modules and 'timm' not in sys.modules\n"
-        "import importlib.util\n"
-        "assert importlib.util.find_spec('timm') and 'timm' not in sys.modules\n"  # only asking whether there is one
-        "import timm, torch\n"
+        "import lightning_mdc.models, timm, torch\n"
+        "import lightning_mdc as mdc\n"
         "assert len(timm.list_models('t2t_vit*')) == 9\n"
         "timm.create_model('t2t_vit_7', img_size=32)\n"
         f"folder = {str(tmp_path)!r}\n"
@@ -541,7 +538,11 @@ def test_ours_first_then_timm(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
-    ["import timm, lightning_mdc", "from lightning_mdc.models.timm_vit import TimmVisionTransformer; import timm"],
+    [
+        "import timm, lightning_mdc.models",
+        "import lightning_mdc.models, timm",
+        "from lightning_mdc.models.timm_vit import TimmVisionTransformer; import timm",
+    ],
 )
-def test_timm_first_or_in_the_midst_of_ours(imports: str) -> None:
+def test_importing_our_models_registers_them_before_and_after_timm(imports: str) -> None:
     run(f"{imports}\ntimm.create_model('t2t_vit_7', img_size=32)\nassert len(timm.list_models('t2t_vit*')) == 9\n")

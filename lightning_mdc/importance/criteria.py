@@ -53,7 +53,7 @@ class Criterion(ABC):
     name: ClassVar[str]
     needs_images: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = False  # of the loss, so labels as well
-    needs_equal_batches: bool = False
+    needs_equal_batches: ClassVar[bool] = False
     min_batch: ClassVar[int] = 1
 
     def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:

@@ -197,8 +197,8 @@ class Scorer:
 
     def sum_over_ranks(self) -> None:
         """From here on `sums` are those of all ranks; one that saw no batch adds nothing."""
-        mine = {name: (tuple(value.shape), value.dtype) for name, value in self.sums.items()}
-        known = {name: kind for kinds in gather(lambda: mine) for name, kind in kinds.items()}
+        own = {name: (tuple(value.shape), value.dtype) for name, value in self.sums.items()}
+        known = {name: kind for kinds in gather(lambda: own) for name, kind in kinds.items()}
         device = self.sums["batches"].device
         for name, (shape, dtype) in sorted(known.items()):
             value = self.sums.get(name)
@@ -356,9 +356,9 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     """
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     if not parts or not isinstance(parts[0], Tensor) or parts[0].ndim != 4:
-        found = type(batch).__name__ if not isinstance(parts[0] if parts else None, Tensor) else tuple(parts[0].shape)
+        given = type(batch).__name__ if not isinstance(parts[0] if parts else None, Tensor) else tuple(parts[0].shape)
         raise CalibrationError(
-            f"a batch is {found}; expected images (n, channels, height, width) or (images, labels). For other batches "
+            f"a batch is {given}; expected images (n, channels, height, width) or (images, labels). For other batches "
             "use MultiDimPruneCallback and override calibration_step"
         )
     if not len(parts[0]):

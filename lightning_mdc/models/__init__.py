@@ -59,8 +59,8 @@ def find_sites(model: nn.Module, path: str | None = None) -> Sites:
         raise UnsupportedModelError(
             f"model={model!r:.80}: expected a torch.nn.Module that is or holds a vision transformer"
         )
-    _, found = find_model(model, path)
-    sites = _family_of(found).sites(found)
+    _, transformer = find_model(model, path)
+    sites = _family_of(transformer).sites(transformer)
     if not sites.dimensions:
         reason = next(iter(sites.reasons.values()))
         raise UnsupportedModelError(f"{sites.name}: {reason}. Dimensions that do work: none. {_supported()}")
@@ -90,7 +90,7 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
 
 
 def _candidates(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
+    candidates: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
 
     def visit(path: str, child: nn.Module) -> None:
@@ -99,13 +99,13 @@ def _candidates(module: nn.Module) -> list[tuple[str, nn.Module]]:
             return
         seen.add(id(child))
         if any(family.accepts(child) for family in FAMILIES):
-            found.append((path, child))
+            candidates.append((path, child))
             return
         for name, grandchild in child.named_children():
             visit(f"{path}.{name}" if path else name, grandchild)
 
     visit("", module)
-    return found
+    return candidates
 
 
 def _at(module: nn.Module, path: str) -> nn.Module:

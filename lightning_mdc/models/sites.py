@@ -15,7 +15,7 @@ from lightning_mdc.policy import Plan, Policy, TokenStage, check_dimensions, def
 
 @dataclass(frozen=True)
 class Producer:
-    """A Linear layer that makes units: its output rows are `copies` stacked groups, each with all the units.
+    """A Linear layer that computes units. Its output rows are `copies` groups one after another, each of all the units.
 
     ``qkv`` has 3 copies (q, k, v), a packed GLU's ``fc1`` has 2, a plain ``fc1`` has 1.
     """
@@ -110,9 +110,13 @@ class Family(Protocol):
 
 @dataclass(frozen=True)
 class Counts:
-    """A policy in whole units for one model.
+    """How many units of one model a policy keeps.
 
-    `heads` and `neurons` are int arrays (blocks,); `tokens` are keep ratios (stages,) at the blocks in `stages`.
+    Attributes:
+        heads: kept heads per block, int (blocks,); empty if heads cannot be cut.
+        neurons: the same for neurons.
+        tokens: keep ratios per token stage, float (stages,). How many tokens that is depends on the input size.
+        stages: the blocks of the token stages.
     """
 
     heads: np.ndarray
@@ -136,8 +140,9 @@ class Sites:
         class_rows: rows of the tokens the classifier reads; empty when it pools over all tokens.
         grid: (height, width) in patches at the model's own input size.
         input_size: (channels, height, width) of the model's own input.
-        fuse: whether built-in token stages fuse what they drop.
-        drops_patches_at_random: whether training sees only some patches, so that a position is not where it was.
+        fuse: of a slim model, whether its token stages average the tokens they drop into one that stays.
+        drops_patches_at_random: whether the model drops patches at random in training, so that a token's place in the
+            sequence does not tell its position.
         reasons: for each dimension the model cannot lose, why (naming the module).
         grid_of: input (height, width) in pixels -> grid in patches.
         fixed_macs: (input (height, width), tokens at the end) -> MACs outside the blocks.
@@ -253,14 +258,14 @@ class Sites:
         """
         if not isinstance(plan, Plan):
             raise PlanError(f"plan={plan!r:.80}: expected a Plan, e.g. from make_plan(model, scores, policy)")
-        for name, mine, theirs in (
+        for name, sizes, planned in (
             ("heads", self.num_heads, plan.num_heads),
             ("neurons", self.num_neurons, plan.num_neurons),
         ):
-            if mine != theirs:
+            if sizes != planned:
                 raise PlanError(
-                    f"plan is for another model: it knows {len(theirs)} blocks with {_brief(theirs)} {name}, "
-                    f"{self.name} has {len(mine)} with {_brief(mine)}; make a plan from this model's scores"
+                    f"plan is for another model: it knows {len(planned)} blocks with {_brief(planned)} {name}, "
+                    f"{self.name} has {len(sizes)} with {_brief(sizes)}; make a plan from this model's scores"
                 )
         if plan.drops_tokens:
             self.require(("tokens",))

@@ -323,9 +323,9 @@ class T2TVisionTransformer(VisionTransformer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The way modules take older forms of their state: before any of it is looked at, children's included.
-        theirs = f"{prefix}tokens_to_token."
-        for key in [key for key in state_dict if key.startswith(theirs)]:
-            state_dict[f"{prefix}patch_embed.{key.removeprefix(theirs)}"] = state_dict.pop(key)
+        old = f"{prefix}tokens_to_token."
+        for key in [key for key in state_dict if key.startswith(old)]:
+            state_dict[f"{prefix}patch_embed.{key.removeprefix(old)}"] = state_dict.pop(key)
         key = f"{prefix}pos_embed"
         if key in state_dict and self.pos_embed is not None:
             state_dict[key] = self._resampled(state_dict[key])
@@ -440,7 +440,7 @@ class T2TViT(TimmVisionTransformer):
     name = "t2t_vit"
     description = (
         "timm VisionTransformer on T2T-ViT's tokens-to-token module (t2t_vit_7, 10, 12, 14, 19, 24; t2t_vit_t_14, 19, "
-        "24; registered with timm by lightning_mdc)"
+        "24; registered with timm by lightning_mdc.models)"
     )
 
     def accepts(self, module: nn.Module) -> bool:

@@ -62,60 +62,76 @@ def describe(
         ArtifactError: a part that no constructor argument expresses; names it.
     """
     block: Any = unwrap(model.blocks[0])
-    embed: Any = model.patch_embed
-    attn, mlp, is_post_norm = block.attn, block.mlp, isinstance(block, ResPostBlock)
-    embed_norm = getattr(embed, "norm", nn.Identity())
+    embed, mlp = model.patch_embed, block.mlp
     if type(embed) is not embedding:
         raise ArtifactError(
             f"patch_embed is a {qualified_name(embed)}, which no constructor argument of ours expresses"
         )
-    scaled = block.init_values is not None if is_post_norm else isinstance(block.ls1, layers.LayerScale)
+    embed_norm = getattr(embed, "norm", nn.Identity())
     neurons = _one_size(num_neurons, "neurons")
     hidden = 2 * neurons if isinstance(mlp, layers.GluMlp) else neurons
     return {
         "class": "VisionTransformerDistilled" if isinstance(model, VisionTransformerDistilled) else "VisionTransformer",
-        "block": "ResPostBlock" if is_post_norm else "Block",
+        "block": "ResPostBlock" if isinstance(block, ResPostBlock) else "Block",
         "mlp": next(name for name, kind in MLPS.items() if isinstance(mlp, kind)),
         "glu_gate_last": bool(getattr(mlp, "gate_last", False)),
         "norm": _norm_spec(block.norm1, "blocks.0.norm1"),
         "embed_norm": None if isinstance(embed_norm, nn.Identity) else _norm_spec(embed_norm, "patch_embed.norm"),
         "act": {"class": _name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")} | _own(mlp.act, "approximate"),
-        "gated": getattr(attn, "gate", None) is not None,
-        "head_dim": attn.head_dim,
+        "gated": getattr(block.attn, "gate", None) is not None,
+        "head_dim": block.attn.head_dim,
         "args": {
-            "img_size": list(embed.img_size),
-            "patch_size": list(embed.patch_size),
-            "in_chans": in_chans(model),
-            "num_classes": model.num_classes,
-            "global_pool": model.global_pool,
-            "embed_dim": model.embed_dim,
             "depth": len(model.blocks),
             "num_heads": _one_size(num_heads, "heads"),
             # int(dim * ratio) must give the hidden size back; half a unit keeps the product off the edge.
             "mlp_ratio": (hidden + 0.5) / model.embed_dim,
-            "qkv_bias": attn.qkv.bias is not None,
-            "qk_norm": not isinstance(attn.q_norm, nn.Identity),
-            "scale_attn_norm": not isinstance(attn.norm, nn.Identity),
-            "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
-            "proj_bias": attn.proj.bias is not None,
-            "init_values": 1e-5 if scaled else None,  # only whether there is one; the values are weights
-            "class_token": model.has_class_token,
-            "pos_embed": "none" if model.pos_embed is None else "learn",
-            "no_embed_class": model.no_embed_class,
-            "reg_tokens": model.num_reg_tokens,
-            "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-            "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-            "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-            "pool_include_prefix": getattr(model, "pool_include_prefix", False),
-            "dynamic_img_size": model.dynamic_img_size,
-            "dynamic_img_pad": embed.dynamic_img_pad,
-            "drop_rate": model.head_drop.p,
-            "pos_drop_rate": model.pos_drop.p,
-            "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
-            "proj_drop_rate": attn.proj_drop.p,
-            "attn_drop_rate": attn.attn_drop.p,
+            **_model_args(model),
+            **_block_args(block),
             "drop_path_rate": getattr(unwrap(model.blocks[-1]).drop_path1, "drop_prob", None) or 0.0,
         },
+    }
+
+
+def _model_args(model: Any) -> dict[str, Any]:
+    """Arguments that are read off the parts around the blocks."""
+    embed = model.patch_embed
+    return {
+        "img_size": list(embed.img_size),
+        "patch_size": list(embed.patch_size),
+        "in_chans": in_chans(model),
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "class_token": model.has_class_token,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "reg_tokens": model.num_reg_tokens,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "pool_include_prefix": getattr(model, "pool_include_prefix", False),
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+    }
+
+
+def _block_args(block: Any) -> dict[str, Any]:
+    """Arguments that are read off one block, as all are alike."""
+    attn, mlp = block.attn, block.mlp
+    is_post_norm = isinstance(block, ResPostBlock)
+    scaled = block.init_values is not None if is_post_norm else isinstance(block.ls1, layers.LayerScale)
+    return {
+        "qkv_bias": attn.qkv.bias is not None,
+        "qk_norm": not isinstance(attn.q_norm, nn.Identity),
+        "scale_attn_norm": not isinstance(attn.norm, nn.Identity),
+        "scale_mlp_norm": not isinstance(mlp.norm, nn.Identity),
+        "proj_bias": attn.proj.bias is not None,
+        "init_values": 1e-5 if scaled else None,  # only whether there is one; the values are weights
+        "proj_drop_rate": attn.proj_drop.p,
+        "attn_drop_rate": attn.attn_drop.p,
     }
 
 

@@ -1,4 +1,4 @@
-"""From how much to what: the best-scored units of each block, at the counts a policy asks for."""
+"""A policy and scores give a plan: each block keeps its best-scored units, as many as the policy says."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def _best(
             kept.append(tuple(range(size)))
             continue
         if len(scores) != len(sizes) or scores[block].shape != (size,):
-            found = [tuple(s.shape) for s in scores]
+            shapes = [tuple(s.shape) for s in scores]
             raise CalibrationError(
-                f"scores.{dimension} does not fit: block {block} has {size} {dimension}, scores have shapes {found}; "
+                f"scores.{dimension} does not fit: block {block} has {size} {dimension}, scores have shapes {shapes}; "
                 "score this model, with this dimension"
             )
         order = torch.argsort(scores[block].double().cpu(), descending=True, stable=True)
@@ -104,12 +104,12 @@ def _prior(sites: Sites, scores: Scores, block: int, *, required: bool) -> tuple
             f"token_score: {sites.name} drops patches at random in training, so a position is not where it was; use "
             "token_score='attention', or patch_drop_rate=0"
         )
-    found = scores.tokens[scores.stages.index(block)] if block in scores.stages else None
-    if found is None or found.shape != (positions,) or sites.drops_patches_at_random:
+    prior = scores.tokens[scores.stages.index(block)] if block in scores.stages else None
+    if prior is None or prior.shape != (positions,) or sites.drops_patches_at_random:
         if required:
             raise CalibrationError(
                 f"token_score needs scores.tokens for the stage at block {block} with {positions} positions; score "
                 "this model with the policy's stages"
             )
         return None
-    return tuple(min_max(found.double()).tolist())
+    return tuple(min_max(prior.double()).tolist())

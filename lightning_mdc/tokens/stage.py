@@ -18,8 +18,10 @@ from lightning_mdc.policy import TokenStage, kept_tokens
 
 
 class TokenSelection(nn.Module):
-    """A token stage: scores the tokens, keeps the best, fuses the rest. A part of a slim block, so that what it keeps
-    can be watched; masks do the same by it."""
+    """A token stage: it scores the tokens, keeps the best and fuses the rest. Slim blocks and masks both run it.
+
+    A module of its own, so that a hook can watch which tokens it keeps.
+    """
 
     prior: Tensor | None
 
@@ -34,7 +36,7 @@ class TokenSelection(nn.Module):
         self.register_buffer("prior", prior, persistent=False)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """`x` itself if nothing is to drop, else what `regroup` leaves of it.
+        """The tokens that go on, as `regroup` makes them; `x` itself if nothing is to drop.
 
         x: (batch, tokens, dim), the residual stream between attention and MLP. q, k: (batch, heads, tokens, head_dim)
         of that attention, for the heads that are kept (there may be none). scale: of its logits.
