@@ -95,10 +95,10 @@ def at_random(evaluate: Evaluations, seed: int) -> None:
 def skopt_rejecting(evaluate: Evaluations, seed: int) -> None:
     from skopt import Optimizer
 
-    space, load = evaluate.problem.space, evaluate.problem.load
+    space, utilisation = evaluate.problem.space, evaluate.problem.utilisation
 
     def costs_enough(point: list[float]) -> bool:
-        return LEAST_COST <= load(point) <= 1
+        return LEAST_COST <= utilisation(point) <= 1
 
     optimizer = Optimizer(
         list(zip(space.low, space.high, strict=True)),

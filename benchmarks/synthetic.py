@@ -58,8 +58,8 @@ class Problem:
         loss += (self.both * heads * neurons).sum(axis=1) + self.tokens * tokens**self.token_power
         return 80.0 - 2.0 * loss
 
-    def load(self, point: Sequence[float]) -> float:
-        """The cost of one point (25,): `PolicySpace.load` in plain numbers, for those who ask a million times."""
+    def utilisation(self, point: Sequence[float]) -> float:
+        """`PolicySpace.utilisation` of one point (25,) in plain numbers, for those who ask a million times."""
         (all_heads, all_neurons, head_dims, head_weights, neuron_weights), stages, fixed = self._scalars
         costs, tokens, total = self.space.costs, float(self.space.costs.num_tokens), 0.0
         for block in range(BLOCKS):
