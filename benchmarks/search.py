@@ -95,10 +95,10 @@ def at_random(evaluate: Evaluations, seed: int) -> None:
 def skopt_rejecting(evaluate: Evaluations, seed: int) -> None:
     from skopt import Optimizer
 
-    space, load = evaluate.problem.space, evaluate.problem.load
+    space, utilisation = evaluate.problem.space, evaluate.problem.utilisation
 
     def costs_enough(point: list[float]) -> bool:
-        return LEAST_COST <= load(point) <= 1
+        return LEAST_COST <= utilisation(point) <= 1
 
     optimizer = Optimizer(
         list(zip(space.low, space.high, strict=True)),
@@ -460,6 +460,7 @@ def measure(args: argparse.Namespace, methods: list[str], results: dict[str, Any
         model, images, rounds = ("deit_tiny_patch16_224", 64, 3) if args.quick else ("deit_small_patch16_224", 256, 5)
         measure_speed(problem, results, model, images, rounds)
     if not only:
+        results.pop("caveat", None)
         run(problem, methods, results, stored)
 
 

@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import lightning_mdc as mdc
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -289,6 +292,25 @@ def test_what_ends_ahead_of_ours_is_told(module):
     )
     rows[1] = row("ours, searched", 0.5, 0.75)
     assert misses({"rows": rows}) == ""
+
+
+@pytest.mark.parametrize("method", ["ours", "ours-4", "random", "skopt"])
+def test_every_search_that_needs_no_peer_stays_on_the_budget(method, module):
+    search, synthetic = module("search"), module("synthetic")
+    problem = synthetic.Problem()
+    evaluate = search.Evaluations(problem, 3, search.tqdm(disable=True))
+    search.METHODS[method][1](evaluate, 0)
+    uniform = float(problem.value(problem.uniform)[0])
+    assert evaluate.left == 0
+    assert evaluate.values[0] == pytest.approx(uniform)
+    assert None not in evaluate.values
+
+
+def test_hsic_of_many_units_is_the_library_s(module):
+    generator = torch.Generator().manual_seed(0)
+    units, y = (torch.randn(size, generator=generator).double() for size in ((3, 16, 5), (16, 4)))
+    expected = torch.stack([mdc.hsic(unit, y) for unit in units])
+    torch.testing.assert_close(module("criteria").paper_kernel(units, y), expected)
 
 
 def test_runs_of_another_version_of_the_search_are_told_apart(module, monkeypatch, tmp_path):
