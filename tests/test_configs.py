@@ -12,6 +12,9 @@ from torchvision.io import write_png
 
 import train
 from lightning_mdc.app import build, pipeline
+from lightning_mdc.app.trainer import check_training
+from lightning_mdc.distributed import causes
+from lightning_mdc.errors import CalibrationError, ConfigError
 from lightning_mdc.importance import Criterion
 from tests.kinds import make
 
@@ -33,7 +36,7 @@ def test_composes_and_every_stage_finds_its_settings(override):
     for name in pipeline.STAGES:
         pipeline.relevant(composed, name)
     assert isinstance(build.build_criterion(composed), Criterion)
-    build.check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
+    check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
 
 
 def test_the_groups_are_those_of_the_package():
@@ -57,6 +60,46 @@ def test_a_data_group_brings_its_model_unless_one_is_chosen():
     by_name = settings("data=image_folder", "data.root=x", "model.name=deit_small_patch16_224")["model"]
     assert by_name["name"] == "deit_small_patch16_224"
     assert by_name["pretrained"] is False
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("search.n_trials=many", "search.n_trials='many': expected a whole number of at least 1"),
+        ("search.n_trials=1.5", "search.n_trials=1.5: expected a whole number of at least 1"),
+        ("search.n_trials=true", "search.n_trials=True: expected a whole number of at least 1"),
+        ("search.images=null", "search.images=None: expected a whole number of at least 1"),
+        ("search.images=${runs}", "search.images='runs': expected a whole number of at least 1"),
+        ("threads=all", "threads='all': expected a whole number of at least 1, or null for one per core"),
+        ("distillation.kd_weight=high", "distillation.kd_weight='high': expected a number"),
+        ("distillation.seeds=[0,x]", "distillation.seeds=[0, 'x']: expected a list of different whole numbers"),
+        ("surgery.fuse_tokens=maybe", "surgery.fuse_tokens='maybe': expected true or false"),
+        ("surgery.stages=3", "surgery.stages=3: expected a list of whole numbers or null"),
+        ("dense.optimizer=adamw", "dense.optimizer='adamw': expected a mapping {KEY: VALUE}"),
+        ("latency=fast", "latency='fast': expected a mapping {KEY: VALUE}"),
+        ("+search.n_trails=3", "there is no setting 'search.n_trails'; there are search.n_trials, search.n_initial"),
+        ("+bugdet=0.5", "there is no setting 'bugdet'; there are name, runs, stage"),
+        ("seed=${seeds}", "seed cannot be worked out: Interpolation key 'seeds' not found"),
+    ],
+)
+def test_a_wrong_type_or_key_is_refused_in_one_line(override, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        settings(override)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_group_makes_is_built_by_hydra_or_refused_in_words():
+    composed = settings("data.batch_size=7", "+data.shuffle=false")
+    with pytest.raises(ConfigError, match=r"data=\{'batch_size': 7.* refused by .*'shuffle'; correct that key"):
+        build.build_data(composed)
+    for target in ("lightning_mdc.app.data.Nothing", "nowhere.at.all"):
+        with pytest.raises(ConfigError, match=f"importance._target_='{target}' names nothing that can be imported"):
+            build.build_criterion(settings(f"importance._target_={target}"))
+    with pytest.raises(ConfigError, match="is no Criterion"):
+        build.build_criterion({"importance": {"_target_": "collections.Counter"}})
+    with pytest.raises(CalibrationError, match="hsic_weight=-1") as error:  # its own words, and once
+        build.build_criterion(settings("importance=hsic", "importance.hsic_weight=-1"))
+    assert list(causes(error.value)) == [error.value]
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("**/*.yaml")), ids=lambda path: path.stem)

@@ -13,7 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
 import train
-from lightning_mdc.app import build, pipeline, steps
+from lightning_mdc.app import pipeline, steps
+from lightning_mdc.app.trainer import fsdp
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import (
     BudgetError,
@@ -390,7 +391,7 @@ def test_a_checkpoint_in_mid_epoch_is_gone_on_from(tmp_path, monkeypatch, caplog
 
 def test_every_block_of_a_slim_model_is_a_shard(finished):
     """What can be seen of FSDP without a GPU."""
-    strategy = build.fsdp()
+    strategy = fsdp()
     wrapped = strategy.kwargs["auto_wrap_policy"]._module_classes
     assert {type(block) for block in mdc.load(finished / "slim").blocks} <= wrapped
     assert strategy._state_dict_type == "full"

@@ -21,11 +21,11 @@ from lightning_mdc.app import build, terminal, tracking
 from lightning_mdc.app.report.invocations import note_invocation
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, fingerprint, open_run
 from lightning_mdc.app.steps import STAGES, Run, switched_off
+from lightning_mdc.app.trainer import check_training, processes, shards_parameters
 from lightning_mdc.distributed import on_first_rank
-from lightning_mdc.errors import ConfigError, check_whole
+from lightning_mdc.errors import ConfigError
 from lightning_mdc.files import write_text
-from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Policy
-from lightning_mdc.surgery import COMPENSATIONS
+from lightning_mdc.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def run(settings: build.Settings) -> RunFolder:
     """
     selected = select(settings)
     check(settings, selected)  # by one process, before there are more of them to say it
-    with build.processes(settings):
+    with processes(settings):
         return _run(settings, selected)
 
 
@@ -218,22 +218,15 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
     Raises:
         MdcError: what would have been raised then.
     """
-    _check_values(settings)
-    criterion = build.build_criterion(settings)
-    batch_size, token_score = settings["calibration"]["batch_size"], settings["surgery"]["token_score"]
+    criterion, batch_size = build.build_criterion(settings), settings["calibration"]["batch_size"]
     if batch_size < criterion.min_batch:
         raise ConfigError(
             f"calibration.batch_size={batch_size}: importance={criterion.name} needs batches of at least "
             f"{criterion.min_batch} images"
         )
-    if token_score not in TOKEN_SCORES:
-        raise ConfigError(f"surgery.token_score={token_score!r}: expected one of {', '.join(TOKEN_SCORES)}")
-    compensate = settings["surgery"]["compensate"]
-    if compensate not in COMPENSATIONS:
-        raise ConfigError(f"surgery.compensate={compensate!r}: expected one of {', '.join(COMPENSATIONS)}")
     build.build_budget(settings)
     build.build_trackers(settings)
-    if "share" in selected and build.shards_parameters(settings):
+    if "share" in selected and shards_parameters(settings):
         raise ConfigError(
             "trainer=fsdp shards parameters, which the masks of weight sharing need whole; run "
             "stage=[dense,score,share] with trainer=ddp, then the rest with resume=true trainer=fsdp"
@@ -249,52 +242,11 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
     run.data.setup()
     with torch.device("meta"):
         model = build.build_model(settings, run.data, weights=False)
-    build.check_training(settings, model)
+    check_training(settings, model)
     policy = build.given_policy(settings, model)
     if policy is None:
         build.check_search(settings, model)
     build.check_compensation(settings, model, policy)
-
-
-def _check_values(settings: build.Settings) -> None:
-    distillation, calibration = settings["distillation"], settings["calibration"]
-    for key, value, least in (
-        ("seed", settings["seed"], 0),
-        ("dense.epochs", settings["dense"]["epochs"], 0),
-        ("sharing.epochs", settings["sharing"]["epochs"], 0),
-        ("distillation.epochs", distillation["epochs"], 0),
-        ("calibration.images", calibration["images"], 1),
-        ("calibration.batch_size", calibration["batch_size"], 1),
-        ("sensitivity.images", settings["sensitivity"]["images"], 1),
-        ("sensitivity.batch_size", settings["sensitivity"]["batch_size"], 1),
-        ("latency.rounds", settings["latency"]["rounds"], 1),
-    ):
-        check_whole(key, value, least, ConfigError)
-    for name in DIMENSIONS:
-        ratios = settings["sensitivity"][name]
-        if not (ratios is None and name == "heads") and not (
-            isinstance(ratios, list) and ratios and all(type(r) in (int, float) and 0 <= r <= 1 for r in ratios)
-        ):
-            raise ConfigError(
-                f"sensitivity.{name}={ratios!r}: expected a list of keep ratios from 0 to 1, such as [0.5,0]"
-                + (", or null for every number of heads" if name == "heads" else "")
-            )
-    minutes, ema_decay = settings["checkpoint_minutes"], distillation["ema_decay"]
-    if minutes is not None and not (type(minutes) in (int, float) and minutes > 0):
-        raise ConfigError(f"checkpoint_minutes={minutes!r}: expected a number of minutes above 0, or null")
-    if ema_decay is not None and not (type(ema_decay) is float and 0 < ema_decay < 1):
-        raise ConfigError(f"distillation.ema_decay={ema_decay!r}: expected a number between 0 and 1, or null")
-    check_whole("threads", settings["threads"], 1, ConfigError, or_none="one per core")
-    for key, values, least, fewest in (
-        ("distillation.seeds", distillation["seeds"], 0, 1),
-        ("distillation.reference_seeds", distillation["reference_seeds"], 0, 0),
-        ("latency.batch_sizes", settings["latency"]["batch_sizes"], 1, 1),
-    ):
-        whole = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
-        if not whole or len(set(values)) != len(values) or len(values) < fewest:
-            raise ConfigError(
-                f"{key}={values!r}: expected a list of different whole numbers of at least {least}, such as [1,2]"
-            )
 
 
 def _has_weights(settings: build.Settings) -> bool:

@@ -31,6 +31,7 @@ from lightning_mdc.app.report.report import write_report
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, fingerprint
 from lightning_mdc.app.tracking import Trackers
 from lightning_mdc.app.tracking.contents import trial_numbers
+from lightning_mdc.app.trainer import build_module, build_sharing, build_trainer, shards_parameters, training_device
 from lightning_mdc.artifact import WEIGHTS, load, save
 from lightning_mdc.budget import macs, num_params
 from lightning_mdc.budget.latency import latencies
@@ -66,7 +67,7 @@ class Run:
 
     @cached_property
     def device(self) -> torch.device:
-        return build.device(self.settings)
+        return training_device(self.settings)
 
     @property
     def weights(self) -> str:
@@ -124,7 +125,7 @@ def dense(run: Run) -> str:
     options = run.settings["dense"]
     model = build.build_model(run.settings, run.data)
     if options["epochs"]:
-        module = build.build_module(options, model, None)
+        module = build_module(options, model, None)
         train(run, options, module, "dense", run.marks["dense"])
     else:
         on_first_rank(lambda: save(model.eval(), run.folder / "dense", class_names=list(run.data.class_names)))
@@ -146,7 +147,8 @@ def share(run: Run) -> str:
     options = run.settings["sharing"]
     model = run.model("dense")
     scores = Scores.load(run.folder / "scores.safetensors")
-    train(run, options, build.build_sharing(run.settings, model, scores), "shared", run.marks["share"])
+    budget, space = build.build_budget(run.settings), build.space_options(run.settings)
+    train(run, options, build_sharing(run.settings, model, scores, budget, space), "shared", run.marks["share"])
     return f"{options['epochs']} epochs of weight sharing"
 
 
@@ -240,7 +242,7 @@ def finetune(run: Run, name: str, start: str, seed: int) -> None:
     seed_everything(seed, workers=True, verbose=False)
     student = run.model(start)
     if options["epochs"]:
-        module = build.build_module(options, student, _teacher(run, options))
+        module = build_module(options, student, _teacher(run, options))
         train(run, options, module, name, mark)
     else:
         on_first_rank(lambda: save(student, run.folder / name))
@@ -398,9 +400,9 @@ def train(run: Run, options: build.Settings, module: DistillationModule, name: s
     begun = on_first_rank(last.exists)
     if begun:
         log.info("  %s: going on from %s", name, last)
-    trainer = build.build_trainer(run.settings, options, checkpoints, run.trackers.curves(name), name)
+    trainer = build_trainer(run.settings, options, checkpoints, run.trackers.curves(name), name)
     module.student.train()  # an artifact comes in eval mode
-    whole = copy.deepcopy(module.student) if build.shards_parameters(run.settings) else None
+    whole = copy.deepcopy(module.student) if shards_parameters(run.settings) else None
     trainer.fit(module, datamodule=run.data, ckpt_path=last if begun else None)
     if whole is not None:  # in the checkpoint the parts of all ranks are together again
         weights = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]

@@ -26,9 +26,11 @@ from torch import nn
 from lightning_mdc.app import build, pipeline, tracking
 from lightning_mdc.app import report as reporting
 from lightning_mdc.app.run_folder import RunFolder, fingerprint
+from lightning_mdc.app.settings import plain
 from lightning_mdc.app.steps import Run, held_out_batches
 from lightning_mdc.app.tracking import About, Trackers
 from lightning_mdc.app.tracking.sweeps import sweep_items, trial_items
+from lightning_mdc.app.trainer import num_processes
 from lightning_mdc.budget import CostModel, macs
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import ConfigError
@@ -58,7 +60,7 @@ def trial(settings: build.Settings, folder: Path) -> float:
         ConfigError: the settings give no policy.
         MdcError: see `pipeline.check`.
     """
-    if (count := build.num_processes(settings)) > 1:
+    if (count := num_processes(settings)) > 1:
         raise ConfigError(
             f"stage=trial is the work of one process, but trainer.devices={settings['trainer']['devices']!r} makes "
             f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"
@@ -142,7 +144,7 @@ class PolicyLoad:
     """
 
     def __init__(self, config: DictConfig) -> None:
-        self.settings = build.plain(config)
+        self.settings = plain(config)
         data = build.build_data(self.settings)
         data.setup()
         with torch.device("meta"):
@@ -216,7 +218,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     The search as a whole is shown on the dashboards of the trials, as one more run of their group.
     """
     if results["best_params"] is None:
-        _show_sweep(results, sweep_dir, build.plain(config), None)
+        _show_sweep(results, sweep_dir, plain(config), None)
         print("No trial succeeded, so there is no policy to finetune with.")
         return
     load = PolicyLoad(config)
