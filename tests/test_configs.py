@@ -71,11 +71,12 @@ def test_a_data_group_brings_its_model_unless_one_is_chosen():
         ("search.images=null", "search.images=None: expected a whole number of at least 1"),
         ("search.images=${runs}", "search.images='runs': expected a whole number of at least 1"),
         ("threads=all", "threads='all': expected a whole number of at least 1, or null for one per core"),
-        ("distillation.kd_weight=high", "distillation.kd_weight='high': expected a number"),
+        ("distillation.kd_weight=high", "distillation.kd_weight='high': expected float"),
         ("distillation.seeds=[0,x]", "distillation.seeds=[0, 'x']: expected a list of different whole numbers"),
-        ("surgery.fuse_tokens=maybe", "surgery.fuse_tokens='maybe': expected true or false"),
-        ("surgery.stages=3", "surgery.stages=3: expected a list of whole numbers or null"),
-        ("dense.optimizer=adamw", "dense.optimizer='adamw': expected a mapping {KEY: VALUE}"),
+        ("surgery.fuse_tokens=maybe", "surgery.fuse_tokens='maybe': expected bool"),
+        ("surgery.stages=3", "surgery.stages=3: expected list[int] | null"),
+        ("dense.optimizer=adamw", "dense.optimizer='adamw': expected dict[str, Any]"),
+        ("dense.grad_checkpointing=later", "dense.grad_checkpointing='later': expected bool"),
         ("latency=fast", "latency='fast': expected a mapping {KEY: VALUE}"),
         ("+search.n_trails=3", "there is no setting 'search.n_trails'; there are search.n_trials, search.n_initial"),
         ("+bugdet=0.5", "there is no setting 'bugdet'; there are name, runs, stage"),
@@ -86,6 +87,12 @@ def test_a_wrong_type_or_key_is_refused_in_one_line(override, words):
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
         settings(override)
     assert "\n" not in str(error.value)
+
+
+def test_words_for_switches_are_switches():
+    """`no` is a word to Hydra, and a word is true to Python."""
+    assert settings("dense.grad_checkpointing=no")["dense"]["grad_checkpointing"] is False
+    assert settings("surgery.fuse_tokens=off")["surgery"]["fuse_tokens"] is False
 
 
 def test_what_a_group_makes_is_built_by_hydra_or_refused_in_words():

@@ -1,5 +1,6 @@
 """The pipeline end to end on a tiny ViT: steps, resuming, wrong settings, and the script around it."""
 
+import atexit
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 import lightning_mdc as mdc
 import train
 from lightning_mdc.app import pipeline, steps
-from lightning_mdc.app.trainer import fsdp
+from lightning_mdc.app.trainer import fsdp, num_processes
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import (
     BudgetError,
@@ -395,6 +396,14 @@ def test_every_block_of_a_slim_model_is_a_shard(finished):
     wrapped = strategy.kwargs["auto_wrap_policy"]._module_classes
     assert {type(block) for block in mdc.load(finished / "slim").blocks} <= wrapped
     assert strategy._state_dict_type == "full"
+
+
+def test_asking_where_to_train_leaves_nothing_behind(tmp_path):
+    composed = settings(tmp_path, "trainer=ddp_cpu")
+    num_processes(composed)
+    at_exit = atexit._ncallbacks()
+    assert [num_processes(composed) for _ in range(3)] == [2, 2, 2]
+    assert atexit._ncallbacks() == at_exit
 
 
 def test_finetuning_can_be_left_out(copied):

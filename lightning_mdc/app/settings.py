@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
@@ -55,7 +54,7 @@ def _refused(key: str, cfg: DictConfig) -> ConfigError:
 
 @dataclass(frozen=True)
 class _Allowed:
-    """What a setting has to be, in words, and whether a value of the right type, but not null, is in its range."""
+    """What a setting has to be, for the message, and whether a value of its type is in its range; null always is."""
 
     expected: str
     accepts: Callable[[Any], bool] = lambda _: True
@@ -225,21 +224,13 @@ class _Settings:
     logger: dict[str, Any] = field(default_factory=dict)  # logger=[] leaves no group
 
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-
-
-def _in_words(hint: Any) -> str:
-    if isinstance(hint, UnionType):
-        return " or ".join(map(_in_words, get_args(hint)))
-    return _WORDS.get(hint, "a list of whole numbers" if hint == list[int] else "a mapping {KEY: VALUE}")
-
-
 def _allowed(section: type, prefix: str = "") -> Iterator[tuple[str, _Allowed]]:
     """What is allowed for every setting, by dotted key."""
     hints = get_type_hints(section)
     for setting in fields(section):
         key, hint = f"{prefix}{setting.name}", hints[setting.name]
-        yield key, setting.metadata.get("allowed") or _Allowed(_in_words(hint))
+        expected = "a mapping {KEY: VALUE}" if is_dataclass(hint) else str(setting.type).replace("None", "null")
+        yield key, setting.metadata.get("allowed") or _Allowed(expected)
         if is_dataclass(hint):
             yield from _allowed(hint, f"{key}.")  # type: ignore[arg-type]
 
