@@ -12,7 +12,10 @@ from torchvision.io import write_png
 
 from lightning_mdc.app import build
 from lightning_mdc.app.fingerprints import relevant
+from lightning_mdc.app.settings import plain
 from lightning_mdc.app.step_table import STEPS
+from lightning_mdc.app.trainer import check_training
+from lightning_mdc.errors import CalibrationError, ConfigError, error_chain
 from lightning_mdc.importance import Criterion
 from tests.kinds import make
 
@@ -25,7 +28,7 @@ EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 
 def settings(*overrides: str) -> dict:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return build.plain(compose("train", ["name=test", *overrides]))
+        return plain(compose("train", ["name=test", *overrides]))
 
 
 @pytest.mark.parametrize("override", [*OPTIONS, *(f"experiment={name}" for name in EXPERIMENTS)])
@@ -34,7 +37,7 @@ def test_composes_and_every_step_finds_its_settings(override):
     for name in STEPS:
         relevant(composed, name)
     assert isinstance(build.build_criterion(composed), Criterion)
-    build.check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
+    check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
 
 
 def test_the_groups_are_those_of_the_package():
@@ -58,6 +61,53 @@ def test_a_data_group_brings_its_model_unless_one_is_chosen():
     by_name = settings("data=image_folder", "data.root=x", "model.name=deit_small_patch16_224")["model"]
     assert by_name["name"] == "deit_small_patch16_224"
     assert by_name["pretrained"] is False
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("search.n_trials=many", "search.n_trials='many': expected a whole number of at least 1"),
+        ("search.n_trials=1.5", "search.n_trials=1.5: expected a whole number of at least 1"),
+        ("search.n_trials=true", "search.n_trials=True: expected a whole number of at least 1"),
+        ("search.images=null", "search.images=None: expected a whole number of at least 1"),
+        ("search.images=${runs}", "search.images='runs': expected a whole number of at least 1"),
+        ("threads=all", "threads='all': expected a whole number of at least 1, or null for one per core"),
+        ("distillation.kd_weight=high", "distillation.kd_weight='high': expected float"),
+        ("distillation.seeds=[0,x]", "distillation.seeds=[0, 'x']: expected a list of different whole numbers"),
+        ("surgery.fuse_tokens=maybe", "surgery.fuse_tokens='maybe': expected bool"),
+        ("surgery.stages=3", "surgery.stages=3: expected list[int] | null"),
+        ("dense.optimizer=adamw", "dense.optimizer='adamw': expected dict[str, Any]"),
+        ("dense.grad_checkpointing=later", "dense.grad_checkpointing='later': expected bool"),
+        ("latency=fast", "latency='fast': expected a mapping {KEY: VALUE}"),
+        ("+search.n_trails=3", "there is no setting 'search.n_trails'; there are search.n_trials, search.n_initial"),
+        ("+bugdet=0.5", "there is no setting 'bugdet'; there are name, runs, stage"),
+        ("seed=${seeds}", "seed cannot be worked out: Interpolation key 'seeds' not found"),
+    ],
+)
+def test_a_wrong_type_or_key_is_refused_in_one_line(override, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        settings(override)
+    assert "\n" not in str(error.value)
+
+
+def test_words_for_switches_are_switches():
+    """`no` is a word to Hydra, and a word is true to Python."""
+    assert settings("dense.grad_checkpointing=no")["dense"]["grad_checkpointing"] is False
+    assert settings("surgery.fuse_tokens=off")["surgery"]["fuse_tokens"] is False
+
+
+def test_what_a_group_makes_is_built_by_hydra_or_refused_in_words():
+    composed = settings("data.batch_size=7", "+data.shuffle=false")
+    with pytest.raises(ConfigError, match=r"data=\{'batch_size': 7.* refused by .*'shuffle'; correct that key"):
+        build.build_data(composed)
+    for target in ("lightning_mdc.app.data.Nothing", "nowhere.at.all"):
+        with pytest.raises(ConfigError, match=f"importance._target_='{target}' names nothing that can be imported"):
+            build.build_criterion(settings(f"importance._target_={target}"))
+    with pytest.raises(ConfigError, match="is no Criterion"):
+        build.build_criterion({"importance": {"_target_": "collections.Counter"}})
+    with pytest.raises(CalibrationError, match="hsic_weight=-1") as error:  # its own words, and once
+        build.build_criterion(settings("importance=hsic", "importance.hsic_weight=-1"))
+    assert list(error_chain(error.value)) == [error.value]
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("**/*.yaml")), ids=lambda path: path.stem)

@@ -84,6 +84,24 @@ def test_a_fraction_above_zero_is_never_an_empty_split():
     assert (len(split.val), len(split.test), len(split.train)) == (1, 1, 3)
 
 
+def test_classes_of_one_image_and_fewer_images_than_classes_are_split_as_well():
+    labels = np.array([0] * 20 + [1] * 10 + [2, 3])  # two classes of a single image
+    seen = set()
+    for seed in range(20):
+        split = split_indices(labels, val_fraction=0.1, test_fraction=0.25, seed=seed)
+        assert sorted(np.concatenate([split.train, split.val, split.test])) == list(range(32))
+        assert (len(split.val), len(split.test)) == (4, 8)
+        assert np.bincount(labels[split.test])[1] in (2, 3)  # a quarter of ten, whatever becomes of the two
+        seen |= set(labels[split.train])
+    assert seen == {0, 1, 2, 3}
+    apart = split_indices(range(10), val_fraction=0.1, test_fraction=0.2, seed=0)  # no two of a class
+    assert sorted(np.concatenate([apart.train, apart.val, apart.test])) == list(range(10))
+    few = split_indices(np.arange(100) % 10, val_fraction=0.03, test_fraction=0.02, seed=0)
+    assert (len(few.val), len(few.test), len(few.train)) == (3, 2, 95)
+    data = DigitsDataModule(max_train_images=3)
+    assert len(set(data.splits.train.labels)) <= len(data.splits.train) == 3
+
+
 # --- digits --------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The policy search as a sweep of train.py: trials, what they cost, the cache they share, and what comes after."""
 
+import itertools
 import json
 import os
 import shlex
@@ -79,7 +80,7 @@ def test_without_one_it_is_searched_for_unless_uniform(tmp_path):
         ("policy.keep.heads=[1,1,1,1,1]", SearchError, "4 blocks"),
         ("policy.keep.heads=1.5", PolicyError, r"heads\[0\]=1\.5"),
         ("policy.keep.tokens=[1,1]", SearchError, "tokens"),
-        ("+policy.keep.wings=0.5", PolicyError, "wings"),
+        ("+policy.keep.wings=0.5", ConfigError, r"no setting 'policy\.keep\.wings'; there are policy\.keep\.heads"),
         ("policy.kind=best", ConfigError, "policy.kind='best'"),
     ],
 )
@@ -91,8 +92,14 @@ def test_wrong_policies_are_refused_before_anything_is_trained(override, kind, w
 
 def test_two_policies_at_once_are_refused(tmp_path):
     (tmp_path / "p.json").write_text(mdc.Policy().to_json())
-    with pytest.raises(ConfigError, match="give one of them"):
-        pipeline.run(settings(tmp_path, "policy.keep.heads=0.5", f"policy.file={tmp_path / 'p.json'}"))
+    ways = {
+        "policy.file": f"policy.file={tmp_path / 'p.json'}",
+        "policy.keep": "policy.keep.heads=0.5",
+        "policy.kind=uniform": "policy.kind=uniform",
+    }
+    for (one, first), (other, second) in itertools.combinations(ways.items(), 2):
+        with pytest.raises(ConfigError, match=f"{one} and {other} both give a policy; give one of them"):
+            pipeline.run(settings(tmp_path, first, second))
 
 
 # --- one trial --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import lightning_mdc as mdc
-from lightning_mdc.app import build, evaluation, pipeline, steps
+from lightning_mdc.app import evaluation, pipeline, steps
+from lightning_mdc.app.settings import plain
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.kinds import everyday
@@ -79,7 +80,7 @@ def settings(name: str, tmp_path: Path, images: Path) -> dict:
         mdc.save(teacher, tmp_path / "teacher")
         overrides.append(f"distillation.teacher={tmp_path / 'teacher'}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return build.plain(compose("train", overrides))
+        return plain(compose("train", overrides))
 
 
 @pytest.mark.parametrize(

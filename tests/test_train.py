@@ -1,5 +1,6 @@
 """The pipeline end to end on a tiny ViT: steps, resuming, wrong settings, and the script around it."""
 
+import atexit
 import json
 import logging
 import os
@@ -16,9 +17,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import lightning_mdc as mdc
-from lightning_mdc.app import build, fingerprints, pipeline, steps
+from lightning_mdc.app import fingerprints, pipeline, steps, trainer
 from lightning_mdc.app.main import main
+from lightning_mdc.app.settings import plain
 from lightning_mdc.app.step_table import STEPS
+from lightning_mdc.app.trainer import fsdp, num_processes
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import (
     BudgetError,
@@ -65,7 +68,7 @@ NOT_ASKED_FOR = ("share", "sensitivity")
 
 def settings(tmp_path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return build.plain(compose("train", [*TINY, f"runs={tmp_path}", *overrides]))
+        return plain(compose("train", [*TINY, f"runs={tmp_path}", *overrides]))
 
 
 def script(monkeypatch, *overrides: str) -> int:
@@ -418,10 +421,18 @@ def test_a_checkpoint_in_mid_epoch_is_gone_on_from(tmp_path, monkeypatch, caplog
 
 def test_every_block_of_a_slim_model_is_a_shard(finished):
     """What can be seen of FSDP without a GPU."""
-    strategy = build.fsdp()
+    strategy = fsdp()
     wrapped = strategy.kwargs["auto_wrap_policy"]._module_classes
     assert {type(block) for block in mdc.load(finished / "slim").blocks} <= wrapped
     assert strategy._state_dict_type == "full"
+
+
+def test_asking_where_to_train_leaves_nothing_behind(tmp_path):
+    composed = settings(tmp_path, "trainer=ddp_cpu")
+    num_processes(composed)
+    at_exit = atexit._ncallbacks()
+    assert [num_processes(composed) for _ in range(3)] == [2, 2, 2]
+    assert atexit._ncallbacks() == at_exit
 
 
 def test_finetuning_can_be_left_out(copied):
@@ -506,7 +517,7 @@ def test_fsdp_goes_on_with_what_was_trained_under_ddp(tmp_path):
 
 
 def test_gradients_are_clipped_unless_their_norm_would_be_that_of_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(build.L, "Trainer", lambda **arguments: arguments["gradient_clip_val"])
+    monkeypatch.setattr(trainer.L, "Trainer", lambda **arguments: arguments["gradient_clip_val"])
     for overrides, expected in (
         (("trainer=ddp",), 1.0),
         (("trainer=fsdp",), None),
@@ -515,7 +526,7 @@ def test_gradients_are_clipped_unless_their_norm_would_be_that_of_shards(tmp_pat
     ):
         chosen = settings(tmp_path, *overrides)
         assert chosen["trainer"]["gradient_clip_val"] == 1.0
-        assert build.build_trainer(chosen, {"epochs": 1}, tmp_path, [], "") == expected, overrides
+        assert trainer.build_trainer(chosen, {"epochs": 1}, tmp_path, [], "") == expected, overrides
 
 
 def test_averaged_weights_and_fsdp_are_refused_with_what_works(tmp_path):

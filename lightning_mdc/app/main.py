@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_mdc.app import pipeline, sweep_trial, terminal
-from lightning_mdc.app.build import plain
+from lightning_mdc.app.settings import plain
 
 log = logging.getLogger("lightning_mdc")
 

@@ -22,11 +22,10 @@ from lightning_mdc.app.report.invocations import note_invocation
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, open_run
 from lightning_mdc.app.step_table import STEPS, needed, switched_off
 from lightning_mdc.app.steps import ACTIONS, Run
+from lightning_mdc.app.trainer import check_training, ignores_clipping, processes, shards_parameters
 from lightning_mdc.distributed import on_first_rank
-from lightning_mdc.errors import ConfigError, check_whole
+from lightning_mdc.errors import ConfigError
 from lightning_mdc.files import write_text
-from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES
-from lightning_mdc.surgery import COMPENSATIONS
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def run(settings: build.Settings) -> RunFolder:
     """
     selected = select(settings)
     check(settings, selected)  # by one process, before there are more of them to say it
-    with build.processes(settings):
+    with processes(settings):
         return _run(settings, selected)
 
 
@@ -118,7 +117,7 @@ def _opened(settings: build.Settings, selected: tuple[str, ...], stack: ExitStac
     if settings["resume"] is True and not is_earlier:
         log.info("  (resume=true, but there was no earlier run of the name %r)", settings["name"])
     clip = settings["trainer"]["gradient_clip_val"]
-    if clip is not None and build.ignores_clipping(settings):
+    if clip is not None and ignores_clipping(settings):
         log.info("  trainer.gradient_clip_val=%s is left out: Lightning cannot take the norm over shards", clip)
     return run
 
@@ -217,19 +216,12 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
     Raises:
         MdcError: what would have been raised then.
     """
-    _check_values(settings)
-    criterion = build.build_criterion(settings)
-    batch_size, token_score = settings["calibration"]["batch_size"], settings["surgery"]["token_score"]
+    criterion, batch_size = build.build_criterion(settings), settings["calibration"]["batch_size"]
     if batch_size < criterion.min_batch:
         raise ConfigError(
             f"calibration.batch_size={batch_size}: importance={criterion.name} needs batches of at least "
             f"{criterion.min_batch} images"
         )
-    if token_score not in TOKEN_SCORES:
-        raise ConfigError(f"surgery.token_score={token_score!r}: expected one of {', '.join(TOKEN_SCORES)}")
-    compensate = settings["surgery"]["compensate"]
-    if compensate not in COMPENSATIONS:
-        raise ConfigError(f"surgery.compensate={compensate!r}: expected one of {', '.join(COMPENSATIONS)}")
     build.build_budget(settings)
     build.build_trackers(settings)
     _check_sharding(settings, selected)
@@ -244,57 +236,16 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
     run.data.setup()
     with torch.device("meta"):
         model = build.build_model(settings, run.data, weights=False)
-    build.check_training(settings, model)
+    check_training(settings, model)
     policy = build.given_policy(settings, model)
     if policy is None:
         build.check_search(settings, model)
     build.check_compensation(settings, model, policy)
 
 
-def _check_values(settings: build.Settings) -> None:
-    distillation, calibration = settings["distillation"], settings["calibration"]
-    for key, value, least in (
-        ("seed", settings["seed"], 0),
-        ("dense.epochs", settings["dense"]["epochs"], 0),
-        ("sharing.epochs", settings["sharing"]["epochs"], 0),
-        ("distillation.epochs", distillation["epochs"], 0),
-        ("calibration.images", calibration["images"], 1),
-        ("calibration.batch_size", calibration["batch_size"], 1),
-        ("sensitivity.images", settings["sensitivity"]["images"], 1),
-        ("sensitivity.batch_size", settings["sensitivity"]["batch_size"], 1),
-        ("latency.rounds", settings["latency"]["rounds"], 1),
-    ):
-        check_whole(key, value, least, ConfigError)
-    for name in DIMENSIONS:
-        ratios = settings["sensitivity"][name]
-        if not (ratios is None and name == "heads") and not (
-            isinstance(ratios, list) and ratios and all(type(r) in (int, float) and 0 <= r <= 1 for r in ratios)
-        ):
-            raise ConfigError(
-                f"sensitivity.{name}={ratios!r}: expected a list of keep ratios from 0 to 1, such as [0.5,0]"
-                + (", or null for every number of heads" if name == "heads" else "")
-            )
-    minutes, ema_decay = settings["checkpoint_minutes"], distillation["ema_decay"]
-    if minutes is not None and not (type(minutes) in (int, float) and minutes > 0):
-        raise ConfigError(f"checkpoint_minutes={minutes!r}: expected a number of minutes above 0, or null")
-    if ema_decay is not None and not (type(ema_decay) is float and 0 < ema_decay < 1):
-        raise ConfigError(f"distillation.ema_decay={ema_decay!r}: expected a number between 0 and 1, or null")
-    check_whole("threads", settings["threads"], 1, ConfigError, or_none="one per core")
-    for key, values, least, fewest in (
-        ("distillation.seeds", distillation["seeds"], 0, 1),
-        ("distillation.reference_seeds", distillation["reference_seeds"], 0, 0),
-        ("latency.batch_sizes", settings["latency"]["batch_sizes"], 1, 1),
-    ):
-        whole = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
-        if not whole or len(set(values)) != len(values) or len(values) < fewest:
-            raise ConfigError(
-                f"{key}={values!r}: expected a list of different whole numbers of at least {least}, such as [1,2]"
-            )
-
-
 def _check_sharding(settings: build.Settings, selected: tuple[str, ...]) -> None:
     """Raises: ConfigError: a training needs its parameters whole, but FSDP gives each rank a part of them."""
-    if not build.shards_parameters(settings):
+    if not shards_parameters(settings):
         return
     if "share" in selected:
         raise ConfigError(

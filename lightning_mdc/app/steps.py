@@ -34,6 +34,7 @@ from lightning_mdc.app.report.write import write_report
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.tracking import Trackers
+from lightning_mdc.app.trainer import build_module, build_sharing, build_trainer, shards_parameters, training_device
 from lightning_mdc.artifact import WEIGHTS
 from lightning_mdc.budget import num_params
 from lightning_mdc.budget.timing import latencies
@@ -77,7 +78,7 @@ class Run:
 
     @cached_property
     def device(self) -> torch.device:
-        return build.device(self.settings)
+        return training_device(self.settings)
 
     def output(self, name: str) -> Path:
         """Where the step `name` leaves the output that it is known by."""
@@ -134,7 +135,7 @@ def dense(run: Run) -> str:
     options = run.settings["dense"]
     model = build.build_model(run.settings, run.data)
     if options["epochs"]:
-        module = build.build_module(options, model, None)
+        module = build_module(options, model, None)
         train(run, options, module, "dense", run.fingerprints["dense"])
     else:
         on_first_rank(partial(_save, run, model, "dense"))
@@ -154,7 +155,8 @@ def score(run: Run) -> str:
 def share(run: Run) -> str:
     """Train the dense weights under many policies at once, which the search then tells apart; leaves ``shared/``."""
     options = run.settings["sharing"]
-    module = build.build_sharing(run.settings, run.model("dense"), run.scores)
+    budget, space = build.build_budget(run.settings), build.space_options(run.settings)
+    module = build_sharing(run.settings, run.model("dense"), run.scores, budget, space)
     train(run, options, module, "shared", run.fingerprints["share"])
     return f"{options['epochs']} epochs of weight sharing"
 
@@ -304,9 +306,9 @@ def train(run: Run, options: build.Settings, module: DistillationModule, artifac
     begun = on_first_rank(last.exists)
     if begun:
         log.info("  %s: going on from %s", artifact, last)
-    trainer = build.build_trainer(run.settings, options, checkpoints, run.trackers.curves(artifact), artifact)
+    trainer = build_trainer(run.settings, options, checkpoints, run.trackers.curves(artifact), artifact)
     module.student.train()  # an artifact comes in eval mode
-    whole = copy.deepcopy(module.student) if build.shards_parameters(run.settings) else None
+    whole = copy.deepcopy(module.student) if shards_parameters(run.settings) else None
     trainer.fit(module, datamodule=run.data, ckpt_path=last if begun else None)
     if whole is not None:  # in the checkpoint the parts of all ranks are together again
         weights = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
@@ -331,7 +333,7 @@ def finetune(run: Run, artifact: str, start: str, seed: int) -> None:
     seed_everything(seed, workers=True, verbose=False)
     student = run.model(start)
     if options["epochs"]:
-        module = build.build_module(options, student, _teacher(run, options))
+        module = build_module(options, student, _teacher(run, options))
         train(run, options, module, artifact, fingerprint)
     else:
         on_first_rank(partial(_save, run, student, artifact))

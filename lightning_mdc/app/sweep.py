@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from lightning_mdc.app import build, terminal, tracking
+from lightning_mdc.app.settings import plain
 from lightning_mdc.app.tracking import RunInfo
 from lightning_mdc.app.tracking.sweeps import sweep_items
 from lightning_mdc.errors import ConfigError
@@ -42,7 +43,7 @@ class PolicyCost:
     """
 
     def __init__(self, config: DictConfig) -> None:
-        self.settings = build.plain(config)
+        self.settings = plain(config)
         data = build.build_data(self.settings)
         data.setup()
         with torch.device("meta"):
@@ -120,7 +121,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     The search as a whole is shown on the dashboards of the trials, as one more run of their group.
     """
     if results["best_params"] is None:
-        _show_sweep(results, sweep_dir, build.plain(config), None)
+        _show_sweep(results, sweep_dir, plain(config), None)
         print("No trial succeeded, so there is no policy to finetune with.")
         return
     cost, params = PolicyCost(config), dict(results["best_params"])

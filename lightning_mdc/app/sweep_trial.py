@@ -23,6 +23,7 @@ from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.steps import Run, held_out_batches, pruned
 from lightning_mdc.app.tracking import Trackers
 from lightning_mdc.app.tracking.sweeps import trial_items
+from lightning_mdc.app.trainer import num_processes
 from lightning_mdc.budget import CostModel, macs
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import ConfigError
@@ -42,7 +43,7 @@ def trial(settings: build.Settings, folder: Path) -> float:
         ConfigError: the settings give no policy.
         MdcError: see `pipeline.check`.
     """
-    if (count := build.num_processes(settings)) > 1:
+    if (count := num_processes(settings)) > 1:
         raise ConfigError(
             f"stage=trial is the work of one process, but trainer.devices={settings['trainer']['devices']!r} makes "
             f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"

@@ -190,7 +190,8 @@ class ImageFolderDataModule(ImageDataModule):
             # A tar kept open is shared by forked workers, which then move one another's file position.
             options["cache_tarfiles"] = False
         path = cast(str, None if root is None else str(root))  # timm takes None where a name needs no root
-        images = max(1, self.batch_size // self.place()[1])  # of a batch, by which readers of streams round
+        _, processes = self.rank_and_processes()
+        images = max(1, self.batch_size // processes)  # of a batch, by which readers of streams round
         try:
             dataset = create_dataset(
                 self.name, root=path, split=split, is_training=is_training, batch_size=images, **options
@@ -294,24 +295,24 @@ def _labels(dataset: Any) -> np.ndarray:
     return np.array([dataset[i][1] for i in range(len(dataset))], dtype=np.int64)
 
 
-def _check_path(argument: str, path: str | Path | None, named: bool) -> None:
-    if path is None:
+def _check_path(argument: str, given: str | Path | None, named: bool) -> None:
+    if given is None:
         if argument == "root" and not named:
             raise DataError("root=None names no images; give a folder of class folders or a .tar of them")
         return
-    place = Path(path)
-    if not place.exists():
+    path = Path(given)
+    if not path.exists():
         if named and argument == "root":  # where a named data set will be downloaded to
             return
-        raise DataError(f"{argument}={str(path)!r} does not exist; give a folder of class folders or a .tar of them")
-    if place.is_file() and (place.suffix != ".tar" or not _is_plain_tar(place)):
+        raise DataError(f"{argument}={str(given)!r} does not exist; give a folder of class folders or a .tar of them")
+    if path.is_file() and (path.suffix != ".tar" or not _is_plain_tar(path)):
         raise DataError(
-            f"{argument}={str(path)!r} is a file but no uncompressed .tar; give a folder of class folders or pack them"
+            f"{argument}={str(given)!r} is a file but no uncompressed .tar; give a folder of class folders or pack them"
             " with tar -cf NAME.tar"
         )
-    if place.is_file() and not _is_whole_tar(place):
+    if path.is_file() and not _is_whole_tar(path):
         raise DataError(
-            f"{argument}={str(path)!r} can't be read as a tar: it ends without the mark of a tar's end, so it was cut"
+            f"{argument}={str(given)!r} can't be read as a tar: it ends without the mark of a tar's end, so it was cut"
             " off (an interrupted copy?); copy it again, or pack the class folders again (tar -cf)"
         )
 
@@ -370,8 +371,7 @@ def _resolve_config(
     data_config: Mapping[str, Any] | None, img_size: int | None, in_chans: int | None
 ) -> dict[str, Any]:
     """Input size, normalisation, interpolation and crop, as ``create_transform`` names them."""
-    if img_size is not None and (isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < 1):
-        raise DataError(f"img_size={img_size!r} is no side in pixels; give a positive integer")
+    check_whole("img_size", img_size, 1, DataError, or_none="the model's")
     given = {key: value for key, value in _plain(data_config).items() if value is not None}
     config = cast(dict[str, Any], resolve_data_config(args={"img_size": None}, pretrained_cfg=given))
     chans, height, width = config["input_size"]

@@ -94,11 +94,11 @@ class ImageView(Dataset[tuple[Tensor, int]]):
         raise CorruptImageError(f"none of the {len(self)} training images can be decoded; replace them")
 
     def _note_corrupt(self, index: int, error: Exception) -> None:
-        place = _place(self.source, int(self.indices[index]))
+        file = _file_of(self.source, int(self.indices[index]))
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if not self.max_corrupt_images:
             raise CorruptImageError(
-                f"{place} can't be decoded ({reason}); replace it, or remove it and start anew"
+                f"{file} can't be decoded ({reason}); replace it, or remove it and start anew"
             ) from error
         if self.corrupt[index]:
             return
@@ -106,12 +106,12 @@ class ImageView(Dataset[tuple[Tensor, int]]):
         count = int(self.corrupt.sum())
         if count > self.max_corrupt_images:
             raise CorruptImageError(
-                f"max_corrupt_images={self.max_corrupt_images} is exceeded by {place}, which can't be decoded"
+                f"max_corrupt_images={self.max_corrupt_images} is exceeded by {file}, which can't be decoded"
                 f" ({reason}); replace it and those warned about before, or raise max_corrupt_images"
             ) from error
         log.warning(
             "%s can't be decoded (%s); trained on the next image instead (%d of at most %d in this epoch)",
-            place,
+            file,
             reason,
             count,
             self.max_corrupt_images,
@@ -133,7 +133,7 @@ def _decode(source: Any, index: int, mode: str) -> Image.Image:
     return image.convert(mode) if image.mode != mode else image
 
 
-def _place(source: Any, index: int) -> str:
+def _file_of(source: Any, index: int) -> str:
     """The file of an image, within a tar as ``images.tar: cat/1.png``; else its number in the data set."""
     reader = getattr(source, "reader", source)
     samples = getattr(reader, "samples", None)

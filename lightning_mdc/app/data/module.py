@@ -85,8 +85,7 @@ class ImageDataModule(LightningDataModule):
         check_whole("batch_size", batch_size, 1, DataError)
         check_whole("num_workers", num_workers, 0, DataError)
         check_whole("repeated_augmentation", repeated_augmentation, 1, DataError)
-        if prefetch_factor is not None:
-            check_whole("prefetch_factor", prefetch_factor, 1, DataError)
+        check_whole("prefetch_factor", prefetch_factor, 1, DataError, or_none="torch's default")
         if pin_memory not in (None, True, False):
             raise DataError(f"pin_memory={pin_memory!r}: expected true, false, or null (where there is a GPU)")
         if persistent_workers not in (True, False):
@@ -160,7 +159,7 @@ class ImageDataModule(LightningDataModule):
             return self._stream_loader(dataset, images, epoch)
         # A ragged last batch weighs its few images more; but a data set smaller than one batch must not vanish.
         drop_last = len(dataset) >= self.batch_size  # type: ignore[arg-type]
-        rank, processes = self.place()
+        rank, processes = self.rank_and_processes()
         sampler = TrainingSampler(
             dataset,
             processes,
@@ -184,7 +183,7 @@ class ImageDataModule(LightningDataModule):
         return self._evaluation_loader(self.splits.test)
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        rank, processes = self.place()
+        rank, processes = self.rank_and_processes()
         images = max(1, self.batch_size // processes)
         if _is_stream(dataset) or processes == 1:
             return self._loader(dataset, images)
@@ -216,8 +215,8 @@ class ImageDataModule(LightningDataModule):
         pin_memory = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
         return kind(dataset, batch_size=images, num_workers=self.num_workers, pin_memory=pin_memory, **options)
 
-    def place(self) -> tuple[int, int]:
-        """(rank, number of processes) of the run that this module feeds."""
+    def rank_and_processes(self) -> tuple[int, int]:
+        """Number of this process, from 0, and how many there are in the run that this module feeds."""
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
         return distributed.rank(), distributed.world_size()
@@ -228,7 +227,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             DataError: not all processes would get as many.
         """
-        _, processes = self.place()
+        _, processes = self.rank_and_processes()
         if self.batch_size % processes:
             lower = self.batch_size // processes * processes
             near = [str(size) for size in (lower, lower + processes) if size]
@@ -250,8 +249,8 @@ class ImageDataModule(LightningDataModule):
         # are still those of the last.
         epoch = epochs.processed
         done = progress.current.processed if epochs.started > epochs.processed else 0
-        is_last = progress.is_last_batch and progress.current.ready == done  # and no failure within it
-        if is_last or done >= loop.max_batches:
+        is_last = self.trainer.is_last_batch and progress.current.ready == done  # and no failure within it
+        if is_last or done >= self.trainer.num_training_batches:
             epoch, done = epoch + 1, 0
         return {"epoch": epoch, "batches": done, "seed": self._order_seed, **self._what_makes_the_order()}
 

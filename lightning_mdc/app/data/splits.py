@@ -1,4 +1,4 @@
-"""Which images train, which ones guide the search, which ones are reported on: pure numpy, for every data set."""
+"""Which images train, which ones guide the search, which ones are reported on, for every data set."""
 
 import math
 from collections.abc import Sequence
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
 
-from lightning_mdc.errors import DataError
+from lightning_mdc.errors import DataError, check_whole
 
 Indices = NDArray[np.int64]
 
@@ -32,6 +33,9 @@ def split_indices(
 ) -> SplitIndices:
     """Cuts a data set into train, search-validation and test, each class in proportion.
 
+    An image that is alone in its class counts with the largest class. A split of fewer images than there are classes
+    is drawn without regard to classes.
+
     Args:
         labels: class of each image, (n,).
         val_fraction: share of all n images held out for the search; rounded up to whole images.
@@ -51,12 +55,9 @@ def split_indices(
             f"val_fraction={val_fraction}, test_fraction={test_fraction} hold out {num_val} + {num_test} of {n} images"
             " and leave none to train on; lower them"
         )
-    rng = np.random.default_rng(seed)
-    everything = np.arange(n)
-    test = everything[_sample(label_array, num_test, rng)]
-    rest = np.setdiff1d(everything, test)
-    val = rest[_sample(label_array[rest], num_val, rng)]
-    return SplitIndices(train=np.setdiff1d(rest, val), val=val, test=test)
+    test, rest = _sample(np.arange(n), label_array, num_test, seed)
+    val, train = _sample(rest, label_array, num_val, seed)
+    return SplitIndices(train, val, test)
 
 
 def cap_indices(
@@ -70,16 +71,12 @@ def cap_indices(
         name: the argument to blame in the error.
 
     Raises:
-        DataError: ``max_images`` is not a positive integer.
+        DataError: ``max_images`` is no whole number of at least 1.
     """
-    if max_images is None:
+    check_whole(name, max_images, 1, DataError, or_none="all of them")
+    if max_images is None or max_images >= len(indices):
         return indices
-    if isinstance(max_images, bool) or not isinstance(max_images, int) or max_images < 1:
-        raise DataError(f"{name}={max_images!r} is no positive number of images; give one, or None for all of them")
-    if max_images >= len(indices):
-        return indices
-    chosen = _sample(np.asarray(labels, dtype=np.int64)[indices], max_images, np.random.default_rng(seed))
-    return indices[chosen]
+    return _sample(indices, np.asarray(labels, dtype=np.int64), max_images, seed)[0]
 
 
 def _ceil(count: float) -> int:
@@ -87,12 +84,13 @@ def _ceil(count: float) -> int:
     return math.ceil(count - 1e-9)
 
 
-def _sample(labels: Indices, total: int, rng: np.random.Generator) -> Indices:
-    """Sorted positions of ``total`` labels, each class in proportion by largest remainder."""
-    classes, sizes = np.unique(labels, return_counts=True)
-    share = sizes * (total / max(len(labels), 1))
-    counts = np.floor(share + 1e-9).astype(np.int64)
-    by_remainder = np.argsort(counts - share, kind="stable")
-    counts[by_remainder[: total - counts.sum()]] += 1
-    chosen = [rng.permutation(np.flatnonzero(labels == c))[:count] for c, count in zip(classes, counts, strict=True)]
-    return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
+def _sample(indices: Indices, labels: Indices, total: int, seed: int) -> tuple[Indices, Indices]:
+    """`total` of `indices`, each class in proportion, and the others; both sorted."""
+    if not total:
+        return indices[:0], indices
+    _, of_image, sizes = np.unique(labels[indices], return_inverse=True, return_counts=True)
+    # scikit-learn refuses a class of one image, and a part that is too small to have an image of every class.
+    classes = np.where(sizes[of_image] == 1, sizes.argmax(), of_image)
+    too_small = min(total, len(indices) - total) < len(np.unique(classes))
+    parts = train_test_split(indices, train_size=total, random_state=seed, stratify=None if too_small else classes)
+    return np.sort(parts[0]), np.sort(parts[1])
