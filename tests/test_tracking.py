@@ -468,7 +468,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, recorder, caplog):
 def test_a_server_that_cannot_be_reached(tmp_path):
     """One warning, with the folder to upload later; and nothing asks for a key, though there is none to be had."""
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "WANDB_MODE": "online"}
-    done = started(tmp_path, "logger=wandb", "logger.wandb.init_timeout=1", "stage=dense", **environment)
+    done = started(tmp_path, "logger=wandb", "logger.wandb.init_timeout=2", "stage=dense", **environment)
     (folder,) = (tmp_path / "tiny").iterdir()
     assert (folder / "dense" / "config.json").exists()
     (run,) = offline_runs(folder)
