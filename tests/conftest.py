@@ -1,6 +1,6 @@
+import getpass
 import os
-import sys
-from collections.abc import Iterator
+import tempfile
 
 import pytest
 import torch
@@ -14,8 +14,13 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def without_staged_media() -> Iterator[None]:
-    """A worker of pytest-xdist ends by ``os._exit``, which leaves the folder that ``import wandb`` makes for media."""
-    yield
-    if (staging := sys.modules.get("wandb.sdk.data_types._private")) is not None:
-        staging.MEDIA_TMP.cleanup()
+def temporary_folder_of_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What processes that tests start leave in their temporary folder goes with the folders of the tests.
+
+    timm imports wandb, and that makes two folders (``*wandb-media``, ``*wandb-artifacts``) in every process, which
+    stay if it is killed.
+    """
+    folder = tmp_path_factory.mktemp("tmp")
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # where it is without us: warm
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+    os.environ["TMPDIR"] = str(folder)

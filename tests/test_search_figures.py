@@ -141,6 +141,7 @@ def test_dependence_says_so_when_there_is_nothing_to_show(axes):
 def test_neither_torch_nor_pyplot_is_needed():
     script = (
         "import sys; from lightning_mdc.figures.search import progress_figure\n"
+        "assert 'matplotlib' not in sys.modules  # before something is drawn\n"
         "progress_figure([], 'minimize')\n"
         "found = {'torch', 'matplotlib.pyplot', 'skopt'} & set(sys.modules); assert not found, found"
     )

@@ -11,6 +11,11 @@ def scaled(number: float) -> str:
     return f"{number:.0f} "
 
 
+def counted(number: float) -> str:
+    """A count: ``351``; a mean over seeds keeps one decimal, ``350.7``."""
+    return f"{number:.0f}" if float(number).is_integer() else f"{number:.1f}"
+
+
 def percent(fraction: float) -> str:
     """A fraction in per cent: ``0.5985`` is ``59.9 %``."""
     return f"{fraction:.1%}".replace("%", " %")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lightning_mdc.app.report.charts import REMOVED, SPEED_AND_CLASSES, Chart
-from lightning_mdc.app.report.record import RunRecord
+from lightning_mdc.app.report.record import RunRecord, flat
 from lightning_mdc.app.report.result_figures import runs_figure
 from lightning_mdc.app.report.results import FINETUNED, REFERENCE, mean_top1
 from lightning_mdc.app.report.tables import Table
@@ -88,22 +87,14 @@ def _row(record: RunRecord) -> tuple[str, ...]:
 
 
 def _differences(records: Mapping[str, RunRecord]) -> Table:
-    flat = {name: dict(_flat("", record.settings)) for name, record in records.items()}
-    keys = sorted({key for settings in flat.values() for key in settings if key.split(".")[0] not in _SILENT})
+    all_settings = {name: dict(flat(record.settings)) for name, record in records.items()}
+    keys = sorted({key for settings in all_settings.values() for key in settings if key.split(".")[0] not in _SILENT})
     rows = []
     for key in keys:
-        values = [str(settings.get(key, "–")) for settings in flat.values()]
+        values = [str(settings.get(key, "–")) for settings in all_settings.values()]
         if len(set(values)) > 1:
             rows.append((key, *values))
     return Table(("setting", *records), tuple(rows))
-
-
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(f"{key}.{name}" if key else name, inner)
-    else:
-        yield key, value
 
 
 def _charts(records: Mapping[str, RunRecord]) -> Iterator[Chart]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from lightning_mdc.app.report.results import FINETUNED, REFERENCE, Results, mean_correct
-from lightning_mdc.figures.numbers import percent, scaled, seconds
+from lightning_mdc.figures.numbers import counted, percent, scaled, seconds
 
 
 def verdict(results: Results) -> str:
     """The one sentence: what it costs, what accuracy is left, how much faster it is."""
     dense, slim, right = results.dense, results.slimmest, results.slim_correct
-    number = f"{right:.0f}" if float(right).is_integer() else f"{right:.1f}"
     after = " after finetuning" if results.of(FINETUNED) else ", not finetuned,"
     batch = results.batch_sizes[-1]
     return (
         f"At {percent(slim.macs / dense.macs)} of the MACs and {percent(slim.params / dense.params)} of the parameters "
-        f"the slim model{after} gets {number} of {dense.images} test "
+        f"the slim model{after} gets {counted(right)} of {dense.images} test "
         f"images right, {_difference(right - dense.correct)} dense ({percent(dense.top1)} → "
         f"{percent(right / dense.images)}), and is {results.speedup(batch):.2f}x as fast at batch {batch}."
     )
@@ -54,5 +53,5 @@ def overhead_line(results: Results) -> str | None:
 def _difference(images: float) -> str:
     if abs(images) < 0.05:
         return "as many test images right as"
-    number = f"{abs(images):.0f}" if float(images).is_integer() else f"{abs(images):.1f}"
+    number = counted(abs(images))
     return f"{number} {'more' if images > 0 else 'fewer'} test image{'' if number == '1' else 's'} right than"

@@ -11,7 +11,7 @@ import rich.table
 
 from lightning_mdc.app.report.outcomes import ClassChange
 from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results, mean_correct
-from lightning_mdc.figures.numbers import percent, scaled, seconds
+from lightning_mdc.figures.numbers import counted, percent, scaled, seconds
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def by_class(changes: Sequence[ClassChange]) -> Table:
 
 def count(number: float, total: int) -> str:
     """n/N and per cent: ``351/360 (97.50 %)``; a mean over seeds keeps one decimal, ``350.7/360``."""
-    shown = f"{number:.0f}" if float(number).is_integer() else f"{number:.1f}"
-    return f"{shown}/{total} ({number / total:.2%})".replace("%", " %")
+    return f"{counted(number)}/{total} ({number / total:.2%})".replace("%", " %")
 
 
 def _escaped(cell: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from lightning_mdc.app.report.record import flat
 from lightning_mdc.app.tracking.tracker import Model, RunInfo, Shown, Tracker
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.figures import tensorboard_logger
@@ -57,18 +57,11 @@ class TensorboardTracker(Tracker):
     def finish(self, failed: bool) -> None:
         if self._writer is None:
             return
-        self._writer.add_hparams(dict(_flat(self._info.settings)), self._summary, run_name=".")
+        # TensorBoard takes no lists, and no None.
+        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat(self._info.settings)}
+        self._writer.add_hparams(settings, self._summary, run_name=".")
         self._writer.close()
 
     @property
     def location(self) -> str | None:
         return f"tensorboard --logdir {self._folder}"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of what TensorBoard takes for a hyperparameter."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) else str(value)
