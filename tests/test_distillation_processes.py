@@ -89,7 +89,11 @@ def test_two_processes_are_as_good_as_one(tmp_path, average):
     one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["state_dict"] for n in (1, 2))
     assert set(one) == set(two)
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4, msg=name)
+        # No loss depends on the biases of keys, so that their steps are rounding, at the length of all others.
+        parts = zip(*(weights[name].chunk(3) for weights in (one, two)), strict=True) if "qkv.bias" in name else []
+        queries, _, values = list(parts) or [(value, two[name])] * 3
+        for alone, together in (queries, values):
+            torch.testing.assert_close(together, alone, rtol=0, atol=1e-4, msg=name)
 
     checkpoint = torch.load(tmp_path / "2.ckpt", weights_only=True)
     networks = [two, checkpoint["current_model_state"]] if average else [two]  # Lightning keeps both
