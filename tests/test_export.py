@@ -16,7 +16,7 @@ import lightning_mdc as mdc
 from lightning_mdc import __main__ as command_line
 from lightning_mdc import export
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
-from lightning_mdc.tokens.stage import best_and_rest
+from lightning_mdc.tokens.selection import best_and_rest
 from tests import kinds
 from tests.kinds import SIZE, everyday, images
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lightning_mdc as mdc
 from lightning_mdc.errors import PlanError, UnsupportedModelError
 from lightning_mdc.surgery import apply_masks, is_masked, remove_masks
-from lightning_mdc.tokens.stage import best_and_rest, regroup, resample_prior
+from lightning_mdc.tokens.selection import best_and_rest, regroup, resample_prior
 from tests.kinds import KINDS, POST_NORM, everyday, images, make, randomised
 
 

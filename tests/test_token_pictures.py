@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import lightning_mdc as mdc
 from lightning_mdc.app.report.examples import Examples
 from lightning_mdc.figures.tokens import Example, answers, faded, tokens_figure
-from lightning_mdc.tokens.survivors import surviving_patches
+from lightning_mdc.tokens.surviving_patches import surviving_patches
 from tests.kinds import images, make, randomised
 
 KINDS = ["vit", "deit_distilled", "registers", "registers_without_class", "average_pool", "any_size"]

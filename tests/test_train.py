@@ -563,7 +563,7 @@ WRONG = [
     ("search.warm_start=nowhere", SearchError, "nowhere"),
     ("surgery.stages=[99]", MdcError, "99"),
     ("surgery.token_score=looks", MdcError, "token_score='looks'"),
-    ("surgery.compensate=all", ConfigError, "surgery.compensate='all': expected one of none, mean, lstsq"),
+    ("surgery.compensate=all", ConfigError, "surgery.compensate='all': expected one of none, lstsq"),
     (("surgery.compensate=lstsq", "+model.args.scale_mlp_norm=true"), MdcError, r"blocks\.0\.mlp\.norm"),
     (("stage=statistics", "surgery.compensate=none"), ConfigError, "surgery.compensate=none"),
     ("dense.epochs=0", ConfigError, "leaves the model untrained"),

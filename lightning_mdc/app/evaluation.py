@@ -18,7 +18,7 @@ from lightning_mdc.distributed import gather
 from lightning_mdc.figures.tokens import Example
 from lightning_mdc.models import evaluating, find_sites
 from lightning_mdc.progress import bar, steps_of
-from lightning_mdc.tokens.survivors import surviving_patches
+from lightning_mdc.tokens.surviving_patches import surviving_patches
 
 # Of how many images examples are chosen, and how many of each kind are shown.
 _LOOKED_AT, _EACH = 2000, 4

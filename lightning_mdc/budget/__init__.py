@@ -1,6 +1,6 @@
 """What does a policy cost? Closed-form MACs and parameters, measured latency, budgets, and the uniform policy."""
 
-from lightning_mdc.budget.costs import CostModel, InputSize, TokenDrop, image_size, macs, plan_macs, policy_macs
+from lightning_mdc.budget.cost_model import CostModel, InputSize, TokenDrop, image_size, macs, plan_macs, policy_macs
 from lightning_mdc.budget.latency import LatencyTable
 from lightning_mdc.budget.limits import Budget, as_budget
 from lightning_mdc.budget.macs import BlockMacs

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.costs import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, TokenDrop
 from lightning_mdc.budget.params import num_params
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.files import write_text

@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from lightning_mdc.budget.costs import CostModel
+from lightning_mdc.budget.cost_model import CostModel
 from lightning_mdc.budget.latency import ALIGNMENT, BlockTimes, LatencyTable, Surface, architecture, block_kinds
 from lightning_mdc.budget.timing import blank_images, settled_memory
 from lightning_mdc.distributed import on_first_rank
@@ -40,7 +40,7 @@ from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.cutting import cut_units
 from lightning_mdc.surgery.masks import remove_masks
 from lightning_mdc.surgery.slim import plain_copy, slim
-from lightning_mdc.tokens.stage import TokenSelection
+from lightning_mdc.tokens.selection import TokenSelection
 
 log = logging.getLogger(__name__)
 

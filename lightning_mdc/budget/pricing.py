@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_mdc.budget.costs import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, TokenDrop
 from lightning_mdc.budget.latency import LatencyTable
 from lightning_mdc.budget.limits import Budget
 from lightning_mdc.budget.measuring import measure_latency_table

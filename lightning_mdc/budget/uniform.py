@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.costs import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, TokenDrop
 from lightning_mdc.budget.latency import ALIGNMENT
 from lightning_mdc.budget.limits import Budget, as_budget
 from lightning_mdc.budget.pricing import Pricing

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.policy import TokenStage
-from lightning_mdc.tokens.stage import TokenSelection
+from lightning_mdc.tokens.selection import TokenSelection
 
 
 class TokenStageBlock(nn.Module):

@@ -33,7 +33,7 @@ from lightning_mdc.models import (
 from lightning_mdc.policy import Plan, TokenStage
 from lightning_mdc.surgery.cutting import narrow_norm
 from lightning_mdc.surgery.intermediates import guard_intermediates, unguard_intermediates
-from lightning_mdc.tokens.stage import TokenSelection
+from lightning_mdc.tokens.selection import TokenSelection
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def svg(chart: Chart) -> Markup:
     with mpl.rc_context({"svg.hashsalt": chart.key, "svg.fonttype": "path"}):
         chart.figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     text = written.getvalue()
-    text = text[text.index("<svg") :]
+    # Two images that look the same would have one id; nothing refers to an image.
+    text = re.sub(r' id="image\w+"', "", text[text.index("<svg") :])
     name = re.sub(r"\W", "-", chart.key)
     for before in (' id="', "url(#", 'xlink:href="#'):
         text = text.replace(before, f"{before}{name}-")

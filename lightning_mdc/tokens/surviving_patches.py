@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mdc.models import evaluating, find_sites
-from lightning_mdc.tokens.stage import TokenSelection
+from lightning_mdc.tokens.selection import TokenSelection
 
 
 def surviving_patches(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
