@@ -466,6 +466,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_training(tmp_path: Path)
         trainer(tmp_path, mdc.MultiDimPruneCallback(0.5, save_to=tmp_path / "slim")).fit(module, loader())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["network", "module"])
 def test_a_compiled_network_is_pruned(what: str, tmp_path: Path) -> None:
     torch.manual_seed(5)

@@ -83,6 +83,7 @@ def test_accuracy_over_an_odd_number_of_images_is_exact(run):
     assert [rank[f"accuracy {HELD_OUT}"] for rank in (first, second)] == pytest.approx([expected] * 2)
 
 
+@pytest.mark.slow
 def test_fewer_images_than_processes_hang_nobody(run):
     _, (first, second) = run
     assert first["validated 1"] == second["validated 1"] == [0]

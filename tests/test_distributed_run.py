@@ -96,6 +96,7 @@ def test_what_two_processes_left_goes_on_in_one(two):
     assert printed.count("picked up") == 8
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_a_message_and_one_goes_on(tmp_path):
     long = ("stage=dense", "dense.epochs=40", "data.max_train_images=256")
     process = subprocess.Popen(

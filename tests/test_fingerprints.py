@@ -26,6 +26,7 @@ def weights(folder, content: bytes = b"weights"):
 # --- the Trainer ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     ["precision=bf16-mixed", "gradient_clip_val=0.5", "accumulate_grad_batches=2", "limit_train_batches=1"],

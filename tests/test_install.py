@@ -121,6 +121,7 @@ def checkout(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_editable_install_reads_the_configuration_of_the_checkout(tmp_path, checkout):
     programs = environment(tmp_path / "venv", "--editable", checkout)
     assert not list(programs.parent.glob("lib/**/conf/train.yaml"))

@@ -518,6 +518,7 @@ def run(program: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_ours_first_then_timm(tmp_path: Path) -> None:
     slim = mdc.slim(model := make(), planned(model))
     mdc.save(slim, tmp_path / "m")

@@ -385,6 +385,7 @@ def test_what_removed_units_did_is_given_back_unless_told_not_to(copied, caplog,
     assert any(not torch.equal(again[name], dense[name]) for name in refitted)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_is_what_is_saved(copied):
     """With a decay of nearly 1 the average stays where the first step led."""
     steps = ("trainer.check_val_every_n_epoch=1", "distillation.epochs=3", "distillation.seeds=[0]")
