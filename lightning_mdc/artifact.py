@@ -98,7 +98,7 @@ def save(
 
 
 def check_savable(model: nn.Module, directory: str | Path) -> None:
-    """Whether `save` would take this model and this place, without writing anything.
+    """Whether `save` would take this model and this folder, without writing anything.
 
     Raises:
         ArtifactError: see `save`.

@@ -466,7 +466,7 @@ class MultiDimPruneCallback(Callback):
         try:
             _, model = find_model(pl_module, self.model_path)
         except MdcError:
-            return  # there never was a model of ours; whoever needs one has said so
+            return  # there never was a model of ours; whoever needs one has raised
         remove_masks(model)
 
     def _is_delivered(self, model: nn.Module) -> bool:

@@ -76,8 +76,11 @@ class RankError(DistributedError):
     """
 
     def __init__(self, rank: int, kind: str, text: str) -> None:
-        super().__init__(f"rank {rank} failed: {kind}: {text}")
+        super().__init__(rank, kind, text)  # by which it is pickled, as between the processes of a sweep
         self.rank, self.kind, self.text = rank, kind, text
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} failed: {self.kind}: {self.text}"
 
 
 def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_none: str | None = None) -> None:

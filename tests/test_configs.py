@@ -100,6 +100,10 @@ def test_what_a_group_makes_is_built_by_hydra_or_refused_in_words():
     composed = settings("data.batch_size=7", "+data.shuffle=false")
     with pytest.raises(ConfigError, match=r"data=\{'batch_size': 7.* refused by .*'shuffle'; correct that key"):
         build.build_data(composed)
+    composed = settings("data=image_folder", "data.root=x", "model.name=deit_tiny_patch16_224", "+data.shuffle=false")
+    with pytest.raises(ConfigError, match="'shuffle'; correct that key") as error:
+        build.build_data(composed)
+    assert "'url'" not in str(error.value)  # of the model's preprocessing, which nobody has typed
     for target in ("lightning_mdc.app.data.Nothing", "nowhere.at.all"):
         with pytest.raises(ConfigError, match=f"importance._target_='{target}' names nothing that can be imported"):
             build.build_criterion(settings(f"importance._target_={target}"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mdc.distributed import failures_of, gather, on_every_rank, on_first_rank
-from lightning_mdc.errors import SearchError
+from lightning_mdc.errors import RankError, SearchError
 from tests.distributed_program import ERRORS
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +89,10 @@ def test_one_process_asks_nobody():
     assert (str(failure), failure.rank) == ("SearchError: as it is", 0)
     assert failure.is_a(ValueError)
     assert not failure.is_a(RuntimeError)
+
+
+def test_the_error_of_another_rank_goes_between_processes():
+    """As that of a trial in a worker process of a sweep."""
+    error = pickle.loads(pickle.dumps(RankError(1, "OutOfMemoryError", "no memory")))
+    assert (error.rank, error.kind, error.text) == (1, "OutOfMemoryError", "no memory")
+    assert str(error) == "rank 1 failed: OutOfMemoryError: no memory"

@@ -83,6 +83,15 @@ def test_weights_count_by_content_and_not_by_path(setting, step, tmp_path):
         assert step not in same(tmp_path, given, others[1])
 
 
+def test_a_latency_table_counts_by_content_and_not_by_path(tmp_path):
+    folders = weights(tmp_path / "a"), weights(tmp_path / "b"), weights(tmp_path / "c", b"measured anew")
+    given, moved, anew = (
+        ("~budget", f"+budget={{latency:0.6,table:{folder / 'model.safetensors'}}}") for folder in folders
+    )
+    assert same(tmp_path, given, moved) == list(STEPS)
+    assert "search" not in same(tmp_path, given, anew)
+
+
 def test_weights_that_were_written_anew_count_as_others(tmp_path):
     folder, elsewhere = weights(tmp_path / "a"), weights(tmp_path / "b")
     given, unchanged = ((f"model.checkpoint={path}",) for path in (folder, elsewhere))

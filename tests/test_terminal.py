@@ -226,7 +226,7 @@ def test_a_stopped_training_says_how_to_go_on(tmp_path, by):
     assert ended == code
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     *_, said, command = plain.strip().splitlines()
-    assert said.strip() == f"{word} in stage 'dense' of {folder}; go on from there with"
+    assert said.strip() == f"{word} in step 'dense' of {folder}; go on from there with"
     given = shlex.split(command)
     assert given[-5:] == [f"runs={tmp_path}", "stage=dense", "dense.epochs=2000", "-v", f"resume={folder}"]
     assert "Traceback" not in written + (folder / "log.txt").read_text()
@@ -260,7 +260,7 @@ def ends(tmp_path, monkeypatch, capsys, error: BaseException, *overrides: str) -
 def test_ctrl_c_between_trainings(tmp_path, monkeypatch, capsys):
     code, said = ends(tmp_path, monkeypatch, capsys, KeyboardInterrupt(), "seed=3")
     assert code == 130
-    assert said.startswith("interrupted in stage 'search' of ")
+    assert said.startswith("interrupted in step 'search' of ")
     assert " seed=3 " in said
     assert said.count("\n") == 2
 
@@ -276,7 +276,7 @@ def test_a_full_disk(error, tmp_path, monkeypatch, capsys):
     code, said = ends(tmp_path, monkeypatch, capsys, error)
     assert code == 1
     assert said.startswith("the disk is full: cannot write")
-    assert "Make room\nin stage 'search' of" in said
+    assert "Make room\nin step 'search' of" in said
     assert "Traceback" not in said
     assert "No space left" in (newest(tmp_path) / "log.txt").read_text()
 
@@ -291,7 +291,7 @@ def test_a_full_disk_below_an_error_of_ours(tmp_path, monkeypatch, capsys):
 def test_an_error_of_ours_says_where_it_happened(tmp_path, monkeypatch, capsys):
     code, said = ends(tmp_path, monkeypatch, capsys, SearchError("nothing found"))
     assert code == 1
-    assert said.startswith("SearchError: nothing found\nin stage 'search' of ")
+    assert said.startswith("SearchError: nothing found\nin step 'search' of ")
     assert "Traceback" not in said
 
 
@@ -307,7 +307,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_says_how_to_go_on(tmp_path,
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     code, said = ends(tmp_path, monkeypatch, capsys, ZeroDivisionError("surprise"))
     assert code == 1
-    assert "ZeroDivisionError: surprise\nin stage 'search' of" in said
+    assert "ZeroDivisionError: surprise\nin step 'search' of" in said
     assert "HYDRA_FULL_ERROR=1" in said
     log = (newest(tmp_path) / "log.txt").read_text()
     assert "Traceback" in log

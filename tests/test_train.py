@@ -555,6 +555,7 @@ WRONG = [
     ("budget=0.01", BudgetError, "smallest reachable"),
     ("budget={flops:1}", ConfigError, "limits named macs, params or latency"),
     ("policy.file=nowhere.json", PolicyError, "nowhere.json"),
+    (("policy.kind=uniform", "policy.file=x"), ConfigError, "both give a policy"),
     ("policy.dimensions=[wings]", PolicyError, "wings"),
     ("search.n_trials=0", ConfigError, "search.n_trials=0"),
     ("search.metric=f1", ConfigError, "search.metric='f1'"),

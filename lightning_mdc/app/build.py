@@ -53,15 +53,16 @@ _REFUSALS = (
 )
 
 
-def made(group: str, options: Settings) -> Any:
-    """What Hydra makes of a group: the object that ``_target_`` names, with the other keys as arguments.
+def made(group: str, options: Settings, **more: Any) -> Any:
+    """What Hydra makes of a group: the object that ``_target_`` names, with the other keys as arguments,
+    and `more`, which are not the user's.
 
     Raises:
         ConfigError: there is no such name, or it takes no such argument.
         MdcError: what the object refuses itself.
     """
     try:
-        return instantiate(dict(options), _convert_="all")
+        return instantiate({**options, **more}, _convert_="all")
     except InstantiationException as error:
         wrapped = error
     # Raised from here, not from within: Hydra's error has this one as its cause.
@@ -98,7 +99,7 @@ def build_data(settings: Settings) -> ImageDataModule:
         _check_name(model["name"])
         cfg = timm.get_pretrained_cfg(model["name"])
         more["data_config"] = {} if cfg is None else cfg.to_dict()
-    return made("data", {**data, **more})
+    return made("data", data, **more)
 
 
 def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = True) -> nn.Module:

@@ -39,7 +39,7 @@ def outcomes(
     labels: np.ndarray = np.empty(0, dtype=np.int64)
     predicted = {}
     for artifact, model in models.items():
-        of_ranks = gather(partial(_predictions, model.to(device), loader, device, f"Testing {artifact}"))
+        of_ranks = gather(partial(_predictions, model, loader, device, f"Testing {artifact}"))
         model.cpu()
         labels, predicted[artifact] = (torch.cat(parts).numpy() for parts in zip(*of_ranks, strict=True))
     return Outcomes(labels, predicted, tuple(class_names))
@@ -48,6 +48,7 @@ def outcomes(
 def _predictions(model: nn.Module, loader: Iterable[Any], device: torch.device, title: str) -> tuple[Tensor, Tensor]:
     """(labels, predicted classes), (n,) each."""
     labels, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    model.to(device)
     with torch.inference_mode(), evaluating(model), bar(title, steps_of(loader)) as advance:
         for images, targets in loader:
             classes.append(model(images.to(device)).argmax(dim=-1).cpu())

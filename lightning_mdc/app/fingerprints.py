@@ -13,7 +13,10 @@ from lightning_mdc.app.step_table import STEPS, needed
 from lightning_mdc.errors import ConfigError
 
 # Settings that name a file or folder. What counts is what is in it, wherever it lies.
-_FILES = ("model.checkpoint", "distillation.teacher", "distillation.teacher_checkpoint", "policy.file")
+_FILES = (
+    *("model.checkpoint", "distillation.teacher", "distillation.teacher_checkpoint"),
+    *("policy.file", "budget.table"),
+)
 # Of the Trainer's settings, those that change what is learnt; another device or logging interval does not.
 _TRAINER = tuple(
     f"trainer.{key}"

@@ -51,7 +51,7 @@ def main(subcommand: str = "") -> None:
     try:
         start()
     except (KeyboardInterrupt, SIGTERMException) as stop:
-        # Before the first stage, or of a sweep, which notes how to go on.
+        # Before the first step, or of a sweep, which notes how to go on.
         message, code = terminal.stopped_by(stop)
         print("\n".join([message, *getattr(stop, "__notes__", ())]), file=sys.stderr)
         sys.exit(code)

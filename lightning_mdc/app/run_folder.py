@@ -87,8 +87,6 @@ def open_run(runs: str, name: str, resume: bool | str) -> tuple[RunFolder, bool]
                 f"resume=true for the newest under {home}"
             )
         return RunFolder(path), True
-    if not isinstance(resume, bool):
-        raise ConfigError(f"resume={resume!r}: expected true, false or the folder of an earlier run")
     newest = newest_run(home) if resume else None
     return (RunFolder(newest), True) if newest is not None else (RunFolder(_fresh(home)), False)
 

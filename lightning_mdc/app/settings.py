@@ -200,7 +200,7 @@ class _Settings:
     runs: str
     stage: Any
     skip: Any
-    resume: bool | str
+    resume: bool | str = _limited("true, false or the folder of an earlier run", lambda _: True)
     seed: int = _whole(0)
     threads: int | None = _whole(1, ", or null for one per core")
     checkpoint_minutes: float | None = _limited("a number of minutes above 0, or null", lambda value: value > 0)

@@ -168,10 +168,10 @@ def _hydra_value(path: Path) -> str:
     return f'"{escaped}"'
 
 
-def note_where(error: BaseException, folder: Path, stage: str) -> None:
+def note_where(error: BaseException, folder: Path, step: str) -> None:
     """Tell whoever reads the error where it happened and how to go on."""
     if is_first():
-        error.add_note(f"in stage {stage!r} of {folder}")
+        error.add_note(f"in step {step!r} of {folder}")
         error.add_note(f"go on from there with\n  {again(started(), folder)}")
 
 

@@ -132,7 +132,7 @@ def _measured_table(
     watch = _Stopwatch(device, batch_size)
     kinds, kind_of_block = block_kinds(find_sites(model))
     blocks = [_Blocks(model, index, watch) for _, index in kinds]
-    outside, whole = _Outside(model, watch), _WholeModels(model, watch)
+    outside, whole = _OutsideBlocks(model, watch), _WholeModels(model, watch)
     passes = [*(run for kind in blocks for run in kind.passes()), *outside.passes(), *whole.passes()]
     with torch.inference_mode(), settled_memory():
         begun = time.perf_counter()
@@ -411,7 +411,7 @@ def _start_of_mlp(block: BlockSite) -> nn.Module | None:
     return None if block.neurons is None else block.neurons.owner
 
 
-class _Outside:
+class _OutsideBlocks:
     """The model with one block only: what comes before it and after it, by how many tokens it leaves."""
 
     def __init__(self, model: nn.Module, watch: _Stopwatch) -> None:

@@ -68,8 +68,8 @@ def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStat
     for index in kept_blocks(of_student):
         for kind, sites in (("student", of_student), ("teacher", of_teacher)):
             handles.append(sites.blocks[index].module.register_forward_hook(_Keep(caught, kind, index)))
-    for network in (student, teacher):
-        show_hooks(network, compiled=True)  # if not yet, then after this, or in a wrapper that is not given here
+    show_hooks(student, compiled=True)  # if not yet, then after this, or in a wrapper that is not given here
+    show_hooks(teacher, compiled=False)  # whose code the same reset has thrown away
     try:
         yield caught
     finally:

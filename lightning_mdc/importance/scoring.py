@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mdc.distributed import gather, summed
+from lightning_mdc.distributed import gather, on_every_rank, summed
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, UnitGroup, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
@@ -60,12 +60,16 @@ def score(
     if not isinstance(batches, Iterable):
         raise CalibrationError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
     scorer = Scorer(sites, criterion, dimensions, stages)
-    if criterion.needs_images:
+
+    def observe() -> None:
         shown = bar("Scoring", steps_of(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer, shown as advance:
             for images, labels in _as_tensors(batches, criterion):
                 scorer.update(partial(_predict, model, on_device_of(sites, images), prediction), labels)
                 advance()
+
+    if criterion.needs_images:
+        on_every_rank(observe) if over_ranks else observe()  # before ranks exchange sums, all know who failed
     if over_ranks:
         scorer.sum_over_ranks()
     return scorer.scores()

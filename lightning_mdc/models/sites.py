@@ -87,7 +87,7 @@ class BlockSite:
 
 
 class Family(Protocol):
-    """An adapter: the only place that knows a library's attribute names."""
+    """An adapter: the only code that knows a library's attribute names."""
 
     name: str
     description: str
@@ -127,7 +127,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Sites:
-    """All places of one model where units can leave.
+    """Where the units of one model are and can leave.
 
     Attributes:
         model: the vision transformer itself (unwrapped).

@@ -176,7 +176,7 @@ def search(
         seed=seed,
         n_initial_points=n_initial_points,
         first=starting_points(space),
-        prior=_prior(warm_start, space, state),
+        prior=on_first_rank(partial(_prior, warm_start, space, state)),
         xi=xi,
     )
     about = {
@@ -341,8 +341,8 @@ def _run(
             seconds = time.perf_counter() - started
             trial = study.finish(trial.number, judgement, seconds, note, **_priced(space, trial))
             now = study.standing(n_trials)
-            if on_trial is not None and is_first():
-                on_trial(trial, now.best)
+            if on_trial is not None:
+                on_first_rank(partial(on_trial, trial, now.best))
             log.debug("  trial %d: value %s in %.2f s", trial.number, _shown(trial.value), seconds)
             advance(f"value {_shown(trial.value)}, best {_shown(now.best)}, cost {trial.cost:.2%} of budget")
             if is_first() and (now.finished % max(1, n_trials // 6) == 0 or now.finished == n_trials):

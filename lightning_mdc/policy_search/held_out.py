@@ -126,7 +126,8 @@ class HeldOut:
             part = slice(number * self.batch_size, (number + 1) * self.batch_size)
             facts = self._facts_by_image(part, log_probabilities)
             if isinstance(self.metric, Metric):
-                self.metric.update(log_probabilities.exp(), None if self.labels is None else self.labels[part])
+                assert self.labels is not None  # __init__ refuses it
+                self.metric.update(log_probabilities.exp(), self.labels[part])
                 values = log_probabilities.new_zeros(len(log_probabilities), dtype=torch.float64)
             else:
                 values = self._values_by_image(part, log_probabilities, facts)

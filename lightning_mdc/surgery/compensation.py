@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_mdc.distributed import summed
+from lightning_mdc.distributed import on_every_rank, summed
 from lightning_mdc.errors import CompensationError, UnsupportedModelError
 from lightning_mdc.files import replacing
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
@@ -150,12 +150,16 @@ class ActivationStatistics:
             if site is not None and site.norm is None
         }
         count = torch.zeros((), dtype=torch.int64)
-        shown = bar("Gathering", steps_of(batches), shown=progress)
-        with isolated_rng(), evaluating(model), torch.no_grad(), _probes(sites, sums), shown as advance:
-            for images, _ in map(split_batch, batches):
-                model(on_device_of(sites, images))
-                count += len(images)
-                advance()
+
+        def observe() -> None:
+            shown = bar("Gathering", steps_of(batches), shown=progress)
+            with isolated_rng(), evaluating(model), torch.no_grad(), _probes(sites, sums), shown as advance:
+                for images, _ in map(split_batch, batches):
+                    model(on_device_of(sites, images))
+                    count.add_(len(images))
+                    advance()
+
+        on_every_rank(observe) if over_ranks else observe()  # before ranks exchange sums, all know who failed
         if over_ranks:
             sums = {key: _over_ranks(moments) for key, moments in sorted(sums.items())}
             count = summed(count)

@@ -311,7 +311,7 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
     )
 
 
-# By the stages with whose results each comes, in the order of the report; importance again once there is a plan.
+# By the steps with whose results each comes, in the order of the report; importance again once there is a plan.
 _PARTS: tuple[tuple[tuple[str, ...], Callable[[RunRecord], Iterator[Chart]]], ...] = (
     (("slim",), _removed),
     (("search",), _policy),

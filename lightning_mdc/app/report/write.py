@@ -1,4 +1,4 @@
-"""Writes what `python -m lightning_mdc report` makes: the report of a run into its folder, a page of several runs."""
+"""Writes what `mdc report` makes: the report of a run into its folder, a page of several runs."""
 
 from __future__ import annotations
 

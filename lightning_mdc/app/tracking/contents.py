@@ -22,7 +22,7 @@ def published(record: RunRecord, step: str) -> Iterator[Shown]:
     """What `step` left in the run's folder, as far as it is there; numbers and tables before pictures."""
     if (summary := _summary(record, step)).values:
         yield summary
-    yield from _STAGES.get(step, _nothing)(record)
+    yield from _STEPS.get(step, _nothing)(record)
     for chart in charts(record, step):
         yield Picture.of(chart.key, f"{chart.title}. {chart.caption}", chart.figure)
 
@@ -106,7 +106,7 @@ def _sensitivity(record: RunRecord) -> Iterator[Shown]:
         yield Table("sensitivity/cuts", columns, rows)
 
 
-_STAGES: dict[str, Callable[[RunRecord], Iterator[Shown]]] = {
+_STEPS: dict[str, Callable[[RunRecord], Iterator[Shown]]] = {
     "dense": _dense,
     "score": _score,
     "share": _share,
