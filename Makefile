@@ -53,8 +53,8 @@ demo: $(STAMP)  ## train, see what blocks can spare, prune, distil and report on
 test: $(STAMP)  ## the everyday tests
 	$(PYTEST)
 
-test-slow: $(STAMP)  ## every test, the slow ones too
-	$(PYTEST) -m "slow or not slow"
+test-slow: $(STAMP)  ## the slow tests: more processes, kills, compilers, exports; SLOW=tests/test_x.py::test_y names some
+	$(PYTEST) -m slow $(SLOW)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
