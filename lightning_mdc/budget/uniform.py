@@ -65,8 +65,8 @@ def uniform_policy(
     solver.check_reachable()
     heads, neurons, kept = solver.solve()
     return Policy(
-        heads=1.0 if "heads" in sites.reasons else _ratios(heads, solver.costs.heads),
-        neurons=1.0 if "neurons" in sites.reasons else _ratios(neurons, solver.costs.neurons),
+        heads=1.0 if "heads" in sites.reasons else realised_ratios(heads, solver.costs.heads),
+        neurons=1.0 if "neurons" in sites.reasons else realised_ratios(neurons, solver.costs.neurons),
         tokens=1.0 if "tokens" in sites.reasons else solver.token_ratios(kept) or 1.0,
         stages=stages,
     )
@@ -85,7 +85,8 @@ def neuron_step(costs: CostModel, round_to: int | None) -> int:
     return round_to
 
 
-def _ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:
+def realised_ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:
+    """Keep ratio of each block that keeps `kept` of `sizes` units, both (blocks,); 1 where there are none."""
     return [int(k) / int(n) if n else 1.0 for k, n in zip(kept, sizes, strict=True)]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_mdc.budget import Budget, CostModel, TokenDrop, as_budget
 from lightning_mdc.budget.pricing import Pricing
-from lightning_mdc.budget.uniform import neuron_step, uniform_policy
+from lightning_mdc.budget.uniform import neuron_step, realised_ratios, uniform_policy
 from lightning_mdc.errors import BudgetError, SearchError
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
@@ -139,8 +139,8 @@ class PolicySpace(Space):
         heads, neurons, tokens = self._kept(np.atleast_2d(point))
         reasons = self.sites.reasons
         return Policy(
-            heads=1.0 if "heads" in reasons else _ratios(heads[0], self.costs.heads),
-            neurons=1.0 if "neurons" in reasons else _ratios(neurons[0], self.costs.neurons),
+            heads=1.0 if "heads" in reasons else realised_ratios(heads[0], self.costs.heads),
+            neurons=1.0 if "neurons" in reasons else realised_ratios(neurons[0], self.costs.neurons),
             tokens=1.0 if "tokens" in reasons else tokens[0].tolist() or 1.0,
             stages=self.stages,
         )
@@ -149,8 +149,10 @@ class PolicySpace(Space):
         """The point (axes,) of `policy`, or one just below it: tied blocks and stages cannot keep what differs."""
         counts = self.sites.counts(policy)
         by_dimension = {
-            "heads": _ratios(counts.heads, self.costs.heads) if counts.heads.size else [1.0] * self.sites.depth,
-            "neurons": _ratios(counts.neurons, self.costs.neurons) if counts.neurons.size else [1.0] * self.sites.depth,
+            "heads": realised_ratios(counts.heads, self.costs.heads) if counts.heads.size else [1.0] * self.sites.depth,
+            "neurons": realised_ratios(counts.neurons, self.costs.neurons)
+            if counts.neurons.size
+            else [1.0] * self.sites.depth,
         }
         point = self.high.copy()
         for dimension, ratios in by_dimension.items():
@@ -267,10 +269,6 @@ class PolicySpace(Space):
                 f"budget={fraction or budget} is below the smallest cost inside the bounds, {reachable}; raise budget "
                 "or lower the bounds"
             )
-
-
-def _ratios(kept: Any, sizes: np.ndarray) -> list[float]:
-    return [int(k) / int(n) if n else 1.0 for k, n in zip(kept, sizes, strict=True)]
 
 
 def _tied(dimension: str, count: int | None, blocks: int) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from lightning_mdc.app.report.findings import findings, verdict
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.tables import Table, by_class, by_seed, comparison
 from lightning_mdc.app.run_folder import RECORDS
-from lightning_mdc.app.step_table import STEPS
+from lightning_mdc.app.step_table import STEPS, Output
 from lightning_mdc.app.terminal import again
 from lightning_mdc.figures.numbers import percent
 
@@ -29,14 +29,6 @@ _OF_THE_RUN = {
     "settings.json": "all settings of the run",
     f"{RECORDS}/": "which steps are done, with what settings and in what time",
 }
-
-
-@dataclass(frozen=True)
-class Output:
-    """A file or folder of the run, relative to the run's folder, and what it holds."""
-
-    path: str
-    holds: str
 
 
 @dataclass(frozen=True)
