@@ -9,13 +9,10 @@ from lightning_mdc.models.compiled import hide_hooks, is_compiled, show_hooks, u
 from lightning_mdc.models.masking import MaskHook, check_unmasked, is_masked
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.sites import (
-    AttentionSite,
     BlockSite,
     Counts,
     Family,
-    Producer,
     Sites,
-    TokenSite,
     UnitSite,
     unit_channels,
 )
@@ -24,14 +21,11 @@ from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 __all__ = [
     "FAMILIES",
-    "AttentionSite",
     "BlockSite",
     "Counts",
     "Family",
     "MaskHook",
-    "Producer",
     "Sites",
-    "TokenSite",
     "UnitSite",
     "check_unmasked",
     "evaluating",

@@ -102,10 +102,18 @@ class Family(Protocol):
         """Block `index` as a module that drops tokens and keeps the block's children under their names."""
 
     def describe(self, model: nn.Module, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
-        """JSON-ready constructor arguments of the dense model (of those sizes) `model` comes from."""
+        """JSON-ready constructor arguments of the dense model (of those sizes) `model` comes from.
+
+        Raises:
+            ArtifactError: a part that no constructor argument expresses; names it.
+        """
 
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
-        """The dense model that `describe` described, with fresh weights, on the default device."""
+        """The dense model that `describe` described, with fresh weights, on the default device; from closed tables.
+
+        Raises:
+            ArtifactError: a field is missing, unknown or of the wrong type.
+        """
 
 
 @dataclass(frozen=True)
