@@ -28,6 +28,7 @@ from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.models import FAMILIES, Sites, check_unmasked, find_sites, unwrap
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery import plan_of, slim
+from lightning_mdc.surgery.slim import plain_copy
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "lightning_mdc.model.1"
@@ -124,8 +125,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         if model is None:
             result = _rebuilt(config, plan, shapes, folder)
         else:
-            sites = find_sites(model)
-            result = slim(sites.model, plan or _keep_all(sites))
+            result = plain_copy(find_sites(model).model) if plan is None else slim(model, plan)
             _check_shapes(result, shapes, folder)
         if config["sha256"] != _content_hash(config, folder / WEIGHTS):
             raise ArtifactError(
@@ -279,16 +279,6 @@ def _load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(tensors, strict=True, assign=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(requires_grad[name] and parameter.is_floating_point())
-
-
-def _keep_all(sites: Sites) -> Plan:
-    return Plan(
-        heads=tuple(tuple(range(n)) for n in sites.num_heads),
-        neurons=tuple(tuple(range(n)) for n in sites.num_neurons),
-        tokens=(),
-        num_heads=sites.num_heads,
-        num_neurons=sites.num_neurons,
-    )
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

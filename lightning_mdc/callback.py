@@ -376,7 +376,7 @@ class MultiDimPruneCallback(Callback):
         batches = CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
         own = range(trainer.global_rank, len(batches), trainer.world_size)
         shown = bar("Scoring", len(own), shown=trainer.is_global_zero and trainer.progress_bar_callback is not None)
-        with isolated_rng(), evaluating(pl_module), scorer, shown as advance:
+        with isolated_rng(), evaluating(pl_module), scorer.watching(), shown as advance:
             for index in own:
                 seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
                 batch = batches[index]
@@ -388,7 +388,7 @@ class MultiDimPruneCallback(Callback):
         scorer = self._scorer
         assert scorer is not None
         if not self._is_short(scorer, batch):
-            with isolated_rng(), evaluating(pl_module), scorer:
+            with isolated_rng(), evaluating(pl_module), scorer.watching():
                 self._observe(trainer, pl_module, scorer, batch)
         if self._steps_to_watch is None:
             # Rank 0 says how many, so that all ranks decide at the same step whatever batches they get.

@@ -107,7 +107,8 @@ def test_memory_is_bounded_by_looking_twice(criterion: str) -> None:
 
     def scored(**options: int) -> mdc.Scores:
         calls.clear()
-        with Scorer(find_sites(model), as_criterion(criterion), **options) as scorer:
+        scorer = Scorer(find_sites(model), as_criterion(criterion), **options)
+        with scorer.watching():
             for batch in batches:
                 scorer.update(lambda batch=batch: model(batch).softmax(-1))
         return scorer.scores()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models.compiled import hide_hooks, is_compiled, show_hooks, unwrap
+from lightning_mdc.models.compiled import hide_hooks, is_compiled, probing, show_hooks, unwrap
 from lightning_mdc.models.masking import MaskHook, check_unmasked, is_masked
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.sites import (
@@ -34,6 +34,7 @@ __all__ = [
     "hide_hooks",
     "is_compiled",
     "is_masked",
+    "probing",
     "show_hooks",
     "unit_channels",
     "unwrap",

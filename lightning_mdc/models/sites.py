@@ -177,15 +177,19 @@ class Sites:
         """Number of blocks."""
         return len(self.blocks)
 
+    def units(self, dimension: str) -> tuple[UnitSite, ...]:
+        """Every block's heads or neurons (`dimension`); empty if they cannot be cut."""
+        return () if dimension in self.reasons else tuple(getattr(block, dimension) for block in self.blocks)
+
     @property
     def num_heads(self) -> tuple[int, ...]:
         """Heads per block now; empty if heads cannot be cut."""
-        return () if "heads" in self.reasons else tuple(b.heads.num_units for b in self.blocks if b.heads)
+        return tuple(site.num_units for site in self.units("heads"))
 
     @property
     def num_neurons(self) -> tuple[int, ...]:
         """Neurons per block now; empty if neurons cannot be cut."""
-        return () if "neurons" in self.reasons else tuple(b.neurons.num_units for b in self.blocks if b.neurons)
+        return tuple(site.num_units for site in self.units("neurons"))
 
     @property
     def stages(self) -> tuple[TokenStage, ...]:

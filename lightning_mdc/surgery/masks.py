@@ -68,10 +68,9 @@ def apply_masks(model: nn.Module, plan: Plan, path: str | None = None) -> None:
     sites.check(plan)
     if is_masked(sites.model):
         raise PlanError(f"{sites.name} is masked already; leave the first `masked` block, or call remove_masks(model)")
-    for block, kept in zip(sites.blocks, plan.heads, strict=bool(plan.heads)):
-        _mask_units(block.heads, kept)
-    for block, kept in zip(sites.blocks, plan.neurons, strict=bool(plan.neurons)):
-        _mask_units(block.neurons, kept)
+    for dimension in ("heads", "neurons"):
+        for site, kept in zip(sites.units(dimension), getattr(plan, dimension), strict=True):
+            _mask_units(site, kept)
     for stage in plan.tokens:
         if stage.keep < 1:
             kept_heads = plan.heads[stage.block] if plan.heads else None
@@ -103,8 +102,8 @@ def remove_masks(model: nn.Module) -> None:
 # --- heads and neurons ------------------------------------------------------------------------------------------------
 
 
-def _mask_units(site: UnitSite | None, kept: tuple[int, ...]) -> None:
-    if site is None or len(kept) == site.num_units:
+def _mask_units(site: UnitSite, kept: tuple[int, ...]) -> None:
+    if len(kept) == site.num_units:
         return
     device = site.consumer.weight.device
     channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), site.unit_width)

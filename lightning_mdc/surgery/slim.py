@@ -40,13 +40,9 @@ def slim(
     dense.check(plan)
     check_compensation(dense, compensate, statistics)
     copied = plain_copy(dense.model)
-    remove_masks(copied)
     sites = find_sites(copied)
-    for dimension, kept_units in (("heads", plan.heads), ("neurons", plan.neurons)):
-        for index, (block, kept) in enumerate(zip(sites.blocks, kept_units, strict=bool(kept_units))):
-            site = getattr(block, dimension)
-            if site is None:
-                continue
+    for dimension in ("heads", "neurons"):
+        for index, (site, kept) in enumerate(zip(sites.units(dimension), getattr(plan, dimension), strict=True)):
             if statistics is not None:
                 refit_consumer(site, kept, getattr(statistics, dimension)[index])
             cut_units(site, kept)
@@ -67,12 +63,13 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy with nothing of it compiled."""
+    """A copy with nothing of it compiled or masked."""
     copied = copy.deepcopy(model)
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             if unwrap(child) is not child:  # a block compiled by itself
                 setattr(parent, name, unwrap(child))
+    remove_masks(copied)
     return copied
 
 
