@@ -32,7 +32,7 @@ class FrozenTeacher:
         self,
         network: nn.Module,
         precision: Precision | None = None,
-        compile: bool | Mapping[str, Any] = False,
+        compile: Literal[False] | Mapping[str, Any] = False,
         normalization: Renormalization | None = None,
     ) -> None:
         """
@@ -40,7 +40,7 @@ class FrozenTeacher:
             network: images (n, in_chans, H, W) -> logits (n, classes).
             precision: a key of `PRECISIONS` of its parameters and arithmetic, whatever autocast is around it; ``None``:
                 its own parameters, under that autocast.
-            compile: whether to compile it, or keyword arguments of ``torch.compile``.
+            compile: keyword arguments of ``torch.compile``; False: it is not compiled.
             normalization: what the images go through first.
         """
         dtype = None if precision is None else PRECISIONS[precision]
@@ -49,9 +49,7 @@ class FrozenTeacher:
         self.network = network.eval()
         self.precision = precision
         self.normalization = normalization
-        self._answer: Any = network
-        if compile is not False:
-            self._answer = torch.compile(network, **({} if compile is True else compile))
+        self._answer: Any = network if compile is False else torch.compile(network, **compile)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -91,10 +89,7 @@ class FrozenTeacher:
 
 
 def build_teacher(
-    name: str | Path,
-    checkpoint: str | Path | None = None,
-    args: Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
+    name: str | Path, checkpoint: str | Path | None, args: dict[str, Any], num_classes: int | None
 ) -> nn.Module:
     """The network of the folder that ``mdc.save`` wrote, or of the timm model, that `name` says.
 
@@ -115,9 +110,9 @@ def build_teacher(
             raise DistillationError(f"teacher={str(name)!r} is a folder, but no saved model: {error}") from error
     name = str(name)
     if checkpoint is None:
-        return _created(name, pretrained=True, args=args or {})
+        return _created(name, pretrained=True, args=args)
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    network = _created(name, pretrained=False, args={**classes, **(args or {})})
+    network = _created(name, pretrained=False, args=classes | args)
     try:
         load_checkpoint(network, str(checkpoint), weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as there are formats
@@ -128,9 +123,7 @@ def build_teacher(
     return network
 
 
-def check_teacher(
-    name: str | Path, checkpoint: str | Path | None = None, args: Mapping[str, Any] | None = None
-) -> None:
+def check_teacher(name: str | Path, checkpoint: str | Path | None, args: Mapping[str, Any] | None) -> None:
     """Refuse arguments that `build_teacher` would refuse, as far as it shows without building; needs no network.
 
     Raises:
