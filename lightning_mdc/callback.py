@@ -246,7 +246,7 @@ class MultiDimPruneCallback(Callback):
     on_test_start = on_predict_start = on_validation_start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._plan is None and not trainer.fast_dev_run:
+        if self._plan is None and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
                 f"fit ended before anything was pruned: start={self.start} ({self.unit}s) was not reached, or an "
                 f"iterable data set ended before calibration_batches={self.calibration_batches} had gone by"
