@@ -45,11 +45,7 @@ class HiddenStates:
             self.teacher.clear()
 
     def loss(self) -> Tensor:
-        """The `hidden_state_loss` of the last forward passes.
-
-        Raises:
-            DistillationError: no gradient would come from it.
-        """
+        """The `hidden_state_loss` of the last forward passes; a `DistillationError` if no gradient comes from it."""
         blocks = sorted(self.student)
         if torch.is_grad_enabled() and not any(hidden.requires_grad for hidden in self.student.values()):
             raise DistillationError(
@@ -63,10 +59,7 @@ class HiddenStates:
 def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStates]:
     """Both networks have hooks inside, and none after. To be entered before the first compiled forward pass.
 
-    Compared are the blocks in which the student still has heads or neurons.
-
-    Raises:
-        DistillationError: see `comparable`.
+    Compared are the blocks in which the student still has heads or neurons; see `comparable`.
     """
     of_student, of_teacher = comparable(student, teacher)
     caught = HiddenStates(of_student.num_prefix_tokens)
@@ -92,11 +85,8 @@ def kept_blocks(sites: Sites) -> list[int]:
 
 
 def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Sites, Sites]:
-    """The sites of student and teacher, whose hidden states can be compared block by block.
-
-    Raises:
-        DistillationError: they cannot be compared; says why.
-    """
+    """The sites of student and teacher, if their hidden states can be compared block by block; else a
+    `DistillationError` says why not."""
     both = []
     for name, network in (("student", student), ("teacher", teacher)):
         try:

@@ -50,11 +50,7 @@ class Mixing:
 
 
 def check_mixup(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`options` if there is something to mix, ``None`` if not.
-
-    Raises:
-        DistillationError: an unknown keyword, or a value out of its range.
-    """
+    """`options` if there is something to mix, ``None`` if not; a `DistillationError` if timm's `Mixup` would fail."""
     unknown = sorted(set(options) - _KEYS)
     if unknown:
         raise DistillationError(

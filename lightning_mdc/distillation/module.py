@@ -280,7 +280,7 @@ class DistillationModule(LightningModule):
     def teardown(self, stage: str) -> None:
         # Lightning takes the student off the device; a teacher left behind would hold its memory.
         if self.teacher is not None:
-            self.teacher.to("cpu")
+            self.teacher.network.to("cpu")
 
     def _watching(self) -> AbstractContextManager[None]:
         if self._hidden_states is not None:

@@ -35,14 +35,7 @@ class FrozenTeacher:
         compile: Literal[False] | Mapping[str, Any] = False,
         normalization: Renormalization | None = None,
     ) -> None:
-        """
-        Args:
-            network: images (n, in_chans, H, W) -> logits (n, classes).
-            precision: a key of `PRECISIONS` of its parameters and arithmetic, whatever autocast is around it; ``None``:
-                its own parameters, under that autocast.
-            compile: keyword arguments of ``torch.compile``; False: it is not compiled.
-            normalization: what the images go through first.
-        """
+        """`network`: images (n, in_chans, H, W) -> logits (n, classes); the others as of `DistillationModule`."""
         dtype = None if precision is None else PRECISIONS[precision]
         if dtype is not None and any(p.is_floating_point() and p.dtype != dtype for p in network.parameters()):
             network = copy.deepcopy(network).to(dtype)
@@ -80,10 +73,6 @@ class FrozenTeacher:
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the network."""
-        self.network.to(device)
-
 
 # --- where it comes from ----------------------------------------------------------------------------------------------
 
@@ -93,11 +82,8 @@ def build_teacher(
 ) -> nn.Module:
     """The network of the folder that ``mdc.save`` wrote, or of the timm model, that `name` says.
 
-    Args:
-        name: a folder, or a timm model name; its pretrained weights are timm's to find.
-        checkpoint: weights for that timm architecture instead. Nothing in the file is unpickled but tensors.
-        args: further keyword arguments of ``timm.create_model``.
-        num_classes: of a network whose weights are in `checkpoint`, if `args` does not say.
+    With `checkpoint` a timm model has the weights in that file, of which nothing is unpickled but tensors, and
+    `num_classes` if `args`, of ``timm.create_model``, do not say.
 
     Raises:
         DistillationError: nothing is known by that name, or its weights cannot be had or do not fit.
@@ -219,14 +205,11 @@ def renormalization(
 ) -> Renormalization | None:
     """What has to be done to the student's images for the teacher; ``None``: nothing.
 
-    Args:
-        student: its ``pretrained_cfg`` says what its images are normalised by.
-        teacher: with ``"auto"``, so does the teacher's.
-        setting: ``"auto"`` (nothing is done where one of them does not say), the teacher's ``{"mean": ..., "std":
-            ...}``, or ``None``: nothing.
+    `setting` is `DistillationModule`'s ``teacher_normalization``. With ``"auto"`` nothing is done where the
+    ``pretrained_cfg`` of one of them does not say what its images are normalised by.
 
     Raises:
-        DistillationError: the setting is neither, or the student does not say what its images are.
+        DistillationError: no such setting, or the student does not say what its images are.
     """
     if setting is None:
         return None

@@ -181,17 +181,14 @@ class WeightSharingModule(DistillationModule):
 
 def _check_masks_can_train(sharing: DistillationModule) -> None:
     """Refuse a model that masks cannot train: they are hooks, there in a forward pass only, others in every step."""
-    compiles = sharing.compile_options is not False or is_compiled(sharing.student)
-    checkpoints = sharing.grad_checkpointing
-    for module in sharing.student.modules():
-        checkpoints |= bool(getattr(module, "grad_checkpointing", False))
-    name = type(sharing.student).__name__
-    if compiles:
+    student = sharing.student
+    name = type(student).__name__
+    if sharing.compile_options is not False or is_compiled(student):
         raise DistillationError(
             f"model={name} is compiled, and would be again in every step, which has masks of its own; share the weights"
             " of the uncompiled model, with compile=False"
         )
-    if checkpoints:
+    if sharing.grad_checkpointing or any(getattr(part, "grad_checkpointing", False) for part in student.modules()):
         raise DistillationError(
             f"model={name} has gradient checkpointing on, which runs blocks again when their masks are gone; call"
             " set_grad_checkpointing(False), and pass grad_checkpointing=False"

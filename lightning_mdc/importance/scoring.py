@@ -21,7 +21,9 @@ from lightning_mdc.policy import Policy, default_stages
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 
-_MEMORY_LIMIT = 2 * 2**30  # bytes
+# Bytes that a batch's observations may take until its prediction is known. Above it, the prediction is computed by a
+# pass of its own, and nothing has to be remembered.
+_MEMORY_LIMIT = 2 * 2**30
 
 
 def score(
@@ -88,8 +90,6 @@ class Scorer:
         sites: of the model, which has no masks on.
         criterion: what is summed up.
         dimensions, stages: see `score`.
-        memory_limit: bytes that a batch's observations may take until its prediction is known. Above it, the prediction
-            is computed by a pass of its own, and nothing has to be remembered.
 
     Raises:
         CalibrationError: the model has masks on, or stages that are not in it.
@@ -102,7 +102,6 @@ class Scorer:
         criterion: Criterion,
         dimensions: Iterable[str] | None = None,
         stages: Sequence[int] | None = None,
-        memory_limit: int = _MEMORY_LIMIT,
     ) -> None:
         check_unmasked(
             sites.model,
@@ -110,7 +109,7 @@ class Scorer:
             "units that are left out would score as if they did nothing",
             "score it before masks are put on, or after they are taken off",
         )
-        self.sites, self.criterion, self.memory_limit = sites, criterion, memory_limit
+        self.sites, self.criterion = sites, criterion
         self.dimensions = sites.dimensions if dimensions is None else sites.require(dimensions)
         # As a policy's stages are: increasing, and in the model.
         self.stages = default_stages(sites.depth) if stages is None else Policy(stages=stages).stages or ()
@@ -264,7 +263,7 @@ class Scorer:
         if self._pass.prediction is not None:
             self._add(name, seen, self._pass.prediction)
         else:
-            self._pass.remember(name, seen, self.memory_limit)
+            self._pass.remember(name, seen)
         return None
 
     def _add(self, name: str, seen: tuple[Tensor, ...], prediction: Tensor) -> None:
@@ -292,9 +291,9 @@ class _Pass:
     seen: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     overflowed: bool = False
 
-    def remember(self, name: str, seen: tuple[Tensor, ...], limit: int) -> None:
+    def remember(self, name: str, seen: tuple[Tensor, ...]) -> None:
         self.seen[name] = seen
-        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > limit:
+        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > _MEMORY_LIMIT:
             self.seen.clear()
             self.overflowed = True
 

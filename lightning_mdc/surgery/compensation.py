@@ -113,7 +113,7 @@ def refitted(
 class ActivationStatistics:
     """What compensation has to know of a model: moments of the channels its `proj` and `fc2` layers read. On the CPU.
 
-    One pass over the images serves all plans. Memory and file take 4 bytes x channels² per layer, however many images
+    Memory and file take 4 bytes x channels² per layer, however many images
     there are: for DeiT-B 453 MB for the 12 `fc2` (3072 neurons) and 28 MB for the 12 `proj`, for DeiT-S a quarter.
 
     Attributes:
@@ -262,11 +262,7 @@ def _over_ranks(own: Moments) -> Moments:
 
 
 def check_compensation(sites: Sites, compensate: str, statistics: ActivationStatistics | None) -> None:
-    """Whether these statistics can serve to compensate in this model.
-
-    Raises:
-        CompensationError: `compensate` is unknown, or the statistics are missing, of another model or of no use.
-    """
+    """Refuse, with a `CompensationError`, an unknown way, and statistics that are missing or of another model."""
     if compensate not in COMPENSATIONS:
         raise CompensationError(f"compensate={compensate!r}: expected one of {COMPENSATIONS}")
     if compensate == "none":
@@ -292,11 +288,7 @@ def check_compensation(sites: Sites, compensate: str, statistics: ActivationStat
 
 
 def check_compensable(site: UnitSite, compensate: str) -> None:
-    """Whether what units of this site did can be given back, if some of them leave.
-
-    Raises:
-        UnsupportedModelError: a norm over the units; names the module.
-    """
+    """Refuse, with an `UnsupportedModelError`, to give back what units did where a norm is taken over them."""
     if compensate != "none" and site.norm is not None:
         raise UnsupportedModelError(
             f"compensate={compensate!r}: {site.name}.norm ({type(site.norm).__name__}) is taken over the units, so "
@@ -306,11 +298,7 @@ def check_compensable(site: UnitSite, compensate: str) -> None:
 
 
 def refit_consumer(site: UnitSite, kept: tuple[int, ...], moments: Moments | None) -> None:
-    """Refit the layer that reads one block's heads or neurons, in place, for the removal of all but the `kept` ones.
-
-    Raises:
-        UnsupportedModelError: see `check_compensable`.
-    """
+    """Refit the layer that reads one block's heads or neurons, in place, for the removal of all but the `kept` ones."""
     if len(kept) == site.num_units:
         return
     check_compensable(site, "lstsq")

@@ -9,9 +9,8 @@ reduces the tokens, a hook on the MLP's end adds the reduced stream, and a hook 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,7 +89,7 @@ def remove_masks(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, MaskHook)]:
                 hook = hooks.pop(key)
-                dropped_tokens |= isinstance(hook, _ReturnReduced)
+                dropped_tokens |= isinstance(hook, _StageHook)
                 if isinstance(hook, _OwnWeight):
                     hook(module)  # the last forward pass may have failed in between
     hide_hooks(model)
@@ -168,69 +167,57 @@ class _NormOfKept(MaskHook):
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Passing:
-    """What the hooks of one token stage hand on within one forward pass."""
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    reduced: Tensor | None = None
-    result: Tensor | None = None
-
-
 def _mask_tokens(
     sites: Sites, block: BlockSite, stage: TokenStage, kept_heads: tuple[int, ...] | None, fuse: bool
 ) -> None:
-    assert block.attention is not None and block.tokens is not None  # Sites.check has refused other blocks
-    passing = _Passing()
-    block.attention.q_norm.register_forward_hook(_Catch(passing, "q", kept_heads))
-    block.attention.k_norm.register_forward_hook(_Catch(passing, "k", kept_heads))
+    attention, tokens = block.attention, block.tokens
+    assert attention is not None and tokens is not None  # Sites.check has refused other blocks
     select = TokenSelection(stage, sites.num_prefix_tokens, sites.class_rows, fuse)
-    reduce = _Reduce(passing, select.to(block.attention.qkv.weight.device), block.attention.scale)
-    block.tokens.residual_norm.register_forward_pre_hook(reduce)
-    block.tokens.mlp_out.register_forward_hook(_AddReduced(passing))
-    block.module.register_forward_hook(_ReturnReduced(passing))
+    masked_stage = _MaskedStage(select.to(attention.qkv.weight.device), attention.scale, kept_heads)
+    attention.q_norm.register_forward_hook(_StageHook(masked_stage.see_q))
+    attention.k_norm.register_forward_hook(_StageHook(masked_stage.see_k))
+    tokens.residual_norm.register_forward_pre_hook(_StageHook(masked_stage.reduce))
+    tokens.mlp_out.register_forward_hook(_StageHook(masked_stage.add_to_reduced))
+    block.module.register_forward_hook(_StageHook(masked_stage.result_of_block))
 
 
-class _Catch(MaskHook):
-    def __init__(self, passing: _Passing, name: str, kept_heads: tuple[int, ...] | None) -> None:
-        self.passing, self.name = passing, name
-        self.kept_heads = None if kept_heads is None else list(kept_heads)
+class _StageHook(MaskHook):
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self.step = step
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        setattr(self.passing, self.name, output if self.kept_heads is None else output[:, self.kept_heads])
+    def __call__(self, *args: Any) -> Any:
+        return self.step(*args)
 
 
-class _Reduce(MaskHook):
-    def __init__(self, passing: _Passing, select: TokenSelection, scale: float) -> None:
-        self.passing, self.select, self.scale = passing, select, scale
+class _MaskedStage:
+    """A token stage in five hooks, which run in this order, and what they hand on within one forward pass."""
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    q: Any = None
+    k: Any = None
+    reduced: Any = None
+    result: Any = None
+
+    def __init__(self, select: TokenSelection, scale: float, kept_heads: tuple[int, ...] | None) -> None:
+        self.select, self.scale = select, scale
+        self.kept_heads = slice(None) if kept_heads is None else list(kept_heads)
+
+    def see_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.q = output[:, self.kept_heads]
+
+    def see_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.k = output[:, self.kept_heads]
+
+    def reduce(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
-        q, k = self.passing.q, self.passing.k
-        assert q is not None and k is not None
-        self.passing.q = self.passing.k = None
-        self.passing.reduced = self.select(x, q, k, self.scale)
-        return (self.passing.reduced,)
+        q, k, self.q, self.k = self.q, self.k, None, None
+        self.reduced = self.select(x, q, k, self.scale)
+        return (self.reduced,)
 
-
-class _AddReduced(MaskHook):
-    def __init__(self, passing: _Passing) -> None:
-        self.passing = passing
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        assert self.passing.reduced is not None
-        self.passing.result = self.passing.reduced + output
-        self.passing.reduced = None
+    def add_to_reduced(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.result, self.reduced = self.reduced + output, None
         # The block adds this to its full-length stream; the sum is thrown away by the hook on the block.
         return output.new_zeros(())
 
-
-class _ReturnReduced(MaskHook):
-    def __init__(self, passing: _Passing) -> None:
-        self.passing = passing
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        result, self.passing.result = self.passing.result, None
-        assert result is not None
+    def result_of_block(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        result, self.result = self.result, None
         return result

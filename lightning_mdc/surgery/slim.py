@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from torch import nn
 
@@ -83,11 +84,5 @@ def _since_dense(sites: Sites, plan: Plan) -> Plan:
         return tuple(tuple(a[i] for i in b) for a, b in zip(first, then, strict=True))
 
     dropping = before if before.drops_tokens else plan  # not both: Sites.check has refused that
-    return Plan(
-        heads=compose(before.heads, plan.heads),
-        neurons=compose(before.neurons, plan.neurons),
-        tokens=dropping.tokens,
-        num_heads=before.num_heads,
-        num_neurons=before.num_neurons,
-        fuse=dropping.fuse,
-    )
+    heads, neurons = compose(before.heads, plan.heads), compose(before.neurons, plan.neurons)
+    return replace(before, heads=heads, neurons=neurons, tokens=dropping.tokens, fuse=dropping.fuse)
