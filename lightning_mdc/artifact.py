@@ -101,11 +101,7 @@ def save(
 
 
 def check_savable(model: nn.Module, directory: str | Path) -> None:
-    """Whether `save` would take this model and this folder, without writing anything.
-
-    Raises:
-        ArtifactError: see `save`.
-    """
+    """Refuse what `save` would, without writing anything."""
     sites = _savable(model)
     _free_folder(directory)
     _describe(sites, plan_of(sites.model))

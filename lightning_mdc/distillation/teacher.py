@@ -110,11 +110,7 @@ def build_teacher(
 
 
 def check_teacher(name: str | Path, checkpoint: str | Path | None, args: Mapping[str, Any] | None) -> None:
-    """Refuse arguments that `build_teacher` would refuse, as far as it shows without building; needs no network.
-
-    Raises:
-        DistillationError: nothing is known by that name, or there is no such file.
-    """
+    """Refuse arguments that `build_teacher` would refuse, as far as it shows without building; needs no network."""
     if Path(name).is_dir():
         if checkpoint is not None or args:
             given = f"teacher_checkpoint={str(checkpoint)!r}" if checkpoint is not None else f"teacher_args={args!r}"
@@ -162,19 +158,14 @@ def _first_mismatch(error: Exception) -> str:
 
 
 class Renormalization:
-    """Images as the student gets them -> as the teacher knows them: ``(x · σ_s + μ_s − μ_t) / σ_t``, per channel."""
+    """Images as the student gets them -> as the teacher knows them: ``(x · σ_s + μ_s − μ_t) / σ_t``, per channel.
+
+    Made of (mean, std) per channel, or one for all, that the student's and the teacher's images are normalised by.
+    """
 
     def __init__(
         self, student: tuple[Sequence[float], Sequence[float]], teacher: tuple[Sequence[float], Sequence[float]]
     ) -> None:
-        """
-        Args:
-            student: (mean, std) per channel of what the student's images were normalised by.
-            teacher: those of the teacher's.
-
-        Raises:
-            DistillationError: they are of different numbers of channels.
-        """
         channels = {len(values) for values in (*student, *teacher)} - {1}
         if len(channels) > 1:
             raise DistillationError(
@@ -186,11 +177,7 @@ class Renormalization:
         self.shift = ((mean_s - mean_t) / std_t).float()[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, channels, H, W) -> the same shape.
-
-        Raises:
-            DistillationError: the images have another number of channels.
-        """
+        """(n, channels, H, W) -> the same shape."""
         if len(self.scale) not in (1, images.shape[1]):
             raise DistillationError(
                 f"teacher_normalization is of {len(self.scale)} channels, the images have {images.shape[1]}; give"

@@ -18,7 +18,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget
-from lightning_mdc.distillation import DistillationModule, soft_distillation_loss
+from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation.losses import soft_distillation_loss
 from lightning_mdc.errors import DistillationError, check_number, check_whole
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.importance import Scores
@@ -153,12 +154,7 @@ class WeightSharingModule(DistillationModule):
         return make_plan(self.student, self.scores, self.policy(step), **self._plan_options)
 
     def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The scalars ``task``, ``shared`` and ``loss``.
-
-        Args:
-            images: (n, in_chans, H, W).
-            labels: classes (n,), or class probabilities (n, classes) as Mixup makes them.
-        """
+        """The scalars ``task``, ``shared`` and ``loss``; see `DistillationModule.loss_parts`."""
         logits = cast(Tensor, self(images))
         task = self._task_loss(logits, labels)
         distances = []

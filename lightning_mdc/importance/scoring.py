@@ -342,11 +342,7 @@ def on_device_of(sites: Sites, images: Tensor) -> Tensor:
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """(images, labels or None) of what a DataLoader yields.
-
-    Raises:
-        CalibrationError: it is neither ``images`` nor ``(images, labels)``.
-    """
+    """(images, labels or None) of what a DataLoader yields, ``images`` or ``(images, labels)``."""
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     if not parts or not isinstance(parts[0], Tensor) or parts[0].ndim != 4:
         given = type(batch).__name__ if not isinstance(parts[0] if parts else None, Tensor) else tuple(parts[0].shape)

@@ -66,9 +66,6 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     """(attribute path, vision transformer) inside `module`; the path is ``""`` for the module itself.
 
     Compiled modules are seen through: the path names the attribute as its owner knows it, the model is the original.
-
-    Raises:
-        UnsupportedModelError: see `find_sites`.
     """
     if path is not None:
         return path, _at(module, path)

@@ -311,11 +311,7 @@ class T2TVisionTransformer(VisionTransformer):
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
-        """Take images of that (height, width) from now on; the position embedding is resampled.
-
-        Raises:
-            UnsupportedModelError: a side is no multiple of 16, or another patch size is asked for.
-        """
+        """As `TokensToToken.set_input_size`; the position embedding is resampled."""
         frozen = self.pos_embed is not None and not self.pos_embed.requires_grad
         super().set_input_size(img_size, patch_size)
         if frozen:

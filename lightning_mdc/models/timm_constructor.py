@@ -230,11 +230,7 @@ def _name_of(table: Mapping[str, type], module: nn.Module, where: str) -> str:
 
 
 def look_up(table: Mapping[str, Any], name: Any, field: str) -> Any:
-    """What a field of a spec names, from a closed table.
-
-    Raises:
-        ArtifactError: the table does not have it.
-    """
+    """What a field of a spec names, from a closed table; an `ArtifactError` if that does not have it."""
     if not isinstance(name, str) or name not in table:
         raise ArtifactError(f"constructor field {field}={name!r:.80} is not one of {', '.join(table)}")
     return table[name]

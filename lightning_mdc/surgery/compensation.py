@@ -205,26 +205,24 @@ class ActivationStatistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 facts = file.metadata() or {}
-                if facts.get("format") != _FORMAT:
-                    raise CompensationError(
-                        f"statistics={str(path)!r} have format {facts.get('format')!r}, expected {_FORMAT!r}: no "
-                        "statistics of ours; gather them again"
-                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            lists = {
-                name: tuple(
-                    Moments(*(tensors[f"{name}.{index}.{part}"] for part in _PARTS))
-                    if f"{name}.{index}.rows" in tensors
-                    else None
-                    for index in range(count)
-                )
-                for name, count in json.loads(facts["blocks"]).items()
-            }
-            return cls(**lists, images=int(facts["images"]))
+            if facts.get("format") == _FORMAT:
+                lists = {
+                    name: tuple(
+                        Moments(*(tensors[f"{name}.{index}.{part}"] for part in _PARTS))
+                        if f"{name}.{index}.rows" in tensors
+                        else None
+                        for index in range(count)
+                    )
+                    for name, count in json.loads(facts["blocks"]).items()
+                }
+                return cls(**lists, images=int(facts["images"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CompensationError):
-                raise
             raise CompensationError(f"statistics={str(path)!r} cannot be read: {error}; gather them again") from error
+        raise CompensationError(
+            f"statistics={str(path)!r} have format {facts.get('format')!r}, expected {_FORMAT!r}: no statistics of "
+            "ours; gather them again"
+        )
 
 
 def _zeros(site: UnitSite) -> Moments:

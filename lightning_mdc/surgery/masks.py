@@ -55,14 +55,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 
 def apply_masks(model: nn.Module, plan: Plan, path: str | None = None) -> None:
-    """Put the masks of `plan` on, until `remove_masks`; compiled code sees them as `masked` says.
-
-    Args:
-        path: of the vision transformer in `model`, as an attribute; None finds it if there is just one.
-
-    Raises:
-        PlanError: see `masked`.
-    """
+    """Put the masks of `plan` on, until `remove_masks`, as `masked` says; `path`: of the transformer in `model`."""
     sites = find_sites(model, path)
     sites.check(plan)
     if is_masked(sites.model):
