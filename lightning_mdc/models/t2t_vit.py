@@ -410,8 +410,7 @@ class T2TViT(TimmVisionTransformer):
         embed = unwrap(model.patch_embed)
         return embed.macs(size) if type(embed) is TokensToToken else super().embedding_macs(model, size)
 
-    def describe(self, model: nn.Module, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
-        assert isinstance(model, T2TVisionTransformer)
+    def describe(self, model: Any, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
         spec = describe(model, num_heads, num_neurons, embedding=TokensToToken)
         embed = model.patch_embed
         own = {"class": "T2TVisionTransformer", "token_layer": embed.token_layer, "token_dim": embed.token_dim}
