@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# ruff: noqa: F401 (what is imported is in __all__, by way of _HOMES)
 if TYPE_CHECKING:
     from lightning_mdc import errors
     from lightning_mdc.artifact import load, save
@@ -44,36 +45,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("budget", "distillation", "errors", "figures", "importance", "models", "policy_search", "surgery", "tokens")
 
-__all__ = [
-    "HSIC",
-    "ActivationStatistics",
-    "Budget",
-    "DistillationModule",
-    "HeldOut",
-    "LatencyTable",
-    "MultiDimPruneCallback",
-    "Plan",
-    "Policy",
-    "Scores",
-    "SearchResult",
-    "Trial",
-    "WeightSharingModule",
-    "errors",
-    "export_model",
-    "hsic",
-    "load",
-    "macs",
-    "make_plan",
-    "masked",
-    "plan_from_checkpoint",
-    "plan_macs",
-    "policy_macs",
-    "save",
-    "score",
-    "search",
-    "slim",
-    "uniform_policy",
-]
+__all__ = ["errors", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

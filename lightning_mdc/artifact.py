@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
-from lightning_mdc.models import FAMILIES, Sites, check_unmasked, find_sites, unwrap
+from lightning_mdc.models import FAMILIES, Family, Sites, check_unmasked, find_sites, unwrap
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery import plan_of, slim
+from lightning_mdc.surgery.slim import plain_copy
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "lightning_mdc.model.1"
@@ -75,12 +76,14 @@ def save(
     sites, target = _savable(model), _free_folder(directory)
     plan = plan_of(sites.model)
     spec = _describe(sites, plan) if constructor else None
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(sites.model)}
+    tensors = {
+        name.replace("_orig_mod.", ""): tensor.detach().cpu().contiguous()  # of a block compiled by itself
+        for name, tensor in sites.model.state_dict().items()
+    }
     costs = CostModel(sites)
     cost: dict[str, Any] = {"macs": costs.of_model(), "params": num_params(sites.model)}
     if spec is not None and plan is not None:
-        with torch.device("meta"):
-            dense = find_sites(sites.family.build(spec))
+        dense = find_sites(_built(sites.family, spec, None))
         cost |= {"dense_macs": CostModel(dense).of_model(), "dense_params": num_params(dense.model)}
     config: dict[str, Any] = {
         "format": _FORMAT,
@@ -98,11 +101,7 @@ def save(
 
 
 def check_savable(model: nn.Module, directory: str | Path) -> None:
-    """Whether `save` would take this model and this folder, without writing anything.
-
-    Raises:
-        ArtifactError: see `save`.
-    """
+    """Refuse what `save` would, without writing anything."""
     sites = _savable(model)
     _free_folder(directory)
     _describe(sites, plan_of(sites.model))
@@ -124,14 +123,13 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         if model is None:
             result = _rebuilt(config, plan, shapes, folder)
         else:
-            sites = find_sites(model)
-            result = slim(sites.model, plan or _keep_all(sites))
+            result = plain_copy(find_sites(model).model) if plan is None else slim(model, plan)
             _check_shapes(result, shapes, folder)
         if config["sha256"] != _content_hash(config, folder / WEIGHTS):
             raise ArtifactError(
                 f"{folder} was changed after it was saved (its content does not match its sha256); get a fresh copy"
             )
-        _load_weights(result, load_file(str(folder / WEIGHTS)))
+        result.load_state_dict(load_file(str(folder / WEIGHTS)), assign=True)
         if model is None:
             _set_pretrained_cfg(result, config["pretrained_cfg"])
     except ArtifactError:
@@ -165,25 +163,28 @@ def load_skeleton(directory: str | Path) -> nn.Module:
 
 def _describe(sites: Sites, plan: Plan | None) -> dict[str, Any]:
     """Constructor arguments that are known to give this model, because they just did (on the meta device)."""
-    num_heads = plan.num_heads if plan is not None else sites.num_heads
-    num_neurons = plan.num_neurons if plan is not None else sites.num_neurons
+    dense = sites if plan is None else plan
     advice = (
         "save(model, directory, constructor=False) keeps plan and weights; get them back with "
         "load(directory, model=my_dense_model)"
     )
     try:
         # Through JSON and back, as a reader will see it.
-        spec = json.loads(json.dumps(sites.family.describe(sites.model, num_heads, num_neurons)))
-        with torch.device("meta"):
-            again = sites.family.build(spec)
-            if plan is not None:
-                again = slim(again, plan)
+        spec = json.loads(json.dumps(sites.family.describe(sites.model, dense.num_heads, dense.num_neurons)))
+        again = _built(sites.family, spec, plan)
     except Exception as error:
         raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {error}. {advice}") from error
     difference = _difference(sites.model, again)
     if difference:
         raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {difference}. {advice}")
     return spec
+
+
+def _built(family: Family, spec: Mapping[str, Any], plan: Plan | None) -> nn.Module:
+    """The dense or slim model on the meta device: nothing is allocated until shapes are known to match a file."""
+    with torch.device("meta"):
+        model = family.build(spec)
+        return model if plan is None else slim(model, plan)
 
 
 def _difference(model: nn.Module, again: nn.Module) -> str | None:
@@ -243,10 +244,7 @@ def _rebuilt(config: Mapping[str, Any], plan: Plan | None, shapes: Mapping[str, 
         )
     _check_depth(spec, shapes, folder)
     try:
-        with torch.device("meta"):  # nothing is allocated until shapes are known to match the file
-            result = family.build(spec)
-            if plan is not None:
-                result = slim(result, plan)
+        result = _built(family, spec, plan)
     except MdcError:
         raise
     except Exception as error:
@@ -265,35 +263,13 @@ def _check_depth(spec: Mapping[str, Any], shapes: Mapping[str, Any], folder: Pat
 
 
 def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in _named_tensors(model)}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing, extra = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
     if missing or extra:
         raise ArtifactError(f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unknown {extra[:3]}")
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise ArtifactError(f"{folder / WEIGHTS}: {name} has shape {shapes[name]}, its config says {shape}")
-
-
-def _load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.load_state_dict(tensors, strict=True, assign=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(requires_grad[name] and parameter.is_floating_point())
-
-
-def _keep_all(sites: Sites) -> Plan:
-    return Plan(
-        heads=tuple(tuple(range(n)) for n in sites.num_heads),
-        neurons=tuple(tuple(range(n)) for n in sites.num_neurons),
-        tokens=(),
-        num_heads=sites.num_heads,
-        num_neurons=sites.num_neurons,
-    )
-
-
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict().items():
-        yield name.replace("_orig_mod.", ""), tensor  # a block compiled by itself
 
 
 # --- reading and writing ----------------------------------------------------------------------------------------------
@@ -353,10 +329,8 @@ def _plan(config: Mapping[str, Any]) -> Plan | None:
 
 def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
     """SHA-256 over the weights file and all of the config but the hash itself."""
-    digest = hashlib.sha256()
     with weights.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
     rest = {key: value for key, value in config.items() if key != "sha256"}
     digest.update(json.dumps(rest, sort_keys=True).encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -21,18 +21,24 @@ from torch import Tensor, nn
 from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, as_budget, macs, policy_macs
 from lightning_mdc.budget.uniform import uniform_policy
-from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError, check_whole
+from lightning_mdc.errors import (
+    CalibrationError,
+    CallbackError,
+    MdcError,
+    PlanError,
+    PolicyError,
+    check_one_of,
+    check_whole,
+)
 from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction
 from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
 from lightning_mdc.models import Sites, evaluating, find_model, find_sites, unwrap
-from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, check_dimensions
+from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Plan, Policy, check_dimensions
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
 from lightning_mdc.surgery.plan import make_plan
 
-Schedule = Literal["one-shot", "cubic"]
-Unit = Literal["epoch", "step"]
 _STATE_FORMAT = 1
 
 
@@ -77,10 +83,10 @@ class MultiDimPruneCallback(Callback):
         *,
         calibration_batches: int = 4,
         calibration_images: int | None = None,
-        schedule: Schedule = "one-shot",
+        schedule: Literal["one-shot", "cubic"] = "one-shot",
         start: int = 0,
         end: int | None = None,
-        unit: Unit = "epoch",
+        unit: Literal["epoch", "step"] = "epoch",
         dimensions: Iterable[str] | None = None,
         min_heads: int = 1,
         min_neurons: int = 1,
@@ -97,7 +103,7 @@ class MultiDimPruneCallback(Callback):
         super().__init__()
         _check_types(fuse_tokens=fuse_tokens, restore_rng=restore_rng, model=model, save_to=save_to)
         _check_schedule(schedule, start, end, unit)
-        _one_of("token_score", token_score, TOKEN_SCORES)
+        check_one_of("token_score", token_score, TOKEN_SCORES, CallbackError)
         check_whole("calibration_batches", calibration_batches, 1, CallbackError)
         check_whole("calibration_images", calibration_images, 1, CallbackError, or_none="whole batches")
         check_whole("seed", seed, 0, CallbackError)
@@ -127,7 +133,6 @@ class MultiDimPruneCallback(Callback):
     def reset(self) -> None:
         """Forget scores, policy and plan: the next fit starts over."""
         self._scores: Scores | None = None
-        self._policy: Policy | None = None
         self._plan: Plan | None = None
         self._asked: Policy | None = None  # see `_asked_policy`
         self._progress = 0.0
@@ -146,8 +151,7 @@ class MultiDimPruneCallback(Callback):
     @property
     def policy(self) -> Policy | None:
         """The realised keep ratios of the final plan; None before fitting started."""
-        self._collect_handover()
-        return self._policy
+        return None if self.plan is None else self.plan.policy
 
     @property
     def plan(self) -> Plan | None:
@@ -228,8 +232,7 @@ class MultiDimPruneCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance(trainer, pl_module)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._advance(trainer, pl_module)
+    on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._scorer is not None:
@@ -240,11 +243,7 @@ class MultiDimPruneCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mask(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mask(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mask(trainer, pl_module)
+    on_test_start = on_predict_start = on_validation_start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._plan is None and not getattr(trainer, "fast_dev_run", False):
@@ -259,7 +258,7 @@ class MultiDimPruneCallback(Callback):
             )
         if trainer.is_global_zero and self._plan is not None and self.save_to is not None:
             save(self.slim_model(pl_module), self.save_to)
-        if trainer.is_global_zero and _spawns(trainer.strategy):
+        if trainer.is_global_zero and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             torch.save(self.state_dict(), self._handover)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -276,10 +275,9 @@ class MultiDimPruneCallback(Callback):
         return self._generate_state_key(model=self.model_path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scores, policy, plan and position as tensors and text (no class of ours, so that any loader can read it)."""
+        """Scores, plan and position as tensors and text (no class of ours, so that any loader can read it)."""
         return {
             "format": _STATE_FORMAT,
-            "policy": None if self._policy is None else self._policy.to_json(),
             "plan": None if self._plan is None else self._plan.to_json(),
             "progress": self._progress,
             "scores": {} if self._scores is None else self._scores.tensors(),
@@ -294,8 +292,6 @@ class MultiDimPruneCallback(Callback):
                 f"{_STATE_FORMAT}; it was written by another version"
             )
         self.reset()
-        if state_dict["policy"] is not None:
-            self._policy = Policy.from_json(state_dict["policy"])
         if state_dict["plan"] is not None:
             self._plan = Plan.from_json(state_dict["plan"])
         if state_dict["scores_facts"]:
@@ -306,8 +302,7 @@ class MultiDimPruneCallback(Callback):
 
     def _collect_handover(self) -> None:
         if self._handover.is_file():
-            state = torch.load(self._handover, weights_only=True)
-            self.load_state_dict(state)
+            self.load_state_dict(torch.load(self._handover, weights_only=True))
 
     # --- observe, decide, apply -----------------------------------------------------------------------------------
 
@@ -376,7 +371,7 @@ class MultiDimPruneCallback(Callback):
         batches = CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
         own = range(trainer.global_rank, len(batches), trainer.world_size)
         shown = bar("Scoring", len(own), shown=trainer.is_global_zero and trainer.progress_bar_callback is not None)
-        with isolated_rng(), evaluating(pl_module), scorer, shown as advance:
+        with isolated_rng(), evaluating(pl_module), scorer.watching(), shown as advance:
             for index in own:
                 seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
                 batch = batches[index]
@@ -388,7 +383,7 @@ class MultiDimPruneCallback(Callback):
         scorer = self._scorer
         assert scorer is not None
         if not self._is_short(scorer, batch):
-            with isolated_rng(), evaluating(pl_module), scorer:
+            with isolated_rng(), evaluating(pl_module), scorer.watching():
                 self._observe(trainer, pl_module, scorer, batch)
         if self._steps_to_watch is None:
             # Rank 0 says how many, so that all ranks decide at the same step whatever batches they get.
@@ -424,15 +419,14 @@ class MultiDimPruneCallback(Callback):
         scorer.sum_over_ranks()
         scores = scorer.scores()
         _, model = find_model(pl_module, self.model_path)
-        policy = self._asked_policy(pl_module)
-        plan = make_plan(model, scores, policy, token_score=self.token_score, fuse_tokens=self.fuse_tokens)
+        plan = self._make_plan(model, scores, self._asked_policy(pl_module))
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
         plan = Plan.from_json(told)
         if plan.hash != digest:
             raise PlanError(
                 f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})"
             )
-        self._scores, self._plan, self._policy = scores, plan, plan.policy
+        self._scores, self._plan = scores, plan
 
     def _mask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks on as far as the schedule has got, if a plan is known and they are not on already."""
@@ -453,14 +447,11 @@ class MultiDimPruneCallback(Callback):
         if self._progress >= 1 or self._scores is None:
             return self._plan
         final = self._plan.policy
-        partial = Policy(
-            **{
-                dimension: [1 - self._progress * (1 - ratio) for ratio in getattr(final, dimension)]
-                for dimension in ("heads", "neurons", "tokens")
-            },
-            stages=final.stages,
-        )
-        return make_plan(model, self._scores, partial, token_score=self.token_score, fuse_tokens=self.fuse_tokens)
+        ratios = {d: [1 - self._progress * (1 - ratio) for ratio in getattr(final, d)] for d in DIMENSIONS}
+        return self._make_plan(model, self._scores, Policy(**ratios, stages=final.stages))
+
+    def _make_plan(self, model: nn.Module, scores: Scores, policy: Policy) -> Plan:
+        return make_plan(model, scores, policy, token_score=self.token_score, fuse_tokens=self.fuse_tokens)
 
     def _unmask(self, pl_module: LightningModule) -> None:
         try:
@@ -545,8 +536,8 @@ def _check_types(**settings: Any) -> None:
 
 
 def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:
-    _one_of("schedule", schedule, ("one-shot", "cubic"))
-    _one_of("unit", unit, ("epoch", "step"))
+    check_one_of("schedule", schedule, ("one-shot", "cubic"), CallbackError)
+    check_one_of("unit", unit, ("epoch", "step"), CallbackError)
     check_whole("start", start, 0, CallbackError)
     check_whole("end", end, start + 1, CallbackError, or_none="the end of training")
     if end is not None and schedule == "one-shot":
@@ -556,15 +547,6 @@ def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:
 def _remove(handover: Path, owner: int) -> None:
     if os.getpid() == owner:  # not a forked worker, which leaves the file behind for its parent
         handover.unlink(missing_ok=True)
-
-
-def _spawns(strategy: Strategy) -> bool:
-    return isinstance(strategy.launcher, _MultiProcessingLauncher)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise CallbackError(f"{name}={value!r}: expected one of {allowed}")
 
 
 def _policy(policy: Any) -> Policy | Literal["uniform"]:

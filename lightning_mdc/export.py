@@ -139,11 +139,7 @@ def _check_onnx(model: nn.Module) -> None:
 
 
 def _difference(network: nn.Module, run: Callable[[Path, Tensor], Tensor], path: Path, shape: tuple[int, ...]) -> float:
-    """How far the program is from the network.
-
-    Raises:
-        ArtifactError: it computes something else.
-    """
+    """How far the program is from the network; an `ArtifactError` if it computes something else."""
     images = torch.randn(_COMPARED, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = network(images)

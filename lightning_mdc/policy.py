@@ -209,13 +209,6 @@ class Plan:
         """Whether any token leaves."""
         return any(stage.keep < 1 for stage in self.tokens)
 
-    @property
-    def keeps_everything(self) -> bool:
-        """Whether applying this plan would change nothing."""
-        kept = [*self.heads, *self.neurons]
-        sizes = [*self.num_heads, *self.num_neurons]
-        return not self.drops_tokens and all(len(k) == n for k, n in zip(kept, sizes, strict=True))
-
     def to_json(self) -> str:
         """Sorted JSON without timestamps: equal plans give equal text."""
         return json.dumps({"format": 1, **asdict(self)}, sort_keys=True)

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_mdc as mdc
-from lightning_mdc.distillation import DistillationModule, hard_distillation_loss, soft_distillation_loss
+from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation.losses import hard_distillation_loss, soft_distillation_loss
 from lightning_mdc.distillation.mixing import Mixing
 from lightning_mdc.distillation.optimization import create_optimizer, named_groups
 from lightning_mdc.errors import DistillationError, MdcError

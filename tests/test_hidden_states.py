@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.distillation import DistillationModule, hidden_state_loss
+from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation.losses import hidden_state_loss
 from lightning_mdc.errors import DistillationError
 from tests.test_distillation import batch, loader, trainer
 

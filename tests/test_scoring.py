@@ -101,20 +101,22 @@ def test_batches_are_cut_to_one_size_and_a_small_rest_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("criterion", ["hsic", "conditional"])
-def test_memory_is_bounded_by_looking_twice(criterion: str) -> None:
+def test_memory_is_bounded_by_looking_twice(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches, calls = make(), [images(8, seed=s) for s in range(2)], []
     model.register_forward_hook(lambda *_: calls.append(1))
 
-    def scored(**options: int) -> mdc.Scores:
+    def scored() -> mdc.Scores:
         calls.clear()
-        with Scorer(find_sites(model), as_criterion(criterion), **options) as scorer:
+        scorer = Scorer(find_sites(model), as_criterion(criterion))
+        with scorer.watching():
             for batch in batches:
                 scorer.update(lambda batch=batch: model(batch).softmax(-1))
         return scorer.scores()
 
     at_once = scored()
     assert len(calls) == 2
-    twice = scored(memory_limit=10_000)
+    monkeypatch.setattr("lightning_mdc.importance.scoring._MEMORY_LIMIT", 10_000)
+    twice = scored()
     assert len(calls) == 4  # two passes for each batch
     for d in ("heads", "neurons", "tokens"):
         for mine, theirs in zip(getattr(twice, d), getattr(at_once, d), strict=True):

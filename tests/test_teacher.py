@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.distillation import DistillationModule, FrozenTeacher
-from lightning_mdc.distillation.teacher import Renormalization
+from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation.teacher import FrozenTeacher, Renormalization
 from lightning_mdc.errors import DistillationError
 from tests.test_distillation import batch, loader, tiny, trainer
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ class HiddenStates:
         self.teacher: dict[int, Tensor] = {}
         self.wanted = False
 
+    def keep(self, states: dict[int, Tensor], index: int, block: nn.Module, args: object, output: Tensor) -> None:
+        """A forward hook, with where to put the block's output."""
+        if self.wanted:
+            states[index] = output
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside, what forward passes put out is kept. Outside, and in a backward pass that computes blocks again,
@@ -39,11 +45,7 @@ class HiddenStates:
             self.teacher.clear()
 
     def loss(self) -> Tensor:
-        """The `hidden_state_loss` of the last forward passes.
-
-        Raises:
-            DistillationError: no gradient would come from it.
-        """
+        """The `hidden_state_loss` of the last forward passes; a `DistillationError` if no gradient comes from it."""
         blocks = sorted(self.student)
         if torch.is_grad_enabled() and not any(hidden.requires_grad for hidden in self.student.values()):
             raise DistillationError(
@@ -57,37 +59,20 @@ class HiddenStates:
 def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStates]:
     """Both networks have hooks inside, and none after. To be entered before the first compiled forward pass.
 
-    Compared are the blocks in which the student still has heads or neurons.
-
-    Raises:
-        DistillationError: see `comparable`.
+    Compared are the blocks in which the student still has heads or neurons; see `comparable`.
     """
     of_student, of_teacher = comparable(student, teacher)
     caught = HiddenStates(of_student.num_prefix_tokens)
-    handles = []
-    for index in kept_blocks(of_student):
-        for kind, sites in (("student", of_student), ("teacher", of_teacher)):
-            handles.append(sites.blocks[index].module.register_forward_hook(_Keep(caught, kind, index)))
-    show_hooks(student, compiled=True)  # if not yet, then after this, or in a wrapper that is not given here
-    show_hooks(teacher, compiled=False)  # whose code the same reset has thrown away
-    try:
+    with ExitStack() as stack:
+        stack.callback(hide_hooks, student)  # when the hooks are gone
+        stack.callback(hide_hooks, teacher)
+        for sites, states in ((of_student, caught.student), (of_teacher, caught.teacher)):
+            for index in kept_blocks(of_student):
+                hook = partial(caught.keep, states, index)
+                stack.callback(sites.blocks[index].module.register_forward_hook(hook).remove)
+        show_hooks(student, compiled=True)  # if not yet, then after this, or in a wrapper that is not given here
+        show_hooks(teacher, compiled=False)  # whose code the same reset has thrown away
         yield caught
-    finally:
-        for handle in handles:
-            handle.remove()
-        for network in (student, teacher):
-            hide_hooks(network)
-
-
-class _Keep:
-    """A forward hook that keeps what a block of the student or the teacher (`kind`) puts out."""
-
-    def __init__(self, caught: HiddenStates, kind: str, index: int) -> None:
-        self.caught, self.kind, self.index = caught, kind, index
-
-    def __call__(self, block: nn.Module, args: object, output: Tensor) -> None:
-        if self.caught.wanted:
-            (self.caught.student if self.kind == "student" else self.caught.teacher)[self.index] = output
 
 
 def kept_blocks(sites: Sites) -> list[int]:
@@ -100,11 +85,8 @@ def kept_blocks(sites: Sites) -> list[int]:
 
 
 def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Sites, Sites]:
-    """The sites of student and teacher, whose hidden states can be compared block by block.
-
-    Raises:
-        DistillationError: they cannot be compared; says why.
-    """
+    """The sites of student and teacher, if their hidden states can be compared block by block; else a
+    `DistillationError` says why not."""
     both = []
     for name, network in (("student", student), ("teacher", teacher)):
         try:

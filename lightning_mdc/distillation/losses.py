@@ -15,8 +15,7 @@ def soft_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, tempe
     DeiT's own soft loss divides by the number of classes as well, which at 1000 classes makes it 1000 times weaker.
 
     Args:
-        student_logits: (n, classes).
-        teacher_logits: (n, classes).
+        student_logits, teacher_logits: (n, classes).
         temperature: T; the factor T² keeps the gradient's size the same for every T.
 
     Returns:
@@ -28,11 +27,9 @@ def soft_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, tempe
 
 
 def hard_distillation_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross entropy to the teacher's most likely class, averaged over the batch. Touvron et al. 2021, equation 3.
+    """Cross entropy to the teacher's most likely class, averaged over the batch, of logits (n, classes).
 
-    Args:
-        student_logits: (n, classes).
-        teacher_logits: (n, classes).
+    Touvron et al. 2021, equation 3.
     """
     return F.cross_entropy(at_least_float32(student_logits), teacher_logits.argmax(dim=-1))
 

@@ -25,17 +25,8 @@ class Mixing:
         self.mixup = Mixup(**options, num_classes=num_classes, label_smoothing=0.0)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Args:
-            images: (n, in_chans, H, W), left as they are.
-            labels: classes (n,).
-
-        Returns:
-            Mixed images (n, in_chans, H, W), and class probabilities (n, classes).
-
-        Raises:
-            DistillationError: the labels are no classes.
-        """
+        """Mixed images (n, in_chans, H, W) and class probabilities (n, classes), from images, which are left as they
+        are, and classes (n,)."""
         if labels.ndim != 1 or labels.is_floating_point():
             raise DistillationError(
                 f"labels of shape {tuple(labels.shape)} ({labels.dtype}) are no classes to mix; give class numbers"
@@ -50,11 +41,7 @@ class Mixing:
 
 
 def check_mixup(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`options` if there is something to mix, ``None`` if not.
-
-    Raises:
-        DistillationError: an unknown keyword, or a value out of its range.
-    """
+    """`options` if there is something to mix, ``None`` if not; a `DistillationError` if timm's `Mixup` would fail."""
     unknown = sorted(set(options) - _KEYS)
     if unknown:
         raise DistillationError(

@@ -172,12 +172,11 @@ class DistillationModule(LightningModule):
         Raises:
             DistillationError: the teacher's logits have another shape than the student's, or it takes no such images.
         """
+        if self.teacher is None:
+            task = self._task_loss(self(images), labels)
+            return {"task": task, "loss": task}
         with self._watching():
             for_labels, for_teacher = self._student_logits(images)
-            if self.teacher is None:
-                logits = for_labels if for_labels is for_teacher else (for_labels + for_teacher) / 2
-                task = self._task_loss(logits, labels)
-                return {"task": task, "loss": task}
             teacher_logits = self._teacher_logits(images, for_teacher)
             parts = {"task": self._task_loss(for_labels, labels)}
             if self.kd == "soft":
@@ -225,17 +224,29 @@ class DistillationModule(LightningModule):
 
         ``fit`` is all inside.
         """
-        student = self.student  # a strategy may wrap it meanwhile
+        student: Any = self.student  # a strategy may wrap it meanwhile
+        teaches = self.distill_token if self.teacher is None or self.distill_token is not None else True
         with ExitStack() as stack:
-            if self._teaches_the_token() is not None:
-                stack.enter_context(_distilled_training(student, bool(self._teaches_the_token())))
+            if teaches is not None and hasattr(student, "set_distilled_training"):
+                stack.callback(student.set_distilled_training, student.distilled_training)
+                student.set_distilled_training(teaches)
             if self.grad_checkpointing:
-                stack.enter_context(_grad_checkpointing(student))
+                before = bool(getattr(student, "grad_checkpointing", False))
+                try:
+                    student.set_grad_checkpointing(True)
+                except AssertionError as error:  # timm's way of saying that this model can't
+                    raise DistillationError(
+                        f"grad_checkpointing=True, but student={type(student).__name__} refuses it ({error}); pass"
+                        " False"
+                    ) from error
+                stack.callback(student.set_grad_checkpointing, before)
             if self.hidden_weight and self.teacher is not None:
                 self._hidden_states = stack.enter_context(hidden_states(student, self.teacher.network))
                 stack.callback(setattr, self, "_hidden_states", None)
             if self.compile_options is not False:
-                stack.enter_context(_compiled(student, self.compile_options))
+                # In place: the keys of the state dict are the same, and copies and checkpoints know nothing of it.
+                stack.callback(setattr, student, "_compiled_call_impl", student._compiled_call_impl)
+                student.compile(**self.compile_options)
             yield
 
     def setup(self, stage: str) -> None:
@@ -269,13 +280,7 @@ class DistillationModule(LightningModule):
     def teardown(self, stage: str) -> None:
         # Lightning takes the student off the device; a teacher left behind would hold its memory.
         if self.teacher is not None:
-            self.teacher.to("cpu")
-
-    def _teaches_the_token(self) -> bool | None:
-        """Whether a distilled student is put into distilled training; None: it is left as it is."""
-        if not hasattr(self.student, "set_distilled_training"):
-            return None
-        return (True if self.teacher is not None else None) if self.distill_token is None else self.distill_token
+            self.teacher.network.to("cpu")
 
     def _watching(self) -> AbstractContextManager[None]:
         if self._hidden_states is not None:
@@ -344,9 +349,6 @@ class DistillationModule(LightningModule):
         return max(1, -(-int(batches) // self.trainer.accumulate_grad_batches))
 
 
-# --- the student while it is trained ----------------------------------------------------------------------------------
-
-
 class _TrainingForm(lightning.Callback):
     """Enters the `training_form` when fit begins, and leaves it however fit ends."""
 
@@ -362,39 +364,3 @@ class _TrainingForm(lightning.Callback):
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.stack.close()
-
-
-@contextmanager
-def _distilled_training(student: Any, enable: bool) -> Iterator[None]:
-    before = student.distilled_training
-    student.set_distilled_training(enable)
-    try:
-        yield
-    finally:
-        student.set_distilled_training(before)
-
-
-@contextmanager
-def _grad_checkpointing(student: Any) -> Iterator[None]:
-    before = bool(getattr(student, "grad_checkpointing", False))
-    try:
-        student.set_grad_checkpointing(True)
-    except AssertionError as error:  # timm's way of saying that this model can't
-        raise DistillationError(
-            f"grad_checkpointing=True, but student={type(student).__name__} refuses it ({error}); pass False"
-        ) from error
-    try:
-        yield
-    finally:
-        student.set_grad_checkpointing(before)
-
-
-@contextmanager
-def _compiled(student: nn.Module, options: Mapping[str, Any]) -> Iterator[None]:
-    """In place: the keys of the state dict are the same, and copies and checkpoints know nothing of it."""
-    before = student._compiled_call_impl
-    student.compile(**options)
-    try:
-        yield
-    finally:
-        student._compiled_call_impl = before

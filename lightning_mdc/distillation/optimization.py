@@ -38,14 +38,8 @@ def named_groups(model: nn.Module, kwargs: Mapping[str, Any]) -> Groups:
 
     timm looks at shapes (no weight decay on 1-d parameters), at names (none on what ``no_weight_decay()`` lists, a
     smaller rate in early layers with ``layer_decay``) and at ``requires_grad``. Sharding flattens and renames
-    parameters, so the groups are made of the plain model, and filled later with what became of its parameters.
-
-    Args:
-        model: not wrapped by a strategy yet.
-        kwargs: of ``timm.optim.create_optimizer_v2``.
-
-    Raises:
-        DistillationError: timm refuses them.
+    parameters, so the groups are made of the plain model, before a strategy wraps it, and filled later with what became
+    of its parameters. `kwargs` are those of ``timm.optim.create_optimizer_v2``.
     """
     names = {id(parameter): name for name, parameter in _plain_names(model).items()}
     optimizer = create("optimizer", timm.optim.create_optimizer_v2, model, kwargs)
@@ -56,15 +50,9 @@ def named_groups(model: nn.Module, kwargs: Mapping[str, Any]) -> Groups:
 
 
 def create_optimizer(model: nn.Module, kwargs: Mapping[str, Any], groups: Groups | None) -> torch.optim.Optimizer:
-    """The optimizer of `model`, which may be wrapped by now.
+    """The optimizer of what requires a gradient in `model`, which may be wrapped by now.
 
-    Args:
-        model: whose parameters that require a gradient are trained.
-        kwargs: of ``timm.optim.create_optimizer_v2``.
-        groups: of the same model before; where they name other parameters than it has now, timm is asked anew.
-
-    Raises:
-        DistillationError: timm refuses the keyword arguments.
+    `groups` are its `named_groups`; where they name other parameters than it has now, timm is asked anew.
     """
     trained = {name: parameter for name, parameter in _plain_names(model).items() if parameter.requires_grad}
     if groups is None or {name for _, names in groups for name in names} != set(trained):
@@ -84,11 +72,7 @@ def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def create(argument: str, factory: Any, subject: Any, kwargs: Mapping[str, Any]) -> Any:
-    """``factory(subject, **kwargs)``.
-
-    Raises:
-        DistillationError: it refuses them; names the argument of ours that they are from.
-    """
+    """``factory(subject, **kwargs)``; if it refuses them, a `DistillationError` names the `argument` they are from."""
     try:
         return factory(subject, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
@@ -98,11 +82,7 @@ def create(argument: str, factory: Any, subject: Any, kwargs: Mapping[str, Any])
 
 
 def complete_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """`optimizer` over `DEFAULT_OPTIMIZER`, if timm knows it and its rate is one.
-
-    Raises:
-        DistillationError: says which.
-    """
+    """`optimizer` over `DEFAULT_OPTIMIZER`, if timm knows it and its rate is one; else a `DistillationError`."""
     complete = {**DEFAULT_OPTIMIZER, **optimizer}
     opt, lr = complete["opt"], complete["lr"]
     try:
@@ -117,11 +97,8 @@ def complete_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete_schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
-    """`schedule` over `DEFAULT_SCHEDULE`, if timm knows it and it can be stepped after every update.
-
-    Raises:
-        DistillationError: says why.
-    """
+    """`schedule` over `DEFAULT_SCHEDULE`, if timm knows it and it can be stepped after every update; else a
+    `DistillationError`."""
     schedule = {**DEFAULT_SCHEDULE, **schedule}
     unknown = sorted(set(schedule) - _SCHEDULE_KEYS)
     if unknown:

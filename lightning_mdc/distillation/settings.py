@@ -21,11 +21,7 @@ _COMPILE_KEYS = set(inspect.signature(torch.compile).parameters) - {"model"}
 def check_loss_settings(
     kd: str, kd_weight: float, temperature: float, label_smoothing: float, hidden_weight: float
 ) -> None:
-    """Refuse a loss that is none.
-
-    Raises:
-        DistillationError: a setting is out of range.
-    """
+    """Refuse what is out of range."""
     check_one_of("kd", kd, ("soft", "hard"), DistillationError)
     check_number("kd_weight", kd_weight, "the teacher's share of the loss", DistillationError, least=0, most=1)
     divides = "what logits are divided by, usually 1 to 4"

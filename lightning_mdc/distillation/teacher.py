@@ -32,26 +32,17 @@ class FrozenTeacher:
         self,
         network: nn.Module,
         precision: Precision | None = None,
-        compile: bool | Mapping[str, Any] = False,
+        compile: Literal[False] | Mapping[str, Any] = False,
         normalization: Renormalization | None = None,
     ) -> None:
-        """
-        Args:
-            network: images (n, in_chans, H, W) -> logits (n, classes).
-            precision: a key of `PRECISIONS` of its parameters and arithmetic, whatever autocast is around it; ``None``:
-                its own parameters, under that autocast.
-            compile: whether to compile it, or keyword arguments of ``torch.compile``.
-            normalization: what the images go through first.
-        """
+        """`network`: images (n, in_chans, H, W) -> logits (n, classes); the others as of `DistillationModule`."""
         dtype = None if precision is None else PRECISIONS[precision]
         if dtype is not None and any(p.is_floating_point() and p.dtype != dtype for p in network.parameters()):
             network = copy.deepcopy(network).to(dtype)
         self.network = network.eval()
         self.precision = precision
         self.normalization = normalization
-        self._answer: Any = network
-        if compile is not False:
-            self._answer = torch.compile(network, **({} if compile is True else compile))
+        self._answer: Any = network if compile is False else torch.compile(network, **compile)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -82,27 +73,17 @@ class FrozenTeacher:
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeacher:
         return self
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the network."""
-        self.network.to(device)
-
 
 # --- where it comes from ----------------------------------------------------------------------------------------------
 
 
 def build_teacher(
-    name: str | Path,
-    checkpoint: str | Path | None = None,
-    args: Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
+    name: str | Path, checkpoint: str | Path | None, args: dict[str, Any], num_classes: int | None
 ) -> nn.Module:
     """The network of the folder that ``mdc.save`` wrote, or of the timm model, that `name` says.
 
-    Args:
-        name: a folder, or a timm model name; its pretrained weights are timm's to find.
-        checkpoint: weights for that timm architecture instead. Nothing in the file is unpickled but tensors.
-        args: further keyword arguments of ``timm.create_model``.
-        num_classes: of a network whose weights are in `checkpoint`, if `args` does not say.
+    With `checkpoint` a timm model has the weights in that file, of which nothing is unpickled but tensors, and
+    `num_classes` if `args`, of ``timm.create_model``, do not say.
 
     Raises:
         DistillationError: nothing is known by that name, or its weights cannot be had or do not fit.
@@ -115,9 +96,9 @@ def build_teacher(
             raise DistillationError(f"teacher={str(name)!r} is a folder, but no saved model: {error}") from error
     name = str(name)
     if checkpoint is None:
-        return _created(name, pretrained=True, args=args or {})
+        return _created(name, pretrained=True, args=args)
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    network = _created(name, pretrained=False, args={**classes, **(args or {})})
+    network = _created(name, pretrained=False, args=classes | args)
     try:
         load_checkpoint(network, str(checkpoint), weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as there are formats
@@ -128,14 +109,8 @@ def build_teacher(
     return network
 
 
-def check_teacher(
-    name: str | Path, checkpoint: str | Path | None = None, args: Mapping[str, Any] | None = None
-) -> None:
-    """Refuse arguments that `build_teacher` would refuse, as far as it shows without building; needs no network.
-
-    Raises:
-        DistillationError: nothing is known by that name, or there is no such file.
-    """
+def check_teacher(name: str | Path, checkpoint: str | Path | None, args: Mapping[str, Any] | None) -> None:
+    """Refuse arguments that `build_teacher` would refuse, as far as it shows without building; needs no network."""
     if Path(name).is_dir():
         if checkpoint is not None or args:
             given = f"teacher_checkpoint={str(checkpoint)!r}" if checkpoint is not None else f"teacher_args={args!r}"
@@ -183,19 +158,14 @@ def _first_mismatch(error: Exception) -> str:
 
 
 class Renormalization:
-    """Images as the student gets them -> as the teacher knows them: ``(x · σ_s + μ_s − μ_t) / σ_t``, per channel."""
+    """Images as the student gets them -> as the teacher knows them: ``(x · σ_s + μ_s − μ_t) / σ_t``, per channel.
+
+    Made of (mean, std) per channel, or one for all, that the student's and the teacher's images are normalised by.
+    """
 
     def __init__(
         self, student: tuple[Sequence[float], Sequence[float]], teacher: tuple[Sequence[float], Sequence[float]]
     ) -> None:
-        """
-        Args:
-            student: (mean, std) per channel of what the student's images were normalised by.
-            teacher: those of the teacher's.
-
-        Raises:
-            DistillationError: they are of different numbers of channels.
-        """
         channels = {len(values) for values in (*student, *teacher)} - {1}
         if len(channels) > 1:
             raise DistillationError(
@@ -207,11 +177,7 @@ class Renormalization:
         self.shift = ((mean_s - mean_t) / std_t).float()[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, channels, H, W) -> the same shape.
-
-        Raises:
-            DistillationError: the images have another number of channels.
-        """
+        """(n, channels, H, W) -> the same shape."""
         if len(self.scale) not in (1, images.shape[1]):
             raise DistillationError(
                 f"teacher_normalization is of {len(self.scale)} channels, the images have {images.shape[1]}; give"
@@ -226,14 +192,11 @@ def renormalization(
 ) -> Renormalization | None:
     """What has to be done to the student's images for the teacher; ``None``: nothing.
 
-    Args:
-        student: its ``pretrained_cfg`` says what its images are normalised by.
-        teacher: with ``"auto"``, so does the teacher's.
-        setting: ``"auto"`` (nothing is done where one of them does not say), the teacher's ``{"mean": ..., "std":
-            ...}``, or ``None``: nothing.
+    `setting` is `DistillationModule`'s ``teacher_normalization``. With ``"auto"`` nothing is done where the
+    ``pretrained_cfg`` of one of them does not say what its images are normalised by.
 
     Raises:
-        DistillationError: the setting is neither, or the student does not say what its images are.
+        DistillationError: no such setting, or the student does not say what its images are.
     """
     if setting is None:
         return None

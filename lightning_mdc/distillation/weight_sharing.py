@@ -18,7 +18,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget
-from lightning_mdc.distillation import DistillationModule, soft_distillation_loss
+from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation.losses import soft_distillation_loss
 from lightning_mdc.errors import DistillationError, check_number, check_whole
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.importance import Scores
@@ -153,12 +154,7 @@ class WeightSharingModule(DistillationModule):
         return make_plan(self.student, self.scores, self.policy(step), **self._plan_options)
 
     def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The scalars ``task``, ``shared`` and ``loss``.
-
-        Args:
-            images: (n, in_chans, H, W).
-            labels: classes (n,), or class probabilities (n, classes) as Mixup makes them.
-        """
+        """The scalars ``task``, ``shared`` and ``loss``; see `DistillationModule.loss_parts`."""
         logits = cast(Tensor, self(images))
         task = self._task_loss(logits, labels)
         distances = []
@@ -181,17 +177,14 @@ class WeightSharingModule(DistillationModule):
 
 def _check_masks_can_train(sharing: DistillationModule) -> None:
     """Refuse a model that masks cannot train: they are hooks, there in a forward pass only, others in every step."""
-    compiles = sharing.compile_options is not False or is_compiled(sharing.student)
-    checkpoints = sharing.grad_checkpointing
-    for module in sharing.student.modules():
-        checkpoints |= bool(getattr(module, "grad_checkpointing", False))
-    name = type(sharing.student).__name__
-    if compiles:
+    student = sharing.student
+    name = type(student).__name__
+    if sharing.compile_options is not False or is_compiled(student):
         raise DistillationError(
             f"model={name} is compiled, and would be again in every step, which has masks of its own; share the weights"
             " of the uncompiled model, with compile=False"
         )
-    if checkpoints:
+    if sharing.grad_checkpointing or any(getattr(part, "grad_checkpointing", False) for part in student.modules()):
         raise DistillationError(
             f"model={name} has gradient checkpointing on, which runs blocks again when their masks are gone; call"
             " set_grad_checkpointing(False), and pass grad_checkpointing=False"

@@ -3,7 +3,7 @@
 from lightning_mdc.importance.conditional import ConditionalDependence
 from lightning_mdc.importance.criteria import HSIC, Criterion, UnitGroup, as_criterion, register
 from lightning_mdc.importance.scores import Scores
-from lightning_mdc.importance.scoring import Scorer, as_prediction, score, split_batch
+from lightning_mdc.importance.scoring import Scorer, as_prediction, score
 
 __all__ = [
     "HSIC",
@@ -16,5 +16,4 @@ __all__ = [
     "as_prediction",
     "register",
     "score",
-    "split_batch",
 ]

@@ -69,20 +69,19 @@ class ConditionalDependence(Criterion):
         return lost_by_elimination(covariance, group.site.consumer.weight.detach().to(covariance), group.num_units)
 
 
-def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int, ridge: float = RIDGE) -> Tensor:
+def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int) -> Tensor:
     """Share of the variance of ``weight @ z`` lost when each unit leaves, those the others can best do without first.
 
     Args:
         covariance: of the channels z, (channels, channels) float64; each unit owns ``channels / num_units`` in a row.
         weight: (out, channels), float64.
         num_units: how many units the channels are of.
-        ridge: as a share of the channels' mean variance, above 0.
 
     Returns:
         (units,), in (0, 1], or all 0 if nothing varies. Sorted, it is what leaving so many units costs at least.
     """
     losses = covariance.new_zeros(num_units)
-    noise = ridge * float(covariance.diagonal().mean())
+    noise = RIDGE * float(covariance.diagonal().mean())
     if not noise > 0:
         return losses
     width = len(covariance) // num_units

@@ -15,7 +15,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_mdc.errors import CalibrationError
+from lightning_mdc.errors import CalibrationError, check_number
 from lightning_mdc.importance import hsic as hsic_maths
 from lightning_mdc.importance.scores import min_max
 from lightning_mdc.models import UnitSite
@@ -115,8 +115,7 @@ class HSIC(Criterion):
     ) -> None:
         weights = {"hsic_weight": hsic_weight, "activation_weight": activation_weight}
         for name, value in (weights | {"redundancy_weight": redundancy_weight}).items():
-            if not 0 <= value < float("inf"):
-                raise CalibrationError(f"{name}={value!r}: expected a number of at least 0")
+            check_number(name, value, "a weight", CalibrationError, least=0)
         if hsic_weight == activation_weight == 0:
             raise CalibrationError("hsic_weight=0 and activation_weight=0: nothing is left to score with")
         self.hsic_weight, self.activation_weight = hsic_weight, activation_weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ class Scores:
     tokens: list[Tensor]
     stages: tuple[int, ...] = ()
     criterion: str = ""
-    images: int = field(default=0)
+    images: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, e.g. ``heads.3``."""
@@ -65,7 +65,10 @@ class Scores:
         missing = {"criterion", "images", "stages"} - set(facts)
         if missing:
             raise CalibrationError(f"scores lack {sorted(missing)}: the file is damaged; score again")
-        lists = {d: [tensors[f"{d}.{i}"] for i in range(_count(tensors, d))] for d in DIMENSIONS}
+        lists = {
+            d: [tensors[f"{d}.{i}"] for i in range(sum(name.startswith(f"{d}.") for name in tensors))]
+            for d in DIMENSIONS
+        }
         return cls(
             **lists,
             stages=tuple(json.loads(facts["stages"])),
@@ -92,25 +95,6 @@ class Scores:
         except (SafetensorError, OSError) as error:
             raise CalibrationError(f"scores={str(path)!r} cannot be read: {error}; score again") from error
         return cls.from_parts(tensors, facts)
-
-
-def _count(tensors: dict[str, Tensor], dimension: str) -> int:
-    return sum(name.startswith(f"{dimension}.") for name in tensors)
-
-
-def finite(scores: Scores) -> Scores:
-    """`scores`, if all are numbers.
-
-    Raises:
-        CalibrationError: NaN or infinite scores; names the first.
-    """
-    for name, tensor in scores.tensors().items():
-        if not torch.isfinite(tensor).all():
-            raise CalibrationError(
-                f"scores {name} are not finite: the model gives NaN or infinity on the calibration images; check its "
-                "weights and the images' range"
-            )
-    return scores
 
 
 def min_max(values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from lightning_mdc.distributed import gather, on_every_rank, summed
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance.criteria import Criterion, UnitGroup, as_criterion
-from lightning_mdc.importance.scores import Scores, finite
-from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites
+from lightning_mdc.importance.scores import Scores
+from lightning_mdc.models import Sites, check_unmasked, evaluating, find_sites, probing
 from lightning_mdc.policy import Policy, default_stages
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 
-_MEMORY_LIMIT = 2 * 2**30  # bytes
+# Bytes that a batch's observations may take until its prediction is known. Above it, the prediction is computed by a
+# pass of its own, and nothing has to be remembered.
+_MEMORY_LIMIT = 2 * 2**30
 
 
 def score(
@@ -63,7 +65,7 @@ def score(
 
     def observe() -> None:
         shown = bar("Scoring", steps_of(batches), shown=progress)
-        with isolated_rng(), evaluating(model), scorer, shown as advance:
+        with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
             for images, labels in _as_tensors(batches, criterion):
                 scorer.update(partial(_predict, model, on_device_of(sites, images), prediction), labels)
                 advance()
@@ -80,7 +82,7 @@ def _predict(model: nn.Module, images: Tensor, prediction: Callable[[Any], Tenso
 
 
 class Scorer:
-    """Adds up a criterion's sums over forward passes. A context manager: the probes are on inside.
+    """Adds up a criterion's sums over the forward passes made while it is `watching`.
 
     Every entry of `sums` is a plain sum over batches, so that ranks can share them out.
 
@@ -88,8 +90,6 @@ class Scorer:
         sites: of the model, which has no masks on.
         criterion: what is summed up.
         dimensions, stages: see `score`.
-        memory_limit: bytes that a batch's observations may take until its prediction is known. Above it, the prediction
-            is computed by a pass of its own, and nothing has to be remembered.
 
     Raises:
         CalibrationError: the model has masks on, or stages that are not in it.
@@ -102,7 +102,6 @@ class Scorer:
         criterion: Criterion,
         dimensions: Iterable[str] | None = None,
         stages: Sequence[int] | None = None,
-        memory_limit: int = _MEMORY_LIMIT,
     ) -> None:
         check_unmasked(
             sites.model,
@@ -110,7 +109,7 @@ class Scorer:
             "units that are left out would score as if they did nothing",
             "score it before masks are put on, or after they are taken off",
         )
-        self.sites, self.criterion, self.memory_limit = sites, criterion, memory_limit
+        self.sites, self.criterion = sites, criterion
         self.dimensions = sites.dimensions if dimensions is None else sites.require(dimensions)
         # As a policy's stages are: increasing, and in the model.
         self.stages = default_stages(sites.depth) if stages is None else Policy(stages=stages).stages or ()
@@ -119,33 +118,26 @@ class Scorer:
         device = next(sites.model.parameters()).device
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
         self.groups = dict(self._groups())
-        self._contexts = ExitStack()
         self._pass = _Pass()
         self._two_passes = False
 
-    def __enter__(self) -> Scorer:
-        with ExitStack() as stack:
-            # Compiled code would not see the probes; it runs as it was written meanwhile.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for dimension, probe_on, probe in self._probes():
-                if dimension in self.dimensions:
-                    stack.callback(probe_on(probe).remove)
-            self._contexts = stack.pop_all()
-        return self
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The probes are on inside."""
+        try:
+            with probing(self._probes()):
+                yield
+        finally:
+            self._pass = _Pass()
 
-    def __exit__(self, *_: object) -> None:
-        self._contexts.close()
-        self._pass = _Pass()
-
-    def _probes(self) -> Iterator[tuple[str, Callable[[Any], Any], Callable[..., Any]]]:
-        for index, block in enumerate(self.sites.blocks):
-            for dimension, site in (("heads", block.heads), ("neurons", block.neurons)):
-                if site is not None:
-                    probe = partial(self._see_units, f"{dimension}.{index}", site.num_units)
-                    yield dimension, site.consumer.register_forward_pre_hook, probe
-            if index in self.stages and block.attention is not None:
-                name = f"tokens.{self.stages.index(index)}"
-                yield "tokens", block.attention.qkv.register_forward_hook, partial(self._see_values, name)
+    def _probes(self) -> Iterator[tuple[Callable[[Any], Any], Callable[..., Any]]]:
+        for name, group in self.groups.items():
+            if group.site is not None:
+                yield group.site.consumer.register_forward_pre_hook, partial(self._see_units, name, group.num_units)
+            else:
+                attention = self.sites.blocks[self.stages[int(name.split(".")[1])]].attention
+                assert attention is not None  # every block has one where tokens may leave
+                yield attention.qkv.register_forward_hook, partial(self._see_values, name)
 
     def update(self, predict: Callable[[], Tensor], labels: Tensor | None = None) -> None:
         """Add one batch. `predict` runs the model and returns probabilities (images, classes).
@@ -153,9 +145,11 @@ class Scorer:
         Raises:
             CalibrationError: too few images, or labels are needed and missing.
         """
-        if self.criterion.needs_gradients:
-            self._update_by_gradient(predict, labels)
-            return
+        images = self._see_gradients(predict, labels) if self.criterion.needs_gradients else self._see_pass(predict)
+        self.sums["batches"] += 1
+        self.sums["images"] += images
+
+    def _see_pass(self, predict: Callable[[], Tensor]) -> int:
         with torch.no_grad():
             self._pass = _Pass(remembers=not self._two_passes)
             prediction = self._checked(predict())
@@ -166,9 +160,9 @@ class Scorer:
                 predict()
             for name, seen in self._pass.seen.items():
                 self._add(name, seen, prediction)
-        self._count(len(prediction))
+        return len(prediction)
 
-    def _update_by_gradient(self, predict: Callable[[], Tensor], labels: Tensor | None) -> None:
+    def _see_gradients(self, predict: Callable[[], Tensor], labels: Tensor | None) -> int:
         if labels is None:
             raise CalibrationError(
                 f"criterion={self.criterion.name!r} needs labels: give batches of (images, labels), labels (images,)"
@@ -192,12 +186,9 @@ class Scorer:
         with torch.no_grad():
             for (name, gate), gradient in zip(self._pass.gates.items(), gradients, strict=True):
                 change = torch.zeros_like(gate) if gradient is None else gradient
-                self._add(
-                    name,
-                    self.criterion.observe(_dimension(name), change.flatten(1), self.groups[name]),
-                    prediction.detach(),
-                )
-        self._count(len(prediction))
+                seen = self.criterion.observe(_dimension(name), change.flatten(1), self.groups[name])
+                self._add(name, seen, prediction.detach())
+        return len(prediction)
 
     def sum_over_ranks(self) -> None:
         """From here on `sums` are those of all ranks; one that saw no batch adds nothing."""
@@ -223,12 +214,15 @@ class Scorer:
         for name, group in self.groups.items():
             sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
             counts = {key: self.sums[key] for key in ("batches", "images")}
-            result = self.criterion.finish(_dimension(name), sums | counts, group)
-            lists[_dimension(name)].append(result.detach().float().cpu())
+            result = self.criterion.finish(_dimension(name), sums | counts, group).detach().float().cpu()
+            if not result.isfinite().all():
+                raise CalibrationError(
+                    f"scores {name} are not finite: the model gives NaN or infinity on the calibration images; check "
+                    "its weights and the images' range"
+                )
+            lists[_dimension(name)].append(result)
         stages = self.stages if "tokens" in self.dimensions else ()
-        return finite(
-            Scores(**lists, stages=stages, criterion=self.criterion.name, images=int(self.sums["images"].item()))
-        )
+        return Scores(**lists, stages=stages, criterion=self.criterion.name, images=int(self.sums["images"].item()))
 
     def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
         for dimension in self.dimensions:
@@ -237,8 +231,7 @@ class Scorer:
                 for stage, block in enumerate(self.stages):
                     yield f"tokens.{stage}", UnitGroup(f"{self.sites.blocks[block].name}.tokens", positions, None)
                 continue
-            for index, block_site in enumerate(self.sites.blocks):
-                site: UnitSite = getattr(block_site, dimension)
+            for index, site in enumerate(self.sites.units(dimension)):
                 yield f"{dimension}.{index}", UnitGroup(site.name, site.num_units, site)
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
@@ -270,7 +263,7 @@ class Scorer:
         if self._pass.prediction is not None:
             self._add(name, seen, self._pass.prediction)
         else:
-            self._pass.remember(name, seen, self.memory_limit)
+            self._pass.remember(name, seen)
         return None
 
     def _add(self, name: str, seen: tuple[Tensor, ...], prediction: Tensor) -> None:
@@ -287,10 +280,6 @@ class Scorer:
             )
         return prediction
 
-    def _count(self, images: int) -> None:
-        self.sums["batches"] += 1
-        self.sums["images"] += images
-
 
 @dataclass
 class _Pass:
@@ -302,9 +291,9 @@ class _Pass:
     seen: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     overflowed: bool = False
 
-    def remember(self, name: str, seen: tuple[Tensor, ...], limit: int) -> None:
+    def remember(self, name: str, seen: tuple[Tensor, ...]) -> None:
         self.seen[name] = seen
-        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > limit:
+        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > _MEMORY_LIMIT:
             self.seen.clear()
             self.overflowed = True
 
@@ -353,11 +342,7 @@ def on_device_of(sites: Sites, images: Tensor) -> Tensor:
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """(images, labels or None) of what a DataLoader yields.
-
-    Raises:
-        CalibrationError: it is neither ``images`` nor ``(images, labels)``.
-    """
+    """(images, labels or None) of what a DataLoader yields, ``images`` or ``(images, labels)``."""
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     if not parts or not isinstance(parts[0], Tensor) or parts[0].ndim != 4:
         given = type(batch).__name__ if not isinstance(parts[0] if parts else None, Tensor) else tuple(parts[0].shape)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models.compiled import hide_hooks, is_compiled, show_hooks, unwrap
+from lightning_mdc.models.compiled import hide_hooks, is_compiled, probing, show_hooks, unwrap
 from lightning_mdc.models.masking import MaskHook, check_unmasked, is_masked
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.sites import (
-    AttentionSite,
     BlockSite,
     Counts,
     Family,
-    Producer,
     Sites,
-    TokenSite,
     UnitSite,
     unit_channels,
 )
@@ -24,14 +21,11 @@ from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 __all__ = [
     "FAMILIES",
-    "AttentionSite",
     "BlockSite",
     "Counts",
     "Family",
     "MaskHook",
-    "Producer",
     "Sites",
-    "TokenSite",
     "UnitSite",
     "check_unmasked",
     "evaluating",
@@ -40,6 +34,7 @@ __all__ = [
     "hide_hooks",
     "is_compiled",
     "is_masked",
+    "probing",
     "show_hooks",
     "unit_channels",
     "unwrap",
@@ -60,7 +55,7 @@ def find_sites(model: nn.Module, path: str | None = None) -> Sites:
             f"model={model!r:.80}: expected a torch.nn.Module that is or holds a vision transformer"
         )
     _, transformer = find_model(model, path)
-    sites = _family_of(transformer).sites(transformer)
+    sites = next(family for family in FAMILIES if family.accepts(transformer)).sites(transformer)
     if not sites.dimensions:
         reason = next(iter(sites.reasons.values()))
         raise UnsupportedModelError(f"{sites.name}: {reason}. Dimensions that do work: none. {_supported()}")
@@ -71,9 +66,6 @@ def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     """(attribute path, vision transformer) inside `module`; the path is ``""`` for the module itself.
 
     Compiled modules are seen through: the path names the attribute as its owner knows it, the model is the original.
-
-    Raises:
-        UnsupportedModelError: see `find_sites`.
     """
     if path is not None:
         return path, _at(module, path)
@@ -123,21 +115,18 @@ def _at(module: nn.Module, path: str) -> nn.Module:
     return current
 
 
-def _family_of(model: nn.Module) -> Family:
-    return next(family for family in FAMILIES if family.accepts(model))
-
-
 def _complaint(module: nn.Module) -> str:
     """What is wrong with `module`, naming its first attention or block, for a message."""
+    owner, reason = type(module).__name__, ""
     for name, child in module.named_modules():
         kind = type(child).__name__
         if name and ("Attention" in kind or "Block" in kind):
-            return (
-                f"{type(module).__name__} holds no supported vision transformer: {name} is a "
-                f"{type(child).__module__}.{kind} inside a {type(module).__name__}, which no adapter knows (rotary or "
-                "relative positions, windows and fused blocks tie units together). Dimensions that do work: none."
+            reason = (
+                f": {name} is a {type(child).__module__}.{kind} inside a {owner}, which no adapter knows (rotary or "
+                "relative positions, windows and fused blocks tie units together)"
             )
-    return f"{type(module).__name__} holds no supported vision transformer. Dimensions that do work: none."
+            break
+    return f"{owner} holds no supported vision transformer{reason}. Dimensions that do work: none."
 
 
 def _supported() -> str:

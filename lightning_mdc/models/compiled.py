@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +31,16 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(part, "_compiler_ctx", None) is not None  # Lightning's, of a whole LightningModule
         for part in module.modules()
     )
+
+
+@contextmanager
+def probing(probes: Iterable[tuple[Callable[[Any], Any], Callable[..., Any]]]) -> Iterator[None]:
+    """Inside, hooks are on, each given as (how it is registered, the hook); compiled code, which would not see them,
+    runs as it was written meanwhile."""
+    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+        for register, hook in probes:
+            stack.callback(register(hook).remove)
+        yield
 
 
 def show_hooks(model: nn.Module, *, compiled: bool) -> None:

@@ -8,8 +8,7 @@ from lightning_mdc.errors import MdcError
 
 
 class MaskHook:
-    """Base of the hooks that mask. Plain objects, no bound methods: a deepcopy of the model copies them and nothing
-    else."""
+    """Base of the hooks that mask. They hold nothing of the model: a deepcopy of it copies them and nothing else."""
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -23,15 +22,6 @@ def is_masked(model: nn.Module) -> bool:
 
 
 def check_unmasked(model: nn.Module, error: type[MdcError], consequence: str, remedy: str) -> None:
-    """Refuse a model that has masks on.
-
-    Args:
-        error: to raise.
-        consequence: what would go wrong, for the message.
-        remedy: what to do instead, for the message.
-
-    Raises:
-        MdcError: of the kind `error`.
-    """
+    """Refuse a model that has masks on, with an `error` that names what would go wrong and what to do instead."""
     if is_masked(model):
         raise error(f"model={type(model).__name__} has masks on: {consequence}; {remedy}")

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError, PolicyError, UnsupportedModelError
-from lightning_mdc.policy import Plan, Policy, TokenStage, check_dimensions, default_stages, keep_count
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy, TokenStage, check_dimensions, default_stages, keep_count
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,18 @@ class Family(Protocol):
         """Block `index` as a module that drops tokens and keeps the block's children under their names."""
 
     def describe(self, model: nn.Module, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
-        """JSON-ready constructor arguments of the dense model (of those sizes) `model` comes from."""
+        """JSON-ready constructor arguments of the dense model (of those sizes) `model` comes from.
+
+        Raises:
+            ArtifactError: a part that no constructor argument expresses; names it.
+        """
 
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
-        """The dense model that `describe` described, with fresh weights, on the default device."""
+        """The dense model that `describe` described, with fresh weights, on the default device; from closed tables.
+
+        Raises:
+            ArtifactError: a field is missing, unknown or of the wrong type.
+        """
 
 
 @dataclass(frozen=True)
@@ -169,15 +177,19 @@ class Sites:
         """Number of blocks."""
         return len(self.blocks)
 
+    def units(self, dimension: str) -> tuple[UnitSite, ...]:
+        """Every block's heads or neurons (`dimension`); empty if they cannot be cut."""
+        return () if dimension in self.reasons else tuple(getattr(block, dimension) for block in self.blocks)
+
     @property
     def num_heads(self) -> tuple[int, ...]:
         """Heads per block now; empty if heads cannot be cut."""
-        return () if "heads" in self.reasons else tuple(b.heads.num_units for b in self.blocks if b.heads)
+        return tuple(site.num_units for site in self.units("heads"))
 
     @property
     def num_neurons(self) -> tuple[int, ...]:
         """Neurons per block now; empty if neurons cannot be cut."""
-        return () if "neurons" in self.reasons else tuple(b.neurons.num_units for b in self.blocks if b.neurons)
+        return tuple(site.num_units for site in self.units("neurons"))
 
     @property
     def stages(self) -> tuple[TokenStage, ...]:
@@ -187,7 +199,7 @@ class Sites:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The dimensions this model can lose units of."""
-        return tuple(d for d in ("heads", "neurons", "tokens") if d not in self.reasons)
+        return tuple(dimension for dimension in DIMENSIONS if dimension not in self.reasons)
 
     def require(self, dimensions: Iterable[str] | None) -> tuple[str, ...]:
         """`dimensions` (None means all three) if the model can lose them.
@@ -195,7 +207,7 @@ class Sites:
         Raises:
             UnsupportedModelError: names the module in the way and the dimensions that do work.
         """
-        wanted = check_dimensions(("heads", "neurons", "tokens") if dimensions is None else dimensions)
+        wanted = check_dimensions(DIMENSIONS if dimensions is None else dimensions)
         for dimension in wanted:
             if dimension in self.reasons:
                 raise UnsupportedModelError(
@@ -222,20 +234,15 @@ class Sites:
             raise PolicyError(
                 f"stages={list(stages)}: {self.name} has only {self.depth} blocks (0 to {self.depth - 1})"
             )
-        pruned = [d for d in ("heads", "neurons", "tokens") if any(ratio < 1 for ratio in getattr(policy, d))]
+        pruned = [d for d in DIMENSIONS if any(ratio < 1 for ratio in getattr(policy, d))]
         if pruned:
             self.require(pruned)
-        heads = self._broadcast(policy.heads, len(self.num_heads), "heads", "blocks")
-        neurons = self._broadcast(policy.neurons, len(self.num_neurons), "neurons", "blocks")
+        kept = {}
+        for name, sizes in (("heads", self.num_heads), ("neurons", self.num_neurons)):
+            ratios = self._broadcast(getattr(policy, name), len(sizes), name, "blocks")
+            kept[name] = np.array([keep_count(n, r) for n, r in zip(sizes, ratios, strict=True)], dtype=np.int64)
         tokens = self._broadcast(policy.tokens, len(stages), "tokens", f"token stages (blocks {list(stages)})")
-        return Counts(
-            heads=np.array([keep_count(n, r) for n, r in zip(self.num_heads, heads, strict=True)], dtype=np.int64),
-            neurons=np.array(
-                [keep_count(n, r) for n, r in zip(self.num_neurons, neurons, strict=True)], dtype=np.int64
-            ),
-            tokens=np.array(tokens, dtype=np.float64),
-            stages=stages,
-        )
+        return Counts(**kept, tokens=np.array(tokens, dtype=np.float64), stages=stages)
 
     def _broadcast(self, ratios: tuple[float, ...], count: int, dimension: str, what: str) -> tuple[float, ...]:
         if len(ratios) == count:

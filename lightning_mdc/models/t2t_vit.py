@@ -8,7 +8,7 @@ Weight files of the authors load unchanged: `T2TVisionTransformer` knows their n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models.compiled import unwrap
-from lightning_mdc.models.timm_constructor import build, describe
+from lightning_mdc.models.timm_constructor import build, describe, look_up
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 STRIDES = (4, 2, 2)  # of the three soft splits
@@ -42,7 +42,7 @@ def random_features(x: Tensor, w: Tensor) -> Tensor:
     return torch.exp(x @ w.T - x.square().sum(dim=-1, keepdim=True) / 2) / math.sqrt(w.shape[0])
 
 
-def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, eps: float = 1e-8) -> Tensor:
+def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """Attention in linear time: ``y_t = phi(q_t) . sum_s phi(k_s) v_s / (phi(q_t) . sum_s phi(k_s))``.
 
     q, k, v: (batch, tokens, dim); w: (m, dim). Returns (batch, tokens, dim) in the precision of q.
@@ -54,7 +54,7 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, eps: float =
         phi_q, phi_k = (random_features(x.to(wide), w.to(wide)) for x in (q, k))
         kv = phi_k.transpose(1, 2) @ v.to(wide)  # (batch, m, dim)
         normaliser = phi_q @ phi_k.sum(dim=1).unsqueeze(-1)  # (batch, tokens, 1)
-        y = phi_q @ kv / (normaliser + eps)
+        y = phi_q @ kv / (normaliser + 1e-8)
     return y.to(q.dtype)
 
 
@@ -311,11 +311,7 @@ class T2TVisionTransformer(VisionTransformer):
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
-        """Take images of that (height, width) from now on; the position embedding is resampled.
-
-        Raises:
-            UnsupportedModelError: a side is no multiple of 16, or another patch size is asked for.
-        """
+        """As `TokensToToken.set_input_size`; the position embedding is resampled."""
         frozen = self.pos_embed is not None and not self.pos_embed.requires_grad
         super().set_input_size(img_size, patch_size)
         if frozen:
@@ -355,80 +351,43 @@ _CFG = {
     "std": (0.229, 0.224, 0.225),
     "classifier": "head",
 }
-_NAMES = [f"t2t_vit_{depth}" for depth in (7, 10, 12, 14, 19, 24)] + [f"t2t_vit_t_{depth}" for depth in (14, 19, 24)]
-
-default_cfgs = generate_default_cfgs({name: dict(_CFG) for name in _NAMES})
-
 # Table 1 of the paper: widths and heads by number of blocks.
 _LITE = {"embed_dim": 256, "num_heads": 4, "mlp_ratio": 2.0}
 _OF_14 = {"depth": 14, "embed_dim": 384, "num_heads": 6, "mlp_ratio": 3.0}
 _OF_19 = {"depth": 19, "embed_dim": 448, "num_heads": 7, "mlp_ratio": 3.0}
 _OF_24 = {"depth": 24, "embed_dim": 512, "num_heads": 8, "mlp_ratio": 3.0}
+_ORDINARY = {"token_layer": "transformer"}  # attention in the token layers: T2T-ViT_t
+_SIZES: dict[str, dict[str, Any]] = {
+    "t2t_vit_7": _LITE | {"depth": 7},
+    "t2t_vit_10": _LITE | {"depth": 10},
+    "t2t_vit_12": _LITE | {"depth": 12},
+    "t2t_vit_14": _OF_14,
+    "t2t_vit_19": _OF_19,
+    "t2t_vit_24": _OF_24,
+    "t2t_vit_t_14": _OF_14 | _ORDINARY,
+    "t2t_vit_t_19": _OF_19 | _ORDINARY,
+    "t2t_vit_t_24": _OF_24 | _ORDINARY,
+}
+
+default_cfgs = generate_default_cfgs({name: dict(_CFG) for name in _SIZES})
 
 
-def _create(name: str, pretrained: bool, sizes: Mapping[str, Any], given: dict[str, Any]) -> T2TVisionTransformer:
-    out_indices = given.pop("out_indices", 3)
-    return build_model_with_cfg(
-        T2TVisionTransformer,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **({"qkv_bias": False, "norm_layer": nn.LayerNorm} | dict(sizes) | given),
-    )
+def _entrypoint(name: str) -> Callable[..., T2TVisionTransformer]:
+    def create(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
+        out_indices = kwargs.pop("out_indices", 3)
+        return build_model_with_cfg(
+            T2TVisionTransformer,
+            name,
+            pretrained,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **({"qkv_bias": False, "norm_layer": nn.LayerNorm} | _SIZES[name] | kwargs),
+        )
+
+    create.__name__ = create.__qualname__ = name
+    return register_model(create)
 
 
-@register_model
-def t2t_vit_7(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT-7."""
-    return _create("t2t_vit_7", pretrained, _LITE | {"depth": 7}, kwargs)
-
-
-@register_model
-def t2t_vit_10(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT-10."""
-    return _create("t2t_vit_10", pretrained, _LITE | {"depth": 10}, kwargs)
-
-
-@register_model
-def t2t_vit_12(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT-12."""
-    return _create("t2t_vit_12", pretrained, _LITE | {"depth": 12}, kwargs)
-
-
-@register_model
-def t2t_vit_14(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT-14."""
-    return _create("t2t_vit_14", pretrained, _OF_14, kwargs)
-
-
-@register_model
-def t2t_vit_19(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT-19."""
-    return _create("t2t_vit_19", pretrained, _OF_19, kwargs)
-
-
-@register_model
-def t2t_vit_24(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT-24."""
-    return _create("t2t_vit_24", pretrained, _OF_24, kwargs)
-
-
-@register_model
-def t2t_vit_t_14(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT_t-14: with ordinary attention in the token layers."""
-    return _create("t2t_vit_t_14", pretrained, _OF_14 | {"token_layer": "transformer"}, kwargs)
-
-
-@register_model
-def t2t_vit_t_19(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT_t-19: with ordinary attention in the token layers."""
-    return _create("t2t_vit_t_19", pretrained, _OF_19 | {"token_layer": "transformer"}, kwargs)
-
-
-@register_model
-def t2t_vit_t_24(pretrained: bool = False, **kwargs: Any) -> T2TVisionTransformer:
-    """T2T-ViT_t-24: with ordinary attention in the token layers."""
-    return _create("t2t_vit_t_24", pretrained, _OF_24 | {"token_layer": "transformer"}, kwargs)
+globals().update({name: _entrypoint(name) for name in _SIZES})
 
 
 # --- the adapter ------------------------------------------------------------------------------------------------------
@@ -444,7 +403,6 @@ class T2TViT(TimmVisionTransformer):
     )
 
     def accepts(self, module: nn.Module) -> bool:
-        """Whether this is a T2TVisionTransformer whose forward is timm's own."""
         return isinstance(module, T2TVisionTransformer) and super().accepts(module)
 
     def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
@@ -452,28 +410,16 @@ class T2TViT(TimmVisionTransformer):
         embed = unwrap(model.patch_embed)
         return embed.macs(size) if type(embed) is TokensToToken else super().embedding_macs(model, size)
 
-    def describe(self, model: nn.Module, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
-        """timm's constructor arguments and those of the tokens-to-token module.
-
-        Raises:
-            ArtifactError: a part that no constructor argument expresses; names it.
-        """
-        assert isinstance(model, T2TVisionTransformer)
+    def describe(self, model: Any, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
         spec = describe(model, num_heads, num_neurons, embedding=TokensToToken)
         embed = model.patch_embed
-        own = {"token_layer": embed.token_layer, "token_dim": embed.token_dim}
-        return spec | own | {"class": "T2TVisionTransformer"}
+        own = {"class": "T2TVisionTransformer", "token_layer": embed.token_layer, "token_dim": embed.token_dim}
+        return spec | own
 
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
-        """The dense model of `describe`, from closed tables.
-
-        Raises:
-            ArtifactError: a field is missing, unknown or of the wrong type.
-        """
         timms = dict(spec)
         layer, token_dim = timms.pop("token_layer", None), timms.pop("token_dim", None)
-        if not isinstance(layer, str) or layer not in TOKEN_LAYERS:
-            raise ArtifactError(f"constructor field token_layer={layer!r:.80} is not one of {', '.join(TOKEN_LAYERS)}")
+        look_up(TOKEN_LAYERS, layer, "token_layer")
         if type(token_dim) is not int or not 1 < token_dim <= 65536:
             raise ArtifactError(f"constructor field token_dim={token_dim!r:.80} is out of range")
         model = partial(T2TVisionTransformer, token_layer=layer, token_dim=token_dim)

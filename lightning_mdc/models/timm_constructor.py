@@ -24,17 +24,17 @@ NORMS = {
     "timm.LayerNorm": layers.LayerNorm,
     "torch.LayerNorm": nn.LayerNorm,
     "timm.RmsNorm": layers.RmsNorm,
-} | {
-    f"timm.{name}": getattr(layers, name)
-    for name in ("LayerNormFp32", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32")
-    if hasattr(layers, name)
+    "timm.LayerNormFp32": layers.LayerNormFp32,
+    "timm.RmsNormFp32": layers.RmsNormFp32,
+    "timm.SimpleNorm": layers.SimpleNorm,
+    "timm.SimpleNormFp32": layers.SimpleNormFp32,
 }
 _ACTIVATIONS = {
     f"torch.{cls.__name__}": cls for cls in (nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU)
 } | {
     f"timm.{name}": getattr(timm_activations, name)
     for name in ("GELU", "GELUTanh", "QuickGELU", "Swish", "Sigmoid", "Tanh", "Mish", "SquaredReLU")
-    if hasattr(timm_activations, name)
+    if hasattr(timm_activations, name)  # SquaredReLU is new
 }
 
 
@@ -77,7 +77,8 @@ def describe(
         "glu_gate_last": bool(getattr(mlp, "gate_last", False)),
         "norm": _norm_spec(block.norm1, "blocks.0.norm1"),
         "embed_norm": None if isinstance(embed_norm, nn.Identity) else _norm_spec(embed_norm, "patch_embed.norm"),
-        "act": {"class": _name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")} | _own(mlp.act, "approximate"),
+        "act": {"class": _name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")}
+        | ({"approximate": mlp.act.approximate} if hasattr(mlp.act, "approximate") else {}),
         "gated": getattr(block.attn, "gate", None) is not None,
         "head_dim": block.attn.head_dim,
         "args": {
@@ -109,7 +110,7 @@ def _model_args(model: Any) -> dict[str, Any]:
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
         "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "pool_include_prefix": getattr(model, "pool_include_prefix", False),
+        "pool_include_prefix": model.pool_include_prefix,
         "dynamic_img_size": model.dynamic_img_size,
         "dynamic_img_pad": embed.dynamic_img_pad,
         "drop_rate": model.head_drop.p,
@@ -158,17 +159,13 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
     _check_spec(spec)
     args = dict(spec["args"])
     args["img_size"], args["patch_size"] = tuple(args["img_size"]), tuple(args["patch_size"])
-    # Older timm lacks these; they are passed only where they say something.
-    for name in ("pool_include_prefix", "scale_attn_norm", "scale_mlp_norm"):
-        if not args[name]:
-            args.pop(name)
-    mlp: Any = _look_up(MLPS, spec["mlp"], "mlp")
+    mlp: Any = look_up(MLPS, spec["mlp"], "mlp")
     if mlp is layers.GluMlp:
         mlp = partial(mlp, gate_last=spec["glu_gate_last"])
     norm = _norm_from(spec["norm"])
-    model: VisionTransformer = _look_up(models, spec["class"], "class")(
+    model: VisionTransformer = look_up(models, spec["class"], "class")(
         **args,
-        block_fn=_look_up(_BLOCKS, spec["block"], "block"),
+        block_fn=look_up(_BLOCKS, spec["block"], "block"),
         mlp_layer=mlp,
         norm_layer=norm,
         embed_norm_layer=None if spec["embed_norm"] is None else _norm_from(spec["embed_norm"]),
@@ -184,7 +181,7 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
                 attn_head_dim=spec["head_dim"],
                 qkv_bias=args["qkv_bias"],
                 qk_norm=args["qk_norm"],
-                scale_norm=spec["args"]["scale_attn_norm"],
+                scale_norm=args["scale_attn_norm"],
                 proj_bias=args["proj_bias"],
                 attn_drop=args["attn_drop_rate"],
                 proj_drop=args["proj_drop_rate"],
@@ -232,13 +229,10 @@ def _name_of(table: Mapping[str, type], module: nn.Module, where: str) -> str:
     raise ArtifactError(f"{where} is a {qualified_name(module)}; known are {', '.join(table)}")
 
 
-def _own(module: nn.Module, *names: str) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in names if hasattr(module, name)}
-
-
-def _look_up(table: Mapping[str, Any], name: Any, field: str) -> Any:
+def look_up(table: Mapping[str, Any], name: Any, field: str) -> Any:
+    """What a field of a spec names, from a closed table; an `ArtifactError` if that does not have it."""
     if not isinstance(name, str) or name not in table:
-        raise ArtifactError(f"constructor field {field}={name!r} is not one of {', '.join(table)}")
+        raise ArtifactError(f"constructor field {field}={name!r:.80} is not one of {', '.join(table)}")
     return table[name]
 
 
@@ -251,7 +245,7 @@ def _act_from(spec: Any) -> Any:
     if not isinstance(spec, dict) or set(spec) - {"approximate"} != {"class"} or approximate not in ("none", "tanh"):
         raise ArtifactError(f"constructor act {spec!r:.80}: expected a class, and approximate 'none' or 'tanh'")
     options = {"approximate": approximate} if "approximate" in spec else {}
-    return partial(_look_up(_ACTIVATIONS, spec["class"], "act"), **options)
+    return partial(look_up(_ACTIVATIONS, spec["class"], "act"), **options)
 
 
 def _norm_from(spec: Any) -> Any:
@@ -259,4 +253,4 @@ def _norm_from(spec: Any) -> Any:
         raise ArtifactError(f"constructor norm {spec!r:.80}: expected class and eps")
     if not 0 < spec["eps"] < 1:
         raise ArtifactError(f"constructor norm eps={spec['eps']!r} is out of range")
-    return partial(_look_up(NORMS, spec["class"], "norm"), eps=spec["eps"])
+    return partial(look_up(NORMS, spec["class"], "norm"), eps=spec["eps"])

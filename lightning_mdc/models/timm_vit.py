@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm import layers
@@ -28,6 +28,7 @@ from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, describe, 
 from lightning_mdc.policy import TokenStage
 
 _WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+_PARTS: dict[str, tuple[type, ...]] = {"attn": (layers.Attention,), "mlp": tuple(MLPS.values())}  # of a block
 
 
 class TimmVisionTransformer:
@@ -41,28 +42,20 @@ class TimmVisionTransformer:
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether this is a VisionTransformer whose forward is timm's own."""
-        cls = type(module)
-        if not isinstance(module, VisionTransformer):
-            return False
-        return any(
-            issubclass(cls, base) and _inherits(cls, base, _WHOLE_MODEL_METHODS)
-            for base in (VisionTransformer, VisionTransformerDistilled)
-        )
+        return _computes_as(module, (VisionTransformer, VisionTransformerDistilled), _WHOLE_MODEL_METHODS)
 
-    def sites(self, model: nn.Module) -> Sites:
-        """Where the units of `model` are; see `Sites`."""
-        assert isinstance(model, VisionTransformer)
+    def sites(self, model: Any) -> Sites:
         reasons: dict[str, str] = {}
         blocks = tuple(_block_site(f"blocks.{i}", unwrap(b), reasons) for i, b in enumerate(model.blocks))
-        pool = model.attn_pool if hasattr(model, "attn_pool") else None
-        if getattr(pool, "pos_embed", None) is not None:
+        if getattr(model.attn_pool, "pos_embed", None) is not None:
             reasons.setdefault("tokens", "attn_pool (AttentionPoolLatent) adds a position to every token it pools")
-        slim_block = next((b.name for b in blocks if b.stage is not None), None)
-        if slim_block is not None:
-            reasons["tokens"] = f"{slim_block} already drops tokens: this model is slim; prune tokens of the dense one"
+        stages = [block for block in blocks if block.stage is not None]
+        if stages:
+            reasons["tokens"] = (
+                f"{stages[0].name} already drops tokens: this model is slim; prune tokens of the dense one"
+            )
         distilled = isinstance(model, VisionTransformerDistilled)
         height, width = model.patch_embed.img_size
-        stages = [b for b in map(unwrap, model.blocks) if isinstance(b, TokenStageBlock)]
         return Sites(
             model=model,
             name=type(model).__name__,
@@ -74,7 +67,7 @@ class TimmVisionTransformer:
             class_rows=((0, 1) if distilled else (0,)) if model.global_pool == "token" else (),
             grid=tuple(model.patch_embed.grid_size),
             input_size=(in_chans(model), height, width),
-            fuse=stages[0].select.fuse if stages else True,
+            fuse=cast(TokenStageBlock, stages[0].module).select.fuse if stages else True,
             drops_patches_at_random=not isinstance(model.patch_drop, nn.Identity),
             reasons=reasons,
             grid_of=partial(_grid_of, model),
@@ -82,7 +75,6 @@ class TimmVisionTransformer:
         )
 
     def token_stage_block(self, sites: Sites, index: int, stage: TokenStage, fuse: bool) -> nn.Module:
-        """The block as a `TokenStageBlock` sharing its children."""
         return TokenStageBlock(sites.blocks[index].module, stage, sites.num_prefix_tokens, sites.class_rows, fuse)
 
     def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
@@ -93,42 +85,30 @@ class TimmVisionTransformer:
             return height * width * embed.proj.weight.numel()
         return _counted_macs(embed, (1, in_chans(model), *size), "patch_embed")
 
-    def describe(self, model: nn.Module, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
-        """Constructor arguments read off the modules.
-
-        Raises:
-            ArtifactError: a part that no constructor argument expresses; names it.
-        """
-        assert isinstance(model, VisionTransformer)
+    def describe(self, model: Any, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
         return describe(model, num_heads, num_neurons)
 
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
-        """The dense model of `describe`, from closed tables.
-
-        Raises:
-            ArtifactError: a field is missing, unknown or of the wrong type.
-        """
         return build(spec)
 
 
-def _inherits(cls: type, base: type, methods: tuple[str, ...]) -> bool:
-    return all(getattr(cls, name, None) is getattr(base, name, None) for name in methods)
+def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
+    """Whether the module is of one of `kinds` and has its `methods`, none of its own."""
+    return any(
+        isinstance(module, kind)
+        and all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
+        for kind in kinds
+    )
 
 
-def _is_plain(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
-    """Whether the module is of one of `kinds` and computes what they compute, on Linear layers that can be sliced."""
-    for kind in kinds if isinstance(kinds, tuple) else (kinds,):
-        if isinstance(module, kind) and _inherits(type(module), kind, ("forward",)):
-            children = (module._modules.get(name) for name in ("qkv", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2"))
-            return all(
-                child is None
-                or (
-                    (isinstance(child, nn.Linear) and _inherits(type(child), nn.Linear, ("forward",)))
-                    and "weight" in child._parameters
-                )  # no parametrisation, no torch.nn.utils.prune
-                for child in children
-            )
-    return False
+def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether the module computes what one of `kinds` does, on Linear layers that can be sliced."""
+    children = (module._modules.get(name) for name in ("qkv", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2"))
+    return _computes_as(module, kinds) and all(
+        # no parametrisation, no torch.nn.utils.prune
+        child is None or (_computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
+        for child in children
+    )
 
 
 # --- where things are -------------------------------------------------------------------------------------------------
@@ -136,8 +116,8 @@ def _is_plain(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
 
 def _block_site(name: str, block: Any, reasons: dict[str, str]) -> BlockSite:
     stage = block.select.stage if isinstance(block, TokenStageBlock) else None
-    pre_norm = stage is not None or (isinstance(block, Block) and _inherits(type(block), Block, ("forward",)))
-    post_norm = isinstance(block, ResPostBlock) and _inherits(type(block), ResPostBlock, ("forward",))
+    pre_norm = stage is not None or _computes_as(block, (Block,))
+    post_norm = _computes_as(block, (ResPostBlock,))
     if not pre_norm and not post_norm:
         reason = (
             f"{name} is a {qualified_name(block)}, neither timm's Block nor ResPostBlock (parallel, fused or its own)"
@@ -156,21 +136,19 @@ def _block_site(name: str, block: Any, reasons: dict[str, str]) -> BlockSite:
 
 
 def _head_site(name: str, attn: Any, reasons: dict[str, str]) -> tuple[UnitSite, AttentionSite] | tuple[None, None]:
-    if not _is_plain(attn, layers.Attention):
+    if not _is_plain(attn, _PARTS["attn"]):
         reasons.setdefault(
             "heads",
             f"{name} is a {qualified_name(attn)}, not timm.layers.Attention with its own forward and Linear layers",
         )
         return None, None
-    gate = getattr(attn, "gate", None)
-    producers = [Producer(attn.qkv, copies=3)] + ([Producer(gate)] if gate is not None else [])
-    norm = _spanning_norm(f"{name}.norm", attn.norm, "heads", reasons)
+    gate = getattr(attn, "gate", None)  # newer timm only
     heads = UnitSite(
         name=name,
         num_units=attn.num_heads,
         unit_width=attn.head_dim,
-        producers=tuple(producers),
-        norm=norm,
+        producers=(Producer(attn.qkv, copies=3),) + (() if gate is None else (Producer(gate),)),
+        norm=_spanning_norm(f"{name}.norm", attn.norm, "heads", reasons),
         consumer=attn.proj,
         owner=attn,
         size_attributes={"num_heads": 1, "attn_dim": attn.head_dim},
@@ -179,7 +157,7 @@ def _head_site(name: str, attn: Any, reasons: dict[str, str]) -> tuple[UnitSite,
 
 
 def _neuron_site(name: str, mlp: Any, reasons: dict[str, str]) -> UnitSite | None:
-    if not _is_plain(mlp, tuple(MLPS.values())):
+    if not _is_plain(mlp, _PARTS["mlp"]):
         reason = f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears"
         reasons.setdefault("neurons", reason)
         reasons.setdefault("tokens", f"{reason}: its cost with fewer tokens is not known")
@@ -239,15 +217,13 @@ def _fixed_macs(
     dim = model.embed_dim
     sequence = (1, height * width + model.num_prefix_tokens, dim)
     total: Any = embedding_macs(model, size)
-    pool = model.attn_pool if hasattr(model, "attn_pool") else None
-    if pool is not None:
+    if model.attn_pool is not None:
         pooled = num_tokens if model.pool_include_prefix else num_tokens - model.num_prefix_tokens
-        total = total + _pool_macs(pool, pooled, dim)
+        total = total + _pool_macs(model.attn_pool, pooled, dim)
     for i, block in enumerate(model.blocks):
         # A part no site stands for is priced as it is; tokens cannot leave such a model, so its length is known.
-        for part in ("attn", "mlp"):
+        for part, known in _PARTS.items():
             child = getattr(unwrap(block), part, None)
-            known = layers.Attention if part == "attn" else tuple(MLPS.values())
             if child is not None and not _is_plain(child, known):
                 total = total + _counted_macs(child, sequence, f"blocks.{i}.{part}")
     heads = [model.head, model.head_dist] if isinstance(model, VisionTransformerDistilled) else [model.head]

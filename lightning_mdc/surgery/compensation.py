@@ -14,8 +14,7 @@ gets none; its weights alone are refitted (S uncentred).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from lightning_mdc.errors import CompensationError, UnsupportedModelError
 from lightning_mdc.files import replacing
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
-from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites, unit_channels
+from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites, probing, unit_channels
 from lightning_mdc.progress import bar, steps_of
 from lightning_mdc.randomness import isolated_rng
 
@@ -66,6 +65,10 @@ class Moments:
         """Covariance (or, not centred, mean product) of channels with channels: (n, m) float64."""
         covariance = self.scatter.index_select(0, some).index_select(1, others).double() / int(self.rows)
         return covariance if centred else covariance + torch.outer(self.mean[some].double(), self.mean[others].double())
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same on a device."""
+        return Moments(self.rows, self.mean.to(device), self.scatter.to(device))
 
     def scale(self, *, centred: bool) -> Tensor:
         """Mean variance (or, not centred, mean square) of a channel: () float64."""
@@ -110,7 +113,7 @@ def refitted(
 class ActivationStatistics:
     """What compensation has to know of a model: moments of the channels its `proj` and `fc2` layers read. On the CPU.
 
-    One pass over the images serves all plans. Memory and file take 4 bytes x channels² per layer, however many images
+    Memory and file take 4 bytes x channels² per layer, however many images
     there are: for DeiT-B 453 MB for the 12 `fc2` (3072 neurons) and 28 MB for the 12 `proj`, for DeiT-S a quarter.
 
     Attributes:
@@ -144,16 +147,14 @@ class ActivationStatistics:
         """
         sites = find_sites(model)
         check_unmasked(sites.model, CompensationError, "its removed units are 0 already", "gather before masking")
-        sums = {
-            (dimension, index): _zeros(site)
-            for dimension, index, site in _sites(sites)
-            if site is not None and site.norm is None
-        }
+        places = {(name, index): site for name in _DIMENSIONS for index, site in enumerate(sites.units(name))}
+        sums = {place: _zeros(site) for place, site in places.items() if site.norm is None}
+        probes = [(places[place].consumer.register_forward_pre_hook, partial(_add, own)) for place, own in sums.items()]
         count = torch.zeros((), dtype=torch.int64)
 
         def observe() -> None:
             shown = bar("Gathering", steps_of(batches), shown=progress)
-            with isolated_rng(), evaluating(model), torch.no_grad(), _probes(sites, sums), shown as advance:
+            with isolated_rng(), evaluating(model), torch.no_grad(), probing(probes), shown as advance:
                 for images, _ in map(split_batch, batches):
                     model(on_device_of(sites, images))
                     count.add_(len(images))
@@ -161,7 +162,7 @@ class ActivationStatistics:
 
         on_every_rank(observe) if over_ranks else observe()  # before ranks exchange sums, all know who failed
         if over_ranks:
-            sums = {key: _over_ranks(moments) for key, moments in sorted(sums.items())}
+            sums = {key: _over_ranks(moments) for key, moments in sums.items()}
             count = summed(count)
         if not count:
             raise CompensationError("batches are empty: compensation rests on calibration images; give some")
@@ -171,12 +172,10 @@ class ActivationStatistics:
                     f"activations of the {dimension} of block {index} are not finite on the calibration images; check "
                     "the weights and the images' range"
                 )
-        on_cpu = {key: Moments(m.rows, m.mean.cpu(), m.scatter.cpu()) for key, m in sums.items()}
-        lists = {
-            name: tuple(on_cpu.get((name, index)) for dimension, index, _ in _sites(sites) if dimension == name)
-            for name in _DIMENSIONS
-        }
-        return cls(**lists, images=int(count))
+        lists: dict[str, list[Moments | None]] = {name: [] for name in _DIMENSIONS}
+        for place in places:
+            lists[place[0]].append(sums[place].to("cpu") if place in sums else None)
+        return cls(tuple(lists["heads"]), tuple(lists["neurons"]), int(count))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, e.g. ``neurons.3.scatter``."""
@@ -206,53 +205,31 @@ class ActivationStatistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 facts = file.metadata() or {}
-                if facts.get("format") != _FORMAT:
-                    raise CompensationError(
-                        f"statistics={str(path)!r} have format {facts.get('format')!r}, expected {_FORMAT!r}: no "
-                        "statistics of ours; gather them again"
-                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            lists = {
-                name: tuple(
-                    Moments(*(tensors[f"{name}.{index}.{part}"] for part in _PARTS))
-                    if f"{name}.{index}.rows" in tensors
-                    else None
-                    for index in range(count)
-                )
-                for name, count in json.loads(facts["blocks"]).items()
-            }
-            return cls(**lists, images=int(facts["images"]))
+            if facts.get("format") == _FORMAT:
+                lists = {
+                    name: tuple(
+                        Moments(*(tensors[f"{name}.{index}.{part}"] for part in _PARTS))
+                        if f"{name}.{index}.rows" in tensors
+                        else None
+                        for index in range(count)
+                    )
+                    for name, count in json.loads(facts["blocks"]).items()
+                }
+                return cls(**lists, images=int(facts["images"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CompensationError):
-                raise
             raise CompensationError(f"statistics={str(path)!r} cannot be read: {error}; gather them again") from error
-
-
-def _sites(sites: Sites) -> Iterator[tuple[str, int, UnitSite | None]]:
-    """(dimension, block, its heads or neurons), for the dimensions that can be cut."""
-    for dimension in _DIMENSIONS:
-        if dimension in sites.dimensions:
-            for index, block in enumerate(sites.blocks):
-                yield dimension, index, getattr(block, dimension)
+        raise CompensationError(
+            f"statistics={str(path)!r} have format {facts.get('format')!r}, expected {_FORMAT!r}: no statistics of "
+            "ours; gather them again"
+        )
 
 
 def _zeros(site: UnitSite) -> Moments:
-    weight, width = site.consumer.weight, site.num_units * site.unit_width
+    weight, width = site.consumer.weight, site.consumer.in_features
     kind: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
     rows = torch.zeros((), dtype=torch.int64, device="cpu")
     return Moments(rows, torch.zeros(width, **kind), torch.zeros((width, width), **kind))
-
-
-def _probes(sites: Sites, sums: dict[tuple[str, int], Moments]) -> ExitStack:
-    """Inside, what the layers read is added to `sums`."""
-    with ExitStack() as stack:
-        # Compiled code would not see the probes; it runs as it was written meanwhile.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for dimension, index, site in _sites(sites):
-            if site is not None and (dimension, index) in sums:
-                probe = partial(_add, sums[dimension, index])
-                stack.callback(site.consumer.register_forward_pre_hook(probe).remove)
-        return stack.pop_all()
 
 
 def _add(sums: Moments, module: nn.Module, args: tuple[Tensor]) -> None:
@@ -283,11 +260,7 @@ def _over_ranks(own: Moments) -> Moments:
 
 
 def check_compensation(sites: Sites, compensate: str, statistics: ActivationStatistics | None) -> None:
-    """Whether these statistics can serve to compensate in this model.
-
-    Raises:
-        CompensationError: `compensate` is unknown, or the statistics are missing, of another model or of no use.
-    """
+    """Refuse, with a `CompensationError`, an unknown way, and statistics that are missing or of another model."""
     if compensate not in COMPENSATIONS:
         raise CompensationError(f"compensate={compensate!r}: expected one of {COMPENSATIONS}")
     if compensate == "none":
@@ -303,11 +276,7 @@ def check_compensation(sites: Sites, compensate: str, statistics: ActivationStat
             "statistics=ActivationStatistics.of(model, batches)"
         )
     for name in _DIMENSIONS:
-        expected = [
-            None if site is None or site.norm is not None else site.num_units * site.unit_width
-            for dimension, _, site in _sites(sites)
-            if dimension == name
-        ]
+        expected = [None if site.norm is not None else site.consumer.in_features for site in sites.units(name)]
         given = [None if moments is None else len(moments.mean) for moments in getattr(statistics, name)]
         if given != expected:
             raise CompensationError(
@@ -317,11 +286,7 @@ def check_compensation(sites: Sites, compensate: str, statistics: ActivationStat
 
 
 def check_compensable(site: UnitSite, compensate: str) -> None:
-    """Whether what units of this site did can be given back, if some of them leave.
-
-    Raises:
-        UnsupportedModelError: a norm over the units; names the module.
-    """
+    """Refuse, with an `UnsupportedModelError`, to give back what units did where a norm is taken over them."""
     if compensate != "none" and site.norm is not None:
         raise UnsupportedModelError(
             f"compensate={compensate!r}: {site.name}.norm ({type(site.norm).__name__}) is taken over the units, so "
@@ -331,11 +296,7 @@ def check_compensable(site: UnitSite, compensate: str) -> None:
 
 
 def refit_consumer(site: UnitSite, kept: tuple[int, ...], moments: Moments | None) -> None:
-    """Refit the layer that reads one block's heads or neurons, in place, for the removal of all but the `kept` ones.
-
-    Raises:
-        UnsupportedModelError: see `check_compensable`.
-    """
+    """Refit the layer that reads one block's heads or neurons, in place, for the removal of all but the `kept` ones."""
     if len(kept) == site.num_units:
         return
     check_compensable(site, "lstsq")
@@ -343,10 +304,9 @@ def refit_consumer(site: UnitSite, kept: tuple[int, ...], moments: Moments | Non
     weight, bias = site.consumer.weight, site.consumer.bias
     # Where float64 is to be had.
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
-    moments = Moments(moments.rows, moments.mean.to(device), moments.scatter.to(device))
     channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), site.unit_width)
     old_bias = None if bias is None else bias.to(device)
-    new_weight, new_bias = refitted(weight.to(device), old_bias, moments, channels)
+    new_weight, new_bias = refitted(weight.to(device), old_bias, moments.to(device), channels)
     with torch.no_grad():
         weight[:, channels.to(weight.device)] = new_weight.to(weight.device, weight.dtype)
         if new_bias is not None:

@@ -9,9 +9,8 @@ reduces the tokens, a hook on the MLP's end adds the reduced stream, and a hook 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,22 +55,14 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 
 def apply_masks(model: nn.Module, plan: Plan, path: str | None = None) -> None:
-    """Put the masks of `plan` on, until `remove_masks`; compiled code sees them as `masked` says.
-
-    Args:
-        path: of the vision transformer in `model`, as an attribute; None finds it if there is just one.
-
-    Raises:
-        PlanError: see `masked`.
-    """
+    """Put the masks of `plan` on, until `remove_masks`, as `masked` says; `path`: of the transformer in `model`."""
     sites = find_sites(model, path)
     sites.check(plan)
     if is_masked(sites.model):
         raise PlanError(f"{sites.name} is masked already; leave the first `masked` block, or call remove_masks(model)")
-    for block, kept in zip(sites.blocks, plan.heads, strict=bool(plan.heads)):
-        _mask_units(block.heads, kept)
-    for block, kept in zip(sites.blocks, plan.neurons, strict=bool(plan.neurons)):
-        _mask_units(block.neurons, kept)
+    for dimension in ("heads", "neurons"):
+        for site, kept in zip(sites.units(dimension), getattr(plan, dimension), strict=True):
+            _mask_units(site, kept)
     for stage in plan.tokens:
         if stage.keep < 1:
             kept_heads = plan.heads[stage.block] if plan.heads else None
@@ -91,7 +82,7 @@ def remove_masks(model: nn.Module) -> None:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, MaskHook)]:
                 hook = hooks.pop(key)
-                dropped_tokens |= isinstance(hook, _ReturnReduced)
+                dropped_tokens |= isinstance(hook, _StageHook)
                 if isinstance(hook, _OwnWeight):
                     hook(module)  # the last forward pass may have failed in between
     hide_hooks(model)
@@ -103,8 +94,8 @@ def remove_masks(model: nn.Module) -> None:
 # --- heads and neurons ------------------------------------------------------------------------------------------------
 
 
-def _mask_units(site: UnitSite | None, kept: tuple[int, ...]) -> None:
-    if site is None or len(kept) == site.num_units:
+def _mask_units(site: UnitSite, kept: tuple[int, ...]) -> None:
+    if len(kept) == site.num_units:
         return
     device = site.consumer.weight.device
     channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), site.unit_width)
@@ -169,69 +160,57 @@ class _NormOfKept(MaskHook):
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Passing:
-    """What the hooks of one token stage hand on within one forward pass."""
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    reduced: Tensor | None = None
-    result: Tensor | None = None
-
-
 def _mask_tokens(
     sites: Sites, block: BlockSite, stage: TokenStage, kept_heads: tuple[int, ...] | None, fuse: bool
 ) -> None:
-    assert block.attention is not None and block.tokens is not None  # Sites.check has refused other blocks
-    passing = _Passing()
-    block.attention.q_norm.register_forward_hook(_Catch(passing, "q", kept_heads))
-    block.attention.k_norm.register_forward_hook(_Catch(passing, "k", kept_heads))
+    attention, tokens = block.attention, block.tokens
+    assert attention is not None and tokens is not None  # Sites.check has refused other blocks
     select = TokenSelection(stage, sites.num_prefix_tokens, sites.class_rows, fuse)
-    reduce = _Reduce(passing, select.to(block.attention.qkv.weight.device), block.attention.scale)
-    block.tokens.residual_norm.register_forward_pre_hook(reduce)
-    block.tokens.mlp_out.register_forward_hook(_AddReduced(passing))
-    block.module.register_forward_hook(_ReturnReduced(passing))
+    masked_stage = _MaskedStage(select.to(attention.qkv.weight.device), attention.scale, kept_heads)
+    attention.q_norm.register_forward_hook(_StageHook(masked_stage.see_q))
+    attention.k_norm.register_forward_hook(_StageHook(masked_stage.see_k))
+    tokens.residual_norm.register_forward_pre_hook(_StageHook(masked_stage.reduce))
+    tokens.mlp_out.register_forward_hook(_StageHook(masked_stage.add_to_reduced))
+    block.module.register_forward_hook(_StageHook(masked_stage.result_of_block))
 
 
-class _Catch(MaskHook):
-    def __init__(self, passing: _Passing, name: str, kept_heads: tuple[int, ...] | None) -> None:
-        self.passing, self.name = passing, name
-        self.kept_heads = None if kept_heads is None else list(kept_heads)
+class _StageHook(MaskHook):
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self.step = step
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        setattr(self.passing, self.name, output if self.kept_heads is None else output[:, self.kept_heads])
+    def __call__(self, *args: Any) -> Any:
+        return self.step(*args)
 
 
-class _Reduce(MaskHook):
-    def __init__(self, passing: _Passing, select: TokenSelection, scale: float) -> None:
-        self.passing, self.select, self.scale = passing, select, scale
+class _MaskedStage:
+    """A token stage in five hooks, which run in this order, and what they hand on within one forward pass."""
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    q: Any = None
+    k: Any = None
+    reduced: Any = None
+    result: Any = None
+
+    def __init__(self, select: TokenSelection, scale: float, kept_heads: tuple[int, ...] | None) -> None:
+        self.select, self.scale = select, scale
+        self.kept_heads = slice(None) if kept_heads is None else list(kept_heads)
+
+    def see_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.q = output[:, self.kept_heads]
+
+    def see_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.k = output[:, self.kept_heads]
+
+    def reduce(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
-        q, k = self.passing.q, self.passing.k
-        assert q is not None and k is not None
-        self.passing.q = self.passing.k = None
-        self.passing.reduced = self.select(x, q, k, self.scale)
-        return (self.passing.reduced,)
+        q, k, self.q, self.k = self.q, self.k, None, None
+        self.reduced = self.select(x, q, k, self.scale)
+        return (self.reduced,)
 
-
-class _AddReduced(MaskHook):
-    def __init__(self, passing: _Passing) -> None:
-        self.passing = passing
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        assert self.passing.reduced is not None
-        self.passing.result = self.passing.reduced + output
-        self.passing.reduced = None
+    def add_to_reduced(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self.result, self.reduced = self.reduced + output, None
         # The block adds this to its full-length stream; the sum is thrown away by the hook on the block.
         return output.new_zeros(())
 
-
-class _ReturnReduced(MaskHook):
-    def __init__(self, passing: _Passing) -> None:
-        self.passing = passing
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        result, self.passing.result = self.passing.result, None
-        assert result is not None
+    def result_of_block(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        result, self.result = self.result, None
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 from torch import nn
 
@@ -40,13 +41,9 @@ def slim(
     dense.check(plan)
     check_compensation(dense, compensate, statistics)
     copied = plain_copy(dense.model)
-    remove_masks(copied)
     sites = find_sites(copied)
-    for dimension, kept_units in (("heads", plan.heads), ("neurons", plan.neurons)):
-        for index, (block, kept) in enumerate(zip(sites.blocks, kept_units, strict=bool(kept_units))):
-            site = getattr(block, dimension)
-            if site is None:
-                continue
+    for dimension in ("heads", "neurons"):
+        for index, (site, kept) in enumerate(zip(sites.units(dimension), getattr(plan, dimension), strict=True)):
             if statistics is not None:
                 refit_consumer(site, kept, getattr(statistics, dimension)[index])
             cut_units(site, kept)
@@ -67,12 +64,13 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy with nothing of it compiled."""
+    """A copy with nothing of it compiled or masked."""
     copied = copy.deepcopy(model)
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             if unwrap(child) is not child:  # a block compiled by itself
                 setattr(parent, name, unwrap(child))
+    remove_masks(copied)
     return copied
 
 
@@ -86,11 +84,5 @@ def _since_dense(sites: Sites, plan: Plan) -> Plan:
         return tuple(tuple(a[i] for i in b) for a, b in zip(first, then, strict=True))
 
     dropping = before if before.drops_tokens else plan  # not both: Sites.check has refused that
-    return Plan(
-        heads=compose(before.heads, plan.heads),
-        neurons=compose(before.neurons, plan.neurons),
-        tokens=dropping.tokens,
-        num_heads=before.num_heads,
-        num_neurons=before.num_neurons,
-        fuse=dropping.fuse,
-    )
+    heads, neurons = compose(before.heads, plan.heads), compose(before.neurons, plan.neurons)
+    return replace(before, heads=heads, neurons=neurons, tokens=dropping.tokens, fuse=dropping.fuse)
