@@ -129,7 +129,7 @@ def test_results_go_through_json(tmp_path):
     path.write_text(results().to_json())
     assert Results.load(path) == results()
     path.write_text(results().to_json().replace('"correct"', '"korrekt"'))
-    with pytest.raises(ConfigError, match="run the step test again"):
+    with pytest.raises(ConfigError, match="runs the step test again"):
         Results.load(path)
 
 

@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_mdc.app.report.examples import Examples
 from lightning_mdc.app.report.invocations import Invocation, invocations
-from lightning_mdc.app.report.outcomes import ClassChange, Outcomes
+from lightning_mdc.app.report.outcomes import ClassChange, Examples, Outcomes
 from lightning_mdc.app.report.results import Results
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RECORDS, RunFolder, newest_run
 from lightning_mdc.app.step_table import STEPS
