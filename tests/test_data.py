@@ -110,7 +110,7 @@ def test_digits_are_all_there_once():
     splits = data.splits
     assert (len(splits.train), len(splits.val), len(splits.test)) == (1197, 240, 360)
     assert data.num_classes == 10
-    assert data.class_names == tuple("0123456789")
+    assert data.splits.class_names == tuple("0123456789")
     ours = torch.cat([splits.train.images, splits.val.images, splits.test.images])
     assert ours.mean().abs() < 1e-3
     assert abs(ours.std() - 1) < 1e-3
@@ -167,7 +167,7 @@ def test_folder_and_tar_hold_the_same_images_in_disjoint_splits(folder, tmp_path
     root = write_tar(tmp_path / "images.tar", folder) if packed else folder
     data = ImageFolderDataModule(root, val_fraction=0.2, test_fraction=0.3, data_config=PLAIN, num_workers=0)
     data.setup("fit")
-    assert data.class_names == CLASSES
+    assert data.splits.class_names == CLASSES
     parts = [identities(part) for part in (data.calibration_dataset(), data.splits.val, data.splits.test)]
     assert [len(part) for part in parts] == [15, 6, 9]
     assert set.union(*parts) == {(label, index) for label in range(3) for index in range(10)}

@@ -27,7 +27,7 @@ class Numbered(ImageDataModule):
     def __init__(
         self, images: int = 23, batch_size: int = 4, num_workers: int = 0, held_out: int = 7, **loading
     ) -> None:
-        super().__init__(1, 1, batch_size, num_workers, **loading)
+        super().__init__(in_chans=1, img_size=1, batch_size=batch_size, num_workers=num_workers, **loading)
         self.images, self.held_out = images, held_out
 
     def make_splits(self) -> Splits:

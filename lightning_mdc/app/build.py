@@ -6,7 +6,6 @@ What cannot be built is a `ConfigError`, or the error of the part that refused.
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import timm
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from safetensors import SafetensorError
 from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -24,7 +22,7 @@ from torch import nn
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.settings import Settings
 from lightning_mdc.app.tracking import Tracker
-from lightning_mdc.app.trainer import training_device
+from lightning_mdc.app.trainer import REFUSALS, training_device
 from lightning_mdc.artifact import load
 from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.uniform import uniform_policy
@@ -39,18 +37,6 @@ from lightning_mdc.surgery.compensation import check_compensable
 
 # With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
 _ENOUGH_FOR_TOP1 = 1000
-
-# What timm and torch raise at arguments they cannot use.
-_REFUSALS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AssertionError,
-    KeyError,
-    OSError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 
 
 def made(group: str, options: Settings, **more: Any) -> Any:
@@ -124,7 +110,7 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
             network = VisionTransformer(**args)
         else:
             network = timm.create_model(model["name"], pretrained=model["pretrained"] and weights, **args)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         shown = {key: value for key, value in args.items() if key not in facts}
         raise ConfigError(
             f"model.name={model['name']!r} with model.args={shown} for images of {data.in_chans}x{size}x{size} is "
@@ -155,7 +141,7 @@ def _with_checkpoint(network: nn.Module, checkpoint: str) -> nn.Module:
             network.load_state_dict(load(path).state_dict())
         else:
             load_checkpoint(network, str(path), weights_only=True)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         first = str(error).strip().splitlines()
         raise ConfigError(
             f"model.checkpoint={checkpoint!r} does not fit model.name and model.args: {' '.join(first[:2])[:300]}; "

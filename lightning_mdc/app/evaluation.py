@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from lightning_mdc.app.report.outcomes import FIRST, LEAST_CHANGED, MOST_CHANGED
 from lightning_mdc.distributed import gather
 from lightning_mdc.figures.tokens import Example
 from lightning_mdc.models import evaluating, find_sites
-from lightning_mdc.progress import bar, steps_of
+from lightning_mdc.progress import bar
 from lightning_mdc.tokens.surviving_patches import surviving_patches
 
 # Of how many images examples are chosen, and how many of each kind are shown.
@@ -48,7 +49,7 @@ def _predictions(model: nn.Module, loader: Iterable[Any], device: torch.device, 
     """(labels, predicted classes), (n,) each."""
     labels, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     model.to(device)
-    with torch.inference_mode(), evaluating(model), bar(title, steps_of(loader)) as advance:
+    with torch.inference_mode(), evaluating(model), bar(title, length_hint(loader)) as advance:
         for images, targets in loader:
             classes.append(model(images.to(device)).argmax(dim=-1).cpu())
             labels.append(torch.as_tensor(targets))

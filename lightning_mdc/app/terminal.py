@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
+from lightning_mdc.app.settings import flat
 from lightning_mdc.distributed import is_first
 from lightning_mdc.errors import MdcError, error_chain
 
@@ -111,7 +113,10 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
             if option not in groups[group]:
                 return f"{group}={option!r} is none of {', '.join(groups[group])}"
     with initialize_config_dir(str(conf), version_base="1.3"):
-        known = [*_keys(OmegaConf.to_container(compose("train", chosen), resolve=False)), *groups]
+        settings: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
+    # Groups of settings are keys, too.
+    keys = (prefix for key, _ in flat(settings) for prefix in accumulate(key.split("."), "{}.{}".format))
+    known = [*dict.fromkeys(keys), *groups]
     unknown = [name for name in names if name not in known and not name.startswith("hydra")]
     if not unknown:
         return None
@@ -119,13 +124,6 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
     also = [key for key in known if key.rpartition(".")[2] == unknown[0]][:3]
     meant = f"did you mean {' or '.join(dict.fromkeys([*also, *close]))}? " if also or close else ""
     return f"there is no setting {unknown[0]!r}; {meant}{shlex.join(program())} --cfg job shows all of them"
-
-
-def _keys(settings: Any, prefix: str = "") -> Iterator[str]:
-    for name, value in settings.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
 
 
 # --- what to type next ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import lightning as L
@@ -31,6 +32,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -54,14 +56,16 @@ _NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "teacher", "ema_decay"
 # Of the Trainer's arguments, those that a machine can be without.
 _WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
-# What Lightning raises at arguments it cannot use.
-_REFUSALS = (
+# What timm, torch and Lightning raise at arguments they cannot use.
+REFUSALS = (
     TypeError,
     ValueError,
     RuntimeError,
     AssertionError,
     KeyError,
     OSError,
+    SafetensorError,
+    UnpicklingError,
     MisconfigurationException,
     InstantiationException,
 )
@@ -165,7 +169,7 @@ def build_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise _trainer_refused(settings, error) from error
 
 
@@ -180,7 +184,7 @@ def _strategy(settings: Settings) -> Strategy | str:
         return cast(str, strategy)
     try:
         return cast(Strategy, instantiate(strategy, _convert_="all"))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise _trainer_refused(settings, error) from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lightning_mdc.importance.criteria import Criterion, UnitGroup, as_criterion
 from lightning_mdc.importance.scores import Scores, finite
 from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites
 from lightning_mdc.policy import Policy, default_stages
-from lightning_mdc.progress import bar, steps_of
+from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 
 _MEMORY_LIMIT = 2 * 2**30  # bytes
@@ -62,7 +63,7 @@ def score(
     scorer = Scorer(sites, criterion, dimensions, stages)
 
     def observe() -> None:
-        shown = bar("Scoring", steps_of(batches), shown=progress)
+        shown = bar("Scoring", length_hint(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer, shown as advance:
             for images, labels in _as_tensors(batches, criterion):
                 scorer.update(partial(_predict, model, on_device_of(sites, images), prediction), labels)

@@ -33,14 +33,10 @@ class Invocation:
     machine: str
 
 
-def this_invocation() -> Invocation:
-    """How this process was started."""
-    return Invocation(started(), datetime.now().isoformat(timespec="seconds"), _versions(), platform.platform())
-
-
 def note_invocation(folder: RunFolder) -> None:
     """Add this process to the ones that the run's folder remembers."""
-    write_json(folder / _FILE, [asdict(each) for each in (*invocations(folder.path), this_invocation())])
+    this = Invocation(started(), datetime.now().isoformat(timespec="seconds"), _versions(), platform.platform())
+    write_json(folder / _FILE, [asdict(each) for each in (*invocations(folder.path), this)])
 
 
 def invocations(folder: Path) -> tuple[Invocation, ...]:

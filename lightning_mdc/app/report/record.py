@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,15 +155,6 @@ class RunRecord:
         except (MdcError, OSError, ValueError) as error:  # the rest is still worth a report
             log.warning("%s is left out of the report: %s", path, error)
             return None
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all settings: ``("search.n_trials", 60)``."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_comparable(study: StudyFile, other: StudyFile) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_mdc.app.report.record import flat
+from lightning_mdc.app.settings import flat
 from lightning_mdc.app.tracking.tracker import Model, RunInfo, Shown, Tracker
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.figures import tensorboard_logger
