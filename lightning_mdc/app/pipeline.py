@@ -63,19 +63,17 @@ def _run_steps(run: Run, selected: tuple[str, ...]) -> None:
         # A step is picked up only if all it is built on was: its fingerprint holds theirs.
         if not fresh.intersection(_upstream(run.settings, name)) and on_first_rank(partial(run.is_done, name)):
             log.info("%-8s picked up from %s", f"{name}:", run.output(name))
-            tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
-            continue
-        fresh.add(name)
-        if name in shared_by_trials(run.settings) and on_first_rank(partial(_take_from_cache, run, name)):
+        elif on_first_rank(partial(_take_from_cache, run, name)):
+            fresh.add(name)
             log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
-            tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
-            continue
-        try:
-            run_step(run, name)
-        except BaseException as error:
-            terminal.note_where(error, folder, name)
-            tracking.show_step(run.trackers, folder, name, None)  # as far as it came
-            raise
+        else:
+            fresh.add(name)
+            try:
+                run_step(run, name)
+            except BaseException as error:
+                terminal.note_where(error, folder, name)
+                tracking.show_step(run.trackers, folder, name, None)  # as far as it came
+                raise
         tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
     if "report" not in fresh:  # which says it at more length
         on_first_rank(partial(_say_what_next, run))
@@ -136,6 +134,8 @@ def cache_folder(settings: build.Settings, fingerprints: Mapping[str, str]) -> P
 
 
 def _take_from_cache(run: Run, name: str) -> bool:
+    if name not in shared_by_trials(run.settings):
+        return False
     cache = Run(run.settings, RunFolder(cache_folder(run.settings, run.fingerprints)), run.fingerprints)
     if not cache.is_done(name):
         return False

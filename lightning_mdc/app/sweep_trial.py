@@ -22,7 +22,7 @@ from lightning_mdc.app.fingerprints import fingerprint_of, fingerprints
 from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.steps import Run, held_out_batches, pruned
 from lightning_mdc.app.tracking import Trackers
-from lightning_mdc.app.tracking.sweeps import trial_items
+from lightning_mdc.app.tracking.contents import trial_items
 from lightning_mdc.app.trainer import num_processes
 from lightning_mdc.budget import CostModel, macs
 from lightning_mdc.budget.pricing import Pricing

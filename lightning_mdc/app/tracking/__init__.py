@@ -40,8 +40,8 @@ def opened(trackers: Mapping[str, Tracker], info: RunInfo) -> Iterator[Trackers]
 
 
 def show_step(trackers: Trackers, folder: Path, name: str, fingerprint: str | None) -> None:
-    """Show what step `name` left in the run's folder; see `Trackers.show_step`."""
-    trackers.show_step(name, fingerprint, lambda: published(RunRecord(folder), name))
+    """Show what step `name` left in the run's folder; see `Trackers.show`."""
+    trackers.show(lambda: published(RunRecord(folder), name), name, fingerprint)
 
 
 def run_info(folder: Path, settings: Mapping[str, Any], kind: str = "pipeline") -> RunInfo:

@@ -24,8 +24,6 @@ class TensorboardTracker(Tracker):
         ConfigError: tensorboard is not installed.
     """
 
-    remedy = "is the disk full, or the folder not writable? choose another logger"
-
     def __init__(self) -> None:
         if find_spec("tensorboard") is None:
             raise ConfigError(

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mdc.app.tracking.tracker import Model, RunInfo, Shown, Tracker
-from lightning_mdc.errors import ConfigError
+from lightning_mdc.errors import ConfigError, check_number, check_one_of
 from lightning_mdc.figures import wandb_logger
 from lightning_mdc.files import read_json, write_json
 
@@ -28,15 +28,7 @@ _STEPS_PER_START = 1_000_000
 
 
 class WandbTracker(Tracker):
-    """One wandb run.
-
-    Args:
-        project: that the run belongs to.
-        entity: user or team; None: the one that is logged in.
-        mode: ``online``, ``offline`` (recorded in the run's folder, for ``wandb sync``) or ``disabled``.
-        init_timeout: seconds to wait for the server; after that the run is recorded offline.
-        finish_timeout: seconds that a run waits at its end for what has not been uploaded yet.
-        models: whether dense, slim and finetuned models are uploaded as artifacts.
+    """One wandb run. What the arguments mean is said in ``conf/logger/wandb.yaml``.
 
     Raises:
         ConfigError: wandb is not installed, or a setting is none.
@@ -55,13 +47,11 @@ class WandbTracker(Tracker):
     ) -> None:
         if find_spec("wandb") is None:
             raise ConfigError("logger=wandb needs the package wandb, which is not installed; run pip install wandb")
-        if mode not in _MODES:
-            raise ConfigError(f"logger.wandb.mode={mode!r}: expected one of {', '.join(_MODES)}")
+        check_one_of("logger.wandb.mode", mode, _MODES, ConfigError)
         for key, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
-            if type(seconds) not in (int, float) or not seconds > 0:
-                raise ConfigError(f"logger.wandb.{key}={seconds!r}: expected a number of seconds above 0")
+            check_number(f"logger.wandb.{key}", seconds, "seconds", ConfigError, above=0)
         self.project, self.entity, self.mode, self.models = project, entity, mode, models
-        self.init_timeout, self.finish_timeout = float(init_timeout), float(finish_timeout)
+        self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         self._run: Any = None
         self._artifacts: dict[str, Any] = {}
 
