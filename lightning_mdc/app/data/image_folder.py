@@ -65,8 +65,8 @@ class ImageFolderDataModule(ImageDataModule):
         root: may be ``None`` for a named data set that needs none.
         name: with timm's prefix: ``torch/``, ``hfds/``, ``hfids/``, ``tfds/``, ``wds/``.
         data_config: a model's ``pretrained_cfg`` or ``resolve_model_data_config(model)``: ``input_size``, ``mean``,
-            ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``; other keys are ignored. Without it images have three
-            channels of 224x224.
+            ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``; other keys are ignored. Without it images are
+            three channels of 224x224.
         max_corrupt_images: of training images; anywhere else the first one that can't be decoded is an error.
 
     Raises:
