@@ -11,7 +11,6 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -74,7 +73,7 @@ def app(cfg: DictConfig) -> float | None:
         # A sweep has to learn of a failed job by its exception; and whoever looks for a fault wants the traceback.
         wants_traceback = cfg.debug is True or os.environ.get("HYDRA_FULL_ERROR") == "1"
         explained = terminal.explain(error)
-        if explained is None or wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+        if explained is None or wants_traceback or terminal.in_sweep():
             raise
         message, code = explained
         rank: int = rank_zero_only.rank  # type: ignore[attr-defined]

@@ -18,8 +18,7 @@ from lightning import seed_everything
 
 from lightning_mdc.app import build, terminal, tracking
 from lightning_mdc.app.fingerprints import changed, fingerprints, relevant
-from lightning_mdc.app.report.invocations import note_invocation
-from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, open_run
+from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, note_invocation, open_run
 from lightning_mdc.app.step_table import STEPS, needed, switched_off
 from lightning_mdc.app.steps import ACTIONS, Run
 from lightning_mdc.app.trainer import check_training, ignores_clipping, processes, shards_parameters
@@ -229,7 +228,8 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
     _ = run.device
     if not any(STEPS[name].uses_data for name in selected):
         return
-    if "dense" in selected and not settings["dense"]["epochs"] and not _has_weights(settings):
+    has_weights = settings["model"]["pretrained"] or settings["model"]["checkpoint"] is not None
+    if "dense" in selected and not settings["dense"]["epochs"] and not has_weights:
         raise ConfigError(
             "dense.epochs=0 leaves the model untrained; give dense.epochs, model.pretrained=true or model.checkpoint"
         )
@@ -259,10 +259,6 @@ def _check_sharding(settings: build.Settings, selected: tuple[str, ...]) -> None
             f"distillation.ema_decay={decay} averages whole parameters, which trainer=fsdp shards; give "
             "distillation.ema_decay=null, or train with trainer=ddp"
         )
-
-
-def _has_weights(settings: build.Settings) -> bool:
-    return bool(settings["model"]["pretrained"]) or settings["model"]["checkpoint"] is not None
 
 
 def _upstream(settings: build.Settings, name: str) -> tuple[str, ...]:

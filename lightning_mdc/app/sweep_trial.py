@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -21,6 +19,7 @@ from lightning_mdc.app import build, pipeline, tracking
 from lightning_mdc.app.fingerprints import fingerprint_of, fingerprints
 from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.steps import Run, held_out_batches, pruned
+from lightning_mdc.app.terminal import in_sweep
 from lightning_mdc.app.tracking import Trackers
 from lightning_mdc.app.tracking.contents import trial_items
 from lightning_mdc.app.trainer import num_processes
@@ -49,24 +48,19 @@ def trial(settings: build.Settings, folder: Path) -> float:
             f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"
         )
     with tracking.opened(build.build_trackers(settings), tracking.run_info(folder, settings, "trial")) as trackers:
-        return _trial(settings, folder, trackers)
-
-
-def _trial(settings: build.Settings, folder: Path, trackers: Trackers) -> float:
-    run = prepared(settings, trackers)
-    model = run.model(run.weights).to(run.device)
-    policy = build.given_policy(settings, model)
-    if policy is None:
-        raise ConfigError("stage=trial judges a policy that is given; give policy.keep.heads=..., or policy.file")
-    _, slim_model = pruned(run, model, policy)
-    held_out = build_held_out(run, model)
-    value = held_out(slim_model)
-    write_text(folder / "policy.json", policy.to_json())
-    trackers.show(lambda: _items(settings, model, slim_model, policy, value))
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper says it
+        run = prepared(settings, trackers)
+        model = run.model(run.weights).to(run.device)
+        policy = build.given_policy(settings, model)
+        if policy is None:
+            raise ConfigError("stage=trial judges a policy that is given; give policy.keep.heads=..., or policy.file")
+        _, slim_model = pruned(run, model, policy)
+        held_out = build_held_out(run, model)
+        value = held_out(slim_model)
+        write_text(folder / "policy.json", policy.to_json())
+        trackers.show(lambda: _items(settings, model, slim_model, policy, value))
+        if not in_sweep():  # else the sweeper says it
+            log.info("trial: %s %.4f", held_out.metric, value)
         return value
-    log.info("trial: %s %.4f", held_out.metric, value)
-    return value
 
 
 def _items(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
@@ -132,6 +133,11 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
 def program() -> list[str]:
     """What a command line begins with: ``python .../train.py`` where the user has typed that, else ``mdc train``."""
     return ["python", sys.argv[0]] if Path(sys.argv[0]).name == "train.py" else ["mdc", "train"]
+
+
+def in_sweep() -> bool:
+    """Whether this is one of several runs that Hydra starts (``-m``)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def started() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -182,7 +182,7 @@ def _draw_trials(
     at = np.array([where for where, trial in zip(x, trials, strict=True) if trial.status == "done"], dtype=float)
     low, high = _limits(values.tolist(), direction)
     inside = (values >= low) & (values <= high)
-    looks = {"color": _TRIAL, "alpha": 0.75, "linewidths": 0}
+    looks: dict[str, Any] = {"color": _TRIAL, "alpha": 0.75, "linewidths": 0}
     panel.scatter(at[inside], values[inside], s=22, label="trial", **looks)
     for outside, edge, marker in ((values > high, high, "^"), (values < low, low, "v")):
         if outside.any():

@@ -109,7 +109,6 @@ class ImageFolderDataModule(ImageDataModule):
             _check_path(argument, path, named=bool(self.name))
         if self.test_split is None:
             self.test_split = _find_test_folder(self.root, self.name, self.split, self.test_root)
-        self.dataset_options = _plain(self.dataset_options)
         self.train_transform = _train_transform(config, self.augmentation)
         self.eval_transform = create_transform(**config, is_training=False)
 
@@ -158,7 +157,7 @@ class ImageFolderDataModule(ImageDataModule):
         Raises:
             DataError: timm can't read it.
         """
-        options = {"input_img_mode": "L" if self.in_chans == 1 else "RGB", **self.dataset_options}
+        options = {"input_img_mode": "L" if self.in_chans == 1 else "RGB", **_plain(self.dataset_options)}
         if root is not None and Path(root).suffix == ".tar":
             # A tar kept open is shared by forked workers, which then move one another's file position.
             options["cache_tarfiles"] = False
@@ -180,7 +179,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"{argument}={path!r} can't be read as a tar: {error}; it is damaged or compressed - pack the class"
                 " folders again, uncompressed (tar -cf)"
             ) from error
-        if "class_map" not in self.dataset_options:  # which may leave out folders on purpose
+        if "class_map" not in options:  # which may leave out folders on purpose
             _check_class_folders(argument, dataset)
         return dataset
 

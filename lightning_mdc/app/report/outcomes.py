@@ -140,7 +140,8 @@ class Examples:
                     arrays["image"], arrays["kept"], facts.pop("items"), strict=True
                 )
             )
-            return cls(items, **{name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()})
+            others: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+            return cls(items, **others)
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:

@@ -9,10 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_mdc.app.report.invocations import Invocation, invocations
 from lightning_mdc.app.report.outcomes import ClassChange, Examples, Outcomes
 from lightning_mdc.app.report.results import Results
-from lightning_mdc.app.run_folder import CURRENT_STUDY, RECORDS, RunFolder, newest_run
+from lightning_mdc.app.run_folder import CURRENT_STUDY, RECORDS, Invocation, RunFolder, invocations, newest_run
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.artifact import load_skeleton
 from lightning_mdc.budget import CostModel

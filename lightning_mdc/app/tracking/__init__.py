@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 from lightning_mdc.app.report.record import RunRecord
+from lightning_mdc.app.terminal import in_sweep
 from lightning_mdc.app.tracking.contents import published
 from lightning_mdc.app.tracking.tracker import RunInfo, Tracker, Trackers
 
@@ -46,7 +46,7 @@ def show_step(trackers: Trackers, folder: Path, name: str, fingerprint: str | No
 
 def run_info(folder: Path, settings: Mapping[str, Any], kind: str = "pipeline") -> RunInfo:
     """A run or trial by its folder and, in a sweep of Hydra's, by what is its own there."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not in_sweep():
         return RunInfo(folder, f"{settings['name']} {folder.name}", kind=kind, settings=settings)
     hydra = HydraConfig.get()
     group = Path(hydra.sweep.dir).name
