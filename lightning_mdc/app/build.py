@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -35,22 +35,28 @@ from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery.compensation import check_compensable
 
+T = TypeVar("T")
+
 # With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
 _ENOUGH_FOR_TOP1 = 1000
 
 
-def made(group: str, options: Settings, **more: Any) -> Any:
+def made(group: str, kind: type[T], options: Settings, **more: Any) -> T:
     """What Hydra makes of a group: the object that ``_target_`` names, with the other keys as arguments,
     and `more`, which are not the user's.
 
     Raises:
-        ConfigError: there is no such name, or it takes no such argument.
+        ConfigError: there is no such name, it takes no such argument, or what it makes is not of this kind.
         MdcError: what the object refuses itself.
     """
     try:
-        return instantiate({**options, **more}, _convert_="all")
+        found = instantiate({**options, **more}, _convert_="all")
     except InstantiationException as error:
         wrapped = error
+    else:
+        if not isinstance(found, kind):
+            raise ConfigError(f"{group}._target_={options['_target_']!r} is no {kind.__name__}")
+        return found
     # Raised from here, not from within: Hydra's error has this one as its cause.
     target, cause = options["_target_"], wrapped.__cause__
     reason = " ".join(str(cause or wrapped).split())
@@ -85,7 +91,7 @@ def build_data(settings: Settings) -> ImageDataModule:
         _check_name(model["name"])
         cfg = timm.get_pretrained_cfg(model["name"])
         more["data_config"] = {} if cfg is None else cfg.to_dict()
-    return made("data", data, **more)
+    return made("data", ImageDataModule, data, **more)
 
 
 def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = True) -> nn.Module:
@@ -170,10 +176,7 @@ def build_criterion(settings: Settings) -> Criterion:
     Raises:
         ConfigError: the group names something else.
     """
-    criterion = made("importance", settings["importance"])
-    if not isinstance(criterion, Criterion):
-        raise ConfigError(f"importance._target_={settings['importance']['_target_']!r} is no Criterion")
-    return criterion
+    return made("importance", Criterion, settings["importance"])  # type: ignore[type-abstract]
 
 
 def build_budget(settings: Settings) -> Budget:
@@ -327,8 +330,5 @@ def build_trackers(settings: Settings) -> dict[str, Tracker]:
             raise ConfigError(
                 f"logger.{key}={options!r}: expected a logger, such as logger=wandb or logger=[csv,wandb]"
             )
-        tracker = made(f"logger.{key}", options)
-        if not isinstance(tracker, Tracker):
-            raise ConfigError(f"logger.{key}._target_={options['_target_']!r} is no Tracker")
-        trackers[key] = tracker
+        trackers[key] = made(f"logger.{key}", Tracker, options)  # type: ignore[type-abstract]
     return trackers

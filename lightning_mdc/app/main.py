@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mdc.app import pipeline, sweep_trial, terminal
+from lightning_mdc.app import pipeline, sweep, terminal
 from lightning_mdc.app.settings import plain
 
 log = logging.getLogger("lightning_mdc")
@@ -67,7 +67,7 @@ def app(cfg: DictConfig) -> float | None:
     try:
         settings = plain(cfg)
         if settings["stage"] == "trial":
-            return sweep_trial.trial(settings, Path(HydraConfig.get().runtime.output_dir))
+            return sweep.trial(settings, Path(HydraConfig.get().runtime.output_dir))
         pipeline.run(settings)
     except BaseException as error:
         # A sweep has to learn of a failed job by its exception; and whoever looks for a fault wants the traceback.

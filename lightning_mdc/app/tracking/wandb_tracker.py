@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mdc.app.tracking.tracker import Model, RunInfo, Shown, Tracker
 from lightning_mdc.errors import ConfigError, check_number, check_one_of
-from lightning_mdc.figures import wandb_logger
+from lightning_mdc.figures import loggers
 from lightning_mdc.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class WandbTracker(Tracker):
         if isinstance(item, Model):
             self._upload(item)
         else:
-            wandb_logger.show(self._run, item)
+            loggers.show(WandbLogger(experiment=self._run), item)
 
     def _upload(self, model: Model) -> None:
         import wandb
