@@ -112,7 +112,7 @@ def test_no_damaged_image_is_tolerated_where_it_counts(folder):
     for options, ask in (
         ({"test_fraction": 0.9}, lambda data: data.test_dataloader()),
         ({"val_fraction": 0.9}, lambda data: data.val_dataloader()),
-        ({}, lambda data: DataLoader(data.calibration_dataset())),
+        ({}, lambda data: DataLoader(data.splits.calibration)),
         ({"max_corrupt_images": 0}, lambda data: data.train_dataloader()),
     ):
         arguments = {"val_fraction": 0.0, "test_fraction": 0.0, "batch_size": 1, "num_workers": 0, **options}

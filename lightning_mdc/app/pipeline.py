@@ -19,7 +19,7 @@ from lightning import seed_everything
 from lightning_mdc.app import build, terminal, tracking
 from lightning_mdc.app.fingerprints import changed, fingerprints, relevant
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, note_invocation, open_run
-from lightning_mdc.app.step_table import STEPS, needed, switched_off
+from lightning_mdc.app.step_table import STEPS, needed
 from lightning_mdc.app.steps import ACTIONS, Run
 from lightning_mdc.app.trainer import check_training, ignores_clipping, processes, shards_parameters
 from lightning_mdc.distributed import on_first_rank
@@ -188,7 +188,7 @@ def select(settings: build.Settings) -> tuple[str, ...]:
         ConfigError: a name that is no step, one that is switched off, or none left.
     """
     stage, skip = settings["stage"], settings["skip"]
-    off = switched_off(settings)
+    off = [name for name, step in STEPS.items() if step.is_off(settings)]
     everything = [name for name, step in STEPS.items() if step.in_all and name not in off]
     words = [stage] if isinstance(stage, str) else list(stage or ())
     chosen = [name for word in words for name in (everything if word == "all" else [word])]

@@ -412,7 +412,7 @@ def held_out_batches(run: Run) -> DataLoader[Any]:
 def calibration_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of a seeded sample of the training images under the evaluation transforms, with labels."""
     images, batch_size = run.settings["calibration"]["images"], run.settings["calibration"]["batch_size"]
-    dataset = run.data.calibration_dataset()
+    dataset = run.data.splits.calibration
     workers = run.data.num_workers
     if isinstance(dataset, IterableDataset):
         wanted = -(-images // (batch_size * world_size()))

@@ -106,10 +106,6 @@ class ImageDataModule(LightningDataModule):
             self._images_per_process()
             self._resume_at = None  # of a fit that never came to its loader
 
-    def calibration_dataset(self) -> Dataset[Any]:
-        """The training images under the evaluation transforms, in a fixed order."""
-        return self.splits.calibration
-
     def to_pixels(self, images: Tensor) -> np.ndarray:
         """Images to look at, (n, height, width, 3) in uint8, of images as the model sees them, (n, channels, h, w)."""
         mean, std = (
@@ -153,9 +149,6 @@ class ImageDataModule(LightningDataModule):
         return self._evaluation_loader(self.splits.val)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation_loader(self.splits.test)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
         return self._evaluation_loader(self.splits.test)
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
