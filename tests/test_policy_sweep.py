@@ -124,7 +124,7 @@ def test_few_images_are_judged_by_more_than_top1(runs):
     run = sweep.prepared(settings(runs, "search.metric=auto"))
     model, images, labels = run.model("dense"), torch.rand(1000, 1, 8, 8), torch.zeros(1000)
     for count, metric in ((999, "kl"), (1000, "accuracy")):
-        held_out = build.build_held_out(run.settings, [(images[:count], labels[:count])], model, run.device)
+        held_out = build.build_held_out(run.settings["search"], [(images[:count], labels[:count])], model, run.device)
         assert held_out.metric == metric
         assert held_out.num_images == count
 

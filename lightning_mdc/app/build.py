@@ -306,9 +306,8 @@ def check_compensation(settings: Settings, model: nn.Module, policy: Policy | No
             check_compensable(getattr(block, name), settings["surgery"]["compensate"])
 
 
-def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
-    """What trials are judged on: the first ``search.images`` of the held-out training images."""
-    options = settings["search"]
+def build_held_out(options: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
+    """What policies are judged on: the first ``images`` of the held-out training images, by ``metric``."""
     images, labels = gathered(batches, options["images"])
     metric = options["metric"]
     if metric == "auto":

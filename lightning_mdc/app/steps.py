@@ -48,7 +48,6 @@ from lightning_mdc.files import write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy
 from lightning_mdc.policy_search.driver import SearchResult
-from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import ActivationStatistics
 
@@ -188,8 +187,7 @@ def sensitivity(run: Run) -> str:
     if on_first_rank(state.exists):
         log.info("  going on from %s", state)
     model = run.model(run.weights).to(run.device)
-    images, labels = gathered(held_out_batches(run), options["images"])
-    held_out = HeldOut([(images, labels)], "kl", dense=model, batch_size=options["batch_size"], device=run.device)
+    held_out = build.build_held_out({**options, "metric": "kl"}, held_out_batches(run), model, run.device)
     measured = measure_sensitivity(
         model,
         run.scores,
@@ -371,7 +369,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     on_first_rank(partial(write_text, run.folder / CURRENT_STUDY, state.name))
     if state.exists():
         log.info("  going on from %s", state)
-    held_out = build.build_held_out(run.settings, held_out_batches(run), model, run.device)
+    held_out = build.build_held_out(options, held_out_batches(run), model, run.device)
     result = mdc.search(
         model,
         run.scores,

@@ -206,7 +206,7 @@ def build_held_out(run: Run, model: nn.Module) -> HeldOut:
             with replacing(path) as beside:
                 save_file({"images": images.contiguous(), "labels": labels.contiguous()}, beside)
     tensors = load_file(path)
-    return build.build_held_out(run.settings, [(tensors["images"], tensors["labels"])], model, run.device)
+    return build.build_held_out(run.settings["search"], [(tensors["images"], tensors["labels"])], model, run.device)
 
 
 # --- after the last trial ---------------------------------------------------------------------------------------------
