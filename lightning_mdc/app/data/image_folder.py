@@ -1,9 +1,10 @@
 """Any data set that ``timm.data.create_dataset`` reads, under timm's own transforms."""
 
 import inspect
+import math
 import os
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,38 +17,13 @@ from torch.utils.data import IterableDataset
 from lightning_mdc.app.data.image_view import ImageView
 from lightning_mdc.app.data.module import ImageDataModule, Splits
 from lightning_mdc.app.data.splits import cap_indices, check_fraction, split_indices
-from lightning_mdc.errors import DataError, check_whole
+from lightning_mdc.errors import DataError, check_number, check_whole
 
 # Sub-folders that hold images to report on, in the order they are looked for beside `train`.
 _TEST_FOLDERS = ("test", "val", "valid", "validation", "eval")
 # What data_config and the arguments beside it settle; the rest of create_transform's keywords are augmentation.
 _GEOMETRY = {"input_size", "is_training", "mean", "std", "crop_pct", "crop_mode", "separate", "use_prefetcher"}
 _AUGMENTATION_KEYS = set(inspect.signature(create_transform).parameters) - _GEOMETRY
-
-
-def _is_number(value: Any, least: float, most: float = float("inf")) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_range(value: Any, most: float = float("inf")) -> bool:
-    pair = isinstance(value, tuple) and len(value) == 2 and all(_is_number(bound, 0, most) for bound in value)
-    return pair and 0 < value[0] <= value[1]
-
-
-# What timm would take without a word, or fail at with the first image: name -> (check, what is expected).
-_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("hflip", "vflip", "re_prob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"),
-        (lambda value: _is_number(value, 0, 1), "a probability in [0, 1]"),
-    ),
-    "scale": (lambda value: _is_range(value, most=1), "[smallest, largest] part of the image, such as [0.08, 1]"),
-    "ratio": (_is_range, "[smallest, largest] ratio of width to height, such as [0.75, 1.33]"),
-    "color_jitter": (
-        lambda value: _is_number(value, 0) or (isinstance(value, tuple) and all(_is_number(v, 0) for v in value)),
-        "a fraction, such as 0.4, or one for each of brightness, contrast and saturation",
-    ),
-    "re_count": (lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
-}
 
 
 @dataclass(eq=False, repr=False)
@@ -362,12 +338,29 @@ def _train_transform(config: Mapping[str, Any], augmentation: Mapping[str, Any] 
             f"augmentation={options!r} has unknown keys {unknown}; known are {sorted(_AUGMENTATION_KEYS)}"
             " (size, mean, std and crop belong into data_config)"
         )
-    for name, (accepts, expected) in _VALUES.items():
-        if name in options and not accepts(options[name]):
-            raise DataError(f"augmentation.{name}={options[name]!r}: expected {expected}")
+    _check_augmentation(options)
     try:
         return create_transform(**{**config, **options}, is_training=True)
     except (TypeError, ValueError, AssertionError, KeyError, IndexError) as error:
         raise DataError(
             f"augmentation={options!r} is refused by timm: {error or type(error).__name__}; correct that value"
         ) from error
+
+
+def _check_augmentation(options: Mapping[str, Any]) -> None:
+    """Raises: DataError: what timm would take without a word, or fail at with the first image."""
+    for name in ("hflip", "vflip", "re_prob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"):
+        check_number(f"augmentation.{name}", options.get(name, 0), "a probability", DataError, least=0, most=1)
+    check_whole("augmentation.re_count", options.get("re_count", 1), 1, DataError)
+    jitter = options.get("color_jitter", 0)
+    what = "a fraction, such as 0.4, or one for each of brightness, contrast and saturation"
+    for fraction in jitter if isinstance(jitter, tuple) else (jitter,):
+        check_number("augmentation.color_jitter", fraction, what, DataError, least=0)
+    for name, most, what in (
+        ("scale", 1, "part of the image, such as [0.08, 1]"),
+        ("ratio", math.inf, "ratio of width to height, such as [0.75, 1.33]"),
+    ):
+        pair = options.get(name, (1, 1))
+        numbers = isinstance(pair, tuple) and len(pair) == 2 and all(type(bound) in (int, float) for bound in pair)
+        if not (numbers and 0 < pair[0] <= pair[1] <= most):
+            raise DataError(f"augmentation.{name}={pair!r}: expected [smallest, largest] {what}")
