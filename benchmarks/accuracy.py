@@ -35,7 +35,6 @@ import lightning as L
 import numpy as np
 import peers
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pages import folder_of, write_pages
 from targets import Target, verdicts
@@ -51,7 +50,7 @@ from lightning_mdc.app.run_folder import newest_run
 from lightning_mdc.budget import num_params
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.figures.style import save_figure
+from lightning_mdc.figures.style import new_figure, save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.importance.criteria import Random
 from lightning_mdc.policy_search.held_out import HeldOut
@@ -173,8 +172,8 @@ class Benchmark:
         self.dense = mdc.load(run / "dense").eval()
         data = build.build_data(self.settings)
         self.test, self.held_out = labelled(data.test_dataloader(), None), labelled(data.val_dataloader(), 1000)
-        order = np.random.default_rng(0).permutation(len(data.calibration_dataset()))  # type: ignore[arg-type]
-        chosen = Subset(data.calibration_dataset(), order[: asked.images].tolist())
+        order = np.random.default_rng(0).permutation(len(data.splits.calibration))  # type: ignore[arg-type]
+        chosen = Subset(data.splits.calibration, order[: asked.images].tolist())
         self.train = labelled(DataLoader(chosen, BATCH, num_workers=self.settings["data"]["num_workers"]), None)
         self.options = {name: getattr(asked, name) for name in ("calibration", "images", "epochs", "trials")}
         mark = fingerprint_of({**self.options, "model": self.settings}, {"run": run.name})
@@ -399,9 +398,7 @@ def spread(values: Sequence[float] | np.ndarray) -> str:
 
 def figure(found: dict[str, Any]) -> Figure:
     """Top-1 after the finetune against MACs: ours, the peers, single dimensions."""
-    picture = Figure(figsize=(7.6, 4.2), layout="constrained")
-    FigureCanvasAgg(picture)
-    panel = picture.subplots()
+    picture, (panel,) = new_figure(7.6, 4.2)
     shown = (*OURS, *PEERS, *SINGLE, "hsic as in the paper")
     colours = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#BBBBBB", "#888888", "#555555", "#CC79A7")
     budgets = budgets_of(found)

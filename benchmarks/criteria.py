@@ -264,8 +264,8 @@ class Case:
         data = build.build_data(settings)
         self.seed, self.dense = seed, mdc.load(run / "dense").eval()
         self.held_out = labelled(data.val_dataloader(), arguments.held_out)
-        order = np.random.default_rng(seed).permutation(len(data.calibration_dataset()))  # type: ignore[arg-type]
-        sample = Subset(data.calibration_dataset(), order[: arguments.calibration].tolist())
+        order = np.random.default_rng(seed).permutation(len(data.splits.calibration))  # type: ignore[arg-type]
+        sample = Subset(data.splits.calibration, order[: arguments.calibration].tolist())
         images, labels = labelled(DataLoader(sample, BATCH), None)
         self.batches: list[Images] = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
         self.layers = layers_of(self.dense, images, labels)

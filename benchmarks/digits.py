@@ -18,7 +18,9 @@ from typing import Any
 
 from pages import RESULTS, write_pages
 
-from lightning_mdc.app import report as reporting
+from lightning_mdc.app.report.report import findings
+from lightning_mdc.app.report.results import Result, Results
+from lightning_mdc.app.report.tables import comparison
 from lightning_mdc.app.run_folder import newest_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,24 +43,24 @@ def main() -> None:
     write_pages("digits", result)
 
 
-def results_in(result: dict[str, Any]) -> reporting.Results:
+def results_in(result: dict[str, Any]) -> Results:
     """What a run's ``results.json`` tells, of its fields."""
     rows = ({**row, "latency": {int(size): value for size, value in row["latency"].items()}} for row in result["rows"])
-    return reporting.Results(tuple(reporting.Result(**row) for row in rows), result["name"], result["device"])
+    return Results(tuple(Result(**row) for row in rows), result["name"], result["device"])
 
 
 def text(result: dict[str, Any]) -> str:
     """Dense and slim side by side, and how they were measured."""
     results = results_in(result)
     return (
-        f"{reporting.comparison(results).markdown()}\n{guide(result)}\n\nMeasured on {results.device} by "
+        f"{comparison(results).markdown()}\n{guide(result)}\n\nMeasured on {results.device} by "
         "`python benchmarks/digits.py`. Latency: median of interleaved readings."
     )
 
 
 def guide(result: dict[str, Any]) -> str:
     """The verdict of the report, as a list."""
-    return "\n".join(f"- {line}" for line in reporting.findings(results_in(result)))
+    return "\n".join(f"- {line}" for line in findings(results_in(result)))
 
 
 if __name__ == "__main__":

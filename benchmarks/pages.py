@@ -19,9 +19,7 @@ when they are measured anew, because a script writes none.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +29,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lightning_mdc.figures.style import save_figure
-from lightning_mdc.files import write_json, write_text
+from lightning_mdc.files import csv_text, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -110,9 +108,7 @@ def with_block(page: Path, name: str, block: str) -> str:
 
 def as_csv(rows: Sequence[Sequence[str]]) -> str:
     """Header and rows as the text of a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    return csv_text(rows[0], rows[1:])
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import lightning_mdc as mdc
 from lightning_mdc.app.report.tables import Table
-from lightning_mdc.figures.style import save_figure
+from lightning_mdc.figures.style import new_figure, save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Projection
@@ -376,8 +376,7 @@ def costs(speed: dict[str, Any]) -> str:
 
 def picture(results: dict[str, Any], evaluations: int, seeds: int) -> Figure:
     """Best so far against evaluations: means, with a band of one standard deviation."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(8, 4.5)
     number = np.arange(1, evaluations + 1)
     ends = {}
     for method in METHODS:

@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pages import folder_of, write_pages
 from targets import Target, verdicts
@@ -39,7 +38,7 @@ from tqdm import tqdm
 import lightning_mdc as mdc
 from lightning_mdc.app import build
 from lightning_mdc.app.run_folder import newest_run
-from lightning_mdc.figures.style import save_figure
+from lightning_mdc.figures.style import new_figure, save_figure
 from lightning_mdc.files import write_json
 from lightning_mdc.policy_search.held_out import HeldOut
 
@@ -252,9 +251,7 @@ def text(shown: dict[str, Any]) -> str:
 def figure(shown: dict[str, Any]) -> Figure:
     """The best value so far by trial, mean and range over seeds, searched and random."""
     found = shown["models"]
-    picture = Figure(figsize=(4.6 * len(found) + 0.6, 3.4), layout="constrained")
-    FigureCanvasAgg(picture)
-    panels = np.atleast_1d(np.asarray(picture.subplots(1, len(found))))
+    picture, panels = new_figure(4.6 * len(found) + 0.6, 3.4, 1, len(found))
     for panel, (name, result) in zip(panels, found.items(), strict=True):
         for method, colour in (("random", "#E69F00"), ("searched", "#0072B2")):
             values = [row["values"] for row in result["rows"] if row["method"] == method]

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import lightning_mdc as mdc
-from lightning_mdc.app import report as reporting
+from lightning_mdc.app.report import results as reporting
 from lightning_mdc.figures.numbers import scaled
 from lightning_mdc.files import write_json
 

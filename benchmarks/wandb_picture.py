@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lightning_mdc.figures.style import BLUE, GREEN, INK, ORANGE, new_figure
 from tests.wandb_file import OfflineRun, read
 
-_BLUE, _ORANGE, _GREEN, _INK = "#0072B2", "#E69F00", "#009E73", "#333333"
 _SUMMARY = (
     *("top1/dense", "top1/slim", "top1/finetuned", "macs_ratio", "params_ratio", "latency_ratio", "budget"),
     "search/best",
@@ -24,45 +23,44 @@ _SUMMARY = (
 
 def draw(run: OfflineRun) -> Figure:
     """Six panels and the summary columns, each under the key that it has in wandb."""
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{run.about.project} / {run.about.display_name}", x=0.01, ha="left", color=_INK)
-    panels = figure.subplots(3, 3)
+    figure, flat = new_figure(11, 7.2, 3, 3)
+    figure.suptitle(f"{run.about.project} / {run.about.display_name}", x=0.01, ha="left", color=INK)
+    panels = np.reshape(flat, (3, 3))
     for panel, training, loss in zip(panels[0], ("dense", "finetuned/seed0", "finetuned/seed1"), "tkk", strict=True):
         key = f"{training}/train/{'task' if loss == 't' else 'kd'}_step"
         lines = [line for line in run.history if key in line]
-        panel.plot([line[f"{training}/step"] for line in lines], [line[key] for line in lines], color=_BLUE, lw=1)
+        panel.plot([line[f"{training}/step"] for line in lines], [line[key] for line in lines], color=BLUE, lw=1)
         _label(panel, key, f"{training}/step")
     trials = run.table("search/trials")
     numbers = [row["trial"] for row in trials]
-    panels[1, 0].plot(numbers, [row["value"] for row in trials], "o", ms=3, color=_BLUE)
-    panels[1, 0].step(numbers, [row["incumbent"] for row in trials], where="post", color=_GREEN)
+    panels[1, 0].plot(numbers, [row["value"] for row in trials], "o", ms=3, color=BLUE)
+    panels[1, 0].step(numbers, [row["incumbent"] for row in trials], where="post", color=GREEN)
     _label(panels[1, 0], "search/progress", "trial")
     expected = [row for row in trials if row["improvement"] is not None]
-    panels[1, 1].plot([row["trial"] for row in expected], [row["improvement"] for row in expected], color=_ORANGE)
+    panels[1, 1].plot([row["trial"] for row in expected], [row["improvement"] for row in expected], color=ORANGE)
     _label(panels[1, 1], "search/expected", "trial")
     _histogram(panels[1, 2], run, "scores/neurons/block02")
     for panel, dimension in zip(panels[2, :2], ("heads", "neurons"), strict=True):
         rows = run.table(f"kept/{dimension}_by_block")
-        panel.bar(range(len(rows)), [row["kept"] for row in rows], color=_GREEN)
+        panel.bar(range(len(rows)), [row["kept"] for row in rows], color=GREEN)
         _label(panel, f"kept/{dimension}", "block")
     panels[2, 2].set_axis_off()
     text = "\n".join(f"{name:<16}{run.summary[name]:>9.4g}" for name in _SUMMARY if name in run.summary)
-    panels[2, 2].text(0, 1, f"summary\n\n{text}", va="top", family="monospace", fontsize=9, color=_INK)
+    panels[2, 2].text(0, 1, f"summary\n\n{text}", va="top", family="monospace", fontsize=9, color=INK)
     return figure
 
 
 def _histogram(panel: Axes, run: OfflineRun, key: str) -> None:
     found = run.of_type("histogram")[key]
     edges = np.asarray(found["bins"])
-    panel.bar(edges[:-1], found["values"], width=np.diff(edges), align="edge", color=_BLUE)
+    panel.bar(edges[:-1], found["values"], width=np.diff(edges), align="edge", color=BLUE)
     _label(panel, key, "score")
 
 
 def _label(panel: Axes, title: str, x: str) -> None:
-    panel.set_title(title, loc="left", fontsize=9, color=_INK)
-    panel.set_xlabel(x, fontsize=8, color=_INK)
-    panel.tick_params(labelsize=8, colors=_INK)
+    panel.set_title(title, loc="left", fontsize=9, color=INK)
+    panel.set_xlabel(x, fontsize=8, color=INK)
+    panel.tick_params(labelsize=8, colors=INK)
     panel.spines[["top", "right"]].set_visible(False)
 
 

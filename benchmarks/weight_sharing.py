@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pages import RESULTS, write_pages
 from scipy import stats
@@ -39,7 +38,7 @@ from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.fingerprints import fingerprint_of
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
-from lightning_mdc.figures.style import save_figure
+from lightning_mdc.figures.style import new_figure, save_figure
 from lightning_mdc.files import write_json, write_text
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.held_out import gathered
@@ -360,9 +359,8 @@ def signed(number: float) -> str:
 def figure(shown: dict[str, Any]) -> Figure:
     """Held-out top-1 before finetuning against test top-1 after: a row per model, without and with the stage."""
     found = shown["models"]
-    picture = Figure(figsize=(7.6, 3.3 * len(found)), layout="constrained")
-    FigureCanvasAgg(picture)
-    panels = np.asarray(picture.subplots(len(found), 2, sharey="row", squeeze=False))
+    picture, flat = new_figure(7.6, 3.3 * len(found), len(found), 2, sharey="row")
+    panels = np.reshape(flat, (len(found), 2))
     for row, (name, result) in zip(panels, found.items(), strict=True):
         for panel, which, title, colour in (
             (row[0], WITHOUT, "without the stage", "#E69F00"),

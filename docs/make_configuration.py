@@ -5,7 +5,6 @@ What the page says about a key is the comment above it in the YAML file, so ther
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import re
@@ -250,15 +249,5 @@ def _prose(comment: str) -> str:
     return comment.replace("<", "&lt;").replace("*", "\\*")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not current")
-    if parser.parse_args().check:
-        if not PAGE.is_file() or PAGE.read_text() != page():
-            sys.exit("docs/configuration.md does not say what conf/ says; run: make docs")
-        return
-    PAGE.write_text(page())
-
-
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page())

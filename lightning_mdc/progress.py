@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import rich
 from rich.console import Console
@@ -47,21 +46,21 @@ def console() -> Console:
 
 @contextmanager
 def bar(
-    what: str, total: int | None, *, completed: int = 0, shown: bool = True, in_background: bool = True
+    what: str, total: int, *, completed: int = 0, shown: bool = True, in_background: bool = True
 ) -> Iterator[Advance]:
     """A progress bar on a terminal, on the first rank; gone when it is done.
 
-    Gives ``advance(note="", steps=1)``, to be called after each step; the note stands beside the bar.
+    Gives ``advance(note="")``, to be called after each step; the note stands beside the bar.
 
     Args:
         what: is being done, e.g. ``"Scoring"``.
-        total: steps; None if nobody knows.
+        total: steps; 0 if nobody knows.
         completed: of these, how many were done before.
         shown: False for no bar at all.
         in_background: clock and bar also move between steps; False where a step is timed and must not be disturbed.
     """
     if not (shown and is_first() and on_terminal()):
-        yield lambda note="", steps=1: None
+        yield lambda note="": None
         return
     progress = Progress(
         TextColumn("{task.description}"),
@@ -75,28 +74,20 @@ def bar(
         transient=True,
         auto_refresh=in_background,
     )
-    task = progress.add_task(what, total=total, completed=completed, note="")
+    task = progress.add_task(what, total=total or None, completed=completed, note="")
 
-    def advance(note: str = "", steps: int = 1) -> None:
-        progress.update(task, advance=steps, note=note, refresh=not in_background)
+    def advance(note: str = "") -> None:
+        progress.update(task, advance=1, note=note, refresh=not in_background)
 
     try:
         progress.start()
     except LiveError:  # somebody else's bar is there, and older rich draws one at a time
-        yield lambda note="", steps=1: None
+        yield lambda note="": None
         return
     try:
         yield advance
     finally:
         progress.stop()
-
-
-def steps_of(batches: Iterable[Any]) -> int | None:
-    """How many batches there will be; None if nobody knows, as of a stream."""
-    try:
-        return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 class Screen(logging.Handler):

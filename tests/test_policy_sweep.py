@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import lightning_mdc as mdc
-from lightning_mdc.app import build, pipeline, steps, sweep, sweep_trial
+from lightning_mdc.app import build, pipeline, steps, sweep
 from lightning_mdc.errors import ConfigError, PolicyError, SearchError
 from tests.test_train import ROOT, TINY, settings
 
@@ -26,7 +26,7 @@ KEEP = ("policy.keep.heads=[0.5,1]", "policy.keep.neurons=[0.5,0.25]", "policy.k
 def runs(tmp_path_factory) -> Path:
     """A folder of runs in which one trial has left its cache."""
     folder = tmp_path_factory.mktemp("runs")
-    sweep_trial.trial(settings(folder, "stage=trial", *KEEP), folder / "0")
+    sweep.trial(settings(folder, "stage=trial", *KEEP), folder / "0")
     return folder
 
 
@@ -37,12 +37,12 @@ def no_training(monkeypatch):
 
 def test_trials_are_judged_with_compensation_by_statistics_they_share(tmp_path):
     options = settings(tmp_path, "stage=trial", *KEEP, "surgery.compensate=lstsq")
-    value = sweep_trial.trial(options, tmp_path / "0")
-    run = sweep_trial.prepared(options)
+    value = sweep.trial(options, tmp_path / "0")
+    run = sweep.prepared(options)
     dense, statistics = run.model("dense"), mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
     assert statistics.images == 32
     plan = mdc.make_plan(dense, mdc.Scores.load(run.folder / "scores.safetensors"), build.given_policy(options, dense))
-    held_out = sweep_trial.build_held_out(run, dense)
+    held_out = sweep.build_held_out(run, dense)
     assert value == held_out(mdc.slim(dense, plan, compensate="lstsq", statistics=statistics))
     assert value != held_out(mdc.slim(dense, plan))
 
@@ -107,8 +107,8 @@ def test_two_policies_at_once_are_refused(tmp_path):
 
 def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_training):
     composed = settings(runs, "stage=trial", *KEEP)
-    value = sweep_trial.trial(composed, tmp_path)
-    run = sweep_trial.prepared(composed)
+    value = sweep.trial(composed, tmp_path)
+    run = sweep.prepared(composed)
     policy = mdc.Policy.load(tmp_path / "policy.json")
     scores = mdc.Scores.load(run.folder / "scores.safetensors")
     statistics = mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
@@ -121,30 +121,30 @@ def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_trai
 
 
 def test_few_images_are_judged_by_more_than_top1(runs):
-    run = sweep_trial.prepared(settings(runs, "search.metric=auto"))
+    run = sweep.prepared(settings(runs, "search.metric=auto"))
     model, images, labels = run.model("dense"), torch.rand(1000, 1, 8, 8), torch.zeros(1000)
     for count, metric in ((999, "kl"), (1000, "accuracy")):
-        held_out = build.build_held_out(run.settings, [(images[:count], labels[:count])], model, run.device)
+        held_out = build.build_held_out(run.settings["search"], [(images[:count], labels[:count])], model, run.device)
         assert held_out.metric == metric
         assert held_out.num_images == count
 
 
 def test_other_settings_have_a_cache_of_their_own(runs, tmp_path):
     caches = set((runs / ".cache").iterdir())
-    sweep_trial.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)
+    sweep.trial(settings(runs, "stage=trial", "importance=magnitude", *KEEP), tmp_path)
     assert len(set((runs / ".cache").iterdir()) - caches) == 1
 
 
 def test_a_run_takes_dense_model_and_scores_from_the_cache(runs, no_training):
     composed = settings(runs, "stage=[dense,score]")
-    folder, cached = pipeline.run(composed), sweep_trial.prepared(composed).folder
+    folder, cached = pipeline.run(composed), sweep.prepared(composed).folder
     for name in ("dense/model.safetensors", "dense/config.json", "scores.safetensors"):
         assert (folder / name).read_bytes() == (cached / name).read_bytes()
 
 
 def test_a_trial_without_a_policy_says_what_to_give(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"policy\.keep\.heads"):
-        sweep_trial.trial(settings(runs, "stage=trial"), tmp_path)
+        sweep.trial(settings(runs, "stage=trial"), tmp_path)
 
 
 # --- what trials cost -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lightning_mdc.app.report.charts import charts
 from lightning_mdc.app.report.comparing import compare
 from lightning_mdc.app.report.outcomes import Outcomes
 from lightning_mdc.app.report.record import RunRecord
-from lightning_mdc.app.report.report import commands, report_of
+from lightning_mdc.app.report.report import Report
 from lightning_mdc.app.report.result_figures import Point, front, front_figure
 from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.terminal import again
@@ -84,7 +84,7 @@ def test_no_weights_are_read_to_say_what_the_dense_model_costs(finished):
 
 def test_reports_say_how_to_get_the_same_again(finished):
     record = RunRecord(finished)
-    facts = dict(report_of(record).reproduction.facts)
+    facts = dict(Report(record).facts)
     assert facts["seed"] == "0"
     assert facts["plan"] == mdc.Plan.from_json((finished / "plan.json").read_text()).hash
     assert f"torch {version('torch')}" in facts["versions"]
@@ -225,8 +225,8 @@ def test_results_of_older_settings_are_not_taken_for_new_ones(copied, monkeypatc
     assert record.study is not None
     assert record.study.header["about"]["budget"]["macs"] == 0.5
     assert [row.status for row in record.study.trials] == []
-    assert "Not finished: " in report_of(record).verdict
-    assert {output.path for output in report_of(record).outputs}.isdisjoint({"slim/", "finetuned/", "results.json"})
+    assert "Not finished: " in Report(record).verdict
+    assert {output.path for output in Report(record).outputs}.isdisjoint({"slim/", "finetuned/", "results.json"})
     monkeypatch.undo()
     pipeline.run(settings(copied.parent.parent, f"resume={copied}", "policy.kind=uniform"))
     assert RunRecord(copied).study is None
@@ -265,14 +265,14 @@ def test_a_sensitivity_that_came_later_is_in_the_next_report(copied, tmp_path):
 
 
 def test_what_to_type_next_fits_the_run(finished, tmp_path):
-    said = dict(commands(RunRecord(finished)))
+    said = dict(Report(RunRecord(finished)).commands)
     assert len(said) == 2
     assert shlex.split(said["Use the slim model"])[2].endswith(f"mdc.load('{finished}/finetuned/seed0'))")
     (smaller,) = [command for what, command in said.items() if "smaller" in what]
     assert smaller.endswith(f"resume={finished} budget=0.48")
     odd = tmp_path / "it's $HOME"
     shutil.copytree(finished, odd)
-    command = dict(commands(RunRecord(odd)))["Use the slim model"]
+    command = dict(Report(RunRecord(odd)).commands)["Use the slim model"]
     assert shlex.split(command)[2] == f"import lightning_mdc as mdc; print(mdc.load({str(odd / 'finetuned/seed0')!r}))"
 
 

@@ -6,9 +6,9 @@ from matplotlib import image as mpl_image
 from timm.models.vision_transformer import VisionTransformer
 
 import lightning_mdc as mdc
-from lightning_mdc.app import report as reporting
-from lightning_mdc.app.report import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
-from lightning_mdc.app.report.tables import count
+from lightning_mdc.app.report.report import findings, overhead_line
+from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
+from lightning_mdc.app.report.tables import by_seed, comparison, count
 from lightning_mdc.app.run_folder import RunFolder, newest_run
 from lightning_mdc.budget.timing import latencies, latency
 from lightning_mdc.errors import BudgetError, ConfigError
@@ -47,7 +47,7 @@ def results(*rows: Result) -> Results:
 
 
 def test_the_comparison_holds_the_results():
-    table = reporting.comparison(results())
+    table = comparison(results())
     cells = {row[0]: row[1:] for row in table.rows}
     assert table.header[1:] == ("dense", "slim", "slim finetuned (mean of 3 seeds)", "dense, same extra training")
     assert cells["top-1"] == ("351/360 (97.50 %)", "300/360 (83.33 %)", "351.7/360 (97.69 %)", "354/360 (98.33 %)")
@@ -59,7 +59,7 @@ def test_the_comparison_holds_the_results():
 
 
 def test_printed_and_written_tables_are_one():
-    table = reporting.comparison(results())
+    table = comparison(results())
     markdown, printed = table.markdown(), table.rich("title")
     assert [list(column.cells) for column in printed.columns] == [
         list(cells) for cells in zip(*table.rows, strict=True)
@@ -69,7 +69,7 @@ def test_printed_and_written_tables_are_one():
 
 
 def test_every_seed_has_its_row():
-    rows = reporting.by_seed(results()).rows
+    rows = by_seed(results()).rows
     assert [(row[0], row[1], row[2]) for row in rows] == [
         (FINETUNED, "0", "350/360 (97.22 %)"),
         (FINETUNED, "1", "352/360 (97.78 %)"),
@@ -98,7 +98,7 @@ def test_numbers_are_written_with_their_unit(got, expected):
 
 
 def test_findings_follow_from_the_numbers():
-    said = " ".join(reporting.findings(results()))
+    said = " ".join(findings(results()))
     assert (
         "At 59.8 % of the MACs and 80.9 % of the parameters the slim model after finetuning gets 351.7 of 360" in said
     )
@@ -107,19 +107,19 @@ def test_findings_follow_from_the_numbers():
 
 
 def test_the_overhead_line_is_said_only_where_it_was_measured():
-    line = reporting.overhead_line(results())
+    line = overhead_line(results())
     assert line is not None
     assert "1.04x" in line
     assert "1.60x" in line
     dense = result(DENSE, None, 351)
     gains_at_both = result(SLIM, None, 350, latency={1: 1.7e-3, 64: 1.25e-4})
     gains_at_none = result(SLIM, None, 350, latency={1: 2.5e-3, 64: 2.1e-4})
-    assert reporting.overhead_line(results(dense, gains_at_both)) is None
-    assert reporting.overhead_line(results(dense, gains_at_none)) is None
+    assert overhead_line(results(dense, gains_at_both)) is None
+    assert overhead_line(results(dense, gains_at_none)) is None
 
 
 def test_a_verdict_without_finetuning_says_so():
-    said = " ".join(reporting.findings(results(result(DENSE, None, 351), result(SLIM, None, 300))))
+    said = " ".join(findings(results(result(DENSE, None, 351), result(SLIM, None, 300))))
     assert "the slim model, not finetuned, gets 300 of 360 test images right, 51 fewer" in said
     assert "after finetuning" not in said
 
@@ -129,7 +129,7 @@ def test_results_go_through_json(tmp_path):
     path.write_text(results().to_json())
     assert Results.load(path) == results()
     path.write_text(results().to_json().replace('"correct"', '"korrekt"'))
-    with pytest.raises(ConfigError, match="run the step test again"):
+    with pytest.raises(ConfigError, match="runs the step test again"):
         Results.load(path)
 
 
@@ -160,8 +160,7 @@ def test_kept_counts_are_those_of_the_slim_model():
 def test_the_picture_shows_every_count(tmp_path):
     _, plan = tiny_plan()
     kept = kept_by_block(plan, 17, 1)
-    figure = kept_figure(kept, "what was kept")
-    assert figure.get_suptitle() == "what was kept"
+    figure = kept_figure(kept)
     for axes, units in zip(figure.axes, kept, strict=True):
         assert axes.get_ylabel() == units.dimension
         dense, bars = (tuple(int(bar.get_height()) for bar in group) for group in axes.containers)

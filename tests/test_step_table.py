@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lightning_mdc.app.step_table import STEPS, needed, setting, switched_off
+from lightning_mdc.app.step_table import STEPS, needed, setting
 from lightning_mdc.app.steps import ACTIONS
 from tests.test_configs import CONF, OPTIONS, settings
 
@@ -48,9 +48,9 @@ def test_the_remedy_brings_a_step_that_is_switched_off(name):
     switch = STEPS[name].switch
     without = settings(f"{switch.key}={switch.off}")
     assert setting(without, switch.key) == switch.off
-    assert name in switched_off(without)
+    assert STEPS[name].is_off(without)
     assert all(name not in needed(without, other) for other in STEPS)
-    assert name not in switched_off(settings(switch.remedy.rpartition(" ")[2]))
+    assert not STEPS[name].is_off(settings(switch.remedy.rpartition(" ")[2]))
 
 
 def test_the_help_and_the_comment_of_stage_name_all_steps():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.app.report.examples import Examples
+from lightning_mdc.app.report.outcomes import Examples
 from lightning_mdc.figures.tokens import Example, answers, faded, tokens_figure
 from lightning_mdc.tokens.surviving_patches import surviving_patches
 from tests.kinds import images, make, randomised
@@ -132,5 +132,5 @@ def test_examples_go_to_a_file_and_back(tmp_path, stages: int) -> None:
             after.slim,
         )
     (tmp_path / "examples.safetensors").write_bytes(b"torn")
-    with pytest.raises(mdc.errors.ConfigError, match="run the step test again"):
+    with pytest.raises(mdc.errors.ConfigError, match="runs the step test again"):
         Examples.load(tmp_path / "examples.safetensors")

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build, pipeline, steps
-from lightning_mdc.app.report import Results, charts
+from lightning_mdc.app.report import charts
 from lightning_mdc.app.report.outcomes import Outcomes
 from lightning_mdc.app.report.record import RunRecord
+from lightning_mdc.app.report.results import Results
 from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.tracking import RunInfo, Tracker, Trackers, contents
 from lightning_mdc.app.tracking.contents import published

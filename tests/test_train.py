@@ -141,7 +141,7 @@ def test_finetuning_trains_in_training_mode_from_the_slim_weights(finished):
 
 
 def test_results_are_those_of_the_saved_models(finished):
-    from lightning_mdc.app import report as reporting
+    from lightning_mdc.app.report import results as reporting
 
     run = steps.Run(settings(finished.parent), steps.RunFolder(finished))
     images, labels = map(torch.cat, zip(*run.data.test_dataloader(), strict=True))

@@ -6,17 +6,15 @@ What cannot be built is a `ConfigError`, or the error of the part that refused.
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from safetensors import SafetensorError
 from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -24,7 +22,7 @@ from torch import nn
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.settings import Settings
 from lightning_mdc.app.tracking import Tracker
-from lightning_mdc.app.trainer import training_device
+from lightning_mdc.app.trainer import REFUSALS, training_device
 from lightning_mdc.artifact import load
 from lightning_mdc.budget import Budget, as_budget
 from lightning_mdc.budget.uniform import uniform_policy
@@ -37,34 +35,28 @@ from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery.compensation import check_compensable
 
+T = TypeVar("T")
+
 # With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
 _ENOUGH_FOR_TOP1 = 1000
 
-# What timm and torch raise at arguments they cannot use.
-_REFUSALS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AssertionError,
-    KeyError,
-    OSError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 
-
-def made(group: str, options: Settings, **more: Any) -> Any:
+def made(group: str, kind: type[T], options: Settings, **more: Any) -> T:
     """What Hydra makes of a group: the object that ``_target_`` names, with the other keys as arguments,
     and `more`, which are not the user's.
 
     Raises:
-        ConfigError: there is no such name, or it takes no such argument.
+        ConfigError: there is no such name, it takes no such argument, or what it makes is not of this kind.
         MdcError: what the object refuses itself.
     """
     try:
-        return instantiate({**options, **more}, _convert_="all")
+        found = instantiate({**options, **more}, _convert_="all")
     except InstantiationException as error:
         wrapped = error
+    else:
+        if not isinstance(found, kind):
+            raise ConfigError(f"{group}._target_={options['_target_']!r} is no {kind.__name__}")
+        return found
     # Raised from here, not from within: Hydra's error has this one as its cause.
     target, cause = options["_target_"], wrapped.__cause__
     reason = " ".join(str(cause or wrapped).split())
@@ -99,7 +91,7 @@ def build_data(settings: Settings) -> ImageDataModule:
         _check_name(model["name"])
         cfg = timm.get_pretrained_cfg(model["name"])
         more["data_config"] = {} if cfg is None else cfg.to_dict()
-    return made("data", data, **more)
+    return made("data", ImageDataModule, data, **more)
 
 
 def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = True) -> nn.Module:
@@ -124,7 +116,7 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
             network = VisionTransformer(**args)
         else:
             network = timm.create_model(model["name"], pretrained=model["pretrained"] and weights, **args)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         shown = {key: value for key, value in args.items() if key not in facts}
         raise ConfigError(
             f"model.name={model['name']!r} with model.args={shown} for images of {data.in_chans}x{size}x{size} is "
@@ -155,7 +147,7 @@ def _with_checkpoint(network: nn.Module, checkpoint: str) -> nn.Module:
             network.load_state_dict(load(path).state_dict())
         else:
             load_checkpoint(network, str(path), weights_only=True)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         first = str(error).strip().splitlines()
         raise ConfigError(
             f"model.checkpoint={checkpoint!r} does not fit model.name and model.args: {' '.join(first[:2])[:300]}; "
@@ -184,10 +176,7 @@ def build_criterion(settings: Settings) -> Criterion:
     Raises:
         ConfigError: the group names something else.
     """
-    criterion = made("importance", settings["importance"])
-    if not isinstance(criterion, Criterion):
-        raise ConfigError(f"importance._target_={settings['importance']['_target_']!r} is no Criterion")
-    return criterion
+    return made("importance", Criterion, settings["importance"])  # type: ignore[type-abstract]
 
 
 def build_budget(settings: Settings) -> Budget:
@@ -317,9 +306,8 @@ def check_compensation(settings: Settings, model: nn.Module, policy: Policy | No
             check_compensable(getattr(block, name), settings["surgery"]["compensate"])
 
 
-def build_held_out(settings: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
-    """What trials are judged on: the first ``search.images`` of the held-out training images."""
-    options = settings["search"]
+def build_held_out(options: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
+    """What policies are judged on: the first ``images`` of the held-out training images, by ``metric``."""
     images, labels = gathered(batches, options["images"])
     metric = options["metric"]
     if metric == "auto":
@@ -341,8 +329,5 @@ def build_trackers(settings: Settings) -> dict[str, Tracker]:
             raise ConfigError(
                 f"logger.{key}={options!r}: expected a logger, such as logger=wandb or logger=[csv,wandb]"
             )
-        tracker = made(f"logger.{key}", options)
-        if not isinstance(tracker, Tracker):
-            raise ConfigError(f"logger.{key}._target_={options['_target_']!r} is no Tracker")
-        trackers[key] = tracker
+        trackers[key] = made(f"logger.{key}", Tracker, options)  # type: ignore[type-abstract]
     return trackers

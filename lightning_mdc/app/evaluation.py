@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mdc.app.report.examples import FIRST, LEAST_CHANGED, MOST_CHANGED, Examples
-from lightning_mdc.app.report.outcomes import Outcomes
+from lightning_mdc.app.report.outcomes import FIRST, LEAST_CHANGED, MOST_CHANGED, Examples, Outcomes
 from lightning_mdc.distributed import gather
 from lightning_mdc.figures.tokens import Example
 from lightning_mdc.models import evaluating, find_sites
-from lightning_mdc.progress import bar, steps_of
+from lightning_mdc.progress import bar
 from lightning_mdc.tokens.surviving_patches import surviving_patches
 
 # Of how many images examples are chosen, and how many of each kind are shown.
@@ -49,23 +49,12 @@ def _predictions(model: nn.Module, loader: Iterable[Any], device: torch.device, 
     """(labels, predicted classes), (n,) each."""
     labels, classes = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
     model.to(device)
-    with torch.inference_mode(), evaluating(model), bar(title, steps_of(loader)) as advance:
+    with torch.inference_mode(), evaluating(model), bar(title, length_hint(loader)) as advance:
         for images, targets in loader:
             classes.append(model(images.to(device)).argmax(dim=-1).cpu())
             labels.append(torch.as_tensor(targets))
             advance()
     return torch.cat(labels), torch.cat(classes)
-
-
-@dataclass(frozen=True, eq=False)
-class _Compared:
-    """One image, its label, (class, probability) by dense and by slim, and KL(dense ‖ slim) of these predictions."""
-
-    image: Tensor
-    label: int
-    dense: tuple[int, float]
-    slim: tuple[int, float]
-    change: float
 
 
 def examples(
@@ -88,40 +77,38 @@ def examples(
         class_names: in the order of the labels.
         to_pixels: images as the models see them (n, channels, height, width) -> (n, height, width, 3), uint8.
     """
-    first: list[_Compared] = []
-    most: list[_Compared] = []
-    least: list[_Compared] = []
-    looked_at = 0
+    first: list[Example] = []
+    most: list[Example] = []
+    least: list[Example] = []
+    looked_at, size = 0, (0, 0)
     for images, labels in loader:
-        batch = _compared(dense, slim, images[: _LOOKED_AT - looked_at].to(device), labels)
+        size = (images.shape[-2], images.shape[-1])
+        images = images[: _LOOKED_AT - looked_at]
+        batch = _compared(dense, slim, images.to(device), labels, to_pixels(images))
         looked_at += len(batch)
         first += batch[: _EACH - len(first)]
-        most = sorted([*most, *batch], key=lambda image: -image.change)[:_EACH]
-        least = sorted([*least, *batch], key=lambda image: image.change)[:_EACH]
+        most = sorted([*most, *batch], key=lambda example: -example.change)[:_EACH]
+        least = sorted([*least, *batch], key=lambda example: example.change)[:_EACH]
         if looked_at >= _LOOKED_AT:
             break
     kinds = ((MOST_CHANGED, most), (FIRST, first), (LEAST_CHANGED, least))
-    chosen = [(why, image) for why, kind in kinds for image in kind]
-    stacked = torch.stack([image.image for _, image in chosen])
-    _, survivors = surviving_patches(slim, stacked.to(device))
+    items = tuple(replace(example, why=why) for why, kind in kinds for example in kind)
     sites = find_sites(slim)
-    items = tuple(
-        Example(pixels, why, image.label, image.dense, image.slim, image.change, kept)
-        for pixels, kept, (why, image) in zip(to_pixels(stacked), survivors.numpy(), chosen, strict=True)
-    )
-    grid = sites.grid_of((stacked.shape[-2], stacked.shape[-1]))
-    return Examples(
-        items, slim_artifact, grid, tuple(stage.block for stage in sites.stages), tuple(class_names), looked_at
-    )
+    blocks = tuple(stage.block for stage in sites.stages)
+    return Examples(items, slim_artifact, sites.grid_of(size), blocks, tuple(class_names), looked_at)
 
 
-def _compared(dense: nn.Module, slim: nn.Module, images: Tensor, labels: Any) -> list[_Compared]:
-    with torch.inference_mode(), evaluating(dense, slim):
-        by_dense, by_slim = (F.log_softmax(model(images).float(), dim=-1).cpu() for model in (dense, slim))
+def _compared(dense: nn.Module, slim: nn.Module, images: Tensor, labels: Any, pixels: np.ndarray) -> list[Example]:
+    with torch.inference_mode(), evaluating(dense):
+        logits = dense(images)
+    slim_logits, survivors = surviving_patches(slim, images)
+    by_dense, by_slim = (F.log_softmax(each.float(), dim=-1).cpu() for each in (logits, slim_logits))
     changes = F.kl_div(by_slim, by_dense, reduction="none", log_target=True).sum(dim=1)
     return [
-        _Compared(image, int(label), _top1(before), _top1(after), float(change))
-        for image, label, before, after, change in zip(images.cpu(), labels, by_dense, by_slim, changes, strict=False)
+        Example(image, "", int(label), _top1(before), _top1(after), float(change), kept)
+        for image, label, before, after, change, kept in zip(
+            pixels, labels, by_dense, by_slim, changes, survivors.numpy(), strict=False
+        )
     ]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lightning_mdc.app.settings import flat
 from lightning_mdc.app.step_table import STEPS, needed
 from lightning_mdc.errors import ConfigError
 
@@ -57,7 +58,7 @@ def relevant(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     groups = (*step.settings, *(_TRAINER if trains else ()))
     return {
         key: _content(key, value) if key in _FILES else value
-        for key, value in _flat(settings)
+        for key, value in flat(settings)
         if key not in step.ignores and any(key == group or key.startswith(f"{group}.") for group in groups)
     }
 
@@ -66,16 +67,6 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two answers of `relevant`, of which the first comes from a file: up to three settings."""
     keys = [key for key in now if before.get(key) != json.loads(json.dumps(now[key], default=str))]
     return ", ".join(f"{key}={before.get(key)!r}, now {now[key]!r}" for key in keys[:3])
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every single setting; an empty group is a value."""
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{key}.")
-        else:
-            yield key, value
 
 
 def _content(key: str, value: Any) -> Any:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_mdc.app import pipeline, sweep_trial, terminal
+from lightning_mdc.app import pipeline, sweep, terminal
 from lightning_mdc.app.settings import plain
 
 log = logging.getLogger("lightning_mdc")
@@ -68,13 +67,13 @@ def app(cfg: DictConfig) -> float | None:
     try:
         settings = plain(cfg)
         if settings["stage"] == "trial":
-            return sweep_trial.trial(settings, Path(HydraConfig.get().runtime.output_dir))
+            return sweep.trial(settings, Path(HydraConfig.get().runtime.output_dir))
         pipeline.run(settings)
     except BaseException as error:
         # A sweep has to learn of a failed job by its exception; and whoever looks for a fault wants the traceback.
         wants_traceback = cfg.debug is True or os.environ.get("HYDRA_FULL_ERROR") == "1"
         explained = terminal.explain(error)
-        if explained is None or wants_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+        if explained is None or wants_traceback or terminal.in_sweep():
             raise
         message, code = explained
         rank: int = rank_zero_only.rank  # type: ignore[attr-defined]

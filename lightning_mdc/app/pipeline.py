@@ -18,9 +18,8 @@ from lightning import seed_everything
 
 from lightning_mdc.app import build, terminal, tracking
 from lightning_mdc.app.fingerprints import changed, fingerprints, relevant
-from lightning_mdc.app.report.invocations import note_invocation
-from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, open_run
-from lightning_mdc.app.step_table import STEPS, needed, switched_off
+from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder, note_invocation, open_run
+from lightning_mdc.app.step_table import STEPS, needed
 from lightning_mdc.app.steps import ACTIONS, Run
 from lightning_mdc.app.trainer import check_training, ignores_clipping, processes, shards_parameters
 from lightning_mdc.distributed import on_first_rank
@@ -63,19 +62,17 @@ def _run_steps(run: Run, selected: tuple[str, ...]) -> None:
         # A step is picked up only if all it is built on was: its fingerprint holds theirs.
         if not fresh.intersection(_upstream(run.settings, name)) and on_first_rank(partial(run.is_done, name)):
             log.info("%-8s picked up from %s", f"{name}:", run.output(name))
-            tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
-            continue
-        fresh.add(name)
-        if name in shared_by_trials(run.settings) and on_first_rank(partial(_take_from_cache, run, name)):
+        elif on_first_rank(partial(_take_from_cache, run, name)):
+            fresh.add(name)
             log.info("%-8s picked up from the cache of an earlier sweep", f"{name}:")
-            tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
-            continue
-        try:
-            run_step(run, name)
-        except BaseException as error:
-            terminal.note_where(error, folder, name)
-            tracking.show_step(run.trackers, folder, name, None)  # as far as it came
-            raise
+        else:
+            fresh.add(name)
+            try:
+                run_step(run, name)
+            except BaseException as error:
+                terminal.note_where(error, folder, name)
+                tracking.show_step(run.trackers, folder, name, None)  # as far as it came
+                raise
         tracking.show_step(run.trackers, folder, name, run.fingerprints[name])
     if "report" not in fresh:  # which says it at more length
         on_first_rank(partial(_say_what_next, run))
@@ -136,6 +133,8 @@ def cache_folder(settings: build.Settings, fingerprints: Mapping[str, str]) -> P
 
 
 def _take_from_cache(run: Run, name: str) -> bool:
+    if name not in shared_by_trials(run.settings):
+        return False
     cache = Run(run.settings, RunFolder(cache_folder(run.settings, run.fingerprints)), run.fingerprints)
     if not cache.is_done(name):
         return False
@@ -189,7 +188,7 @@ def select(settings: build.Settings) -> tuple[str, ...]:
         ConfigError: a name that is no step, one that is switched off, or none left.
     """
     stage, skip = settings["stage"], settings["skip"]
-    off = switched_off(settings)
+    off = [name for name, step in STEPS.items() if step.is_off(settings)]
     everything = [name for name, step in STEPS.items() if step.in_all and name not in off]
     words = [stage] if isinstance(stage, str) else list(stage or ())
     chosen = [name for word in words for name in (everything if word == "all" else [word])]
@@ -229,7 +228,8 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
     _ = run.device
     if not any(STEPS[name].uses_data for name in selected):
         return
-    if "dense" in selected and not settings["dense"]["epochs"] and not _has_weights(settings):
+    has_weights = settings["model"]["pretrained"] or settings["model"]["checkpoint"] is not None
+    if "dense" in selected and not settings["dense"]["epochs"] and not has_weights:
         raise ConfigError(
             "dense.epochs=0 leaves the model untrained; give dense.epochs, model.pretrained=true or model.checkpoint"
         )
@@ -259,10 +259,6 @@ def _check_sharding(settings: build.Settings, selected: tuple[str, ...]) -> None
             f"distillation.ema_decay={decay} averages whole parameters, which trainer=fsdp shards; give "
             "distillation.ema_decay=null, or train with trainer=ddp"
         )
-
-
-def _has_weights(settings: build.Settings) -> bool:
-    return bool(settings["model"]["pretrained"]) or settings["model"]["checkpoint"] is not None
 
 
 def _upstream(settings: build.Settings, name: str) -> tuple[str, ...]:

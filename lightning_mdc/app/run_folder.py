@@ -7,17 +7,24 @@ fingerprints of the steps it was built on. A step is done if the fingerprint of 
 from __future__ import annotations
 
 import json
+import platform
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lightning_mdc.app.terminal import started
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.files import write_json
+from lightning_mdc.files import read_json, write_json
 
 # The folder of what `RunFolder.finish` writes, by which a run is known.
 RECORDS = "steps"
 # Names the file in search/ that the search of the present settings writes.
 CURRENT_STUDY = "search/current"
+
+_INVOCATIONS = "invocations.json"
+_PACKAGES = ("lightning-mdc", "torch", "lightning", "timm", "torchmetrics", "hydra-core", "scikit-optimize", "numpy")
 
 
 class RunFolder:
@@ -120,3 +127,47 @@ def _fresh(home: Path) -> Path:
             raise ConfigError(f"runs={str(home.parent)!r} cannot be written: {error}; give another folder") from error
         else:
             return path
+
+
+# --- with what command and what versions it was made ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One start of ``train.py`` on a run's folder.
+
+    Attributes:
+        command: to be typed again.
+        started: local time, ISO.
+        versions: of Python and the packages that matter.
+        machine: operating system and processor.
+    """
+
+    command: str
+    started: str
+    versions: dict[str, str]
+    machine: str
+
+
+def note_invocation(folder: RunFolder) -> None:
+    """Add this process to the ones that the run's folder remembers."""
+    this = Invocation(started(), datetime.now().isoformat(timespec="seconds"), _versions(), platform.platform())
+    write_json(folder / _INVOCATIONS, [asdict(each) for each in (*invocations(folder.path), this)])
+
+
+def invocations(folder: Path) -> tuple[Invocation, ...]:
+    """All that worked on the run in `folder`, the first first; none if the file is missing or damaged."""
+    try:
+        return tuple(Invocation(**each) for each in read_json(folder / _INVOCATIONS) or ())
+    except TypeError:  # edited by somebody
+        return ()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree without an install
+            continue
+    return found

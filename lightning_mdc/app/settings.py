@@ -48,6 +48,16 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every single setting, ``("search.n_trials", 60)``; an empty group is a value."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
 def _refused(key: str, cfg: DictConfig) -> ConfigError:
     return ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}: expected {_ALLOWED[key].expected}")
 

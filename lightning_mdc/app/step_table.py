@@ -203,11 +203,6 @@ _STEPS = (
 STEPS: Mapping[str, Step] = {step.name: step for step in _STEPS}
 
 
-def switched_off(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the steps that there are not under these settings."""
-    return tuple(name for name, step in STEPS.items() if step.is_off(settings))
-
-
 def needed(settings: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """Names of the steps that the step `name` is built on under these settings."""
     return tuple(need for need in STEPS[name].needs if not STEPS[need].is_off(settings))

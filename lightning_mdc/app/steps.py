@@ -26,19 +26,20 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_mdc as mdc
 from lightning_mdc import progress
 from lightning_mdc.app import build, evaluation
-from lightning_mdc.app import report as reporting
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.fingerprints import fingerprint_of, relevant
+from lightning_mdc.app.report import results as reporting
 from lightning_mdc.app.report.outcomes import Outcomes
 from lightning_mdc.app.report.write import write_report
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.tracking import Trackers
-from lightning_mdc.app.trainer import build_module, build_sharing, build_trainer, shards_parameters, training_device
+from lightning_mdc.app.trainer import build_module, build_trainer, module_options, shards_parameters, training_device
 from lightning_mdc.artifact import WEIGHTS
 from lightning_mdc.budget import num_params
 from lightning_mdc.budget.timing import latencies
 from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation.weight_sharing import WeightSharingModule
 from lightning_mdc.distributed import on_first_rank, rank, world_size
 from lightning_mdc.errors import DataError
 from lightning_mdc.figures.numbers import scaled
@@ -47,7 +48,6 @@ from lightning_mdc.files import write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy
 from lightning_mdc.policy_search.driver import SearchResult
-from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import ActivationStatistics
 
@@ -135,12 +135,10 @@ def dense(run: Run) -> str:
     options = run.settings["dense"]
     model = build.build_model(run.settings, run.data)
     if options["epochs"]:
-        module = build_module(options, model, None)
-        train(run, options, module, "dense", run.fingerprints["dense"])
+        train(run, options, build_module(options, model, None), "dense", run.fingerprints["dense"])
     else:
         on_first_rank(partial(_save, run, model, "dense"))
-    size = f"{scaled(mdc.macs(model))}MACs, {num_params(model):,} parameters"
-    return f"{type(model).__name__} of {size}"
+    return f"{type(model).__name__} of {scaled(mdc.macs(model))}MACs, {num_params(model):,} parameters"
 
 
 def score(run: Run) -> str:
@@ -156,7 +154,15 @@ def share(run: Run) -> str:
     """Train the dense weights under many policies at once, which the search then tells apart; leaves ``shared/``."""
     options = run.settings["sharing"]
     budget, space = build.build_budget(run.settings), build.space_options(run.settings)
-    module = build_sharing(run.settings, run.model("dense"), run.scores, budget, space)
+    module = WeightSharingModule(
+        run.model("dense"),
+        run.scores,
+        budget,
+        **module_options(options),
+        **space,
+        **run.token_options,
+        seed=run.settings["seed"],
+    )
     train(run, options, module, "shared", run.fingerprints["share"])
     return f"{options['epochs']} epochs of weight sharing"
 
@@ -181,8 +187,7 @@ def sensitivity(run: Run) -> str:
     if on_first_rank(state.exists):
         log.info("  going on from %s", state)
     model = run.model(run.weights).to(run.device)
-    images, labels = gathered(held_out_batches(run), options["images"])
-    held_out = HeldOut([(images, labels)], "kl", dense=model, batch_size=options["batch_size"], device=run.device)
+    held_out = build.build_held_out({**options, "metric": "kl"}, held_out_batches(run), model, run.device)
     measured = measure_sensitivity(
         model,
         run.scores,
@@ -239,28 +244,28 @@ def test(run: Run) -> str:
     """Measure every model on the test images; leaves ``results.json``, what each model says of each image, and a few
     images to look at."""
     tested = _models_to_test(run)
-    models = {entry.artifact: run.model(entry.artifact) for entry in tested}
+    models = {artifact: run.model(artifact) for artifact in tested}
     # All slim models have one architecture, and so has dense: two are timed, in turn, for all.
     times = on_first_rank(partial(_times, run, {name: models[name].to(run.device) for name in ("dense", "slim")}))
-    outcomes = evaluation.outcomes(models, run.data.test_dataloader(), run.device, run.data.class_names)
+    outcomes = evaluation.outcomes(models, run.data.test_dataloader(), run.device, run.data.splits.class_names)
     if not len(outcomes.labels):
         raise DataError(
             "the test split is empty: nothing can be reported; raise data.test_fraction or give a test split"
         )
     rows = []
-    for entry in tested:
-        model, predicted = models[entry.artifact], outcomes.predicted[entry.artifact]
-        architecture = "dense" if entry.kind in (reporting.DENSE, reporting.REFERENCE) else "slim"
+    for artifact, (kind, seed) in tested.items():
+        model, predicted = models[artifact], outcomes.predicted[artifact]
+        architecture = "dense" if kind in (reporting.DENSE, reporting.REFERENCE) else "slim"
         rows.append(
             reporting.Result(
-                model=entry.kind,
-                seed=entry.seed,
+                model=kind,
+                seed=seed,
                 correct=int((predicted == outcomes.labels).sum()),
                 agreeing=int((predicted == outcomes.predicted["dense"]).sum()),
                 images=len(outcomes.labels),
                 macs=mdc.macs(model),
                 params=num_params(model),
-                size=(run.folder / entry.artifact / WEIGHTS).stat().st_size,
+                size=(run.folder / artifact / WEIGHTS).stat().st_size,
                 latency={batch_size: seconds[architecture] for batch_size, seconds in times.items()},
             )
         )
@@ -320,7 +325,7 @@ def train(run: Run, options: build.Settings, module: DistillationModule, artifac
 
 def finetune(run: Run, artifact: str, start: str, seed: int) -> None:
     """One finetuning run from the artifact `start`, dense or slim; done once, however often it is asked for."""
-    options = {k: v for k, v in run.settings["distillation"].items() if k not in ("seeds", "reference_seeds")}
+    options = run.settings["distillation"]
     depends_on = relevant(run.settings, "distill")
     for name in ("seeds", "reference_seeds"):  # one more seed changes nothing for the others
         del depends_on[f"distillation.{name}"]
@@ -333,20 +338,15 @@ def finetune(run: Run, artifact: str, start: str, seed: int) -> None:
     seed_everything(seed, workers=True, verbose=False)
     student = run.model(start)
     if options["epochs"]:
-        module = build_module(options, student, _teacher(run, options))
-        train(run, options, module, artifact, fingerprint)
+        teacher = run.model("dense") if options["teacher"] == "dense" else options["teacher"]
+        train(run, options, build_module(options, student, teacher), artifact, fingerprint)
     else:
         on_first_rank(partial(_save, run, student, artifact))
     on_first_rank(partial(run.folder.finish, artifact, fingerprint))
 
 
-def _teacher(run: Run, options: build.Settings) -> nn.Module | str | None:
-    """The run's own dense model, or the one that ``distillation.teacher`` names, or none."""
-    return run.model("dense") if options["teacher"] == "dense" else options["teacher"]
-
-
 def _save(run: Run, model: nn.Module, artifact: str) -> None:
-    class_names = list(run.data.class_names) if artifact == "dense" else None
+    class_names = list(run.data.splits.class_names) if artifact == "dense" else None
     mdc.save(model.cpu().eval(), run.folder / artifact, class_names=class_names)
 
 
@@ -369,7 +369,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     on_first_rank(partial(write_text, run.folder / CURRENT_STUDY, state.name))
     if state.exists():
         log.info("  going on from %s", state)
-    held_out = build.build_held_out(run.settings, held_out_batches(run), model, run.device)
+    held_out = build.build_held_out(options, held_out_batches(run), model, run.device)
     result = mdc.search(
         model,
         run.scores,
@@ -410,7 +410,7 @@ def held_out_batches(run: Run) -> DataLoader[Any]:
 def calibration_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of a seeded sample of the training images under the evaluation transforms, with labels."""
     images, batch_size = run.settings["calibration"]["images"], run.settings["calibration"]["batch_size"]
-    dataset = run.data.calibration_dataset()
+    dataset = run.data.splits.calibration
     workers = run.data.num_workers
     if isinstance(dataset, IterableDataset):
         wanted = -(-images // (batch_size * world_size()))
@@ -426,22 +426,14 @@ def calibration_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 # --- testing ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tested:
-    """A model to test: what kind it is in the results, the seed it was finetuned with, and where it lies."""
-
-    kind: str
-    seed: int | None
-    artifact: str
-
-
-def _models_to_test(run: Run) -> tuple[_Tested, ...]:
+def _models_to_test(run: Run) -> dict[str, tuple[str, int | None]]:
+    """By where each lies: (what kind it is in the results, the seed it was finetuned with)."""
     options = run.settings["distillation"]
-    tested = [_Tested(reporting.DENSE, None, "dense"), _Tested(reporting.SLIM, None, "slim")]
+    tested: dict[str, tuple[str, int | None]] = {"dense": (reporting.DENSE, None), "slim": (reporting.SLIM, None)}
     if run.has_finetuned:
-        tested += [_Tested(reporting.FINETUNED, seed, f"finetuned/seed{seed}") for seed in options["seeds"]]
-        tested += [_Tested(reporting.REFERENCE, seed, f"reference/seed{seed}") for seed in options["reference_seeds"]]
-    return tuple(tested)
+        tested |= {f"finetuned/seed{seed}": (reporting.FINETUNED, seed) for seed in options["seeds"]}
+        tested |= {f"reference/seed{seed}": (reporting.REFERENCE, seed) for seed in options["reference_seeds"]}
+    return tested
 
 
 def _times(run: Run, models: Mapping[str, nn.Module]) -> dict[int, dict[str, float]]:
@@ -461,7 +453,7 @@ def _save_results(run: Run, results: reporting.Results, outcomes: Outcomes, mode
         artifact,
         _all_test_images(run),
         run.device,
-        run.data.class_names,
+        run.data.splits.class_names,
         run.data.to_pixels,
     )
     outcomes.save(run.folder / "predictions.safetensors")

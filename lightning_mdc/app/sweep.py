@@ -1,33 +1,51 @@
-"""The policy search as a Hydra sweep of ``train.py``: what its trials cost, and what comes after the last one.
+"""The policy search as a Hydra sweep of ``train.py``: what its trials cost, one trial, and what comes after the last.
 
 ``mdc train -m hydra/sweeper=mdc_gp_ei budget=0.6`` starts one; see ``conf/hydra/sweeper/mdc_gp_ei.yaml``, which
-names what is here. Trials are jobs of their own, see `sweep_trial`.
+names what is here. Trials are jobs of their own, with ``stage=trial``, on this machine or on others. The dense model,
+its scores, and what else all of them need lie in ``<runs>/.cache``, in a folder named by what they were made from, and
+are made by the trial that comes first.
 """
 
 from __future__ import annotations
 
+import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from lightning_mdc.app import build, terminal, tracking
+from lightning_mdc.app import build, pipeline, terminal, tracking
+from lightning_mdc.app.fingerprints import fingerprint_of, fingerprints
+from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.settings import plain
-from lightning_mdc.app.tracking import RunInfo
-from lightning_mdc.app.tracking.sweeps import sweep_items
+from lightning_mdc.app.steps import Run, held_out_batches, pruned
+from lightning_mdc.app.tracking import RunInfo, Trackers
+from lightning_mdc.app.tracking.contents import sweep_items, trial_items
+from lightning_mdc.app.trainer import num_processes
+from lightning_mdc.budget import CostModel, macs
+from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.items import Item
 from lightning_mdc.figures.plan import policy_figure
 from lightning_mdc.figures.style import save_figure
-from lightning_mdc.files import write_text
-from lightning_mdc.policy import DIMENSIONS
+from lightning_mdc.files import replacing, write_text
+from lightning_mdc.gp_ei.study import read_study
+from lightning_mdc.models import find_sites
+from lightning_mdc.policy import DIMENSIONS, Policy
 from lightning_mdc.policy_search.driver import starting_points
+from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
+
+log = logging.getLogger(__name__)
 
 _KEEP = "policy.keep."
 
@@ -112,6 +130,85 @@ def _with_ratios(params: Mapping[str, Any], columns: Mapping[str, slice], points
     return replaced
 
 
+# --- one trial --------------------------------------------------------------------------------------------------------
+
+
+def trial(settings: build.Settings, folder: Path) -> float:
+    """What the policy that the settings give is worth on the held-out images; leaves ``policy.json`` in `folder`.
+
+    Raises:
+        ConfigError: the settings give no policy.
+        MdcError: see `pipeline.check`.
+    """
+    if (count := num_processes(settings)) > 1:
+        raise ConfigError(
+            f"stage=trial is the work of one process, but trainer.devices={settings['trainer']['devices']!r} makes "
+            f"{count}; use trainer.devices=1, and hydra.sweeper.n_jobs with a launcher for trials side by side"
+        )
+    with tracking.opened(build.build_trackers(settings), tracking.run_info(folder, settings, "trial")) as trackers:
+        run = prepared(settings, trackers)
+        model = run.model(run.weights).to(run.device)
+        policy = build.given_policy(settings, model)
+        if policy is None:
+            raise ConfigError("stage=trial judges a policy that is given; give policy.keep.heads=..., or policy.file")
+        _, slim_model = pruned(run, model, policy)
+        held_out = build_held_out(run, model)
+        value = held_out(slim_model)
+        write_text(folder / "policy.json", policy.to_json())
+        trackers.show(lambda: _items(settings, model, slim_model, policy, value))
+        if not terminal.in_sweep():  # else the sweeper says it
+            log.info("trial: %s %.4f", held_out.metric, value)
+        return value
+
+
+def _items(
+    settings: build.Settings, model: nn.Module, slim_model: nn.Module, policy: Policy, value: float
+) -> Iterator[Item]:
+    """What of the trial is put on dashboards."""
+    pricing = Pricing(CostModel(find_sites(model)), build.build_budget(settings))
+    cost = pricing.utilisation(policy, fuse=settings["surgery"]["fuse_tokens"])
+    options = {**settings["policy"], "kind": "uniform", "file": None, "keep": {}}
+    uniform = build.given_policy({**settings, "policy": options}, model)
+    assert uniform is not None  # of this kind it is
+    return trial_items(policy, uniform, value, cost, macs(slim_model) / macs(model))
+
+
+def prepared(settings: build.Settings, trackers: Trackers | None = None) -> Run:
+    """The run in the cache that all trials of these settings share, with its dense model, scores and shared weights.
+
+    What has to be trained first is watched with `trackers`.
+    """
+    prints = fingerprints(settings, frozenset())
+    folder = RunFolder(pipeline.cache_folder(settings, prints))
+    run = Run(settings, folder, prints, trackers=trackers or Trackers())
+    if settings["threads"] is not None:
+        torch.set_num_threads(settings["threads"])
+    folder.create()
+    # Of trials that start together one makes what is missing, the others wait for it.
+    with FileLock(folder / ".lock"):
+        missing = tuple(name for name in pipeline.shared_by_trials(settings) if not run.is_done(name))
+        if missing:
+            pipeline.check(settings, missing)
+        for name in missing:
+            pipeline.run_step(run, name)
+    return run
+
+
+def build_held_out(run: Run, model: nn.Module) -> HeldOut:
+    """What trials are judged on. The prepared images lie in the cache, so that only the first trial reads files."""
+    num_images = run.settings["search"]["images"]
+    fingerprint = fingerprint_of({"images": num_images}, {"dense": run.fingerprints["dense"]})
+    path = run.folder / f"held_out-{fingerprint[:12]}.safetensors"
+    with FileLock(run.folder / ".lock"):
+        if not path.exists():
+            images, labels = gathered(held_out_batches(run), num_images)
+            assert labels is not None  # our data modules have them
+            with replacing(path) as beside:
+                save_file({"images": images.contiguous(), "labels": labels.contiguous()}, beside)
+    tensors = load_file(path)
+    return build.build_held_out(run.settings["search"], [(tensors["images"], tensors["labels"])], model, run.device)
+
+
 # --- after the last trial ---------------------------------------------------------------------------------------------
 
 
@@ -121,7 +218,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     The search as a whole is shown on the dashboards of the trials, as one more run of their group.
     """
     if results["best_params"] is None:
-        _show_sweep(results, sweep_dir, plain(config), None)
+        _show_sweep(sweep_dir, plain(config), None)
         print("No trial succeeded, so there is no policy to finetune with.")
         return
     cost, params = PolicyCost(config), dict(results["best_params"])
@@ -134,7 +231,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     write_text(path, best.to_json())
     figure = policy_figure(best, space.uniform, f"{settings['name']}: trial {results['best_trial']}")
     save_figure(figure, sweep_dir / "policy.png")
-    _show_sweep(results, sweep_dir, settings, figure)
+    _show_sweep(sweep_dir, settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in params.items() if not key.startswith(_KEEP)]
     command = [*terminal.program(), f"policy.file={path}", *given, *others]
@@ -142,9 +239,9 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     print("  " + shlex.join(command))
 
 
-def _show_sweep(results: Mapping[str, Any], folder: Path, settings: build.Settings, best: Figure | None) -> None:
+def _show_sweep(folder: Path, settings: build.Settings, best: Figure | None) -> None:
     trackers = build.build_trackers(settings)
+    study = Path(HydraConfig.get().sweeper.study or folder / "study.jsonl")
     info = RunInfo(folder, f"{settings['name']}: the search", folder.name, "sweep", settings)
     with tracking.opened({key: tracker for key, tracker in trackers.items() if tracker.shows_items}, info) as watched:
-        direction = HydraConfig.get().sweeper.direction
-        watched.show(lambda: sweep_items(results, folder, direction, best))
+        watched.show(lambda: sweep_items(read_study(study), folder, best))

@@ -12,16 +12,19 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
+from lightning_mdc.app.settings import flat
 from lightning_mdc.distributed import is_first
 from lightning_mdc.errors import MdcError, error_chain
 
@@ -111,7 +114,10 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
             if option not in groups[group]:
                 return f"{group}={option!r} is none of {', '.join(groups[group])}"
     with initialize_config_dir(str(conf), version_base="1.3"):
-        known = [*_keys(OmegaConf.to_container(compose("train", chosen), resolve=False)), *groups]
+        settings: Any = OmegaConf.to_container(compose("train", chosen), resolve=False)
+    # Groups of settings are keys, too.
+    keys = (prefix for key, _ in flat(settings) for prefix in accumulate(key.split("."), "{}.{}".format))
+    known = [*dict.fromkeys(keys), *groups]
     unknown = [name for name in names if name not in known and not name.startswith("hydra")]
     if not unknown:
         return None
@@ -121,19 +127,17 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
     return f"there is no setting {unknown[0]!r}; {meant}{shlex.join(program())} --cfg job shows all of them"
 
 
-def _keys(settings: Any, prefix: str = "") -> Iterator[str]:
-    for name, value in settings.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
-
-
 # --- what to type next ------------------------------------------------------------------------------------------------
 
 
 def program() -> list[str]:
     """What a command line begins with: ``python .../train.py`` where the user has typed that, else ``mdc train``."""
     return ["python", sys.argv[0]] if Path(sys.argv[0]).name == "train.py" else ["mdc", "train"]
+
+
+def in_sweep() -> bool:
+    """Whether this is one of several runs that Hydra starts (``-m``)."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def started() -> str:

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.strategies import ParallelStrategy
 from lightning.pytorch.callbacks import (
@@ -31,17 +30,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mdc.app.settings import Settings
-from lightning_mdc.budget import Budget
+from lightning_mdc.app.terminal import in_sweep
 from lightning_mdc.distillation import DistillationModule, check_teacher
-from lightning_mdc.distillation.weight_sharing import WeightSharingModule
 from lightning_mdc.distributed import is_lost_peer, leave_process_group, rank
 from lightning_mdc.errors import ConfigError, DistributedError
-from lightning_mdc.importance import Scores
 from lightning_mdc.models.timm_block import TokenStageBlock
 from lightning_mdc.progress import on_terminal
 from lightning_mdc.randomness import rng_state, set_rng_state
@@ -54,14 +52,16 @@ _NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "teacher", "ema_decay"
 # Of the Trainer's arguments, those that a machine can be without.
 _WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
-# What Lightning raises at arguments it cannot use.
-_REFUSALS = (
+# What timm, torch and Lightning raise at arguments they cannot use.
+REFUSALS = (
     TypeError,
     ValueError,
     RuntimeError,
     AssertionError,
     KeyError,
     OSError,
+    SafetensorError,
+    UnpicklingError,
     MisconfigurationException,
     InstantiationException,
 )
@@ -75,28 +75,7 @@ def build_module(options: Settings, student: nn.Module, teacher: nn.Module | str
     Raises:
         DistillationError: see `DistillationModule`.
     """
-    return DistillationModule(student, teacher, **_module_options(options))
-
-
-def build_sharing(
-    settings: Settings, model: nn.Module, scores: Scores, budget: Budget, space: Mapping[str, Any]
-) -> WeightSharingModule:
-    """The training module of the ``sharing`` settings, over the policies of `space` that cost no more than `budget`.
-
-    Raises:
-        DistillationError, SearchError, BudgetError: see `WeightSharingModule`.
-    """
-    surgery = settings["surgery"]
-    return WeightSharingModule(
-        model,
-        scores,
-        budget,
-        **_module_options(settings["sharing"]),
-        **space,
-        token_score=surgery["token_score"],
-        fuse_tokens=surgery["fuse_tokens"],
-        seed=settings["seed"],
-    )
+    return DistillationModule(student, teacher, **module_options(options))
 
 
 def check_training(settings: Settings, model: nn.Module) -> None:
@@ -115,7 +94,7 @@ def check_training(settings: Settings, model: nn.Module) -> None:
     build_module(options, model, None if options["teacher"] is None else copy.deepcopy(model))
 
 
-def _module_options(options: Settings) -> dict[str, Any]:
+def module_options(options: Settings) -> dict[str, Any]:
     """Keyword arguments of a training module, without what is said to the step or to the Trainer."""
     kwargs = {key: value for key, value in options.items() if key not in _NOT_THE_MODULES}
     schedule, epochs = dict(kwargs["schedule"]), options["epochs"]
@@ -165,7 +144,7 @@ def build_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise _trainer_refused(settings, error) from error
 
 
@@ -180,7 +159,7 @@ def _strategy(settings: Settings) -> Strategy | str:
         return cast(str, strategy)
     try:
         return cast(Strategy, instantiate(strategy, _convert_="all"))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise _trainer_refused(settings, error) from error
 
 
@@ -269,7 +248,7 @@ def processes(settings: Settings) -> Iterator[None]:
     assert isinstance(fabric.strategy, ParallelStrategy)
     environment = fabric.strategy.cluster_environment
     by_itself = environment is None or not environment.creates_processes_externally
-    if by_itself and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if by_itself and in_sweep():
         raise ConfigError(
             f"-m with {total} processes: each would start the whole sweep again; use trainer.devices=1, or a launcher "
             "that starts the processes of a job, such as hydra/launcher=submitit_slurm with tasks_per_node"

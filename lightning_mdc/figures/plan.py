@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,6 @@ from lightning_mdc.figures.style import BLUE, COLOURS, INK, ORANGE, PALE, legend
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy, default_stages, kept_tokens
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from lightning_mdc.budget.macs import BlockMacs
@@ -53,15 +52,23 @@ def kept_by_block(plan: Plan, num_tokens: int, num_prefix_tokens: int) -> tuple[
     return tuple(units for units in found if units.dense)
 
 
-def kept_figure(units: tuple[Kept, ...], title: str = "") -> Figure:
+def kept_figure(units: tuple[Kept, ...]) -> Figure:
     """Bars per block, one panel per dimension; the pale bar behind each is what the dense model has."""
     depth = len(units[0].dense)
     figure, panels = new_figure(style.width_of_blocks(depth), 1.7 * len(units) + 0.6, len(units), sharex=True)
-    for panel, dimension in zip(panels, units, strict=True):
-        _draw_kept(panel, dimension)
+    for panel, (dimension, kept, dense) in zip(panels, map(astuple, units), strict=True):
+        panel.bar(range(depth), dense, width=0.8, color=PALE, label="dense")
+        panel.bar(range(depth), kept, width=0.8, color=COLOURS[dimension], label="kept")
+        for block, count in enumerate(kept):
+            size = 8 if depth <= 16 else 6.5
+            style.beside(panel, str(count), (block, count), (0, 2), ha="center", va="bottom", fontsize=size)
+        panel.set_ylabel(dimension)
+        panel.set_ylim(0, max(dense) * 1.2)
+        style.few_ticks(panel.yaxis, 4, integer=True)
+        plain(panel, f"{sum(kept) / max(sum(dense), 1):.0%} of {_LABELS[dimension]}")
+        legend_above(panel)
     panels[-1].set_xlabel("block")
     style.few_ticks(panels[-1].xaxis, integer=True)
-    figure.suptitle(title, color=INK, fontsize=11)
     return figure
 
 
@@ -139,18 +146,3 @@ def kept_overview_figure(runs: Sequence[tuple[str, tuple[Kept, ...]]]) -> Figure
     plain(panel)
     legend_above(panel)
     return figure
-
-
-def _draw_kept(panel: Axes, units: Kept) -> None:
-    blocks = range(len(units.dense))
-    panel.bar(blocks, units.dense, width=0.8, color=PALE, label="dense")
-    panel.bar(blocks, units.kept, width=0.8, color=COLOURS[units.dimension], label="kept")
-    size = 8 if len(blocks) <= 16 else 6.5
-    for block, kept in zip(blocks, units.kept, strict=True):
-        style.beside(panel, str(kept), (block, kept), (0, 2), ha="center", va="bottom", fontsize=size)
-    fraction = sum(units.kept) / max(sum(units.dense), 1)
-    panel.set_ylabel(units.dimension)
-    panel.set_ylim(0, max(units.dense) * 1.2)
-    style.few_ticks(panel.yaxis, 4, integer=True)
-    plain(panel, f"{fraction:.0%} of {_LABELS[units.dimension]}")
-    legend_above(panel)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_mdc.figures import style
 from lightning_mdc.figures.style import BLUE, GRAY, GREEN, INK, PAPER, RED, WIDTH, new_figure, plain
 from lightning_mdc.gp_ei.process import GpEi
+from lightning_mdc.gp_ei.study import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,76 +21,53 @@ _TRIAL, _BEST, _FAILED = BLUE, GREEN, RED
 _PANELS, _GRID, _BACKGROUND = 8, 30, 100
 
 
-class Tried(Protocol):
-    """A trial as the pictures see it: of a study, or of the policy search."""
-
-    @property
-    def number(self) -> int: ...
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def cost(self) -> float | None: ...
-
-
-class Expected(Tried, Protocol):
-    """One that also knows what was expected of it."""
-
-    @property
-    def improvement(self) -> float | None: ...
-
-
-def progress_figure(trials: Sequence[Tried], direction: str, value: str = "value") -> Figure:
+def progress_figure(trials: Sequence[Trial], direction: str, value: str = "value") -> Figure:
     """Values by trial number: dots as they came, a line for the best so far, crosses for trials that failed.
 
     `value` is what they are called.
     """
     figure, (panel,) = new_figure(WIDTH, 3.1)
-    done, title = [trial for trial in trials if trial.status == "done"], ""
-    low, high = _limits([trial.value for trial in done if trial.value is not None], direction)
-    _dots(panel, done, [trial.number for trial in done], low, high)
-    _crosses(panel, trials, [trial.number for trial in trials if trial.status == "failed"])
+    done, limits = _draw_trials(panel, trials, [trial.number for trial in trials], direction)
+    title = ""
     if done:
         best = (np.minimum if direction == "minimize" else np.maximum).accumulate(
             [trial.value or 0.0 for trial in done]
         )
         numbers = [trial.number for trial in done]
         end = max(trial.number for trial in trials)
-        panel.step([*numbers, end], np.clip([*best, best[-1]], low, high), where="post", color=_BEST, lw=1.8)
+        panel.step([*numbers, end], np.clip([*best, best[-1]], *limits), where="post", color=_BEST, lw=1.8)
         where = int(np.flatnonzero(best == best[-1])[0])
         style.ring(panel, numbers[where], best[-1], label="best")
         over = sum(trial.status != "running" for trial in trials)
         title = f"best value {best[-1]:.6g}: trial {numbers[where]} of {over}"
-    _finish(panel, "trial", value, (low, high), title)
+    _finish(panel, "trial", value, limits, title)
     style.few_ticks(panel.xaxis, integer=True)
     return figure
 
 
-def cost_figure(trials: Sequence[Tried], direction: str, target: float, value: str = "value") -> Figure:
+def cost_figure(trials: Sequence[Trial], direction: str, target: float, value: str = "value") -> Figure:
     """What trials cost against what they are worth, with a line at the target. `value` is what that is called."""
     figure, (panel,) = new_figure(WIDTH, 3.1)
-    priced = [trial for trial in trials if trial.cost is not None]
-    done, title = [trial for trial in priced if trial.status == "done"], ""
-    low, high = _limits([trial.value for trial in done if trial.value is not None], direction)
+    trials = [trial for trial in trials if trial.cost is not None]
+    costs = [trial.cost or 0.0 for trial in trials]
     panel.axvline(target, color=INK, lw=1, ls=(0, (4, 3)), zorder=0, label=f"target {target:.6g}")
-    _dots(panel, done, [trial.cost or 0.0 for trial in done], low, high)
-    _crosses(panel, trials, [trial.cost or 0.0 for trial in priced if trial.status == "failed"])
+    done, limits = _draw_trials(panel, trials, costs, direction)
+    title = ""
     if done:
         best = (min if direction == "minimize" else max)(done, key=lambda trial: trial.value or 0.0)
         style.ring(panel, best.cost or 0.0, best.value or 0.0, label="best")
         title = f"best value {best.value:.6g} at cost {best.cost:.6g}: trial {best.number}"
-    left = min([trial.cost or 0.0 for trial in priced], default=target)
+    left = min(costs, default=target)
     # Trials may all cost within a hair of the target: wide enough that the axis can say so in plain numbers.
     margin = max(0.08 * (target - left), 1e-4 * abs(target), 1e-12)
     panel.set_xlim(left - margin, target + margin)
     panel.ticklabel_format(axis="x", useOffset=False)
     style.few_ticks(panel.xaxis, 6)
-    _finish(panel, "cost", value, (low, high), title)
+    _finish(panel, "cost", value, limits, title)
     return figure
 
 
-def improvement_figure(trials: Sequence[Expected]) -> Figure:
+def improvement_figure(trials: Sequence[Trial]) -> Figure:
     """Expected improvement of every trial that the Gaussian process chose, when it chose it, on a logarithmic scale.
 
     Where the dots have come down, the process expects little of another trial: the search has converged.
@@ -194,22 +172,28 @@ def _limits(values: Sequence[float], direction: str) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5 * max(abs(low), 1e-9), high + 0.5 * max(abs(high), 1e-9))
 
 
-def _dots(panel: Axes, trials: Sequence[Tried], x: Sequence[float], low: float, high: float) -> None:
-    values, at = np.array([trial.value for trial in trials], dtype=float), np.array(x, dtype=float)
+def _draw_trials(
+    panel: Axes, trials: Sequence[Trial], x: Sequence[float], direction: str
+) -> tuple[list[Trial], tuple[float, float]]:
+    """(those that are done, the range of their values that is shown): dots, and along the bottom a cross for those that
+    failed."""
+    done = [trial for trial in trials if trial.status == "done"]
+    values = np.array([trial.value for trial in done], dtype=float)
+    at = np.array([where for where, trial in zip(x, trials, strict=True) if trial.status == "done"], dtype=float)
+    low, high = _limits(values.tolist(), direction)
     inside = (values >= low) & (values <= high)
-    panel.scatter(at[inside], values[inside], s=22, color=_TRIAL, alpha=0.75, linewidths=0, label="trial")
+    looks: dict[str, Any] = {"color": _TRIAL, "alpha": 0.75, "linewidths": 0}
+    panel.scatter(at[inside], values[inside], s=22, label="trial", **looks)
     for outside, edge, marker in ((values > high, high, "^"), (values < low, low, "v")):
         if outside.any():
             far = f"far worse, to {values[outside].max() if edge == high else values[outside].min():.3g}"
-            edges = np.full(outside.sum(), edge)
-            panel.scatter(at[outside], edges, s=26, marker=marker, color=_TRIAL, alpha=0.75, linewidths=0, label=far)
-
-
-def _crosses(panel: Axes, trials: Sequence[Tried], x: Sequence[float]) -> None:
-    """Trials without a value, along the bottom."""
-    if len(x):
-        label, bottom = f"failed ({len(x)} of {len(trials)})", np.full(len(x), 0.03)
-        panel.plot(x, bottom, "x", color=_FAILED, ms=6, mew=1.6, transform=panel.get_xaxis_transform(), label=label)
+            panel.scatter(at[outside], np.full(outside.sum(), edge), s=26, marker=marker, label=far, **looks)
+    if failed := [where for where, trial in zip(x, trials, strict=True) if trial.status == "failed"]:
+        label, bottom = f"failed ({len(failed)} of {len(trials)})", np.full(len(failed), 0.03)
+        panel.plot(
+            failed, bottom, "x", color=_FAILED, ms=6, mew=1.6, transform=panel.get_xaxis_transform(), label=label
+        )
+    return done, (low, high)
 
 
 def _finish(panel: Axes, x: str, y: str, limits: tuple[float, float], title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,8 @@ def incumbents(trials: Sequence[Trial], direction: str) -> list[float | None]:
         direction: ``minimize`` or ``maximize``.
     """
     better = min if direction == "minimize" else max
-    best: float | None = None
-    found = []
-    for trial in trials:
-        if trial.status == "done" and trial.value is not None:
-            best = trial.value if best is None else better(best, trial.value)
-        found.append(best)
-    return found
+    values = (trial.value if trial.status == "done" else None for trial in trials)
+    return list(accumulate(values, lambda *both: better((v for v in both if v is not None), default=None)))
 
 
 def trial_numbers(trial: Trial, incumbent: float | None) -> Numbers:
@@ -46,19 +42,14 @@ def search_table(trials: Sequence[Trial], direction: str) -> Table:
     """All trials, a line each, with every keep ratio; `direction` as in `incumbents`."""
     names = tuple(dict.fromkeys(name for trial in trials for name in trial.params))
     columns = ("trial", "value", "incumbent", "cost", "macs", "improvement", "status", "seconds", *names)
-    lines = []
-    for trial, best in zip(trials, incumbents(trials, direction), strict=True):
-        facts = (
-            trial.number,
-            trial.value,
-            best,
-            trial.cost,
-            trial.facts.get("macs"),
-            trial.improvement,
-            trial.status,
-            trial.seconds,
+    lines = (
+        (
+            *(trial.number, trial.value, best, trial.cost, trial.facts.get("macs")),
+            *(trial.improvement, trial.status, trial.seconds),
+            *(_cell(trial.params.get(name)) for name in names),
         )
-        lines.append((*facts, *(_cell(trial.params.get(name)) for name in names)))
+        for trial, best in zip(trials, incumbents(trials, direction), strict=True)
+    )
     return Table("search/trials", columns, tuple(lines), _PANELS)
 
 

@@ -104,14 +104,14 @@ def colour_bar(
     return bar
 
 
-def legend_above(panel: Axes, columns: int = 3) -> None:
+def legend_above(panel: Axes) -> None:
     """Beside the title, where no data are."""
     panel.legend(
         loc="lower right",
         bbox_to_anchor=(1, 1),
         fontsize=8,
         frameon=False,
-        ncols=columns,
+        ncols=3,
         borderaxespad=0.2,
         labelcolor=INK,
         handlelength=1.2,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lightning_mdc.importance.criteria import Criterion, UnitGroup, as_criterion
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.models import Sites, check_unmasked, evaluating, find_sites, probing
 from lightning_mdc.policy import Policy, default_stages
-from lightning_mdc.progress import bar, steps_of
+from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 
 # Bytes that a batch's observations may take until its prediction is known. Above it, the prediction is computed by a
@@ -64,7 +65,7 @@ def score(
     scorer = Scorer(sites, criterion, dimensions, stages)
 
     def observe() -> None:
-        shown = bar("Scoring", steps_of(batches), shown=progress)
+        shown = bar("Scoring", length_hint(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
             for images, labels in _as_tensors(batches, criterion):
                 scorer.update(partial(_predict, model, on_device_of(sites, images), prediction), labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -17,7 +16,7 @@ from torch import nn
 from lightning_mdc.budget import CostModel
 from lightning_mdc.distributed import on_every_rank, on_first_rank
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.files import write_text
+from lightning_mdc.files import csv_text, write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, keep_count, kept_tokens
@@ -87,11 +86,7 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Write a CSV file with a header, a line per cut, so that it is there whole or not at all."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Cut)])
-        writer.writerows(astuple(cut) for cut in self.cuts)
-        write_text(path, text.getvalue())
+        write_text(path, csv_text([field.name for field in fields(Cut)], map(astuple, self.cuts)))
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
@@ -115,7 +110,7 @@ class Sensitivity:
                 )
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} holds no sensitivities ({error}); run the step 'sensitivity' again") from error
+            raise ConfigError(f"{path} holds no sensitivities ({error}); delete it and measure it again") from error
 
 
 def measure_sensitivity(

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lightning_mdc.files import replacing
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
 from lightning_mdc.models import Sites, UnitSite, check_unmasked, evaluating, find_sites, probing, unit_channels
-from lightning_mdc.progress import bar, steps_of
+from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 
 COMPENSATIONS = ("none", "lstsq")
@@ -153,7 +154,7 @@ class ActivationStatistics:
         count = torch.zeros((), dtype=torch.int64)
 
         def observe() -> None:
-            shown = bar("Gathering", steps_of(batches), shown=progress)
+            shown = bar("Gathering", length_hint(batches), shown=progress)
             with isolated_rng(), evaluating(model), torch.no_grad(), probing(probes), shown as advance:
                 for images, _ in map(split_batch, batches):
                     model(on_device_of(sites, images))

@@ -1,9 +1,11 @@
 """Any data set that ``timm.data.create_dataset`` reads, under timm's own transforms."""
 
 import inspect
+import math
 import os
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +16,8 @@ from torch.utils.data import IterableDataset
 
 from lightning_mdc.app.data.image_view import ImageView
 from lightning_mdc.app.data.module import ImageDataModule, Splits
-from lightning_mdc.app.data.splits import SplitIndices, cap_indices, check_fraction, split_indices
-from lightning_mdc.errors import DataError, check_whole
+from lightning_mdc.app.data.splits import cap_indices, check_fraction, split_indices
+from lightning_mdc.errors import DataError, check_number, check_whole
 
 # Sub-folders that hold images to report on, in the order they are looked for beside `train`.
 _TEST_FOLDERS = ("test", "val", "valid", "validation", "eval")
@@ -24,119 +26,66 @@ _GEOMETRY = {"input_size", "is_training", "mean", "std", "crop_pct", "crop_mode"
 _AUGMENTATION_KEYS = set(inspect.signature(create_transform).parameters) - _GEOMETRY
 
 
-def _is_number(value: Any, least: float, most: float = float("inf")) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_range(value: Any, most: float = float("inf")) -> bool:
-    pair = isinstance(value, tuple) and len(value) == 2 and all(_is_number(bound, 0, most) for bound in value)
-    return pair and 0 < value[0] <= value[1]
-
-
-# What timm would take without a word, or fail at with the first image: name -> (check, what is expected).
-_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("hflip", "vflip", "re_prob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"),
-        (lambda value: _is_number(value, 0, 1), "a probability in [0, 1]"),
-    ),
-    "scale": (lambda value: _is_range(value, most=1), "[smallest, largest] part of the image, such as [0.08, 1]"),
-    "ratio": (_is_range, "[smallest, largest] ratio of width to height, such as [0.75, 1.33]"),
-    "color_jitter": (
-        lambda value: _is_number(value, 0) or (isinstance(value, tuple) and all(_is_number(v, 0) for v in value)),
-        "a fraction, such as 0.4, or one for each of brightness, contrast and saturation",
-    ),
-    "re_count": (lambda value: type(value) is int and value > 0, "a whole number of at least 1"),
-}
-
-
+@dataclass(eq=False, repr=False)
 class ImageFolderDataModule(ImageDataModule):
     """Images in class folders, in a tar of class folders, or in a data set that timm knows by name.
 
     The search-validation images are held out of the training split. The test images are, in this order: ``test_root``,
     ``test_split``, a folder ``test`` or ``val`` beside ``train`` in ``root``, or else ``test_fraction`` of the images.
+    A streamed data set can't be cut, so it needs ``val_split`` and ``test_split``, and does with corrupt images what
+    timm's reader does.
+
+    What the arguments mean is said in ``conf/data/image_folder.yaml``.
+
+    Attributes:
+        root: may be ``None`` for a named data set that needs none.
+        name: with timm's prefix: ``torch/``, ``hfds/``, ``hfids/``, ``tfds/``, ``wds/``.
+        data_config: a model's ``pretrained_cfg`` or ``resolve_model_data_config(model)``: ``input_size``, ``mean``,
+            ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``; other keys are ignored. Without it images are
+            three channels of 224x224.
+        max_corrupt_images: of training images; anywhere else the first one that can't be decoded is an error.
+
+    Raises:
+        DataError: an argument is out of range or unknown, or ``root`` is missing or not readable as images.
+            What needs the images to be listed is raised when they are first asked for.
     """
 
-    def __init__(
-        self,
-        root: str | Path | None,
-        name: str = "",
-        split: str = "train",
-        val_split: str | None = None,
-        test_root: str | Path | None = None,
-        test_split: str | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        img_size: int | None = None,
-        in_chans: int | None = None,
-        data_config: Mapping[str, Any] | None = None,
-        augmentation: Mapping[str, Any] | None = None,
-        batch_size: int = 64,
-        num_workers: int = 2,
-        max_train_images: int | None = None,
-        max_val_images: int | None = None,
-        max_test_images: int | None = None,
-        class_names: Sequence[str] | None = None,
-        dataset_options: Mapping[str, Any] | None = None,
-        split_seed: int = 0,
-        max_corrupt_images: int = 10,
-        **loading: Any,
-    ) -> None:
-        """
-        Args:
-            root: folder of class folders (also with ``train`` and ``val`` or ``test`` inside), a ``.tar`` of class
-                folders, or where a named data set lies. May be ``None`` for a named data set that needs none.
-            name: data set name with timm's prefix (``torch/``, ``hfds/``, ``hfids/``, ``tfds/``, ``wds/``); empty for
-                folders and tars.
-            split: what to train on, in the data set's own words.
-            val_split: a split of the data set's own for the search; by default ``val_fraction`` of ``split``. A
-                streamed data set can't be cut, so it needs this and ``test_split``.
-            test_root: another folder or tar to report on, with the same class names.
-            test_split: the split to report on, in the data set's own words.
-            val_fraction: share of the training split's images held out for the search.
-            test_fraction: share of the images held out for reporting when there is no test split.
-            img_size: side in pixels; by default that of ``data_config``, else 224.
-            in_chans: 1 (grayscale) or 3 (RGB); by default that of ``data_config``, else 3.
-            data_config: a model's ``pretrained_cfg`` or ``resolve_model_data_config(model)``: ``input_size``, ``mean``,
-                ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``; other keys are ignored.
-            augmentation: keyword arguments of ``timm.data.create_transform`` for training images: ``auto_augment``
-                (such as ``rand-m9-mstd0.5-inc1``), ``re_prob``, ``color_jitter``, ``scale``, ``ratio``, ``hflip``,
-                ``no_aug``, ...; ``None`` as a value: timm's default.
-            max_train_images: use fewer, chosen with ``split_seed``, each class in proportion; likewise the other two.
-            class_names: needed only where the data set doesn't tell its classes.
-            dataset_options: further keyword arguments of ``timm.data.create_dataset``, such as ``download``.
-            split_seed: of the held-out splits and the caps; independent of the seed of the run.
-            max_corrupt_images: training images that may turn out undecodable in an epoch (of each process); the next
-                one that can be decoded is trained on instead. Anywhere else the first one is an error. Streams do as
-                timm's reader does.
-            loading: further keyword arguments of `ImageDataModule`: ``pin_memory``, ``repeated_augmentation``, ...
+    root: str | Path | None
+    _: KW_ONLY
+    name: str = ""
+    split: str = "train"
+    val_split: str | None = None
+    test_root: str | Path | None = None
+    test_split: str | None = None
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    img_size: int | None = None  # type: ignore[assignment]
+    in_chans: int | None = None  # type: ignore[assignment]
+    data_config: Mapping[str, Any] | None = None  # type: ignore[assignment]
+    augmentation: Mapping[str, Any] | None = None
+    batch_size: int = 64
+    num_workers: int = 2
+    max_train_images: int | None = None
+    max_val_images: int | None = None
+    max_test_images: int | None = None
+    class_names: Sequence[str] | None = None
+    dataset_options: Mapping[str, Any] | None = None
+    split_seed: int = 0
+    max_corrupt_images: int = 10
 
-        Raises:
-            DataError: an argument is out of range or unknown, or ``root`` is missing or not readable as images.
-                What needs the images to be listed is raised when they are first asked for.
-        """
-        config = _resolve_config(data_config, img_size, in_chans)
-        chans, height, width = config["input_size"]
-        super().__init__(chans, max(height, width), batch_size, num_workers, **loading)
-        check_whole("max_corrupt_images", max_corrupt_images, 0, DataError)
-        check_fraction("val_fraction", val_fraction)
-        check_fraction("test_fraction", test_fraction)
-        for argument, path in (("root", root), ("test_root", test_root)):
-            _check_path(argument, path, named=bool(name))
-        self.root = root
-        self.name = name
-        self.split = split
-        self.val_split = val_split
-        self.test_root = test_root
-        self.test_split = test_split if test_split is not None else _find_test_folder(root, name, split, test_root)
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.caps = {"train": max_train_images, "val": max_val_images, "test": max_test_images}
-        self.given_class_names = None if class_names is None else tuple(class_names)
-        self.dataset_options = _plain(dataset_options)
-        self.split_seed = split_seed
-        self.max_corrupt_images = max_corrupt_images
-        self.data_config = config
-        self.train_transform = _train_transform(config, augmentation)
+    def __post_init__(self) -> None:
+        config = _resolve_config(self.data_config, self.img_size, self.in_chans)
+        self.data_config, (self.in_chans, height, width) = config, config["input_size"]
+        self.img_size = max(height, width)
+        super().__post_init__()
+        check_whole("max_corrupt_images", self.max_corrupt_images, 0, DataError)
+        check_fraction("val_fraction", self.val_fraction)
+        check_fraction("test_fraction", self.test_fraction)
+        for argument, path in (("root", self.root), ("test_root", self.test_root)):
+            _check_path(argument, path, named=bool(self.name))
+        if self.test_split is None:
+            self.test_split = _find_test_folder(self.root, self.name, self.split, self.test_root)
+        self.train_transform = _train_transform(config, self.augmentation)
         self.eval_transform = create_transform(**config, is_training=False)
 
     def make_splits(self) -> Splits:
@@ -146,7 +95,10 @@ class ImageFolderDataModule(ImageDataModule):
         names = self._class_names(source, "root", self.root)
         labels = _labels(source)
         held_apart = self.test_root is not None or self.test_split is not None
-        split = self._cut(labels, self.val_split is not None, held_apart)
+        # What has images of its own takes none of these.
+        val_fraction = 0.0 if self.val_split is not None else self.val_fraction
+        test_fraction = 0.0 if held_apart else self.test_fraction
+        split = split_indices(labels, val_fraction, test_fraction, self.split_seed)
 
         val_source, val_labels, val = source, labels, split.val
         if self.val_split is not None:
@@ -160,8 +112,9 @@ class ImageFolderDataModule(ImageDataModule):
             test_labels = self._aligned_labels(test_source, names, argument, where)
             test = np.arange(len(test_labels))
 
-        train = self._cap("train", split.train, labels)
-        val, test = self._cap("val", val, val_labels), self._cap("test", test, test_labels)
+        train = self._cap("max_train_images", split.train, labels)
+        val = self._cap("max_val_images", val, val_labels)
+        test = self._cap("max_test_images", test, test_labels)
         mode = "L" if self.in_chans == 1 else "RGB"
         return Splits(
             train=ImageView(source, train, labels, self.train_transform, mode, self.max_corrupt_images),
@@ -171,13 +124,8 @@ class ImageFolderDataModule(ImageDataModule):
             class_names=names,
         )
 
-    def _cut(self, labels: np.ndarray, own_val: bool, own_test: bool) -> SplitIndices:
-        return split_indices(
-            labels, 0.0 if own_val else self.val_fraction, 0.0 if own_test else self.test_fraction, self.split_seed
-        )
-
-    def _cap(self, split: str, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return cap_indices(indices, labels, self.caps[split], self.split_seed, f"max_{split}_images")
+    def _cap(self, name: str, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return cap_indices(indices, labels, getattr(self, name), self.split_seed, name)
 
     def _open(self, argument: str, root: str | Path | None, split: str, is_training: bool = False) -> Any:
         """timm's data set of PIL images.
@@ -185,7 +133,7 @@ class ImageFolderDataModule(ImageDataModule):
         Raises:
             DataError: timm can't read it.
         """
-        options = {"input_img_mode": "L" if self.in_chans == 1 else "RGB", **self.dataset_options}
+        options = {"input_img_mode": "L" if self.in_chans == 1 else "RGB", **_plain(self.dataset_options)}
         if root is not None and Path(root).suffix == ".tar":
             # A tar kept open is shared by forked workers, which then move one another's file position.
             options["cache_tarfiles"] = False
@@ -207,12 +155,12 @@ class ImageFolderDataModule(ImageDataModule):
                 f"{argument}={path!r} can't be read as a tar: {error}; it is damaged or compressed - pack the class"
                 " folders again, uncompressed (tar -cf)"
             ) from error
-        if "class_map" not in self.dataset_options:  # which may leave out folders on purpose
+        if "class_map" not in options:  # which may leave out folders on purpose
             _check_class_folders(argument, dataset)
         return dataset
 
     def _class_names(self, dataset: Any, argument: str, root: str | Path | None) -> tuple[str, ...]:
-        names = self.given_class_names or _names_of(dataset)
+        names = tuple(self.class_names) if self.class_names else _names_of(dataset)
         if names is None:
             raise DataError(
                 f"{argument}={root!r} (name={self.name!r}) doesn't tell its classes; pass class_names=[...] in"
@@ -252,22 +200,19 @@ class ImageFolderDataModule(ImageDataModule):
                 f"repeated_augmentation={self.repeated_augmentation}: name={self.name!r} is read as a stream, whose"
                 " images come once; give repeated_augmentation=1"
             )
-        limited = [f"max_{split}_images" for split, cap in self.caps.items() if cap is not None]
-        if limited:
-            raise DataError(
-                f"{limited[0]}={self.caps[limited[0].split('_')[1]]} can't be chosen from a stream; use the Trainer's"
-                " limit_train_batches, limit_val_batches, limit_test_batches"
-            )
+        for name in ("max_train_images", "max_val_images", "max_test_images"):
+            if getattr(self, name) is not None:
+                raise DataError(
+                    f"{name}={getattr(self, name)} can't be chosen from a stream; use the Trainer's"
+                    " limit_train_batches, limit_val_batches, limit_test_batches"
+                )
         names = self._class_names(source, "root", self.root)
-        streams = {
-            "train": (source, self.train_transform),
-            "val": (self._open("val_split", self.root, self.val_split), self.eval_transform),
-            "test": (self._open("test_split", self.root, self.test_split), self.eval_transform),
-            "calibration": (self._open("root", self.root, self.split), self.eval_transform),
-        }
-        for stream, transform in streams.values():
-            stream.transform = transform
-        return Splits(class_names=names, **{split: stream for split, (stream, _) in streams.items()})
+        source.transform = self.train_transform
+        others = (("val_split", self.val_split), ("test_split", self.test_split), ("root", self.split))
+        val, test, calibration = (self._open(argument, self.root, split) for argument, split in others)
+        for stream in (val, test, calibration):
+            stream.transform = self.eval_transform
+        return Splits(source, val, test, calibration, names)
 
 
 def _names_of(dataset: Any) -> tuple[str, ...] | None:
@@ -393,12 +338,29 @@ def _train_transform(config: Mapping[str, Any], augmentation: Mapping[str, Any] 
             f"augmentation={options!r} has unknown keys {unknown}; known are {sorted(_AUGMENTATION_KEYS)}"
             " (size, mean, std and crop belong into data_config)"
         )
-    for name, (accepts, expected) in _VALUES.items():
-        if name in options and not accepts(options[name]):
-            raise DataError(f"augmentation.{name}={options[name]!r}: expected {expected}")
+    _check_augmentation(options)
     try:
         return create_transform(**{**config, **options}, is_training=True)
     except (TypeError, ValueError, AssertionError, KeyError, IndexError) as error:
         raise DataError(
             f"augmentation={options!r} is refused by timm: {error or type(error).__name__}; correct that value"
         ) from error
+
+
+def _check_augmentation(options: Mapping[str, Any]) -> None:
+    """Raises: DataError: what timm would take without a word, or fail at with the first image."""
+    for name in ("hflip", "vflip", "re_prob", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob"):
+        check_number(f"augmentation.{name}", options.get(name, 0), "a probability", DataError, least=0, most=1)
+    check_whole("augmentation.re_count", options.get("re_count", 1), 1, DataError)
+    jitter = options.get("color_jitter", 0)
+    what = "a fraction, such as 0.4, or one for each of brightness, contrast and saturation"
+    for fraction in jitter if isinstance(jitter, tuple) else (jitter,):
+        check_number("augmentation.color_jitter", fraction, what, DataError, least=0)
+    for name, most, what in (
+        ("scale", 1, "part of the image, such as [0.08, 1]"),
+        ("ratio", math.inf, "ratio of width to height, such as [0.75, 1.33]"),
+    ):
+        pair = options.get(name, (1, 1))
+        numbers = isinstance(pair, tuple) and len(pair) == 2 and all(type(bound) in (int, float) for bound in pair)
+        if not (numbers and 0 < pair[0] <= pair[1] <= most):
+            raise DataError(f"augmentation.{name}={pair!r}: expected [smallest, largest] {what}")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
-from lightning_mdc.errors import DataError, check_whole
+from lightning_mdc.errors import DataError, check_number, check_whole
 
 Indices = NDArray[np.int64]
 
@@ -24,8 +24,7 @@ class SplitIndices:
 
 def check_fraction(name: str, value: float) -> None:
     """Raises: DataError: ``value`` is no fraction in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise DataError(f"{name}={value!r} is no fraction of the images; give a number in [0, 1), such as 0.1")
+    check_number(name, value, "a fraction of the images", DataError, least=0, below=1)
 
 
 def split_indices(

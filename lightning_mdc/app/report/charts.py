@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_mdc.app.report import result_figures
-from lightning_mdc.app.report.examples import FIRST, LEAST_CHANGED, MOST_CHANGED
+from lightning_mdc.app.report.outcomes import FIRST, LEAST_CHANGED, MOST_CHANGED
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.result_figures import Point
 from lightning_mdc.budget import Budget
@@ -34,10 +34,6 @@ log = logging.getLogger(__name__)
 # Of the dense MACs: policies that differ by less than this are all on one budget, and there is no front to see.
 _NARROW = 0.02
 
-# Sections of a report, in order.
-REMOVED, SEARCH, IMPORTANCE, LOOKS_AT = "What was removed", "The search", "What matters", "What it still looks at"
-SENSITIVITY, SPEED_AND_CLASSES = "What can be removed", "Speed, and who pays for it"
-
 
 @dataclass(frozen=True)
 class Chart:
@@ -45,17 +41,17 @@ class Chart:
 
     Attributes:
         key: names files and panels: ``"kept"``, ``"search/value"``.
-        section: of the report it belongs to.
         title: what it is.
         caption: what to read from it, a sentence or two.
         figure: to be drawn.
+        section: of the report it belongs to.
     """
 
     key: str
-    section: str
     title: str
     caption: str
     figure: Figure
+    section: str = ""
 
 
 def charts(record: RunRecord, step: str | None = None) -> list[Chart]:
@@ -65,29 +61,28 @@ def charts(record: RunRecord, step: str | None = None) -> list[Chart]:
         step: only those that come with the result of this step.
     """
     found: list[Chart] = []
-    for steps, part in _PARTS:
+    for section, steps, part in _PARTS:
         if step is not None and step not in steps:
             continue
         try:
-            found.extend(part(record))
+            found += [replace(chart, section=section) for chart in part(record)]
         # Half of a run, or files that somebody edited: the other pictures are still worth looking at.
         except (MdcError, ValueError, KeyError, IndexError, TypeError):
             log.warning("some pictures of %s could not be drawn", record.folder, exc_info=True)
     return found
 
 
-def save_charts(found: Sequence[Chart], folder: Path) -> dict[str, Path]:
-    """Write each as ``<folder>/<key>.png``; returns the paths by key, of those that could be drawn."""
-    paths = {}
+def save_charts(found: Sequence[Chart], folder: Path) -> tuple[Chart, ...]:
+    """Write each as ``<folder>/<key>.png``; returns those that could be drawn."""
+    drawn = []
     for chart in found:
-        path = folder / f"{chart.key}.png"
         try:
-            save_figure(chart.figure, path)
+            save_figure(chart.figure, folder / f"{chart.key}.png")
         except (ValueError, RuntimeError):  # a name that cannot be drawn, say; the others still can
             log.warning("%s could not be drawn", chart.key, exc_info=True)
         else:
-            paths[chart.key] = path
-    return paths
+            drawn.append(chart)
+    return tuple(drawn)
 
 
 # --- section by section -----------------------------------------------------------------------------------------------
@@ -100,14 +95,12 @@ def _removed(record: RunRecord) -> Iterator[Chart]:
         before, after = dense.by_block(), dense.by_block(plan)
         yield Chart(
             "kept",
-            REMOVED,
             "What each block kept",
             "Bars are what is left, pale is what the dense model has. Tokens are those that the block's MLP sees.",
             plan_figures.kept_figure(kept),
         )
         yield Chart(
             "macs",
-            REMOVED,
             "Where the MACs went",
             f"Of the {scaled(before.total)}MACs of an image {scaled(after.total)} are left, "
             f"{percent(after.total / before.total)}. The bars named “rest” are patch embedding and classifier.",
@@ -121,7 +114,6 @@ def _policy(record: RunRecord) -> Iterator[Chart]:
         beside = "" if uniform is None else " The line is what the same share everywhere would be."
         yield Chart(
             "policy",
-            REMOVED,
             "The policy",
             f"How much each block was asked to keep.{beside}",
             plan_figures.policy_figure(policy, uniform),
@@ -135,7 +127,6 @@ def _search(record: RunRecord) -> Iterator[Chart]:
     direction, metric = study.header["direction"], _metric(study)
     yield Chart(
         "search/value",
-        SEARCH,
         "Is it still improving?",
         f"Every trial is a policy on the budget: {metric} on held-out training images, higher is better. "
         "The line is the best so far.",
@@ -145,7 +136,6 @@ def _search(record: RunRecord) -> Iterator[Chart]:
     if has_chosen:
         yield Chart(
             "search/improvement",
-            SEARCH,
             "Has it converged?",
             "What the Gaussian process expected to gain when it chose a trial. Where the dots have come down, more "
             "trials promise little.",
@@ -154,7 +144,6 @@ def _search(record: RunRecord) -> Iterator[Chart]:
     yield from _front(record, study, metric)
     yield Chart(
         "search/cost",
-        SEARCH,
         "How close to the budget?",
         "What each trial costs as a fraction of the budget, against what it is worth. None is above the line.",
         search_figures.cost_figure(study.trials, direction, 1.0, metric),
@@ -162,7 +151,6 @@ def _search(record: RunRecord) -> Iterator[Chart]:
     if has_chosen:
         yield Chart(
             "search/dependence",
-            SEARCH,
             "Which ratios matter?",
             "What the Gaussian process expects as one keep ratio moves and the others are as in the trials. The ring "
             "is the best trial.",
@@ -192,7 +180,6 @@ def _front(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
         return
     yield Chart(
         "search/front",
-        SEARCH,
         "What does a MAC buy?",
         "Every policy that was evaluated, not finetuned, on held-out training images. The line joins those that "
         "no other one beats, the ring is the one that was chosen.",
@@ -214,14 +201,13 @@ def _tokens(record: RunRecord) -> Iterator[Chart]:
         if items:
             gone = " Patches that are gone as tokens of their own are faded." if len(examples.blocks) else ""
             figure = token_figures.tokens_figure(items, examples.blocks, examples.grid, examples.class_names)
-            yield Chart(key, LOOKS_AT, title, f"{caption}{gone}", figure)
+            yield Chart(key, title, f"{caption}{gone}", figure)
 
 
 def _speed(record: RunRecord) -> Iterator[Chart]:
     if record.results is not None:
         yield Chart(
             "latency",
-            SPEED_AND_CLASSES,
             "How fast?",
             f"Measured on {record.results.device}; the median of readings taken in turn.",
             result_figures.latency_figure(record.results),
@@ -234,7 +220,6 @@ def _classes(record: RunRecord) -> Iterator[Chart]:
         seeds = len(outcomes.slim_models)
         yield Chart(
             "classes",
-            SPEED_AND_CLASSES,
             "Which classes pay?",
             "Change of each class's accuracy on the test images, the worst first"
             + (f"; the mean over {seeds} finetuning seeds." if seeds > 1 else "."),
@@ -249,21 +234,18 @@ def _sensitivity(record: RunRecord) -> Iterator[Chart]:
     alone = "One dimension of one block is cut, all else stays whole; not finetuned, on held-out training images."
     yield Chart(
         "sensitivity/accuracy",
-        SENSITIVITY,
         "What it costs in accuracy",
         f"{alone} Steep lines are blocks to leave alone.",
         sensitivity_figures.sensitivity_figure(sensitivity, "accuracy"),
     )
     yield Chart(
         "sensitivity/kl",
-        SENSITIVITY,
         "How far predictions move",
         f"{alone} KL({record.weights} ‖ cut) also sees what does not turn an answer into a wrong one.",
         sensitivity_figures.sensitivity_figure(sensitivity, "kl"),
     )
     yield Chart(
         "sensitivity/map",
-        SENSITIVITY,
         "Which blocks can spare what",
         f"{alone} The darker, the more accuracy is lost.",
         sensitivity_figures.sensitivity_map(sensitivity),
@@ -281,7 +263,6 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
     if heads:
         yield Chart(
             "importance/heads",
-            IMPORTANCE,
             "Heads",
             f"{how} Scaled within each block{removed[0]}.",
             importance_figures.heads_figure(heads, plan.heads if plan else None),
@@ -289,7 +270,6 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
     if neurons:
         yield Chart(
             "importance/neurons",
-            IMPORTANCE,
             "Neurons",
             f"{how} The most important of each block on the left{removed[1]}.",
             importance_figures.neurons_figure(neurons, plan.neurons if plan else None),
@@ -297,30 +277,29 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
     if tokens and dense is not None and len(tokens[0]) == np.prod(dense.sites.grid):
         yield Chart(
             "importance/tokens",
-            IMPORTANCE,
             "Token positions",
             f"{how} Which tokens leave is decided image by image, unless surgery.token_score asks for these maps.",
             importance_figures.tokens_figure(tokens, scores.stages, dense.sites.grid),
         )
     yield Chart(
         "importance/histograms",
-        IMPORTANCE,
         "How it is spread",
         "Many units near 0 can go; where all are alike, none stands out.",
         importance_figures.histograms_figure({"heads": heads, "neurons": neurons, "tokens": tokens}),
     )
 
 
-# By the steps with whose results each comes, in the order of the report; importance again once there is a plan.
-_PARTS: tuple[tuple[tuple[str, ...], Callable[[RunRecord], Iterator[Chart]]], ...] = (
-    (("slim",), _removed),
-    (("search",), _policy),
-    (("search",), _search),
-    (("test",), _tokens),
-    (("test",), _speed),
-    (("test",), _classes),
-    (("sensitivity",), _sensitivity),
-    (("score", "slim"), _importance),
+# Section of the report, steps with whose results it comes, and what it shows, in order; importance again once there is
+# a plan.
+_PARTS: tuple[tuple[str, tuple[str, ...], Callable[[RunRecord], Iterator[Chart]]], ...] = (
+    ("What was removed", ("slim",), _removed),
+    ("What was removed", ("search",), _policy),
+    ("The search", ("search",), _search),
+    ("What it still looks at", ("test",), _tokens),
+    ("Speed, and who pays for it", ("test",), _speed),
+    ("Speed, and who pays for it", ("test",), _classes),
+    ("What can be removed", ("sensitivity",), _sensitivity),
+    ("What matters", ("score", "slim"), _importance),
 )
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_mdc.app.report.charts import REMOVED, SPEED_AND_CLASSES, Chart
-from lightning_mdc.app.report.record import RunRecord, flat
+from lightning_mdc.app.report.charts import Chart
+from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.result_figures import runs_figure
 from lightning_mdc.app.report.results import FINETUNED, REFERENCE, mean_top1
 from lightning_mdc.app.report.tables import Table
+from lightning_mdc.app.settings import flat
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.figures.numbers import percent
 from lightning_mdc.figures.plan import kept_by_block, kept_overview_figure
@@ -102,7 +103,6 @@ def _charts(records: Mapping[str, RunRecord]) -> Iterator[Chart]:
     if results:
         yield Chart(
             "runs",
-            SPEED_AND_CLASSES,
             "Accuracy against cost",
             "Each run's slim model (blue; finetuned, if it was: the mean over seeds), joined to its dense one (gray).",
             runs_figure(results),
@@ -115,7 +115,6 @@ def _charts(records: Mapping[str, RunRecord]) -> Iterator[Chart]:
     if kept:
         yield Chart(
             "kept",
-            REMOVED,
             "What was kept",
             "Fraction of all heads, neurons and tokens (summed over blocks) that each run kept.",
             kept_overview_figure(kept),

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_mdc.app.report.examples import Examples
-from lightning_mdc.app.report.invocations import Invocation, invocations
-from lightning_mdc.app.report.outcomes import ClassChange, Outcomes
+from lightning_mdc.app.report.outcomes import ClassChange, Examples, Outcomes
 from lightning_mdc.app.report.results import Results
-from lightning_mdc.app.run_folder import CURRENT_STUDY, RECORDS, RunFolder, newest_run
+from lightning_mdc.app.run_folder import CURRENT_STUDY, RECORDS, Invocation, RunFolder, invocations, newest_run
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.artifact import load_skeleton
 from lightning_mdc.budget import CostModel
@@ -156,15 +154,6 @@ class RunRecord:
         except (MdcError, OSError, ValueError) as error:  # the rest is still worth a report
             log.warning("%s is left out of the report: %s", path, error)
             return None
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all settings: ``("search.n_trials", 60)``."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _is_comparable(study: StudyFile, other: StudyFile) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 
-from lightning_mdc.app.report.saved import reading
+from safetensors import SafetensorError
+
+from lightning_mdc.errors import ConfigError
 
 DENSE, SLIM, FINETUNED, REFERENCE = "dense", "slim", "slim finetuned", "dense, same extra training"
 
@@ -116,3 +119,15 @@ def mean_correct(rows: Sequence[Result]) -> float:
 def mean_top1(rows: Sequence[Result]) -> float:
     """Fraction of the images right, on average over seeds."""
     return mean_correct(rows) / rows[0].images
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Inside, a file of the step test that holds something else than `what` is a ConfigError that says what to do."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} holds no {what} ({error}); delete {path.with_name('results.json')}, and resume={path.parent} "
+            "runs the step test again"
+        ) from error

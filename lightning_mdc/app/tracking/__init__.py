@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 from lightning_mdc.app.report.record import RunRecord
+from lightning_mdc.app.terminal import in_sweep
 from lightning_mdc.app.tracking.contents import published
 from lightning_mdc.app.tracking.tracker import RunInfo, Tracker, Trackers
 
@@ -40,13 +40,13 @@ def opened(trackers: Mapping[str, Tracker], info: RunInfo) -> Iterator[Trackers]
 
 
 def show_step(trackers: Trackers, folder: Path, name: str, fingerprint: str | None) -> None:
-    """Show what step `name` left in the run's folder; see `Trackers.show_step`."""
-    trackers.show_step(name, fingerprint, lambda: published(RunRecord(folder), name))
+    """Show what step `name` left in the run's folder; see `Trackers.show`."""
+    trackers.show(lambda: published(RunRecord(folder), name), name, fingerprint)
 
 
 def run_info(folder: Path, settings: Mapping[str, Any], kind: str = "pipeline") -> RunInfo:
     """A run or trial by its folder and, in a sweep of Hydra's, by what is its own there."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not in_sweep():
         return RunInfo(folder, f"{settings['name']} {folder.name}", kind=kind, settings=settings)
     hydra = HydraConfig.get()
     group = Path(hydra.sweep.dir).name

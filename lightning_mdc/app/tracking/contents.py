@@ -1,41 +1,60 @@
-"""What of a run is put on dashboards, and by which step it is made. Knows no dashboard, and changes nothing."""
+"""What of a run, by its steps, and of a policy sweep is put on dashboards. Knows no dashboard, and changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from lightning_mdc.app.report.charts import charts
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, SLIM, Results, mean_top1
 from lightning_mdc.app.report.tables import comparison
 from lightning_mdc.app.tracking.tracker import Model, Shown
-from lightning_mdc.figures.items import Histogram, Panel, Picture, Summary, Table
-from lightning_mdc.figures.plan import kept_by_block
-from lightning_mdc.figures.search_items import policy_table, search_table
+from lightning_mdc.figures.items import Histogram, Item, Panel, Picture, Summary, Table
+from lightning_mdc.figures.plan import kept_by_block, policy_figure
+from lightning_mdc.figures.search_items import incumbents, policy_table, search_table, trial_numbers
 from lightning_mdc.files import read_json
-from lightning_mdc.policy import DIMENSIONS
+from lightning_mdc.gp_ei.study import StudyFile
+from lightning_mdc.policy import DIMENSIONS, Policy
 
 _SUMMARY_NAMES = {DENSE: "dense", SLIM: "slim", FINETUNED: "finetuned", REFERENCE: "reference"}
+# What the sweeper draws beside its study, and what to read from it.
+_PICTURES = {
+    "progress": "What each trial was worth, and the best so far",
+    "cost": "Value of each trial by its cost, as a fraction of the budget",
+    "dependence": "What the value depends on, by the Gaussian process of the search",
+}
 
 
 def published(record: RunRecord, step: str) -> Iterator[Shown]:
     """What `step` left in the run's folder, as far as it is there; numbers and tables before pictures."""
     if (summary := _summary(record, step)).values:
         yield summary
-    yield from _STEPS.get(step, _nothing)(record)
+    match step:
+        case "dense":
+            yield from _model(record, "dense", None)
+        case "share":
+            yield from _model(record, "shared", "dense")
+        case "score":
+            yield from _score(record)
+        case "search":
+            yield from _search(record)
+        case "slim":
+            yield from _slim(record)
+        case "distill":
+            for seed in record.settings.get("distillation", {}).get("seeds", ()):  # others are of earlier settings
+                yield from _model(record, f"finetuned/seed{seed}", "slim")
+        case "test":
+            yield from _test(record)
+        case "sensitivity":
+            yield from _sensitivity(record)
     for chart in charts(record, step):
         yield Picture.of(chart.key, f"{chart.title}. {chart.caption}", chart.figure)
 
 
 # --- what each step leaves --------------------------------------------------------------------------------------------
-
-
-def _nothing(record: RunRecord) -> Iterator[Shown]:
-    return iter(())
-
-
-def _dense(record: RunRecord) -> Iterator[Shown]:
-    yield from _model(record, "dense", None)
 
 
 def _score(record: RunRecord) -> Iterator[Shown]:
@@ -47,10 +66,6 @@ def _score(record: RunRecord) -> Iterator[Shown]:
         for block, values in zip(blocks, scores, strict=True):
             if len(values):
                 yield Histogram(f"scores/{name}/block{block:02d}", values.numpy())
-
-
-def _share(record: RunRecord) -> Iterator[Shown]:
-    yield from _model(record, "shared", "dense")
 
 
 def _search(record: RunRecord) -> Iterator[Shown]:
@@ -71,11 +86,6 @@ def _slim(record: RunRecord) -> Iterator[Shown]:
             columns = ("block", "kept", "dense", "keep ratio")
             yield Table(f"kept/{units.dimension}_by_block", columns, rows, (bars,))
     yield from _model(record, "slim", record.weights)
-
-
-def _distill(record: RunRecord) -> Iterator[Shown]:
-    for seed in record.settings.get("distillation", {}).get("seeds", ()):  # others are of earlier settings
-        yield from _model(record, f"finetuned/seed{seed}", "slim")
 
 
 def _test(record: RunRecord) -> Iterator[Shown]:
@@ -104,18 +114,6 @@ def _sensitivity(record: RunRecord) -> Iterator[Shown]:
         columns = ("dimension", "block", "keep", "accuracy", "kl", "cost")
         rows = tuple(tuple(getattr(cut, name) for name in columns) for cut in record.sensitivity.cuts)
         yield Table("sensitivity/cuts", columns, rows)
-
-
-_STEPS: dict[str, Callable[[RunRecord], Iterator[Shown]]] = {
-    "dense": _dense,
-    "score": _score,
-    "share": _share,
-    "search": _search,
-    "slim": _slim,
-    "distill": _distill,
-    "test": _test,
-    "sensitivity": _sensitivity,
-}
 
 
 def _model(record: RunRecord, name: str, parent: str | None) -> Iterator[Model]:
@@ -152,3 +150,41 @@ def _of_results(results: Results) -> dict[str, float]:
     if ratios:
         values["latency_ratio"] = ratios[max(ratios)]
     return values
+
+
+# --- a sweep of the policy --------------------------------------------------------------------------------------------
+
+
+def trial_items(policy: Policy, uniform: Policy, value: float, cost: float, macs_ratio: float) -> Iterator[Item]:
+    """One trial.
+
+    Args:
+        uniform: to compare it with.
+        value: on the held-out images.
+        cost: as a fraction of the budget.
+        macs_ratio: as a fraction of dense.
+    """
+    yield Summary({"value": value, "cost": cost, "macs_ratio": macs_ratio})
+    yield policy_table(policy)
+    figure = policy_figure(policy, uniform, "What each block keeps")
+    yield Picture.of("policy", "What each block keeps, and what the uniform policy would", figure)
+
+
+def sweep_items(study: StudyFile, folder: Path, best: Figure | None) -> Iterator[Item]:
+    """The whole search.
+
+    Args:
+        folder: of the sweep, with the sweeper's pictures.
+        best: the best policy, drawn; None if no trial succeeded.
+    """
+    direction = study.header["direction"]
+    for trial, incumbent in zip(study.trials, incumbents(study.trials, direction), strict=True):
+        yield trial_numbers(trial, incumbent)
+    if study.best is not None and study.best.value is not None:
+        yield Summary({"search/best": study.best.value, "search/best_trial": float(study.best.number)})
+    yield search_table(study.trials, direction)
+    for name, caption in _PICTURES.items():
+        if (path := folder / f"{name}.png").exists():
+            yield Picture(f"charts/search/{name}", caption, path.read_bytes())
+    if best is not None:
+        yield Picture.of("policy", "The best policy of the sweep, and the uniform one", best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -70,7 +70,7 @@ class Tracker(ABC):
     #: Whether it has a place for more than the curves of trainings.
     shows_items = True
     #: What to do when it fails.
-    remedy = "the run goes on without it"
+    remedy = "is the disk full, or the folder not writable? choose another logger"
 
     @abstractmethod
     def start(self, info: RunInfo) -> None:
@@ -80,9 +80,9 @@ class Tracker(ABC):
     def curves(self, training: str) -> Logger:
         """What Lightning's Trainer writes the curves of one training to."""
 
-    @abstractmethod
     def show(self, item: Shown) -> None:
-        """Put one thing on the dashboard."""
+        """Put one thing on the dashboard; asked for only if it `shows_items`."""
+        raise NotImplementedError
 
     @abstractmethod
     def finish(self, failed: bool) -> None:
@@ -102,30 +102,23 @@ class _FailSafe:
     def __init__(self, key: str, tracker: Tracker) -> None:
         self.key, self.tracker, self.works = key, tracker, True
 
-    def __call__(self, call: Callable[[Tracker], T]) -> T | None:
-        if not self.works:
+    def __call__(self, call: Callable[[Tracker], T], is_last: bool = False) -> T | None:
+        if not (self.works or is_last):
             return None
         try:
             return call(self.tracker)
         except Exception as error:  # of a library, a network, a disk: whatever it is, training is worth more
-            self.works = False
-            log.warning(
-                "logger.%s failed (%s: %s) and is off for the rest of this run; %s",
-                self.key,
-                type(error).__name__,
-                " ".join(str(error).split())[:300],
-                self.tracker.remedy,
-            )
-            log.debug("logger.%s", self.key, exc_info=True)
-            return None
-
-    def finish(self, failed: bool) -> None:
-        try:
-            self.tracker.finish(failed)
-        except Exception as error:
             if self.works:
-                log.warning("logger.%s could not be closed (%s); %s", self.key, error, self.tracker.remedy)
+                log.warning(
+                    "logger.%s failed (%s: %s) and is off for the rest of this run; %s",
+                    self.key,
+                    type(error).__name__,
+                    " ".join(str(error).split())[:300],
+                    self.tracker.remedy,
+                )
             log.debug("logger.%s", self.key, exc_info=True)
+            self.works = False
+            return None
 
 
 class _FailSafeCurves(Logger):
@@ -167,78 +160,58 @@ class Trackers:
     def __init__(self, trackers: Mapping[str, Tracker] | None = None, info: RunInfo | None = None) -> None:
         self.info = info
         self._trackers = [_FailSafe(key, tracker) for key, tracker in (trackers or {}).items() if is_first()]
+        # Fingerprints of what was shown, by dashboard and step; by start of this run, too.
+        self._shown: dict[str, dict[str, str]] = {}
         if info is not None:
             for tracker in self._trackers:
                 tracker(lambda tracker: tracker.start(info))
-        self._shown: dict[str, dict[str, str]] = {} if info is None else _read_shown(info.folder)
+            self._shown_file = info.folder / "logs" / "shown.json"
+            known = read_json(self._shown_file)
+            # None if it was never written, anything if it was damaged: then all is shown again.
+            if isinstance(known, dict) and all(isinstance(steps, dict) for steps in known.values()):
+                self._shown = known
 
     def curves(self, training: str) -> list[Logger]:
         """Where Lightning writes the curves of `training`, such as ``finetuned/seed0``."""
         made = [(tracker, tracker(lambda tracker: tracker.curves(training))) for tracker in self._trackers]
         return [_FailSafeCurves(tracker, logger) for tracker, logger in made if logger is not None]
 
-    def show(self, items: Callable[[], Iterable[Shown]]) -> None:
-        """Put what `items` makes on every dashboard that has a place for it; it is not asked if none has."""
-        self._show(items, self._showing())
-
-    def show_step(self, name: str, fingerprint: str | None, items: Callable[[], Iterable[Shown]]) -> None:
-        """The same for what step `name` left. What an earlier start of this run has shown is not shown again, but for
-        the summary.
+    def show(self, items: Callable[[], Iterable[Shown]], step: str = "", fingerprint: str | None = None) -> None:
+        """Put what `items` makes on every dashboard that has a place for it; it is not asked if none has.
 
         Args:
+            step: that left it. What an earlier start of this run has shown of it is not shown again, but for the
+                summary.
             fingerprint: of what the step left; None: it did not end.
         """
-        showing = self._showing()
-        fresh = [t for t in showing if fingerprint is None or self._shown.get(t.key, {}).get(name) != fingerprint]
-        self._show(items, fresh, summary_only=[tracker for tracker in showing if tracker not in fresh])
-        if fingerprint is None or self.info is None or not fresh:
+        showing = [tracker for tracker in self._trackers if tracker.works and tracker.tracker.shows_items]
+        if not showing:
+            return
+        fresh = [t for t in showing if fingerprint is None or self._shown.get(t.key, {}).get(step) != fingerprint]
+        try:
+            for item in items():
+                for tracker in showing if isinstance(item, Summary) else fresh:
+                    tracker(lambda tracker, item=item: tracker.show(item))  # type: ignore[misc]
+        except Exception as error:  # a picture that cannot be drawn is not worth a run
+            log.warning("dashboards lack what could not be drawn (%s: %s)", type(error).__name__, error)
+            log.debug("dashboards", exc_info=True)
+        if fingerprint is None or not fresh:
             return
         for tracker in fresh:
             if tracker.works:
-                self._shown.setdefault(tracker.key, {})[name] = fingerprint
+                self._shown.setdefault(tracker.key, {})[step] = fingerprint
         try:
-            write_json(_shown_file(self.info.folder), self._shown)
+            write_json(self._shown_file, self._shown)
         except OSError as error:  # the dashboards have it; a resumed run will show it twice
-            log.debug("%s: %s", _shown_file(self.info.folder), error)
+            log.debug("%s: %s", self._shown_file, error)
 
     def finish(self, failed: bool) -> None:
         """Close all of them."""
         for tracker in self._trackers:
-            tracker.finish(failed)
+            tracker(lambda tracker: tracker.finish(failed), is_last=True)
 
     @property
     def locations(self) -> dict[str, str]:
         """Where to look, by key."""
         found = {tracker.key: tracker(lambda tracker: tracker.location) for tracker in self._trackers}
         return {key: location for key, location in found.items() if location}
-
-    def _showing(self) -> list[_FailSafe]:
-        return [tracker for tracker in self._trackers if tracker.works and tracker.tracker.shows_items]
-
-    def _show(
-        self,
-        items: Callable[[], Iterable[Shown]],
-        trackers: Sequence[_FailSafe],
-        summary_only: Sequence[_FailSafe] = (),
-    ) -> None:
-        if not trackers and not summary_only:
-            return
-        try:
-            for item in items():
-                for tracker in (*trackers, *summary_only) if isinstance(item, Summary) else trackers:
-                    tracker(lambda tracker, item=item: tracker.show(item))  # type: ignore[misc]
-        except Exception as error:  # a picture that cannot be drawn is not worth a run
-            log.warning("dashboards lack what could not be drawn (%s: %s)", type(error).__name__, error)
-            log.debug("dashboards", exc_info=True)
-
-
-def _shown_file(folder: Path) -> Path:
-    return folder / "logs" / "shown.json"
-
-
-def _read_shown(folder: Path) -> dict[str, dict[str, str]]:
-    """Fingerprints by dashboard and step; empty if it was never written or is damaged: then all is shown again."""
-    shown = read_json(_shown_file(folder))
-    if not isinstance(shown, dict) or not all(isinstance(steps, dict) for steps in shown.values()):
-        return {}
-    return shown

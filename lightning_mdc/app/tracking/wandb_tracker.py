@@ -6,7 +6,9 @@ import json
 import logging
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,28 +17,20 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mdc.app.tracking.tracker import Model, RunInfo, Shown, Tracker
-from lightning_mdc.errors import ConfigError
-from lightning_mdc.figures import wandb_logger
+from lightning_mdc.errors import ConfigError, check_number, check_one_of
+from lightning_mdc.figures import loggers
 from lightning_mdc.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-_MODES = ("online", "offline", "disabled")
 # More lines than one start of a run logs. ``wandb sync`` drops lines whose step is not above all it has seen, so the
 # second start of an offline run begins at this step, the third at twice of it.
 _STEPS_PER_START = 1_000_000
 
 
+@dataclass(eq=False)
 class WandbTracker(Tracker):
-    """One wandb run.
-
-    Args:
-        project: that the run belongs to.
-        entity: user or team; None: the one that is logged in.
-        mode: ``online``, ``offline`` (recorded in the run's folder, for ``wandb sync``) or ``disabled``.
-        init_timeout: seconds to wait for the server; after that the run is recorded offline.
-        finish_timeout: seconds that a run waits at its end for what has not been uploaded yet.
-        models: whether dense, slim and finetuned models are uploaded as artifacts.
+    """One wandb run. What the arguments mean is said in ``conf/logger/wandb.yaml``.
 
     Raises:
         ConfigError: wandb is not installed, or a setting is none.
@@ -44,24 +38,19 @@ class WandbTracker(Tracker):
 
     remedy = "what had been logged is safe; look at logs/wandb/*/logs/debug*.log, or choose another logger"
 
-    def __init__(
-        self,
-        project: str = "lightning-mdc",
-        entity: str | None = None,
-        mode: str = "online",
-        init_timeout: float = 30,
-        finish_timeout: float = 120,
-        models: bool = True,
-    ) -> None:
+    project: str = "lightning-mdc"
+    entity: str | None = None
+    mode: str = "online"
+    init_timeout: float = 30
+    finish_timeout: float = 120
+    models: bool = True
+
+    def __post_init__(self) -> None:
         if find_spec("wandb") is None:
             raise ConfigError("logger=wandb needs the package wandb, which is not installed; run pip install wandb")
-        if mode not in _MODES:
-            raise ConfigError(f"logger.wandb.mode={mode!r}: expected one of {', '.join(_MODES)}")
-        for key, seconds in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
-            if type(seconds) not in (int, float) or not seconds > 0:
-                raise ConfigError(f"logger.wandb.{key}={seconds!r}: expected a number of seconds above 0")
-        self.project, self.entity, self.mode, self.models = project, entity, mode, models
-        self.init_timeout, self.finish_timeout = float(init_timeout), float(finish_timeout)
+        check_one_of("logger.wandb.mode", self.mode, ("online", "offline", "disabled"), ConfigError)
+        for key in ("init_timeout", "finish_timeout"):
+            check_number(f"logger.wandb.{key}", getattr(self, key), "seconds", ConfigError, above=0)
         self._run: Any = None
         self._artifacts: dict[str, Any] = {}
 
@@ -97,34 +86,32 @@ class WandbTracker(Tracker):
         )
         wandb.setup(settings)  # what is said before there is a run, too
 
-        def opened(mode: str) -> Any:
-            return wandb.init(
-                project=self.project,
-                entity=self.entity,
-                mode=mode,  # type: ignore[arg-type]
-                id=run_id,
-                resume="allow",
-                dir=str(folder),
-                name=self._info.name,
-                group=self._info.group,
-                job_type=self._info.kind,
-                config=dict(self._info.settings),
-                settings=settings,
-            )
-
+        opened: Callable[..., Any] = partial(
+            wandb.init,
+            project=self.project,
+            entity=self.entity,
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            name=self._info.name,
+            group=self._info.group,
+            job_type=self._info.kind,
+            config=dict(self._info.settings),
+            settings=settings,
+        )
         if self.mode != "online":
-            return opened(self.mode)
+            return opened(mode=self.mode)
         try:
             if not wandb.login(prompt=False, verify=False):  # else a terminal would be asked for a key, and wait
                 raise wandb.errors.UsageError("no API key; run `wandb login` once, or set WANDB_API_KEY")
-            return opened("online")
+            return opened(mode="online")
         except Exception as error:  # the network, the server, the key: there is more than one class for each
             reason = " ".join(str(error).split())[:200]
         # The service still holds the id of the run that could not be started.
         wandb.teardown()
         wandb.setup(settings)
         try:
-            run = opened("offline")
+            run = opened(mode="offline")
         except Exception as error:
             raise RuntimeError(f"not online: {reason}; nor offline: {error}") from error
         log.warning(
@@ -145,7 +132,7 @@ class WandbTracker(Tracker):
         if isinstance(item, Model):
             self._upload(item)
         else:
-            wandb_logger.show(self._run, item)
+            loggers.show(WandbLogger(experiment=self._run), item)
 
     def _upload(self, model: Model) -> None:
         import wandb
