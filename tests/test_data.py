@@ -110,7 +110,7 @@ def test_digits_are_all_there_once():
     splits = data.splits
     assert (len(splits.train), len(splits.val), len(splits.test)) == (1197, 240, 360)
     assert data.num_classes == 10
-    assert data.splits.class_names == tuple("0123456789")
+    assert data.class_names == tuple("0123456789")
     ours = torch.cat([splits.train.images, splits.val.images, splits.test.images])
     assert ours.mean().abs() < 1e-3
     assert abs(ours.std() - 1) < 1e-3
@@ -133,7 +133,7 @@ def test_digits_batches_have_the_shape_the_module_says(img_size, in_chans):
 
 def test_only_training_images_are_augmented():
     data = DigitsDataModule()
-    train, calibration = data.splits.train, data.splits.calibration
+    train, calibration = data.splits.train, data.calibration_dataset()
     assert train.labels == calibration.labels
     assert not torch.equal(train[0][0], train[0][0])
     for dataset in (calibration, data.splits.val, data.splits.test):
@@ -148,7 +148,7 @@ def test_loaders_shuffle_training_only_and_keep_every_image_to_report_on():
     assert list(shuffled) != sorted(shuffled)
     assert sorted(shuffled) == list(range(1197))
     assert len(data.train_dataloader()) == 1197 // 64
-    for loader in (data.val_dataloader(), data.test_dataloader()):
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert isinstance(loader.sampler, SequentialSampler)
     assert sum(len(labels) for _, labels in data.test_dataloader()) == 360
 
@@ -167,8 +167,8 @@ def test_folder_and_tar_hold_the_same_images_in_disjoint_splits(folder, tmp_path
     root = write_tar(tmp_path / "images.tar", folder) if packed else folder
     data = ImageFolderDataModule(root, val_fraction=0.2, test_fraction=0.3, data_config=PLAIN, num_workers=0)
     data.setup("fit")
-    assert data.splits.class_names == CLASSES
-    parts = [identities(part) for part in (data.splits.calibration, data.splits.val, data.splits.test)]
+    assert data.class_names == CLASSES
+    parts = [identities(part) for part in (data.calibration_dataset(), data.splits.val, data.splits.test)]
     assert [len(part) for part in parts] == [15, 6, 9]
     assert set.union(*parts) == {(label, index) for label in range(3) for index in range(10)}
     for images, labels in data.test_dataloader():
@@ -179,7 +179,7 @@ def test_folder_and_tar_hold_the_same_images_in_disjoint_splits(folder, tmp_path
 def test_a_tar_read_before_workers_start_is_read_right_by_them(folder, tmp_path):
     root = write_tar(tmp_path / "images.tar", folder)
     data = ImageFolderDataModule(root, data_config=PLAIN, batch_size=1, num_workers=2, test_fraction=0.5)
-    _ = data.splits.calibration[0], data.splits.test[0]
+    _ = data.calibration_dataset()[0], data.splits.test[0]
     green = [round(images[0, 1, 0, 0].item() * 255) for images, _ in data.test_dataloader()]
     expected = [round(data.splits.test[i][0][1, 0, 0].item() * 255) for i in range(15)]
     assert green == expected
@@ -227,8 +227,8 @@ def test_caps_are_seeded_and_stratified(folder):
     first = data(0)
     assert np.bincount(first.splits.train.labels).tolist() == [2, 2, 2]
     assert (len(first.splits.val), len(first.splits.test)) == (3, 3)
-    assert identities(first.splits.calibration) == identities(data(0).splits.calibration)
-    assert identities(first.splits.calibration) != identities(data(1).splits.calibration)
+    assert identities(first.calibration_dataset()) == identities(data(0).calibration_dataset())
+    assert identities(first.calibration_dataset()) != identities(data(1).calibration_dataset())
 
 
 def test_data_config_of_a_model_decides_the_transform(folder):
@@ -259,7 +259,7 @@ def test_augmentation_is_for_training_only(folder):
         folder, data_config=PLAIN, augmentation={"auto_augment": "rand-m9-mstd0.5", "re_prob": 1.0, "re_mode": "pixel"}
     )
     assert not torch.equal(data.splits.train[0][0], data.splits.train[0][0])
-    assert torch.equal(data.splits.calibration[0][0], data.splits.calibration[0][0])
+    assert torch.equal(data.calibration_dataset()[0][0], data.calibration_dataset()[0][0])
     plain = ImageFolderDataModule(folder, data_config=PLAIN, augmentation={"no_aug": True})
     assert torch.equal(plain.splits.train[0][0], plain.splits.train[0][0])
 

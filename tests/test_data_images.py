@@ -112,7 +112,7 @@ def test_no_damaged_image_is_tolerated_where_it_counts(folder):
     for options, ask in (
         ({"test_fraction": 0.9}, lambda data: data.test_dataloader()),
         ({"val_fraction": 0.9}, lambda data: data.val_dataloader()),
-        ({}, lambda data: DataLoader(data.splits.calibration)),
+        ({}, lambda data: DataLoader(data.calibration_dataset())),
         ({"max_corrupt_images": 0}, lambda data: data.train_dataloader()),
     ):
         arguments = {"val_fraction": 0.0, "test_fraction": 0.0, "batch_size": 1, "num_workers": 0, **options}
@@ -332,7 +332,7 @@ def test_torchvisions_folder_by_name(tmp_path):
     data = ImageFolderDataModule(
         tmp_path, name="torch/image_folder", test_split="val", data_config=PLAIN, batch_size=5, num_workers=0
     )
-    assert data.splits.class_names == CLASSES
+    assert data.class_names == CLASSES
     assert len(data.splits.test) == 12
     assert all(pixels == label for pixels, _, label in read(data.test_dataloader()))
 
@@ -344,7 +344,7 @@ def test_a_hugging_face_data_set(tmp_path):
     data = ImageFolderDataModule(
         tmp_path / "cache", name=f"hfds/{tmp_path / 'set'}", test_split="test", data_config=PLAIN, num_workers=0
     )
-    assert data.splits.class_names == CLASSES
+    assert data.class_names == CLASSES
     assert (len(data.splits.train), len(data.splits.val), len(data.splits.test)) == (27, 3, 30)
     assert sorted(read(data.test_dataloader())) == [(c, i, c) for c in range(3) for i in range(10)]
 

@@ -27,7 +27,7 @@ class Numbered(ImageDataModule):
     def __init__(
         self, images: int = 23, batch_size: int = 4, num_workers: int = 0, held_out: int = 7, **loading
     ) -> None:
-        super().__init__(in_chans=1, img_size=1, batch_size=batch_size, num_workers=num_workers, **loading)
+        super().__init__(1, 1, batch_size, num_workers, **loading)
         self.images, self.held_out = images, held_out
 
     def make_splits(self) -> Splits:
@@ -350,7 +350,7 @@ def test_a_batch_that_cannot_be_shared_out_evenly_names_those_that_can(batch_siz
 @pytest.mark.parametrize("images", [1, 5, 7, 8, 0])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_no_image_is_evaluated_twice(images, processes):
-    for which in ("val_dataloader", "test_dataloader"):
+    for which in ("val_dataloader", "test_dataloader", "predict_dataloader"):
         modules = [on(processes, rank, Numbered(held_out=images)) for rank in range(processes)]
         loaders = [getattr(data, which)() for data in modules]
         read = [i for loader in loaders for batch, _ in loader for i in batch.flatten().int().tolist()]

@@ -247,7 +247,7 @@ def test(run: Run) -> str:
     models = {artifact: run.model(artifact) for artifact in tested}
     # All slim models have one architecture, and so has dense: two are timed, in turn, for all.
     times = on_first_rank(partial(_times, run, {name: models[name].to(run.device) for name in ("dense", "slim")}))
-    outcomes = evaluation.outcomes(models, run.data.test_dataloader(), run.device, run.data.splits.class_names)
+    outcomes = evaluation.outcomes(models, run.data.test_dataloader(), run.device, run.data.class_names)
     if not len(outcomes.labels):
         raise DataError(
             "the test split is empty: nothing can be reported; raise data.test_fraction or give a test split"
@@ -346,7 +346,7 @@ def finetune(run: Run, artifact: str, start: str, seed: int) -> None:
 
 
 def _save(run: Run, model: nn.Module, artifact: str) -> None:
-    class_names = list(run.data.splits.class_names) if artifact == "dense" else None
+    class_names = list(run.data.class_names) if artifact == "dense" else None
     mdc.save(model.cpu().eval(), run.folder / artifact, class_names=class_names)
 
 
@@ -453,7 +453,7 @@ def _save_results(run: Run, results: reporting.Results, outcomes: Outcomes, mode
         artifact,
         _all_test_images(run),
         run.device,
-        run.data.splits.class_names,
+        run.data.class_names,
         run.data.to_pixels,
     )
     outcomes.save(run.folder / "predictions.safetensors")

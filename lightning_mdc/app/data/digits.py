@@ -1,6 +1,5 @@
 """Handwritten digits that come with scikit-learn: real images, no download."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,34 +18,62 @@ DIGITS_MEAN = 0.3053
 DIGITS_STD = 0.3760
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
 class DigitsDataModule(ImageDataModule):
     """1797 grayscale images of 8×8 pixels in ten classes: 1197 train, 240 search-validation, 360 test.
 
     The split depends on ``split_seed`` alone, not on the seed of the run: all finetune seeds face one test split.
-    Mirror images of digits are no digits, so no image is flipped. What the arguments mean is said in
-    ``conf/data/digits.yaml``.
-
-    Raises:
-        DataError: a count or fraction is out of range.
     """
 
-    batch_size: int = 64
-    img_size: int = 12
-    in_chans: int = 1
-    num_workers: int = 0
-    val_fraction: float = 0.1333
-    test_fraction: float = 0.2
-    max_train_images: int | None = None
-    augment: bool = True
-    rotation: float = 10.0
-    translation: float = 0.1
-    scaling: float = 0.1
-    split_seed: int = 0
+    def __init__(
+        self,
+        batch_size: int = 64,
+        img_size: int = 12,
+        in_chans: int = 1,
+        val_fraction: float = 0.1333,
+        test_fraction: float = 0.2,
+        max_train_images: int | None = None,
+        augment: bool = True,
+        rotation: float = 10.0,
+        translation: float = 0.1,
+        scaling: float = 0.1,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        **loading: Any,
+    ) -> None:
+        """
+        Args:
+            img_size: side in pixels; the 8×8 originals are resized bilinearly, by default so that patches of 2×2 make
+                36 tokens.
+            in_chans: 3 repeats the gray channel.
+            val_fraction: share of all images held out for the search.
+            test_fraction: share of all images held out for reporting.
+            max_train_images: train on fewer, chosen with ``split_seed``.
+            augment: random affine training images; mirror images of digits are no digits, so no flips.
+            rotation: largest angle, degrees.
+            translation: largest shift, as a fraction of the side.
+            scaling: largest change of scale, as a fraction.
+            loading: further keyword arguments of `ImageDataModule`: ``pin_memory``, ``repeated_augmentation``, ...
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.data_config = {"mean": (DIGITS_MEAN,) * self.in_chans, "std": (DIGITS_STD,) * self.in_chans}
+        Raises:
+            DataError: a count or fraction is out of range.
+        """
+        super().__init__(in_chans, img_size, batch_size, num_workers, **loading)
+        self.data_config = {"mean": (DIGITS_MEAN,) * in_chans, "std": (DIGITS_STD,) * in_chans}
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.max_train_images = max_train_images
+        self.split_seed = split_seed
+        self.augmentation = (
+            v2.RandomAffine(
+                degrees=rotation,
+                translate=(translation, translation),
+                scale=(1 - scaling, 1 + scaling),
+                interpolation=InterpolationMode.BILINEAR,
+                fill=-DIGITS_MEAN / DIGITS_STD,  # what a black pixel is after normalisation
+            )
+            if augment
+            else None
+        )
 
     def make_splits(self) -> Splits:
         digits = load_digits()
@@ -63,15 +90,8 @@ class DigitsDataModule(ImageDataModule):
         def tensors(indices: np.ndarray, augmentation: Any = None) -> "TensorImages":
             return TensorImages(images[torch.from_numpy(indices)], labels[indices].tolist(), augmentation)
 
-        augmentation = v2.RandomAffine(
-            degrees=self.rotation,
-            translate=(self.translation, self.translation),
-            scale=(1 - self.scaling, 1 + self.scaling),
-            interpolation=InterpolationMode.BILINEAR,
-            fill=-DIGITS_MEAN / DIGITS_STD,  # what a black pixel is after normalisation
-        )
         return Splits(
-            train=tensors(train, augmentation if self.augment else None),
+            train=tensors(train, self.augmentation),
             val=tensors(split.val),
             test=tensors(split.test),
             calibration=tensors(train),
@@ -79,13 +99,13 @@ class DigitsDataModule(ImageDataModule):
         )
 
 
-@dataclass(eq=False)
 class TensorImages(Dataset[tuple[Tensor, int]]):
     """Images held in memory, (n, in_chans, H, W), with an optional random transform."""
 
-    images: Tensor
-    labels: list[int]
-    augmentation: Any = None
+    def __init__(self, images: Tensor, labels: list[int], augmentation: Any = None) -> None:
+        self.images = images
+        self.labels = labels
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         return len(self.labels)

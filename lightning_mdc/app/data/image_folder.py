@@ -5,7 +5,6 @@ import math
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,66 +25,96 @@ _GEOMETRY = {"input_size", "is_training", "mean", "std", "crop_pct", "crop_mode"
 _AUGMENTATION_KEYS = set(inspect.signature(create_transform).parameters) - _GEOMETRY
 
 
-@dataclass(eq=False, repr=False)
 class ImageFolderDataModule(ImageDataModule):
     """Images in class folders, in a tar of class folders, or in a data set that timm knows by name.
 
     The search-validation images are held out of the training split. The test images are, in this order: ``test_root``,
     ``test_split``, a folder ``test`` or ``val`` beside ``train`` in ``root``, or else ``test_fraction`` of the images.
-    A streamed data set can't be cut, so it needs ``val_split`` and ``test_split``, and does with corrupt images what
-    timm's reader does.
-
-    What the arguments mean is said in ``conf/data/image_folder.yaml``.
-
-    Attributes:
-        root: may be ``None`` for a named data set that needs none.
-        name: with timm's prefix: ``torch/``, ``hfds/``, ``hfids/``, ``tfds/``, ``wds/``.
-        data_config: a model's ``pretrained_cfg`` or ``resolve_model_data_config(model)``: ``input_size``, ``mean``,
-            ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``; other keys are ignored. Without it images are
-            three channels of 224x224.
-        max_corrupt_images: of training images; anywhere else the first one that can't be decoded is an error.
-
-    Raises:
-        DataError: an argument is out of range or unknown, or ``root`` is missing or not readable as images.
-            What needs the images to be listed is raised when they are first asked for.
     """
 
-    root: str | Path | None
-    _: KW_ONLY
-    name: str = ""
-    split: str = "train"
-    val_split: str | None = None
-    test_root: str | Path | None = None
-    test_split: str | None = None
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    img_size: int | None = None  # type: ignore[assignment]
-    in_chans: int | None = None  # type: ignore[assignment]
-    data_config: Mapping[str, Any] | None = None  # type: ignore[assignment]
-    augmentation: Mapping[str, Any] | None = None
-    batch_size: int = 64
-    num_workers: int = 2
-    max_train_images: int | None = None
-    max_val_images: int | None = None
-    max_test_images: int | None = None
-    class_names: Sequence[str] | None = None
-    dataset_options: Mapping[str, Any] | None = None
-    split_seed: int = 0
-    max_corrupt_images: int = 10
+    def __init__(
+        self,
+        root: str | Path | None,
+        name: str = "",
+        split: str = "train",
+        val_split: str | None = None,
+        test_root: str | Path | None = None,
+        test_split: str | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        img_size: int | None = None,
+        in_chans: int | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        augmentation: Mapping[str, Any] | None = None,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        max_train_images: int | None = None,
+        max_val_images: int | None = None,
+        max_test_images: int | None = None,
+        class_names: Sequence[str] | None = None,
+        dataset_options: Mapping[str, Any] | None = None,
+        split_seed: int = 0,
+        max_corrupt_images: int = 10,
+        **loading: Any,
+    ) -> None:
+        """
+        Args:
+            root: folder of class folders (also with ``train`` and ``val`` or ``test`` inside), a ``.tar`` of class
+                folders, or where a named data set lies. May be ``None`` for a named data set that needs none.
+            name: data set name with timm's prefix (``torch/``, ``hfds/``, ``hfids/``, ``tfds/``, ``wds/``); empty for
+                folders and tars.
+            split: what to train on, in the data set's own words.
+            val_split: a split of the data set's own for the search; by default ``val_fraction`` of ``split``. A
+                streamed data set can't be cut, so it needs this and ``test_split``.
+            test_root: another folder or tar to report on, with the same class names.
+            test_split: the split to report on, in the data set's own words.
+            val_fraction: share of the training split's images held out for the search.
+            test_fraction: share of the images held out for reporting when there is no test split.
+            img_size: side in pixels; by default that of ``data_config``, else 224.
+            in_chans: 1 (grayscale) or 3 (RGB); by default that of ``data_config``, else 3.
+            data_config: a model's ``pretrained_cfg`` or ``resolve_model_data_config(model)``: ``input_size``, ``mean``,
+                ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``; other keys are ignored.
+            augmentation: keyword arguments of ``timm.data.create_transform`` for training images: ``auto_augment``
+                (such as ``rand-m9-mstd0.5-inc1``), ``re_prob``, ``color_jitter``, ``scale``, ``ratio``, ``hflip``,
+                ``no_aug``, ...; ``None`` as a value: timm's default.
+            max_train_images: use fewer, chosen with ``split_seed``, each class in proportion; likewise the other two.
+            class_names: needed only where the data set doesn't tell its classes.
+            dataset_options: further keyword arguments of ``timm.data.create_dataset``, such as ``download``.
+            split_seed: of the held-out splits and the caps; independent of the seed of the run.
+            max_corrupt_images: training images that may turn out undecodable in an epoch (of each process); the next
+                one that can be decoded is trained on instead. Anywhere else the first one is an error. Streams do as
+                timm's reader does.
+            loading: further keyword arguments of `ImageDataModule`: ``pin_memory``, ``repeated_augmentation``, ...
 
-    def __post_init__(self) -> None:
-        config = _resolve_config(self.data_config, self.img_size, self.in_chans)
-        self.data_config, (self.in_chans, height, width) = config, config["input_size"]
-        self.img_size = max(height, width)
-        super().__post_init__()
-        check_whole("max_corrupt_images", self.max_corrupt_images, 0, DataError)
-        check_fraction("val_fraction", self.val_fraction)
-        check_fraction("test_fraction", self.test_fraction)
-        for argument, path in (("root", self.root), ("test_root", self.test_root)):
-            _check_path(argument, path, named=bool(self.name))
-        if self.test_split is None:
-            self.test_split = _find_test_folder(self.root, self.name, self.split, self.test_root)
-        self.train_transform = _train_transform(config, self.augmentation)
+        Raises:
+            DataError: an argument is out of range or unknown, or ``root`` is missing or not readable as images.
+                What needs the images to be listed is raised when they are first asked for.
+        """
+        config = _resolve_config(data_config, img_size, in_chans)
+        chans, height, width = config["input_size"]
+        super().__init__(chans, max(height, width), batch_size, num_workers, **loading)
+        check_whole("max_corrupt_images", max_corrupt_images, 0, DataError)
+        check_fraction("val_fraction", val_fraction)
+        check_fraction("test_fraction", test_fraction)
+        for argument, path in (("root", root), ("test_root", test_root)):
+            _check_path(argument, path, named=bool(name))
+        self.root = root
+        self.name = name
+        self.split = split
+        self.val_split = val_split
+        self.test_root = test_root
+        self.test_split = test_split if test_split is not None else _find_test_folder(root, name, split, test_root)
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.max_train_images = max_train_images
+        self.max_val_images = max_val_images
+        self.max_test_images = max_test_images
+        self.given_class_names = None if class_names is None else tuple(class_names)
+        self.dataset_options = _plain(dataset_options)
+        self.split_seed = split_seed
+        self.max_corrupt_images = max_corrupt_images
+        self.data_config = config
+        self.train_transform = _train_transform(config, augmentation)
         self.eval_transform = create_transform(**config, is_training=False)
 
     def make_splits(self) -> Splits:
@@ -133,7 +162,7 @@ class ImageFolderDataModule(ImageDataModule):
         Raises:
             DataError: timm can't read it.
         """
-        options = {"input_img_mode": "L" if self.in_chans == 1 else "RGB", **_plain(self.dataset_options)}
+        options = {"input_img_mode": "L" if self.in_chans == 1 else "RGB", **self.dataset_options}
         if root is not None and Path(root).suffix == ".tar":
             # A tar kept open is shared by forked workers, which then move one another's file position.
             options["cache_tarfiles"] = False
@@ -160,7 +189,7 @@ class ImageFolderDataModule(ImageDataModule):
         return dataset
 
     def _class_names(self, dataset: Any, argument: str, root: str | Path | None) -> tuple[str, ...]:
-        names = tuple(self.class_names) if self.class_names else _names_of(dataset)
+        names = self.given_class_names or _names_of(dataset)
         if names is None:
             raise DataError(
                 f"{argument}={root!r} (name={self.name!r}) doesn't tell its classes; pass class_names=[...] in"

@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_mdc import distributed
 from lightning_mdc.app.data.order import StreamLoader, TrainingSampler, order_seed
-from lightning_mdc.errors import DataError, check_one_of, check_whole
+from lightning_mdc.errors import DataError, check_whole
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The data sets of one task. Each yields ``(image (in_chans, H, W) float32, label int)``; names in label order."""
+    """The data sets of one task. Each yields ``(image (in_chans, H, W) float32, label int)``."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -31,7 +32,6 @@ class Splits:
     class_names: tuple[str, ...]
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
 class ImageDataModule(LightningDataModule):
     """Loaders over four data sets.
 
@@ -48,37 +48,56 @@ class ImageDataModule(LightningDataModule):
     val and test without an image being read twice, so a rank may have a batch less than another there. A checkpoint
     taken in mid-epoch holds where in the order of images training was, and resuming goes on from there, also on another
     number of processes.
-
-    What the arguments mean stands beside them in ``conf/data/``.
-
-    Attributes:
-        data_config: how images were normalised, by timm's names: ``mean`` and ``std`` per channel.
-        batch_size: images per training step over all processes together (and before ``accumulate_grad_batches``).
-        repeated_augmentation: see Hoffer et al., arXiv 1901.09335.
-
-    Raises:
-        DataError: ``in_chans`` is not 1 or 3, a count is out of range, or a switch is no truth value.
     """
 
-    in_chans: int
-    img_size: int
-    batch_size: int
-    num_workers: int
-    pin_memory: bool | None = None
-    prefetch_factor: int | None = None
-    persistent_workers: bool = True
-    repeated_augmentation: int = 1
-    data_config: Mapping[str, Any] = field(default_factory=dict)
+    # How images were normalised, by timm's names: ``mean`` and ``std`` per channel.
+    data_config: Mapping[str, Any] = MappingProxyType({})
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        img_size: int,
+        batch_size: int,
+        num_workers: int,
+        pin_memory: bool | None = None,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = True,
+        repeated_augmentation: int = 1,
+    ) -> None:
+        """
+        Args:
+            batch_size: images per training step over all processes together (and before ``accumulate_grad_batches``);
+                each process reads its part.
+            num_workers: processes that load images, per training process; 0: none but this one.
+            pin_memory: load into page-locked memory; ``None``: where there is a GPU.
+            prefetch_factor: batches that each worker loads ahead; ``None``: torch's default.
+            persistent_workers: keep workers from epoch to epoch.
+            repeated_augmentation: differently augmented versions of each training image, in one step (Hoffer et al.,
+                arXiv 1901.09335). An epoch stays as long and holds that many times fewer images.
+
+        Raises:
+            DataError: ``in_chans`` is not 1 or 3, a count is out of range, or a switch is no truth value.
+        """
         super().__init__()
-        if self.in_chans not in (1, 3):
-            raise DataError(f"in_chans={self.in_chans!r} is no image format; give 1 (grayscale) or 3 (RGB)")
-        for name, least in (("img_size", 1), ("batch_size", 1), ("num_workers", 0), ("repeated_augmentation", 1)):
-            check_whole(name, getattr(self, name), least, DataError)
-        check_whole("prefetch_factor", self.prefetch_factor, 1, DataError, or_none="torch's default")
-        check_one_of("pin_memory", self.pin_memory, (True, False, None), DataError)
-        check_one_of("persistent_workers", self.persistent_workers, (True, False), DataError)
+        if in_chans not in (1, 3):
+            raise DataError(f"in_chans={in_chans!r} is no image format; give 1 (grayscale) or 3 (RGB)")
+        check_whole("img_size", img_size, 1, DataError)
+        check_whole("batch_size", batch_size, 1, DataError)
+        check_whole("num_workers", num_workers, 0, DataError)
+        check_whole("repeated_augmentation", repeated_augmentation, 1, DataError)
+        check_whole("prefetch_factor", prefetch_factor, 1, DataError, or_none="torch's default")
+        if pin_memory not in (None, True, False):
+            raise DataError(f"pin_memory={pin_memory!r}: expected true, false, or null (where there is a GPU)")
+        if persistent_workers not in (True, False):
+            raise DataError(f"persistent_workers={persistent_workers!r}: expected true or false")
+        self.in_chans = in_chans
+        self.img_size = img_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.prefetch_factor = prefetch_factor
+        self.persistent_workers = persistent_workers
+        self.repeated_augmentation = repeated_augmentation
         self._opened_on = 1  # processes
         self._order_seed: int | None = None  # of the running fit
         self._resume_at: dict[str, Any] | None = None  # read from a checkpoint, used by the next training loader
@@ -93,8 +112,13 @@ class ImageDataModule(LightningDataModule):
         return self.make_splits()
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class, in the order of the labels."""
+        return self.splits.class_names
+
+    @property
     def num_classes(self) -> int:
-        return len(self.splits.class_names)
+        return len(self.class_names)
 
     def setup(self, stage: str | None = None) -> None:
         # A stream's reader takes its share of the shards by the processes there are when it is opened.
@@ -105,6 +129,10 @@ class ImageDataModule(LightningDataModule):
         if stage == "fit":
             self._images_per_process()
             self._resume_at = None  # of a fit that never came to its loader
+
+    def calibration_dataset(self) -> Dataset[Any]:
+        """The training images under the evaluation transforms, in a fixed order."""
+        return self.splits.calibration
 
     def to_pixels(self, images: Tensor) -> np.ndarray:
         """Images to look at, (n, height, width, 3) in uint8, of images as the model sees them, (n, channels, h, w)."""
@@ -149,6 +177,9 @@ class ImageDataModule(LightningDataModule):
         return self._evaluation_loader(self.splits.val)
 
     def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation_loader(self.splits.test)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
         return self._evaluation_loader(self.splits.test)
 
     def _evaluation_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
