@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, as_budget, macs, policy_macs
 from lightning_mdc.budget.uniform import uniform_policy
-from lightning_mdc.errors import CalibrationError, CallbackError, MdcError, PlanError, PolicyError, check_whole
+from lightning_mdc.errors import (
+    CalibrationError,
+    CallbackError,
+    MdcError,
+    PlanError,
+    PolicyError,
+    check_one_of,
+    check_whole,
+)
 from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction
 from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
 from lightning_mdc.models import Sites, evaluating, find_model, find_sites, unwrap
@@ -97,7 +105,7 @@ class MultiDimPruneCallback(Callback):
         super().__init__()
         _check_types(fuse_tokens=fuse_tokens, restore_rng=restore_rng, model=model, save_to=save_to)
         _check_schedule(schedule, start, end, unit)
-        _one_of("token_score", token_score, TOKEN_SCORES)
+        check_one_of("token_score", token_score, TOKEN_SCORES, CallbackError)
         check_whole("calibration_batches", calibration_batches, 1, CallbackError)
         check_whole("calibration_images", calibration_images, 1, CallbackError, or_none="whole batches")
         check_whole("seed", seed, 0, CallbackError)
@@ -545,8 +553,8 @@ def _check_types(**settings: Any) -> None:
 
 
 def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:
-    _one_of("schedule", schedule, ("one-shot", "cubic"))
-    _one_of("unit", unit, ("epoch", "step"))
+    check_one_of("schedule", schedule, ("one-shot", "cubic"), CallbackError)
+    check_one_of("unit", unit, ("epoch", "step"), CallbackError)
     check_whole("start", start, 0, CallbackError)
     check_whole("end", end, start + 1, CallbackError, or_none="the end of training")
     if end is not None and schedule == "one-shot":
@@ -560,11 +568,6 @@ def _remove(handover: Path, owner: int) -> None:
 
 def _spawns(strategy: Strategy) -> bool:
     return isinstance(strategy.launcher, _MultiProcessingLauncher)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise CallbackError(f"{name}={value!r}: expected one of {allowed}")
 
 
 def _policy(policy: Any) -> Policy | Literal["uniform"]:

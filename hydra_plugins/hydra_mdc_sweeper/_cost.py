@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.errors import BudgetError, SearchError, as_number
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
 
 from ._conf import ConstraintConf
 from ._params import Params
-from ._recorded import number, one_line
+from ._recorded import one_line
 
 
 def locate(path: str, setting: str) -> Callable[..., Any]:
@@ -108,7 +108,7 @@ class _Prices:
 
     def _number(self, params: dict[str, Any]) -> float:
         value = self._call(self.function, "", params)
-        cost = number(value)
+        cost = as_number(value)
         if cost is None or np.isnan(cost):
             raise SearchError(f"constraint.callable: {self.path} returned {value!r}, no number, for {_shown(params)}")
         return cost

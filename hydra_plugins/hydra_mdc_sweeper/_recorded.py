@@ -18,6 +18,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import TaskFunction
 
+from lightning_mdc.errors import as_number
 from lightning_mdc.files import replacing
 
 try:
@@ -67,16 +68,6 @@ class Recorded:
             raise RuntimeError(f"the app called sys.exit({error.code!r})") from error
 
 
-def number(value: Any) -> float | None:
-    """What a trial returned as a float; None if it is no number. Scalars of numpy and torch are numbers."""
-    if isinstance(value, (str, bytes)) or type(value).__name__ in ("bool", "bool_") or not hasattr(value, "__float__"):
-        return None
-    try:
-        return float(value)
-    except Exception:  # a tensor of many numbers, say
-        return None
-
-
 def one_line(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
@@ -86,15 +77,6 @@ def one_line(error: BaseException) -> str:
 def described(value: Any) -> str:
     """Something that is no number, for an error message."""
     return "None" if value is None else f"{' '.join(repr(value).split())[:100]} ({type(value).__name__})"
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """The record of a trial; None if it has not begun."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def is_over(record: dict[str, Any]) -> bool:
@@ -115,7 +97,7 @@ def is_alive(path: Path) -> bool:
 
 
 def _returned(value: Any) -> dict[str, Any]:
-    result = number(value)
+    result = as_number(value)
     return {"returned": described(value)} if result is None else {"value": result}
 
 

@@ -20,7 +20,7 @@ from hydra.errors import CompactHydraException, ConfigCompositionException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lightning_mdc.errors import MdcError, SearchError
+from lightning_mdc.errors import MdcError, SearchError, as_number
 from lightning_mdc.gp_ei.process import GpEi, Observation
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Space
@@ -253,7 +253,7 @@ class Sweep:
             returned = job.return_value
         except Exception as error:
             return replace(trial, seconds=seconds, note=_recorded.one_line(error))
-        value = _recorded.number(returned)
+        value = as_number(returned)
         if value is None:
             raise self._no_number(trial, _recorded.described(returned))
         return replace(trial, value=value, seconds=seconds)

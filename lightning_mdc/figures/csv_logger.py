@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_mdc.figures.items import Cell, Histogram, Item, Numbers, Picture, Summary, Table
-from lightning_mdc.files import replacing, write_text
+from lightning_mdc.figures.items import Histogram, Item, Numbers, Picture, Summary, Table
+from lightning_mdc.files import csv_text, replacing, write_text
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import CSVLogger
@@ -24,15 +21,9 @@ def show(logger: CSVLogger, item: Item) -> None:
         case Summary():
             logger.log_metrics(dict(item.values))
         case Histogram():
-            write_text(folder / f"{item.key}.csv", _csv(["value"], ([value] for value in item.values.tolist())))
+            write_text(folder / f"{item.key}.csv", csv_text(["value"], ([value] for value in item.values.tolist())))
         case Table():
-            write_text(folder / f"{item.key}.csv", _csv(item.columns, item.rows))
+            write_text(folder / f"{item.key}.csv", csv_text(item.columns, item.rows))
         case Picture():
             with replacing(folder / f"{item.key}.png") as unfinished:
                 unfinished.write_bytes(item.png)
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    return text.getvalue()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from lightning_mdc.errors import SearchError
+from lightning_mdc.errors import SearchError, check_one_of
 from lightning_mdc.gp_ei.projection import Constraint, Projection
 from lightning_mdc.gp_ei.space import Space
 
@@ -72,8 +72,7 @@ class GpEi:
         n_candidates: int = 2000,
         xi: float = 0.0,
     ) -> None:
-        if direction not in DIRECTIONS:
-            raise SearchError(f"direction={direction!r}: expected one of {DIRECTIONS}")
+        check_one_of("direction", direction, DIRECTIONS, SearchError)
         counts: dict[str, tuple[Any, int]] = {
             "seed": (seed, 0),
             "n_initial_points": (n_initial_points, 1),

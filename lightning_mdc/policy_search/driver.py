@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget, LatencyTable
 from lightning_mdc.distributed import failures_of, is_first, on_every_rank, on_first_rank
-from lightning_mdc.errors import SearchError, check_whole
+from lightning_mdc.errors import SearchError, as_number, check_whole
 from lightning_mdc.gp_ei.process import GpEi, Observation
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.gp_ei.study import Study, has_header, observations
@@ -409,23 +408,12 @@ def _asked(evaluate: Callable[[nn.Module], float], small: nn.Module, number: int
         if isinstance(evaluate, HeldOut) and _judges(evaluate):
             return evaluate.judge(small)
         answer = evaluate(small)
-    value = _number(answer)
+    value = as_number(answer)
     if value is None:
         raise SearchError(
             f"evaluate returned {answer!r:.80} for trial {number}; it has to return a number, higher is better"
         )
     return Judgement(value)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool | str | np.bool_) or getattr(value, "dtype", None) is torch.bool:
-        return None
-    if not (isinstance(value, numbers.Real) or hasattr(value, "__float__")):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
-        return None
 
 
 def _shown(value: float | None) -> str:

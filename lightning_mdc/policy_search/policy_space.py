@@ -13,7 +13,7 @@ from torch import nn
 from lightning_mdc.budget import Budget, CostModel, TokenDrop, as_budget
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.budget.uniform import neuron_step, realised_ratios, uniform_policy
-from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.errors import BudgetError, SearchError, check_one_of
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.models import Sites, find_sites
@@ -84,8 +84,7 @@ class PolicySpace(Space):
         self.stages = stages
         self.stage_blocks = default_stages(self.sites.depth) if stages is None else tuple(stages)
         self.fuse, self._step = fuse_tokens, neuron_step(self.costs, round_to)
-        if token_ratio not in ("shared", "stages"):
-            raise SearchError(f"token_ratio={token_ratio!r}: expected 'shared' or 'stages'")
+        check_one_of("token_ratio", token_ratio, ("shared", "stages"), SearchError)
         least = {"heads": min_heads, "neurons": -(-min_neurons // self._step) * self._step, "tokens": 0}
         bounds, tied = _checked_bounds(bounds, self.dimensions), _checked_groups(groups, self.dimensions)
         tied["tokens"] = 1 if token_ratio == "shared" else None

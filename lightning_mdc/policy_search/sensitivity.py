@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -16,8 +15,8 @@ from torch import nn
 
 from lightning_mdc.budget import CostModel
 from lightning_mdc.distributed import on_every_rank, on_first_rank
-from lightning_mdc.errors import ConfigError
-from lightning_mdc.files import write_text
+from lightning_mdc.errors import SearchError
+from lightning_mdc.files import csv_text, write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, keep_count, kept_tokens
@@ -87,18 +86,14 @@ class Sensitivity:
 
     def save(self, path: Path) -> None:
         """Write a CSV file with a header, a line per cut, so that it is there whole or not at all."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([field.name for field in fields(Cut)])
-        writer.writerows(astuple(cut) for cut in self.cuts)
-        write_text(path, text.getvalue())
+        write_text(path, csv_text([field.name for field in fields(Cut)], map(astuple, self.cuts)))
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
         """What `save` wrote.
 
         Raises:
-            ConfigError: it cannot be read.
+            SearchError: it cannot be read.
         """
         try:
             rows = csv.DictReader(path.read_text().splitlines())
@@ -115,7 +110,7 @@ class Sensitivity:
                 )
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} holds no sensitivities ({error}); run the step 'sensitivity' again") from error
+            raise SearchError(f"{path} holds no sensitivities ({error}); delete it and measure them again") from error
 
 
 def measure_sensitivity(
@@ -146,7 +141,7 @@ def measure_sensitivity(
         progress: show a progress bar where there is a terminal.
 
     Raises:
-        ConfigError: `held_out` does not tell both accuracy and KL.
+        SearchError: `held_out` does not tell both accuracy and KL.
     """
     sites = find_sites(model)
     costs = CostModel(sites)
@@ -186,7 +181,7 @@ def measure_sensitivity(
 def _accuracy_and_kl(held_out: HeldOut, model: nn.Module) -> tuple[float, float]:
     facts = held_out.judge(model).facts
     if not {"accuracy", "kl"} <= set(facts):
-        raise ConfigError(
+        raise SearchError(
             f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
             "(images, labels) and dense=model"
         )
@@ -198,7 +193,7 @@ def _known(state: Path | None) -> dict[Key, Cut]:
         return {}
     try:
         return {cut.key: cut for cut in Sensitivity.load(state).cuts}
-    except ConfigError as error:
+    except SearchError as error:
         aside = state.with_name(f"{state.name}.damaged")
         state.replace(aside)
         log.warning("%s; the file is now %s, and all cuts are made again", error, aside)

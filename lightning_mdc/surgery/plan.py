@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_mdc.errors import CalibrationError, PlanError
+from lightning_mdc.errors import CalibrationError, PlanError, check_one_of
 from lightning_mdc.importance.scores import Scores, min_max
 from lightning_mdc.models import Counts, Sites, find_sites
 from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, TokenStage, kept_tokens
@@ -36,8 +36,7 @@ def make_plan(
         CalibrationError: scores are missing or of another model.
         PlanError: an unknown `token_score`.
     """
-    if token_score not in TOKEN_SCORES:
-        raise PlanError(f"token_score={token_score!r}: expected one of {TOKEN_SCORES}")
+    check_one_of("token_score", token_score, TOKEN_SCORES, PlanError)
     if not isinstance(scores, Scores):
         raise CalibrationError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
     sites = find_sites(model)
