@@ -21,10 +21,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from lightning_mdc.errors import MdcError, SearchError, as_number
-from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Space
-from lightning_mdc.gp_ei.study import Study, Trial, has_header, observations, read_metadata
+from lightning_mdc.gp_ei.study import Study, Trial, observations, read_metadata
 
 from . import _cost, _recorded, _results
 from ._conf import MdcGpEiConf
@@ -182,18 +182,10 @@ class Sweep:
             seed=settings.seed,
             n_initial_points=settings.n_initial_points,
             first=first,
-            prior=() if settings.warm_start is None else self._warm_start(settings.warm_start, space),
+            prior=observations(settings.warm_start, space, settings.direction, self.study_path),
             n_candidates=(2000 if at_once else 200) if settings.n_candidates is None else settings.n_candidates,
             xi=settings.xi,
         )
-
-    def _warm_start(self, path: str, space: Space) -> tuple[Observation, ...]:
-        if has_header(self.study_path):
-            log.info("warm_start is not read again: %s goes on with what it began with", self.study_path)
-            return ()
-        prior = observations(path, space, self.settings.direction)
-        log.info("warm start: %d trials of %s inform this sweep", len(prior), path)
-        return prior
 
     def _about(self) -> dict[str, Any]:
         """What makes two sweeps the same, beside what the search itself is."""

@@ -297,8 +297,7 @@ def check_search(settings: Settings, model: nn.Module) -> None:
     space = PolicySpace(
         model, build_budget(settings), fuse_tokens=settings["surgery"]["fuse_tokens"], **space_options(settings)
     )
-    if (earlier := settings["search"]["warm_start"]) is not None:
-        observations(earlier, space, "maximize")
+    observations(settings["search"]["warm_start"], space, "maximize")
 
 
 def check_compensation(settings: Settings, model: nn.Module, policy: Policy | None) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lightning_mdc.budget import Budget, LatencyTable
 from lightning_mdc.distributed import failures_of, is_first, on_every_rank, on_first_rank
 from lightning_mdc.errors import SearchError, as_number, check_whole
-from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Projection
-from lightning_mdc.gp_ei.study import Study, has_header, observations
+from lightning_mdc.gp_ei.study import Study, observations
 from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy
@@ -175,7 +175,7 @@ def search(
         seed=seed,
         n_initial_points=n_initial_points,
         first=starting_points(space),
-        prior=on_first_rank(partial(_prior, warm_start, space, state)),
+        prior=on_first_rank(partial(observations, warm_start, space, "maximize", state)),
         xi=xi,
     )
     about = {
@@ -210,15 +210,6 @@ def _check_compensation(space: PolicySpace, compensate: str, statistics: Activat
     for dimension in ("heads", "neurons"):
         for block in space.sites.blocks if dimension in space.dimensions else ():
             check_compensable(getattr(block, dimension), compensate)
-
-
-def _prior(warm_start: str | Path | None, space: PolicySpace, state: str | Path | None) -> tuple[Observation, ...]:
-    if warm_start is None:
-        return ()
-    if state is not None and has_header(state):  # it holds what it was begun with
-        log.info("  warm_start is not read again: %s goes on with what it began with", state)
-        return ()
-    return observations(warm_start, space, "maximize")
 
 
 def _about(
