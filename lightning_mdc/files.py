@@ -9,7 +9,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -43,6 +48,20 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write sorted, indented JSON; see `write_text`."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def locked(file: IO[bytes] | int) -> bool:
+    """Lock an open file for as long as this process has it open; False if another process has.
+
+    True as well where there are no locks: on Windows, on some file systems. A forked child does not have it too.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError | PermissionError)
+    return True
 
 
 def read_json(path: Path) -> Any:

@@ -19,12 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import TaskFunction
 
 from lightning_mdc.errors import as_number
-from lightning_mdc.files import replacing
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there a trial that has begun and not ended counts as dead
-    fcntl = None  # type: ignore[assignment]
+from lightning_mdc.files import locked, replacing
 
 FILE = ".mdc_result.json"
 
@@ -85,14 +80,12 @@ def is_over(record: dict[str, Any]) -> bool:
 
 
 def is_alive(path: Path) -> bool:
-    """Whether a process, on any machine that shares this file system's locks, is running the trial of this record."""
-    if fcntl is None:
-        return False
+    """Whether a process, on any machine that shares this file system's locks, is running the trial of this record.
+
+    Where there are no locks a trial that has begun and not ended counts as dead.
+    """
     with contextlib.suppress(OSError), path.open("r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
+        return not locked(file)
     return False
 
 
@@ -111,9 +104,8 @@ def _write(path: Path, record: dict[str, Any], *, lock: bool = False) -> int | N
     try:
         with replacing(path) as beside:
             handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            if lock and fcntl is not None:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock:
+                locked(handle)
             os.write(handle, json.dumps(record).encode())
     except OSError:  # a full disk is no reason to lose the trial as well
         lock = False

@@ -237,7 +237,7 @@ def given_policy(settings: Settings, model: nn.Module) -> Policy | None:
     if keep:
         space = keep_space(settings, model, keep, 1.0)
         Policy(**{name: keep.get(name, 1.0) for name in DIMENSIONS})  # says which ratio is none
-        return space.policy(space.snap(space.point_anywhere(keep_params(keep))[None])[0])
+        return space.policy(space.snap(space.point(keep_params(keep), anywhere=True)[None])[0])
     if options["kind"] == "searched":
         return None
     names = ("dimensions", "min_heads", "min_neurons", "round_to")

@@ -218,7 +218,9 @@ class Study(StudyFile):
         if found.unreadable or found.is_torn:
             _mend(journal, found, self.header)
         self.metadata, self.by_number = found.metadata, found.by_number
-        search.prior = tuple(Observation(search.space.point_anywhere(params), value) for params, value in found.prior)
+        search.prior = tuple(
+            Observation(search.space.point(params, anywhere=True), value) for params, value in found.prior
+        )
         for trial in found.by_number.values():
             if trial.status != "running":
                 search.tell(search.space.point(trial.params)[None], [trial.value])
@@ -301,7 +303,7 @@ def _add(record: dict[str, Any], study: StudyFile, space: Space | None) -> None:
         study.header = record
     elif "prior" in record:
         if space is not None:
-            space.point_anywhere(record["prior"])
+            space.point(record["prior"], anywhere=True)
         study.prior.append((record["prior"], float(record["value"])))
     elif "metadata" in record:
         study.metadata |= record["metadata"]
@@ -393,4 +395,4 @@ def observations(
             f"({', '.join(axes[:3])}, ...); use the same dimensions and groups"
         )
     done = [trial for trial in study.by_number.values() if trial.value is not None]
-    return tuple(Observation(space.point_anywhere(trial.params), trial.value) for trial in done)
+    return tuple(Observation(space.point(trial.params, anywhere=True), trial.value) for trial in done)
