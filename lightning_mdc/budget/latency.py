@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.cost_model import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.params import num_params
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.files import write_text
@@ -143,23 +143,19 @@ class LatencyTable:
                 "measure one of this model: measure_latency_table(model)"
             )
 
-    def seconds(
-        self, costs: CostModel, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
-    ) -> Any:
-        """Seconds per image of policies, as `CostModel.macs` takes them: (..., blocks) counts give (...)."""
-        return self.correction * self.sum_of_parts(costs, heads, neurons, drops, fuse)
+    def seconds(self, costs: CostModel, kept: Kept) -> Any:
+        """Seconds per image of what is kept, (...)."""
+        return self.correction * self.sum_of_parts(costs, kept)
 
     @property
     def correction(self) -> float:
         """What a sum of parts is multiplied by."""
         return statistics.median([timed / parts for parts, timed in self.whole]) if self.whole else 1.0
 
-    def sum_of_parts(
-        self, costs: CostModel, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
-    ) -> Any:
+    def sum_of_parts(self, costs: CostModel, kept: Kept) -> Any:
         """``outside + attention + MLP + token stages``, as they were timed; see `whole`."""
-        heads, neurons = np.asarray(heads), np.asarray(neurons)
-        flow = costs.flow(drops, fuse)
+        heads, neurons = np.asarray(kept.heads), np.asarray(kept.neurons)
+        flow = costs.flow(kept)
         shape = np.broadcast_shapes(heads.shape[:-1], neurons.shape[:-1], np.shape(flow[-1].mlp))
         total = np.zeros(shape) + self.outside(0, flow[-1].mlp)
         for number, kind in enumerate(self.kinds):
@@ -177,14 +173,14 @@ class LatencyTable:
 
     def of_dense(self, costs: CostModel) -> float:
         """Seconds per image of the model as it is."""
-        return float(self.seconds(costs, costs.heads, costs.neurons, fuse=costs.sites.fuse))
+        return float(self.seconds(costs, costs.everything))
 
     def of_policy(self, model: nn.Module, policy: Policy) -> float:
         """Seconds per image of the slim model that `policy` makes of the dense `model`, by this table."""
         sites = find_sites(model)
         self.check(sites)
         costs = CostModel(sites)
-        return float(self.seconds(costs, *costs.arguments_of(policy), fuse=sites.fuse))
+        return float(self.seconds(costs, costs.kept_by(policy)))
 
     # --- as JSON ------------------------------------------------------------------------------------------------------
 

@@ -472,9 +472,8 @@ class _WholeModels:
 
     def against(self, table: LatencyTable) -> tuple[tuple[float, float], ...]:
         """(sum of parts, the median of what was timed) of each model, in seconds per image, dense first."""
-        sites = find_sites(self.dense)
-        costs = CostModel(sites)
-        sums = [float(table.sum_of_parts(costs, *costs.arguments_of(p), fuse=sites.fuse)) for p in self.policies]
+        costs = CostModel(find_sites(self.dense))
+        sums = [float(table.sum_of_parts(costs, costs.kept_by(policy))) for policy in self.policies]
         pairs = tuple((parts, self.watch.median("whole", number)) for number, parts in enumerate(sums))
         log.info(
             "  latency table: dense takes %.4g ms per image; of whole models, dense first, sums of parts are off by %s",

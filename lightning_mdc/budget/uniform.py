@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.cost_model import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
 from lightning_mdc.budget.latency import ALIGNMENT
 from lightning_mdc.budget.limits import Budget, as_budget
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import BudgetError, check_whole
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, kept_tokens
+from lightning_mdc.policy import DIMENSIONS, Policy, Ratios, default_stages, kept_tokens
 
 
 def uniform_policy(
@@ -64,12 +64,7 @@ def uniform_policy(
     )
     solver.check_reachable()
     heads, neurons, kept = solver.solve()
-    return Policy(
-        heads=1.0 if "heads" in sites.reasons else realised_ratios(heads, solver.costs.heads),
-        neurons=1.0 if "neurons" in sites.reasons else realised_ratios(neurons, solver.costs.neurons),
-        tokens=1.0 if "tokens" in sites.reasons else solver.token_ratios(kept) or 1.0,
-        stages=stages,
-    )
+    return realised(costs, heads, neurons, solver.token_ratios(kept), stages)
 
 
 def neuron_step(costs: CostModel, round_to: int | None) -> int:
@@ -85,9 +80,24 @@ def neuron_step(costs: CostModel, round_to: int | None) -> int:
     return round_to
 
 
-def realised_ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:
-    """Keep ratio of each block that keeps `kept` of `sizes` units, both (blocks,); 1 where there are none."""
-    return [int(k) / int(n) if n else 1.0 for k, n in zip(kept, sizes, strict=True)]
+def realised(
+    costs: CostModel, heads: np.ndarray, neurons: np.ndarray, tokens: Sequence[float], stages: Sequence[int] | None
+) -> Policy:
+    """The policy that keeps so many heads and neurons, (blocks,) each, and `tokens` of what reaches each stage.
+
+    What the model cannot lose, or has none of, is kept at 1.
+    """
+
+    def ratios(name: str, kept: np.ndarray, sizes: np.ndarray) -> Ratios:
+        return 1.0 if name in reasons else np.where(sizes > 0, kept / np.maximum(sizes, 1), 1.0).tolist()
+
+    reasons = costs.sites.reasons
+    return Policy(
+        heads=ratios("heads", heads, costs.heads),
+        neurons=ratios("neurons", neurons, costs.neurons),
+        tokens=1.0 if "tokens" in reasons else tokens or 1.0,
+        stages=stages,
+    )
 
 
 def _spread(total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
@@ -143,7 +153,7 @@ class _Solver:
         """Cost / budget under the tightest limit: feasible up to 1. `kept` may be one ratio for all stages."""
         ratios = self.token_ratios(kept) if isinstance(kept, list) else [kept] * len(self.stages)
         drops = [TokenDrop(block, keep) for block, keep in zip(self.stages, ratios, strict=True)]
-        shares = self.pricing.utilisations(heads, neurons, drops, fuse=self.costs.sites.fuse)
+        shares = self.pricing.utilisations(Kept(heads, neurons, drops, self.costs.sites.fuse))
         self.tightest = max(shares, key=lambda name: float(shares[name]))
         return float(shares[self.tightest])
 
