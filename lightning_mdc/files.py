@@ -64,6 +64,28 @@ def locked(file: IO[bytes] | int) -> bool:
     return True
 
 
+def json_object(text: str, what: str, error: type[Exception]) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Raises:
+        Exception: of the kind `error`, if there is none; says so of `what`.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as reason:
+        raise error(f"{what} JSON cannot be parsed: {reason}") from reason
+    if not isinstance(fields, dict):
+        raise error(f"{what} JSON must be an object, got {type(fields).__name__}")
+    return fields
+
+
+def tuples(value: Any) -> Any:
+    """What was read of JSON with tuples for lists, as frozen values have it."""
+    if isinstance(value, dict):
+        return {name: tuples(part) for name, part in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None if it is missing or damaged."""
     try:

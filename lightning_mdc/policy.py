@@ -10,12 +10,13 @@ import itertools
 import json
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from lightning_mdc.errors import PlanError, PolicyError
+from lightning_mdc.files import json_object, tuples
 
 DIMENSIONS = ("heads", "neurons", "tokens")
 TOKEN_SCORES = ("attention", "dependence", "attention*dependence")
@@ -88,11 +89,10 @@ class Policy:
         Raises:
             PolicyError: the text is no JSON object with these fields.
         """
-        fields = _json_object(text, PolicyError, "policy")
-        unknown = sorted(set(fields) - {*DIMENSIONS, "stages"})
-        if unknown:
+        ratios = json_object(text, "policy", PolicyError)
+        if unknown := sorted(set(ratios) - {*DIMENSIONS, "stages"}):
             raise PolicyError(f"policy JSON has unknown fields {unknown}; expected {[*DIMENSIONS, 'stages']}")
-        return cls(**fields)
+        return cls(**ratios)
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -227,46 +227,21 @@ class Plan:
         Raises:
             PlanError: the text is no such plan; says which field is wrong.
         """
-        fields = _json_object(text, PlanError, "plan")
-        if fields.pop("format", None) != 1:
+        plan = tuples(json_object(text, "plan", PlanError))
+        if plan.pop("format", None) != 1:
             raise PlanError("plan JSON: field 'format' must be 1; the file is no plan or of a newer version")
-        expected = {"heads", "neurons", "tokens", "num_heads", "num_neurons", "fuse"}
-        if set(fields) != expected:
-            raise PlanError(f"plan JSON has fields {sorted(fields)}, expected {sorted(expected)}")
         try:
-            return cls(
-                heads=tuple(map(tuple, fields["heads"])),
-                neurons=tuple(map(tuple, fields["neurons"])),
-                tokens=tuple(_token_stage(stage) for stage in fields["tokens"]),
-                num_heads=tuple(fields["num_heads"]),
-                num_neurons=tuple(fields["num_neurons"]),
-                fuse=fields["fuse"],
-            )
+            stages = tuple(TokenStage(**_all_fields(TokenStage, stage, ": a token stage")) for stage in plan["tokens"])
+            return cls(**{**_all_fields(cls, plan), "tokens": stages})
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan JSON is malformed: {error}") from error
 
 
-def _token_stage(fields: Mapping[str, Any]) -> TokenStage:
-    if set(fields) != {"block", "keep", "score", "prior", "grid"}:
-        raise PlanError(f"plan JSON: a token stage has fields {sorted(fields)}; one is missing or unknown")
-    prior, grid = fields["prior"], fields["grid"]
-    return TokenStage(
-        block=fields["block"],
-        keep=fields["keep"],
-        score=fields["score"],
-        prior=None if prior is None else tuple(prior),
-        grid=None if grid is None else tuple(grid),
-    )
-
-
-def _json_object(text: str, error: type[PolicyError] | type[PlanError], what: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as reason:
-        raise error(f"{what} JSON cannot be parsed: {reason}") from reason
-    if not isinstance(fields, dict):
-        raise error(f"{what} JSON must be an object, got {type(fields).__name__}")
-    return fields
+def _all_fields(kind: type[Plan | TokenStage], values: dict[str, Any], what: str = "") -> dict[str, Any]:
+    expected = {field.name for field in fields(kind)}
+    if set(values) != expected:
+        raise PlanError(f"plan JSON{what} has fields {sorted(values)}, expected {sorted(expected)}")
+    return values
 
 
 def _ratios(name: str, ratios: Any) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from torch import nn
 from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.params import num_params
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.files import write_text
+from lightning_mdc.files import json_object, tuples, write_text
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import Policy
 
@@ -199,12 +199,7 @@ class LatencyTable:
         Raises:
             BudgetError: the text is no such table.
         """
-        try:
-            return cls.from_fields(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, BudgetError):
-                raise
-            raise BudgetError(f"latency table JSON cannot be parsed: {error}") from error
+        return cls.from_fields(json_object(text, "latency table", BudgetError))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> LatencyTable:
@@ -218,10 +213,10 @@ class LatencyTable:
                 raise BudgetError("latency table: its format is none this version knows")
             return cls(
                 conditions=dict(fields["conditions"]),
-                kinds=tuple(_block_times(kind) for kind in fields["kinds"]),
-                kind_of_block=tuple(map(int, fields["kind_of_block"])),
-                outside=_surface(fields["outside"]),
-                whole=tuple((float(parts), float(timed)) for parts, timed in fields["whole"]),
+                kinds=tuple(_block_times(**tuples(kind)) for kind in fields["kinds"]),
+                kind_of_block=tuple(fields["kind_of_block"]),
+                outside=Surface(**tuples(fields["outside"])),
+                whole=tuple((parts, timed) for parts, timed in fields["whole"]),
             )
         except BudgetError:
             raise
@@ -241,14 +236,9 @@ class LatencyTable:
             raise BudgetError(f"table={str(path)!r} cannot be read: {error}") from error
 
 
-def _block_times(fields: Mapping[str, Any]) -> BlockTimes:
-    surfaces = {name: _surface(fields[name]) for name in ("attention", "mlp", "unaligned_mlp")}
-    return BlockTimes(**surfaces, stage=None if fields["stage"] is None else _surface(fields["stage"]))
-
-
-def _surface(fields: Mapping[str, Any]) -> Surface:
-    seconds = tuple(tuple(map(float, row)) for row in fields["seconds"])
-    return Surface(tuple(map(int, fields["units"])), tuple(map(int, fields["tokens"])), seconds)
+def _block_times(stage: dict[str, Any] | None, **surfaces: dict[str, Any]) -> BlockTimes:
+    made = {name: Surface(**fields) for name, fields in surfaces.items()}
+    return BlockTimes(**made, stage=None if stage is None else Surface(**stage))
 
 
 def architecture(sites: Sites) -> dict[str, Any]:
