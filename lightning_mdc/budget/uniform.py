@@ -159,11 +159,14 @@ class _Solver:
 
     def token_ratios(self, kept: list[int]) -> list[float]:
         """Whole tokens left per stage as ratios of what reaches the stage, e.g. 137 of 197, then 96 of 138."""
-        ratios, tokens = [], self.costs.num_tokens
+        return [count / tokens for count, tokens in zip(kept, self._reaching(kept), strict=False)]
+
+    def _reaching(self, kept: list[int]) -> list[int]:
+        """Tokens that reach each stage, and what is behind the last one."""
+        tokens = [self.costs.num_tokens]
         for count in kept:
-            ratios.append(count / tokens)
-            tokens = count + 1 if count < tokens else tokens
-        return ratios
+            tokens.append(count + 1 if count < tokens[-1] else tokens[-1])
+        return tokens
 
     def check_reachable(self) -> None:
         smallest = self.utilisation(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
@@ -213,13 +216,10 @@ class _Solver:
         return 1.0 if feasible(65536) else (_largest(0, 65535, feasible) or 0) / 65536
 
     def _kept(self, ratio: float) -> list[int]:
-        kept, tokens = [], self.costs.num_tokens
+        kept: list[int] = []
         for _ in self.stages:
-            count = tokens
-            if self.drops_tokens:
-                count = kept_tokens(tokens, ratio, self.costs.num_prefix)
-            kept.append(count)
-            tokens = count + 1 if count < tokens else tokens
+            tokens = self._reaching(kept)[-1]
+            kept.append(kept_tokens(tokens, ratio, self.costs.num_prefix) if self.drops_tokens else tokens)
         return kept
 
     def _most_heads(self, most: int, neurons: np.ndarray, kept: list[int]) -> np.ndarray | None:
@@ -240,14 +240,13 @@ class _Solver:
         return self.least_neurons if total is None else spread(total)
 
     def _most_tokens(self, heads: np.ndarray, neurons: np.ndarray, kept: list[int]) -> list[int]:
-        kept = list(kept)
         for stage in reversed(range(len(kept) if self.drops_tokens else 0)):
 
             def with_count(count: int, stage: int = stage, others: list[int] = kept) -> list[int]:
                 return [*others[:stage], count, *others[stage + 1 :]]
 
-            reaching = round(kept[stage] / self.token_ratios(kept)[stage])
             # Keeping all but one saves nothing: the fused token takes its place.
-            best = _largest(kept[stage], reaching - 2, lambda c: self.utilisation(heads, neurons, with_count(c)) <= 1)
+            most = self._reaching(kept)[stage] - 2
+            best = _largest(kept[stage], most, lambda c: self.utilisation(heads, neurons, with_count(c)) <= 1)
             kept = kept if best is None else with_count(best)
         return kept
