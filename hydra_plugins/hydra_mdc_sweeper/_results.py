@@ -35,17 +35,7 @@ def results(study: Study, params: Params, folders: Folders) -> dict[str, Any]:
 def trials(study: Study, params: Params, folders: Folders) -> list[dict[str, Any]]:
     """All trials as plain dicts."""
     return [
-        {
-            "number": trial.number,
-            "params": params.values(trial.params),
-            "cost": trial.cost,
-            "value": trial.value,
-            "status": trial.status,
-            "seconds": trial.seconds,
-            "improvement": trial.improvement,
-            "note": trial.note,
-            "folder": folders.inside(trial),
-        }
+        {**vars(trial), "params": params.values(trial.params), "folder": folders.inside(trial)}
         for trial in study.trials
     ]
 
