@@ -172,7 +172,7 @@ def test_blocks_of_one_width_share_their_times_and_a_slim_model_has_more(model, 
 def test_a_table_is_kept_and_a_damaged_one_is_made_anew(model, tmp_path, monkeypatch, caplog):
     table, made = made_up(model), []
 
-    def measured(*_, conditions, **__):
+    def measured(model, device, conditions, *_):
         made.append(1)
         return replace(table, conditions=conditions)
 

@@ -77,58 +77,46 @@ def measure_latency_table(
     Raises:
         BudgetError: `batch_size` or `seconds` is no positive number, or `device` none that is here.
     """
-    return on_first_rank(partial(_cached_table, model, batch_size, device, cache, seconds, progress))
 
-
-def _cached_table(
-    model: nn.Module,
-    batch_size: int,
-    device: str | torch.device | None,
-    cache: str | Path | None,
-    seconds: float,
-    progress: bool,
-) -> LatencyTable:
-    check_whole("batch_size", batch_size, 1, BudgetError)
-    check_number("seconds", seconds, "how long to measure", BudgetError, above=0)
-    sites = find_sites(model)
-    on = _device_of(sites, device)
-    conditions = _conditions(sites, batch_size, on)
-    name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
-    path = (_cache_folder() if cache is None else Path(cache)) / f"{name}.json"
-    measure = partial(_measured_table, model, batch_size, on, seconds=seconds, conditions=conditions, progress=progress)
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
-        except OSError as error:
-            log.warning("latency tables cannot be kept in %s (%s): measuring anew every time", path.parent, error)
-            return measure()
-        if path.exists():
+    def read_or_measured() -> LatencyTable:
+        check_whole("batch_size", batch_size, 1, BudgetError)
+        check_number("seconds", seconds, "how long to measure", BudgetError, above=0)
+        sites = find_sites(model)
+        on = _device_of(sites, device)
+        conditions = _conditions(sites, batch_size, on)
+        name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
+        path = (_cache_folder() if cache is None else Path(cache)) / f"{name}.json"
+        measure = partial(_measured_table, model, on, conditions, seconds, progress)
+        with ExitStack() as stack:
             try:
-                table = LatencyTable.load(path)
-                if table.conditions == conditions:
-                    return table
-                log.warning("%s holds another latency table: measuring anew", path)
-            except BudgetError as error:
-                log.warning("%s is damaged (%s): measuring anew", path, error)
-        where = conditions["device"]
-        log.info("  measuring block latencies on %s at batch %d, about %.0f s", where, batch_size, seconds)
-        table = measure()
-        table.save(path)
-        return table
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(path.with_suffix(".lock")))
+            except OSError as error:
+                log.warning("latency tables cannot be kept in %s (%s): measuring anew every time", path.parent, error)
+                return measure()
+            if path.exists():
+                try:
+                    table = LatencyTable.load(path)
+                    if table.conditions == conditions:
+                        return table
+                    log.warning("%s holds another latency table: measuring anew", path)
+                except BudgetError as error:
+                    log.warning("%s is damaged (%s): measuring anew", path, error)
+            where = conditions["device"]
+            log.info("  measuring block latencies on %s at batch %d, about %.0f s", where, batch_size, seconds)
+            table = measure()
+            table.save(path)
+            return table
+
+    return on_first_rank(read_or_measured)
 
 
 @isolated_rng()  # a run that finds its table in the cache draws nothing either
 def _measured_table(
-    model: nn.Module,
-    batch_size: int,
-    device: torch.device,
-    *,
-    seconds: float,
-    conditions: dict[str, Any],
-    progress: bool,
+    model: nn.Module, device: torch.device, conditions: dict[str, Any], seconds: float, progress: bool
 ) -> LatencyTable:
     """Time the parts of `model` on `device`, for about so many seconds."""
+    batch_size = conditions["batch_size"]
     watch = _Stopwatch(device, batch_size)
     kinds, kind_of_block = block_kinds(find_sites(model))
     blocks = [_Blocks(model, index, watch) for _, index in kinds]
