@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lightning_mdc.errors import PlanError, PolicyError
+from lightning_mdc.errors import PlanError, PolicyError, as_number, check_one_of
 from lightning_mdc.files import json_object, tuples
 
 DIMENSIONS = ("heads", "neurons", "tokens")
@@ -126,17 +126,17 @@ class TokenStage:
             raise PlanError(f"token stage block={self.block!r} is no block number")
         if not _is_ratio(self.keep):
             raise PlanError(f"token stage keep={self.keep!r} is no keep ratio in [0, 1]")
-        if self.score not in TOKEN_SCORES:
-            raise PlanError(f"token stage score={self.score!r}: expected one of {TOKEN_SCORES}")
+        check_one_of("token stage score", self.score, TOKEN_SCORES, PlanError)
         if self.prior is None:
             if self.score != "attention":
                 raise PlanError(f"token stage score={self.score!r} needs a prior, one number per patch position")
             return
         if self.grid is None or len(self.grid) != 2 or not all(_is_index(side) for side in self.grid):
             raise PlanError(f"token stage grid={self.grid!r}: a prior needs its height and width in patches")
-        if len(self.prior) != self.grid[0] * self.grid[1] or not all(_is_finite(value) for value in self.prior):
+        values = [as_number(value) for value in self.prior]
+        if len(values) != math.prod(self.grid) or any(value is None or not math.isfinite(value) for value in values):
             raise PlanError(
-                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(self.prior)}"
+                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(values)}"
             )
 
 
@@ -265,19 +265,8 @@ def _stages(stages: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
 def _is_ratio(value: Any) -> bool:
-    # A tensor or numpy scalar is welcome as a number; a bool is a mistake.
-    try:
-        return not isinstance(value, bool | str) and 0.0 <= float(value) <= 1.0
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return False
+    return (number := as_number(value)) is not None and 0.0 <= number <= 1.0
 
 
 def _is_index(value: Any) -> bool:
