@@ -196,10 +196,13 @@ class Plan:
     @property
     def policy(self) -> Policy:
         """The realised keep ratios k/n."""
+
+        def ratios(indices: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]) -> Ratios:
+            return [len(kept) / n if n else 1.0 for kept, n in zip(indices, sizes, strict=True)] or 1.0
+
         return Policy(
-            heads=[len(kept) / n if n else 1.0 for kept, n in zip(self.heads, self.num_heads, strict=True)] or 1.0,
-            neurons=[len(kept) / n if n else 1.0 for kept, n in zip(self.neurons, self.num_neurons, strict=True)]
-            or 1.0,
+            heads=ratios(self.heads, self.num_heads),
+            neurons=ratios(self.neurons, self.num_neurons),
             tokens=[stage.keep for stage in self.tokens],
             stages=[stage.block for stage in self.tokens],
         )
@@ -208,13 +211,6 @@ class Plan:
     def drops_tokens(self) -> bool:
         """Whether any token leaves."""
         return any(stage.keep < 1 for stage in self.tokens)
-
-    @property
-    def keeps_everything(self) -> bool:
-        """Whether applying this plan would change nothing."""
-        kept = [*self.heads, *self.neurons]
-        sizes = [*self.num_heads, *self.num_neurons]
-        return not self.drops_tokens and all(len(k) == n for k, n in zip(kept, sizes, strict=True))
 
     def to_json(self) -> str:
         """Sorted JSON without timestamps: equal plans give equal text."""

@@ -64,7 +64,8 @@ def test_keeping_everything_trains_to_the_same_bits(options: dict[str, Any], tmp
     callback = mdc.MultiDimPruneCallback(policy=mdc.Policy())
     assert same_weights(fitted(tmp_path, None, data()), fitted(tmp_path, callback, data()))
     assert callback.plan is not None
-    assert callback.plan.keeps_everything
+    assert not callback.plan.drops_tokens
+    assert [len(kept) for kept in callback.plan.neurons] == list(callback.plan.num_neurons)
     assert callback.scores is not None
     assert callback.scores.images == 64
 

@@ -158,17 +158,21 @@ def measure_sensitivity(
 
     def judged(key: Key, policy: Policy) -> Cut:
         small, cost = on_every_rank(partial(cut_model, policy))
-        return Cut(*key, *_accuracy_and_kl(held_out, small), cost)
+        facts = held_out.judge(small).facts
+        if not {"accuracy", "kl"} <= set(facts):
+            raise SearchError(
+                f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
+                "(images, labels) and dense=model"
+            )
+        return Cut(*key, facts["accuracy"], facts["kl"], cost)
 
     with bar("Cutting", len(wanted), completed=done, shown=progress) as advance:
         for key, policy in wanted:
             if key in known:
                 continue
-            if key[2] == 1:
-                cut = judged(key, policy) if whole is None else replace(whole, dimension=key[0], block=key[1])
-                whole = cut
-            else:
-                cut = judged(key, policy)
+            is_whole = key[2] == 1
+            cut = replace(whole, dimension=key[0], block=key[1]) if is_whole and whole else judged(key, policy)
+            whole = cut if is_whole else whole
             known[key] = cut
             if state is not None:
                 on_first_rank(partial(Sensitivity(tuple(known.values())).save, state))
@@ -176,16 +180,6 @@ def measure_sensitivity(
             log.debug("  %s, KL %.4f", message, cut.kl)
             advance(message)
     return Sensitivity(tuple(known[key] for key, _ in wanted))
-
-
-def _accuracy_and_kl(held_out: HeldOut, model: nn.Module) -> tuple[float, float]:
-    facts = held_out.judge(model).facts
-    if not {"accuracy", "kl"} <= set(facts):
-        raise SearchError(
-            f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
-            "(images, labels) and dense=model"
-        )
-    return facts["accuracy"], facts["kl"]
 
 
 def _known(state: Path | None) -> dict[Key, Cut]:
