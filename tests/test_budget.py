@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.budget import CostModel, Kept, TokenDrop, num_params
+from lightning_mdc.budget import num_params
+from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
 from lightning_mdc.errors import BudgetError, UnsupportedModelError
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.policy_space import PolicySpace

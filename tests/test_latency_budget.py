@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.budget import CostModel, Kept, TokenDrop, measure_latency_table, measuring
+from lightning_mdc.budget import measure_latency_table, measuring
+from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
 from lightning_mdc.budget.latency import BlockTimes, LatencyTable, Surface, architecture
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites

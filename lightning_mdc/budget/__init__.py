@@ -1,15 +1,6 @@
 """What does a policy cost? Closed-form MACs and parameters, measured latency, budgets, and the uniform policy."""
 
-from lightning_mdc.budget.cost_model import (
-    CostModel,
-    InputSize,
-    Kept,
-    TokenDrop,
-    image_size,
-    macs,
-    plan_macs,
-    policy_macs,
-)
+from lightning_mdc.budget.cost_model import CostModel, InputSize, image_size, macs, plan_macs, policy_macs
 from lightning_mdc.budget.latency import LatencyTable
 from lightning_mdc.budget.limits import Budget, as_budget
 from lightning_mdc.budget.measuring import measure_latency_table
@@ -19,9 +10,7 @@ __all__ = [
     "Budget",
     "CostModel",
     "InputSize",
-    "Kept",
     "LatencyTable",
-    "TokenDrop",
     "as_budget",
     "image_size",
     "macs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,14 +54,17 @@ def uniform_policy(
     if stages is not None:
         sites.counts(Policy(stages=stages))  # refuses blocks the model does not have
     costs = CostModel(sites)
+    step = neuron_step(costs, round_to)
+    # Neurons move in groups of `step`; a block's last, incomplete group is kept only by keeping them all.
+    whole = -(-min_neurons // step) * step
     solver = _Solver(
         costs,
-        as_budget(budget),
+        Pricing(costs, as_budget(budget)),
         names,
-        min_heads=min_heads,
-        min_neurons=min_neurons,
-        round_to=neuron_step(costs, round_to),
-        stages=default_stages(sites.depth) if stages is None else tuple(stages),
+        default_stages(sites.depth) if stages is None else tuple(stages),
+        step,
+        least_heads=np.minimum(costs.heads, min_heads) if "heads" in names else costs.heads,
+        least_neurons=np.minimum(costs.neurons, whole) if "neurons" in names else costs.neurons,
     )
     solver.check_reachable()
     heads, neurons, kept = solver.solve()
@@ -125,29 +129,23 @@ def _largest(low: int, high: int, feasible: Callable[[int], bool]) -> int | None
     return low
 
 
+@dataclass
 class _Solver:
     """Tries counts against the cost model. Counts are (heads, neurons) per block and tokens left per stage."""
 
-    def __init__(
-        self,
-        costs: CostModel,
-        budget: Budget,
-        dimensions: tuple[str, ...],
-        *,
-        min_heads: int,
-        min_neurons: int,
-        round_to: int,
-        stages: tuple[int, ...],
-    ) -> None:
-        self.costs, self.stages, self.round_to = costs, stages, round_to
-        self.dimensions = dimensions
-        self.pricing = Pricing(costs, budget)
-        # Where dropping tokens saves nothing it would only hurt.
-        self.drops_tokens = "tokens" in dimensions and self.pricing.rewards_dropping_tokens
-        self.least_heads = np.minimum(costs.heads, min_heads) if "heads" in dimensions else costs.heads
-        # Neurons move in groups of round_to; a block's last, incomplete group is kept only by keeping them all.
-        whole = -(-min_neurons // round_to) * round_to
-        self.least_neurons = np.minimum(costs.neurons, whole) if "neurons" in dimensions else costs.neurons
+    costs: CostModel
+    pricing: Pricing
+    dimensions: tuple[str, ...]
+    stages: tuple[int, ...]
+    step: int
+    least_heads: np.ndarray
+    least_neurons: np.ndarray
+    tightest: str = ""
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Where dropping tokens saves nothing it would only hurt."""
+        return "tokens" in self.dimensions and self.pricing.rewards_dropping_tokens
 
     def utilisation(self, heads: Any, neurons: Any, kept: list[int] | float) -> float:
         """Cost / budget under the tightest limit: feasible up to 1. `kept` may be one ratio for all stages."""
@@ -230,10 +228,10 @@ class _Solver:
         return None if total is None else spread(total)
 
     def _most_neurons(self, heads: np.ndarray, kept: list[int]) -> np.ndarray:
-        least, most = self.least_neurons // self.round_to, -(-self.costs.neurons // self.round_to)
+        least, most = self.least_neurons // self.step, -(-self.costs.neurons // self.step)
 
         def spread(total: int) -> np.ndarray:
-            groups = np.minimum(_spread(total, least, most) * self.round_to, self.costs.neurons)
+            groups = np.minimum(_spread(total, least, most) * self.step, self.costs.neurons)
             return np.maximum(groups, self.least_neurons)
 
         total = _largest(int(least.sum()), int(most.sum()), lambda t: self.utilisation(heads, spread(t), kept) <= 1)

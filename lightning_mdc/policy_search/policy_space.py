@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget import Budget, CostModel, Kept, TokenDrop, as_budget
+from lightning_mdc.budget import Budget, CostModel, as_budget
+from lightning_mdc.budget.cost_model import Kept, TokenDrop
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.budget.uniform import neuron_step, realised, uniform_policy
 from lightning_mdc.errors import BudgetError, SearchError, check_one_of
