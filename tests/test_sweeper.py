@@ -471,9 +471,15 @@ def test_without_matplotlib_there_are_no_pictures(sweep, tmp_path, monkeypatch):
         (["optimizer=glob(*)"], "optimizer=glob(*): glob(...) depends on what files there are"),
         (["x=tag(deep,interval(0,1))"], "tags ['deep']: expected log"),
         ([*XY, "hydra.sweeper.direction=max"], "direction='max': expected 'maximize' or 'minimize'"),
-        ([*XY, "hydra.sweeper.n_trials=0"], "n_trials=0: expected at least 1"),
-        ([*XY, "hydra.sweeper.n_jobs=5"], "n_jobs=5: expected at least 1 and no more than n_trials=4"),
-        ([*XY, "hydra.sweeper.max_failure_rate=2"], "max_failure_rate=2.0: expected a share between 0 and 1"),
+        ([*XY, "hydra.sweeper.n_trials=0"], "n_trials=0: expected a whole number of at least 1"),
+        (
+            [*XY, "hydra.sweeper.n_jobs=5"],
+            "n_jobs=5: expected no more than n_trials, a number of at least 1 and at most 4",
+        ),
+        (
+            [*XY, "hydra.sweeper.max_failure_rate=2"],
+            "max_failure_rate=2.0: expected a share of the trials, a number of at least 0 and at most 1",
+        ),
         ([*XY, "hydra.sweeper.n_trails=3"], "Key 'n_trails' not in 'MdcGpEiConf'"),
         ([*XY, BUDGET[0]], "needs constraint.target: the most it may return"),
         ([*XY, BUDGET[1]], "constraint.target is given, but no constraint.callable"),

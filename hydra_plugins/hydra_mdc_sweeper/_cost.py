@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from lightning_mdc.errors import BudgetError, SearchError, as_number
+from lightning_mdc.errors import BudgetError, SearchError, as_number, check_number
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
 
@@ -55,8 +55,8 @@ def build(
         return Space(params.axes), None, None
     if settings.target is None:
         raise SearchError(f"constraint.callable={settings.callable!r} needs constraint.target: the most it may return")
-    if settings.tolerance is not None and settings.tolerance < 0:
-        raise SearchError(f"constraint.tolerance={settings.tolerance}: expected a number of at least 0, or null")
+    if settings.tolerance is not None:
+        check_number("constraint.tolerance", settings.tolerance, "how far below the target", SearchError, least=0)
     function = locate(settings.callable, "hydra.sweeper.constraint.callable")
     if inspect.isclass(function):
         function = _made(function, settings.callable, config)

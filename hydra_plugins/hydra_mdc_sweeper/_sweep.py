@@ -20,7 +20,7 @@ from hydra.errors import CompactHydraException, ConfigCompositionException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lightning_mdc.errors import MdcError, SearchError, as_number
+from lightning_mdc.errors import MdcError, SearchError, as_number, check_number, check_whole
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Space
@@ -90,7 +90,11 @@ class Sweep:
             SweepError: see `SearchError` and `BudgetError`.
         """
         with _as_sweep_errors():
-            self._check_settings()
+            n_trials = self.settings.n_trials
+            check_whole("n_trials", n_trials, 1, SearchError)
+            check_number("n_jobs", self.settings.n_jobs, "no more than n_trials", SearchError, least=1, most=n_trials)
+            share = "a share of the trials"
+            check_number("max_failure_rate", self.settings.max_failure_rate, share, SearchError, least=0, most=1)
             self.params = read_params(self.settings.params, arguments)
             self.folders = Folders(self.loader, self.config, self.params, self.study_id)
             config = self._checked_config()
@@ -146,15 +150,6 @@ class Sweep:
         return _results.results(study, self.params, self.folders)
 
     # --- before the first trial -----------------------------------------------------------------------------------
-
-    def _check_settings(self) -> None:
-        n_trials, n_jobs, rate = self.settings.n_trials, self.settings.n_jobs, self.settings.max_failure_rate
-        if n_trials < 1:
-            raise SearchError(f"n_trials={n_trials}: expected at least 1")
-        if not 1 <= n_jobs <= n_trials:
-            raise SearchError(f"n_jobs={n_jobs}: expected at least 1 and no more than n_trials={n_trials}")
-        if not 0 <= rate <= 1:
-            raise SearchError(f"max_failure_rate={rate}: expected a share between 0 and 1")
 
     def _checked_config(self) -> DictConfig:
         """The config of a trial, but for what is searched: that is as the app's config has it.
