@@ -76,7 +76,7 @@ def ours(evaluate: Evaluations, seed: int, batch: int = 1) -> None:
     problem = evaluate.problem
     search = GpEi(problem.space, problem.space.constraint, seed=seed, first=problem.uniform)
     while evaluate.left:
-        points = search.ask(min(batch, evaluate.left))
+        points = search.ask(min(batch, evaluate.left))[0]
         search.tell(points, evaluate(points))
 
 
@@ -257,7 +257,7 @@ def measure_speed(problem: Problem, results: dict[str, Any], model: str, images:
         with threadpool_limits(threads):
             started = time.process_time()
             for _ in tqdm(range(10), desc=f"ask and tell, {name}"):
-                asked = search.ask()
+                asked = search.ask()[0]
                 search.tell(asked, problem.value(asked).tolist())
             speed["ask_and_tell_cpu_seconds"][name] = round((time.process_time() - started) / 10, 3)
     torch.manual_seed(0)

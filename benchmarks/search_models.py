@@ -98,8 +98,8 @@ def measured(run: Path, settings: dict[str, Any], arguments: argparse.Namespace)
 
     def values_of(model: nn.Module) -> dict[str, Any]:
         return {
-            "correct": round(held_out.accuracy(held_out(model)) * held_out.num_images),
-            "test_correct": round(test.accuracy(test(model)) * test.num_images),
+            "correct": round(held_out.judge(model).facts["accuracy"] * held_out.num_images),
+            "test_correct": round(test.judge(model).facts["accuracy"] * test.num_images),
             "loss": -finer["loss"](model),
             "macs": mdc.macs(model),
         }

@@ -75,4 +75,4 @@ class Problem:
             total += tokens * neurons * neuron_weights[block]
         if tokens not in fixed:
             fixed[tokens] = float(costs.sites.fixed_macs(costs.size, tokens))
-        return (total + fixed[tokens]) / self.space.limits["macs"]
+        return (total + fixed[tokens]) / self.space.pricing.limits["macs"]

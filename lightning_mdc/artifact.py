@@ -25,6 +25,7 @@ from torch import nn
 
 from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
+from lightning_mdc.files import read_json
 from lightning_mdc.models import FAMILIES, Family, Sites, check_unmasked, find_sites, unwrap
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery import plan_of, slim
@@ -351,10 +352,7 @@ def _free_folder(directory: str | Path) -> Path:
 
 
 def _is_ours(config: Path) -> bool:
-    try:
-        fields = json.loads(config.read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
+    fields = read_json(config)
     return isinstance(fields, dict) and str(fields.get("format")).startswith("lightning_mdc.model.")
 
 

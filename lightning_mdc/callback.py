@@ -473,7 +473,7 @@ class MultiDimPruneCallback(Callback):
         }
         metrics = {
             "mdc/macs": float(costs.of_plan(plan)),
-            "mdc/params": float(costs.params_of_plan(plan)),
+            "mdc/params": float(costs.params(costs.kept_by_plan(plan))),
             **{f"mdc/keep_{dimension}": ratio for dimension, ratio in kept.items()},
             "mdc/keep_tokens": math.prod(stage.keep for stage in plan.tokens),
         }

@@ -83,6 +83,17 @@ class RankError(DistributedError):
         return f"rank {self.rank} failed: {self.kind}: {self.text}"
 
 
+def as_number(value: Any) -> float | None:
+    """`value` as a float if it is one number, as a scalar of numpy or torch is, and text and booleans are not."""
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or not hasattr(value, "__float__"):
+        return None
+    try:
+        return float(value)
+    except Exception:  # a tensor of many numbers, say
+        return None
+
+
 def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_none: str | None = None) -> None:
     """Refuse what is no whole number of at least `least`.
 

@@ -9,7 +9,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -45,9 +50,45 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def locked(file: IO[bytes] | int) -> bool:
+    """Lock an open file for as long as this process has it open; False if another process has.
+
+    True as well where there are no locks: on Windows, on some file systems. A forked child does not have it too.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError | PermissionError)
+    return True
+
+
+def json_object(text: str, what: str, error: type[Exception]) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Raises:
+        Exception: of the kind `error`, if there is none; says so of `what`.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as reason:
+        raise error(f"{what} JSON cannot be parsed: {reason}") from reason
+    if not isinstance(fields, dict):
+        raise error(f"{what} JSON must be an object, got {type(fields).__name__}")
+    return fields
+
+
+def tuples(value: Any) -> Any:
+    """What was read of JSON with tuples for lists, as frozen values have it."""
+    if isinstance(value, dict):
+        return {name: tuples(part) for name, part in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -10,12 +10,13 @@ import itertools
 import json
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lightning_mdc.errors import PlanError, PolicyError
+from lightning_mdc.errors import PlanError, PolicyError, as_number, check_one_of
+from lightning_mdc.files import json_object, tuples
 
 DIMENSIONS = ("heads", "neurons", "tokens")
 TOKEN_SCORES = ("attention", "dependence", "attention*dependence")
@@ -88,11 +89,10 @@ class Policy:
         Raises:
             PolicyError: the text is no JSON object with these fields.
         """
-        fields = _json_object(text, PolicyError, "policy")
-        unknown = sorted(set(fields) - {*DIMENSIONS, "stages"})
-        if unknown:
+        ratios = json_object(text, "policy", PolicyError)
+        if unknown := sorted(set(ratios) - {*DIMENSIONS, "stages"}):
             raise PolicyError(f"policy JSON has unknown fields {unknown}; expected {[*DIMENSIONS, 'stages']}")
-        return cls(**fields)
+        return cls(**ratios)
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:
@@ -126,17 +126,17 @@ class TokenStage:
             raise PlanError(f"token stage block={self.block!r} is no block number")
         if not _is_ratio(self.keep):
             raise PlanError(f"token stage keep={self.keep!r} is no keep ratio in [0, 1]")
-        if self.score not in TOKEN_SCORES:
-            raise PlanError(f"token stage score={self.score!r}: expected one of {TOKEN_SCORES}")
+        check_one_of("token stage score", self.score, TOKEN_SCORES, PlanError)
         if self.prior is None:
             if self.score != "attention":
                 raise PlanError(f"token stage score={self.score!r} needs a prior, one number per patch position")
             return
         if self.grid is None or len(self.grid) != 2 or not all(_is_index(side) for side in self.grid):
             raise PlanError(f"token stage grid={self.grid!r}: a prior needs its height and width in patches")
-        if len(self.prior) != self.grid[0] * self.grid[1] or not all(_is_finite(value) for value in self.prior):
+        values = [as_number(value) for value in self.prior]
+        if len(values) != math.prod(self.grid) or any(value is None or not math.isfinite(value) for value in values):
             raise PlanError(
-                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(self.prior)}"
+                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(values)}"
             )
 
 
@@ -196,10 +196,13 @@ class Plan:
     @property
     def policy(self) -> Policy:
         """The realised keep ratios k/n."""
+
+        def ratios(indices: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]) -> Ratios:
+            return [len(kept) / n if n else 1.0 for kept, n in zip(indices, sizes, strict=True)] or 1.0
+
         return Policy(
-            heads=[len(kept) / n if n else 1.0 for kept, n in zip(self.heads, self.num_heads, strict=True)] or 1.0,
-            neurons=[len(kept) / n if n else 1.0 for kept, n in zip(self.neurons, self.num_neurons, strict=True)]
-            or 1.0,
+            heads=ratios(self.heads, self.num_heads),
+            neurons=ratios(self.neurons, self.num_neurons),
             tokens=[stage.keep for stage in self.tokens],
             stages=[stage.block for stage in self.tokens],
         )
@@ -220,46 +223,21 @@ class Plan:
         Raises:
             PlanError: the text is no such plan; says which field is wrong.
         """
-        fields = _json_object(text, PlanError, "plan")
-        if fields.pop("format", None) != 1:
+        plan = tuples(json_object(text, "plan", PlanError))
+        if plan.pop("format", None) != 1:
             raise PlanError("plan JSON: field 'format' must be 1; the file is no plan or of a newer version")
-        expected = {"heads", "neurons", "tokens", "num_heads", "num_neurons", "fuse"}
-        if set(fields) != expected:
-            raise PlanError(f"plan JSON has fields {sorted(fields)}, expected {sorted(expected)}")
         try:
-            return cls(
-                heads=tuple(map(tuple, fields["heads"])),
-                neurons=tuple(map(tuple, fields["neurons"])),
-                tokens=tuple(_token_stage(stage) for stage in fields["tokens"]),
-                num_heads=tuple(fields["num_heads"]),
-                num_neurons=tuple(fields["num_neurons"]),
-                fuse=fields["fuse"],
-            )
+            stages = tuple(TokenStage(**_all_fields(TokenStage, stage, ": a token stage")) for stage in plan["tokens"])
+            return cls(**{**_all_fields(cls, plan), "tokens": stages})
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan JSON is malformed: {error}") from error
 
 
-def _token_stage(fields: Mapping[str, Any]) -> TokenStage:
-    if set(fields) != {"block", "keep", "score", "prior", "grid"}:
-        raise PlanError(f"plan JSON: a token stage has fields {sorted(fields)}; one is missing or unknown")
-    prior, grid = fields["prior"], fields["grid"]
-    return TokenStage(
-        block=fields["block"],
-        keep=fields["keep"],
-        score=fields["score"],
-        prior=None if prior is None else tuple(prior),
-        grid=None if grid is None else tuple(grid),
-    )
-
-
-def _json_object(text: str, error: type[PolicyError] | type[PlanError], what: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as reason:
-        raise error(f"{what} JSON cannot be parsed: {reason}") from reason
-    if not isinstance(fields, dict):
-        raise error(f"{what} JSON must be an object, got {type(fields).__name__}")
-    return fields
+def _all_fields(kind: type[Plan | TokenStage], values: dict[str, Any], what: str = "") -> dict[str, Any]:
+    expected = {field.name for field in fields(kind)}
+    if set(values) != expected:
+        raise PlanError(f"plan JSON{what} has fields {sorted(values)}, expected {sorted(expected)}")
+    return values
 
 
 def _ratios(name: str, ratios: Any) -> tuple[float, ...]:
@@ -283,19 +261,8 @@ def _stages(stages: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
 def _is_ratio(value: Any) -> bool:
-    # A tensor or numpy scalar is welcome as a number; a bool is a mistake.
-    try:
-        return not isinstance(value, bool | str) and 0.0 <= float(value) <= 1.0
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return False
+    return (number := as_number(value)) is not None and 0.0 <= number <= 1.0
 
 
 def _is_index(value: Any) -> bool:

@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.budget import CostModel, TokenDrop, num_params
+from lightning_mdc.budget import num_params
+from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
 from lightning_mdc.errors import BudgetError, UnsupportedModelError
 from lightning_mdc.models import find_sites
 from lightning_mdc.policy_search.policy_space import PolicySpace
@@ -44,7 +45,8 @@ def test_random_plans_cost_what_the_counter_says(kind: str) -> None:
         plan = mdc.make_plan(model, scores, policy, token_score="attention")
         slim = mdc.slim(model, plan)
         assert mdc.macs(slim) == counted_macs(slim) == mdc.policy_macs(model, policy) == mdc.plan_macs(model, plan)
-        assert CostModel(find_sites(model)).params_of_plan(plan) == num_params(slim)
+        costs = CostModel(find_sites(model))
+        assert costs.params(costs.kept_by_plan(plan)) == num_params(slim)
 
 
 @pytest.mark.parametrize("kind", ["vit", "average_pool"])
@@ -90,7 +92,7 @@ def test_many_policies_are_priced_at_once() -> None:
     heads = torch.randint(0, 5, (50, 4), generator=rng).numpy()
     neurons = torch.randint(0, 193, (50, 4), generator=rng).numpy()
     keeps = torch.rand(50, 3, generator=rng).double().numpy()
-    together = costs.macs(heads, neurons, [TokenDrop(b, keeps[:, i]) for i, b in enumerate((1, 2, 3))])
+    together = costs.macs(Kept(heads, neurons, [TokenDrop(b, keeps[:, i]) for i, b in enumerate((1, 2, 3))]))
     for i in (0, 7, 49):
         policy = mdc.Policy(heads[i] / 4, neurons[i] / 192, keeps[i])
         assert together[i] == mdc.policy_macs(model, policy)

@@ -388,7 +388,7 @@ def test_what_does_not_fit_is_said():
     model = make()
     statistics = mdc.ActivationStatistics.of(model, [images()])
     plan = plan_for(model, neurons=0.5)
-    with pytest.raises(CompensationError, match="compensate='most': expected one of"):
+    with pytest.raises(CompensationError, match="compensate='most': expected 'none' or 'lstsq'"):
         mdc.slim(model, plan, compensate="most", statistics=statistics)
     with pytest.raises(CompensationError, match=r"statistics=None.*pass statistics=ActivationStatistics\.of"):
         mdc.slim(model, plan, compensate="lstsq")

@@ -178,7 +178,7 @@ def test_choices_that_cost_are_met_by_the_others_or_dropped() -> None:
     assert (holds == (points[:, 0] == 0)).all()  # the large ones start at 1.2
     search = GpEi(space, constraint, n_initial_points=3, n_candidates=100)
     for _ in range(6):
-        point = search.ask()
+        point = search.ask()[0]
         assert constraint.holds(constraint.cost(point)).all()
         search.tell(point, [float(point.sum())])
 
@@ -203,7 +203,7 @@ def hill(points: np.ndarray) -> np.ndarray:
 
 def searched(search: GpEi, trials: int, value: Any = hill, batch: int = 1) -> list[list[float]]:
     while len(search.history) < trials:
-        points = search.ask(batch)
+        points = search.ask(batch)[0]
         search.tell(points, value(points))
     return [[*o.point.tolist(), o.value] for o in search.history]  # type: ignore[list-item]
 
@@ -222,13 +222,13 @@ def test_told_again_it_goes_on_the_same_way() -> None:
     space = Space([Axis(name, 0, 1, step=0.01) for name in ("a", "b", "c")])
     search, asked = GpEi(space, SUM, n_candidates=60), []
     for number in range(64):
-        asked.append(search.ask())
+        asked.append(search.ask()[0])
         search.tell(asked[-1], [None] if number == 7 else hill(asked[-1]))
     for known in (0, 3, 12, 55, 63):
         again = GpEi(space, SUM, n_candidates=60)
         for observation in search.history[:known]:
             again.tell(observation.point, [observation.value])
-        assert (again.ask() == asked[known]).all()
+        assert (again.ask()[0] == asked[known]).all()
     again = GpEi(space, SUM)
     again.tell(np.array([o.point for o in search.history]), [o.value for o in search.history])
     encoded = space.encode(drawn(space, 20))
@@ -239,10 +239,10 @@ def test_a_batch_is_what_asking_one_by_one_gives() -> None:
     for known in (2, 3, 6):  # before, across and after the end of the initial points
         search = small(first=np.array([[0.5, 0.5, 0.5]]))
         searched(search, known)
-        batch = search.ask(4)
+        batch = search.ask(4)[0]
         assert len({*SUM_SPACE.keys(batch)}) == 4
         for i in range(4):
-            assert (search.ask(1, pending=batch[:i] if i else None) == batch[i]).all()
+            assert (search.ask(1, pending=batch[:i] if i else None)[0] == batch[i]).all()
 
 
 def test_a_batch_is_spread_out() -> None:
@@ -251,7 +251,7 @@ def test_a_batch_is_spread_out() -> None:
     for seed in range(4):
         search = GpEi(Space([Axis("a"), Axis("b")]), seed=seed, n_initial_points=5, n_candidates=300)
         searched(search, 8, lambda points: -10 * ((points - 0.5) ** 2).sum(axis=1))
-        batch = search.ask(4)
+        batch = search.ask(4)[0]
         nearest.append(min(np.linalg.norm(a - b) for a, b in itertools.combinations(batch, 2)))
     assert np.mean(nearest) > 0.1
 
@@ -262,14 +262,14 @@ def test_nothing_is_asked_twice_and_a_small_space_comes_to_an_end() -> None:
     pending = space.point({"n": 2, "kind": "b"})[None]
     seen = {*space.keys(pending)}
     for count in (5, 5, 1, 0, 0):
-        points = search.ask(5, pending)
+        points = search.ask(5, pending)[0]
         assert len(points) == count
         assert points.shape == (count, 2)
         assert not seen & {*space.keys(points)}
         seen |= {*space.keys(points)}
         search.tell(points, [None if i == 1 else float(point[0]) for i, point in enumerate(points)])
     assert len(seen) == 12
-    assert (search.ask(5) == pending).all()  # it was never told
+    assert (search.ask(5)[0] == pending).all()  # it was never told
 
 
 @pytest.mark.parametrize("failed", [None, math.nan, math.inf, -math.inf])

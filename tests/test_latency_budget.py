@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.budget import CostModel, TokenDrop, measure_latency_table, measuring
+from lightning_mdc.budget import measure_latency_table, measuring
+from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
 from lightning_mdc.budget.latency import BlockTimes, LatencyTable, Surface, architecture
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import find_sites
@@ -64,10 +65,12 @@ def test_a_policy_costs_the_sum_of_its_parts_one_by_one_and_all_at_once(model):
     heads = rng.integers(0, HEADS + 1, (50, DEPTH))
     neurons = rng.integers(1, NEURONS, (50, DEPTH))
     keep = rng.choice([1.0, 0.8, 0.4], 50)
-    together = table.seconds(costs, heads, neurons, [TokenDrop(2, keep)])
+    together = table.seconds(costs, Kept(heads, neurons, [TokenDrop(2, keep)]))
     expected = [by_hand(list(h), list(n), k) for h, n, k in zip(heads, neurons, keep, strict=True)]
     np.testing.assert_allclose(together, expected, rtol=1e-12)
-    alone = [float(table.seconds(costs, h, n, [TokenDrop(2, k)])) for h, n, k in zip(heads, neurons, keep, strict=True)]
+    alone = [
+        float(table.seconds(costs, Kept(h, n, [TokenDrop(2, k)]))) for h, n, k in zip(heads, neurons, keep, strict=True)
+    ]
     np.testing.assert_allclose(alone, together, rtol=1e-12)
 
 
@@ -152,10 +155,10 @@ def test_any_kind_of_block_is_measured(kind, tmp_path):
     assert table.kind_of_block == (0,) * DEPTH
     assert (table.kinds[0].stage is None) == (kind == "post_norm")
     assert len(table.whole) == 4
-    assert table.whole[0][0] == pytest.approx(float(table.sum_of_parts(costs, costs.heads, costs.neurons)))
+    assert table.whole[0][0] == pytest.approx(float(table.sum_of_parts(costs, costs.everything)))
     # Less is less, and the parts are no small part of the whole: generous, others use this machine too.
     assert table.of_policy(model, mdc.Policy(0.0, 0.0)) < table.of_dense(costs)
-    assert 0.2 < table.sum_of_parts(costs, costs.heads, costs.neurons) / table.of_dense(costs) < 5
+    assert 0.2 < table.sum_of_parts(costs, costs.everything) / table.of_dense(costs) < 5
 
 
 def test_blocks_of_one_width_share_their_times_and_a_slim_model_has_more(model, tmp_path):
@@ -170,7 +173,7 @@ def test_blocks_of_one_width_share_their_times_and_a_slim_model_has_more(model, 
 def test_a_table_is_kept_and_a_damaged_one_is_made_anew(model, tmp_path, monkeypatch, caplog):
     table, made = made_up(model), []
 
-    def measured(*_, conditions, **__):
+    def measured(model, device, conditions, *_):
         made.append(1)
         return replace(table, conditions=conditions)
 

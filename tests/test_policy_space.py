@@ -71,7 +71,7 @@ def test_every_point_is_within_the_budget_as_plans_are_priced(kind: str) -> None
         spaces += 1
         dense, first = mdc.macs(model), space.nearest(space.uniform)
         search = GpEi(space, space.constraint, first=first[None], n_candidates=50)
-        points = np.concatenate([first[None], on_budget(space, 8), search.ask(2), anywhere(space, 8)])
+        points = np.concatenate([first[None], on_budget(space, 8), search.ask(2)[0], anywhere(space, 8)])
         utilisations = space.utilisation(points)
         for point, macs, utilisation in zip(points, space.macs(points), utilisations, strict=True):
             policy = space.policy(point)

@@ -10,7 +10,7 @@ from lightning_mdc.app.report.report import findings, overhead_line
 from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, SLIM, Result, Results
 from lightning_mdc.app.report.tables import by_seed, comparison, count
 from lightning_mdc.app.run_folder import RunFolder, newest_run
-from lightning_mdc.budget.timing import latencies, latency
+from lightning_mdc.budget.timing import latencies
 from lightning_mdc.errors import BudgetError, ConfigError
 from lightning_mdc.figures.numbers import percent, scaled, seconds
 from lightning_mdc.figures.plan import kept_by_block, kept_figure
@@ -198,7 +198,7 @@ def test_latency_is_per_image_and_leaves_the_mode():
     assert found["fast"] == pytest.approx(0.002 / 4, rel=0.5)
     assert slow.modes == {False}
     assert slow.training
-    assert latency(fast, 1, (1, 2, 2), rounds=1) >= 0.002
+    assert latencies({"fast": fast}, 1, (1, 2, 2), rounds=1)["fast"] >= 0.002
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_latency_is_per_image_and_leaves_the_mode():
 )
 def test_wrong_timing_arguments(changes, words):
     with pytest.raises(BudgetError, match=words):
-        latency(Sleeper(0.0), **{"batch_size": 1, "input_size": (1, 8, 8), **changes})
+        latencies({"model": Sleeper(0.0)}, **{"batch_size": 1, "input_size": (1, 8, 8), **changes})
 
 
 def test_the_newest_run_is_the_last_one_started(tmp_path):

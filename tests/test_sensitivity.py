@@ -8,7 +8,7 @@ import torch
 import lightning_mdc as mdc
 from lightning_mdc.app import pipeline
 from lightning_mdc.app.report.record import RunRecord
-from lightning_mdc.errors import ConfigError
+from lightning_mdc.errors import ConfigError, SearchError
 from lightning_mdc.figures.sensitivity import sensitivity_figure, sensitivity_map
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity, measure_sensitivity
@@ -94,12 +94,12 @@ def test_a_csv_file_goes_there_and_back(whole, tmp_path):
     assert Sensitivity.load(tmp_path / "sensitivity.csv") == whole
     assert (tmp_path / "sensitivity.csv").read_text().startswith("dimension,block,keep,accuracy,kl,cost\nheads,0,1.0,")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match=r"other.csv holds no sensitivities"):
+    with pytest.raises(SearchError, match=r"other.csv holds no sensitivities"):
         Sensitivity.load(tmp_path / "other.csv")
 
 
 def test_without_labels_there_is_no_accuracy(model, scores, labelled):
-    with pytest.raises(ConfigError, match=r"held_out tells \['kl'\]"):
+    with pytest.raises(SearchError, match=r"held_out tells \['kl'\]"):
         measure_sensitivity(model, scores, HeldOut([labelled[0]], "kl", dense=model), levels=LEVELS)
 
 

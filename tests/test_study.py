@@ -391,4 +391,4 @@ def test_warm_start_from_what_cannot_be_used(tmp_path: Path) -> None:
         observations(tmp_path / "other.txt", SPACE, "maximize")
     logged = Space([dataclasses.replace(SPACE.axes[0], low=0.1, log=True), *SPACE.axes[1:]])
     with pytest.raises(SearchError, match=r"a=0\.0: a log scale needs numbers above 0"):
-        logged.point_anywhere({"a": 0.0, "n": 2, "kind": "x"})
+        logged.point({"a": 0.0, "n": 2, "kind": "x"}, anywhere=True)

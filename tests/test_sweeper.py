@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.hydra_mdc_sweeper import _recorded, _results
 from hydra_plugins.hydra_mdc_sweeper._params import read_params, text
-from lightning_mdc.errors import SearchError
+from lightning_mdc.errors import SearchError, as_number
+from lightning_mdc.files import read_json
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.gp_ei.study import Study, read_metadata
@@ -282,7 +283,7 @@ def test_hydra_says_what_it_cannot_read():
     + [(value, None) for value in (None, True, np.True_, "1", b"1", {}, [1.0], (1.0,), np.ones(2), torch.ones(2), 1j)],
 )
 def test_what_counts_as_a_number(value, expected):
-    assert _recorded.number(value) == expected
+    assert as_number(value) == expected
 
 
 # --- a sweep from start to end ----------------------------------------------------------------------------------------
@@ -469,10 +470,16 @@ def test_without_matplotlib_there_are_no_pictures(sweep, tmp_path, monkeypatch):
         (["x=range(2,2)"], "x=range(2,2): the range is empty"),
         (["optimizer=glob(*)"], "optimizer=glob(*): glob(...) depends on what files there are"),
         (["x=tag(deep,interval(0,1))"], "tags ['deep']: expected log"),
-        ([*XY, "hydra.sweeper.direction=max"], "direction='max': expected one of ('maximize', 'minimize')"),
-        ([*XY, "hydra.sweeper.n_trials=0"], "n_trials=0: expected at least 1"),
-        ([*XY, "hydra.sweeper.n_jobs=5"], "n_jobs=5: expected at least 1 and no more than n_trials=4"),
-        ([*XY, "hydra.sweeper.max_failure_rate=2"], "max_failure_rate=2.0: expected a share between 0 and 1"),
+        ([*XY, "hydra.sweeper.direction=max"], "direction='max': expected 'maximize' or 'minimize'"),
+        ([*XY, "hydra.sweeper.n_trials=0"], "n_trials=0: expected a whole number of at least 1"),
+        (
+            [*XY, "hydra.sweeper.n_jobs=5"],
+            "n_jobs=5: expected no more than n_trials, a number of at least 1 and at most 4",
+        ),
+        (
+            [*XY, "hydra.sweeper.max_failure_rate=2"],
+            "max_failure_rate=2.0: expected a share of the trials, a number of at least 0 and at most 1",
+        ),
         ([*XY, "hydra.sweeper.n_trails=3"], "Key 'n_trails' not in 'MdcGpEiConf'"),
         ([*XY, BUDGET[0]], "needs constraint.target: the most it may return"),
         ([*XY, BUDGET[1]], "constraint.target is given, but no constraint.callable"),
@@ -762,7 +769,7 @@ def test_a_trial_whose_process_lives_is_told_from_one_whose_process_died(tmp_pat
     )
     assert process.stdout.readline() == "begun\n"
     assert _recorded.is_alive(path)
-    assert not _recorded.is_over(_recorded.read(path))
+    assert not _recorded.is_over(read_json(path))
     process.kill()
     process.wait()
     assert not _recorded.is_alive(path)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 
-from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.errors import BudgetError, SearchError, as_number, check_number
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
 
 from ._conf import ConstraintConf
 from ._params import Params
-from ._recorded import number, one_line
+from ._recorded import one_line
 
 
 def locate(path: str, setting: str) -> Callable[..., Any]:
@@ -54,8 +55,8 @@ def build(
         return Space(params.axes), None, None
     if settings.target is None:
         raise SearchError(f"constraint.callable={settings.callable!r} needs constraint.target: the most it may return")
-    if settings.tolerance is not None and settings.tolerance < 0:
-        raise SearchError(f"constraint.tolerance={settings.tolerance}: expected a number of at least 0, or null")
+    if settings.tolerance is not None:
+        check_number("constraint.tolerance", settings.tolerance, "how far below the target", SearchError, least=0)
     function = locate(settings.callable, "hydra.sweeper.constraint.callable")
     if inspect.isclass(function):
         function = _made(function, settings.callable, config)
@@ -84,75 +85,67 @@ class _Prices:
 
     def cost(self, points: np.ndarray) -> np.ndarray:
         """(n, axes) -> (n,)."""
-        if self.vectorized:
-            return self._costs(self._call(self.function, "", self._columns(points)), points)
-        # Neighbouring points are often the same one, once snapped.
-        unique, inverse = np.unique(points, axis=0, return_inverse=True)
-        return np.array([self._number(self._dict(point)) for point in unique])[inverse.reshape(-1)]
+        return self._asked(self._costs, points) if len(points) else np.empty(0)
 
     def snap(self, points: np.ndarray) -> np.ndarray:
         """(n, axes) -> (n, axes), points that mean the same made equal."""
-        if self.vectorized:
-            return self._changed("snap", points)
-        unique, inverse = np.unique(points, axis=0, return_inverse=True)
-        return np.concatenate([self._changed("snap", point[None]) for point in unique])[inverse.reshape(-1)]
+        return self._asked(partial(self._changed, "snap"), points)
 
     def first(self) -> np.ndarray:
         """(n, axes): what to try first; one point unless vectorised."""
         return self._changed("first", ((self.space.low + self.space.high) / 2)[None])
 
-    # --- one at a time --------------------------------------------------------------------------------------------
+    def _asked(self, of: Callable[[np.ndarray], np.ndarray], points: np.ndarray) -> np.ndarray:
+        """`of` all points or, where the app takes one at a time, of each."""
+        if self.vectorized:
+            return of(points)
+        # Neighbouring points are often the same one, once snapped.
+        unique, inverse = np.unique(points, axis=0, return_inverse=True)
+        return np.concatenate([of(point[None]) for point in unique])[inverse.reshape(-1)]
 
-    def _dict(self, point: np.ndarray) -> dict[str, Any]:
-        return {**self.params.fixed, **self.params.values(self.space.params(point))}
-
-    def _number(self, params: dict[str, Any]) -> float:
-        value = self._call(self.function, "", params)
-        cost = number(value)
-        if cost is None or np.isnan(cost):
-            raise SearchError(f"constraint.callable: {self.path} returned {value!r}, no number, for {_shown(params)}")
-        return cost
-
-    # --- all at once ----------------------------------------------------------------------------------------------
-
-    def _columns(self, points: np.ndarray) -> dict[str, Any]:
-        columns, start = dict(self.params.fixed), 0
+    def _given(self, points: np.ndarray) -> dict[str, Any]:
+        """The parameters of one point (1, axes) or, vectorised, of points (n, axes)."""
+        given, start = dict(self.params.fixed), 0
+        if not self.vectorized:
+            return given | self.params.values(self.space.params(points[0]))
         for parameter in self.params.searched:
             own = points[:, start : start + len(parameter.axes)]
             start += len(parameter.axes)
-            columns[parameter.name] = _values(parameter.axes[0], own if parameter.is_list else own[:, 0])
-        return columns
+            given[parameter.name] = _values(parameter.axes[0], own if parameter.is_list else own[:, 0])
+        return given
 
-    def _costs(self, values: Any, points: np.ndarray) -> np.ndarray:
+    def _call(self, method: str, given: dict[str, Any]) -> Any:
         try:
-            costs = np.asarray(values, dtype=np.float64)
-        except (TypeError, ValueError):
-            costs = np.empty(0)
-        if costs.shape != (len(points),) or np.isnan(costs).any():
-            raise SearchError(
-                f"constraint.callable: {self.path} was given {len(points)} trials at once and returned "
-                f"{' '.join(repr(values).split())[:100]}; expected {len(points)} numbers (constraint.vectorized=true)"
-            )
-        return costs
-
-    # --- both -----------------------------------------------------------------------------------------------------
-
-    def _call(self, function: Callable[..., Any], method: str, params: dict[str, Any]) -> Any:
-        try:
-            return function(params)
+            return getattr(self.function, method)(given)
         except (SearchError, BudgetError):
             raise
         except Exception as error:
-            called = f"{self.path}{method}"
-            raise SearchError(f"constraint.callable: {called} raised {one_line(error)} for {_shown(params)}") from error
+            called = self.path if method == "__call__" else f"{self.path}.{method}"
+            raise SearchError(f"constraint.callable: {called} raised {one_line(error)} for {_shown(given)}") from error
+
+    def _costs(self, points: np.ndarray) -> np.ndarray:
+        given = self._given(points)
+        values = self._call("__call__", given)
+        try:
+            costs = np.asarray(values if self.vectorized else [as_number(values)], dtype=np.float64)
+        except (TypeError, ValueError):
+            costs = np.empty(0)
+        if costs.shape == (len(points),) and not np.isnan(costs).any():
+            return costs
+        returned = f"constraint.callable: {self.path} returned {values!r}, no number, for {_shown(given)}"
+        if self.vectorized:
+            returned = (
+                f"constraint.callable: {self.path} was given {len(points)} trials at once and returned "
+                f"{' '.join(repr(values).split())[:100]}; expected {len(points)} numbers (constraint.vectorized=true)"
+            )
+        raise SearchError(returned)
 
     def _changed(self, method: str, points: np.ndarray) -> np.ndarray:
-        """What a method makes of the parameters of one point (1, axes) or, vectorised, of points (n, axes).
+        """What a method makes of the parameters of points.
 
         Vectorised, ``first`` may make any number of one.
         """
-        given = self._columns(points) if self.vectorized else self._dict(points[0])
-        params, parts = self._call(getattr(self.function, method), f".{method}", given), []
+        params, parts = self._call(method, self._given(points)), []
         count = -1 if method == "first" and self.vectorized else len(points)
         called = f"constraint.callable: {self.path}.{method}"
         for parameter in self.params.searched:

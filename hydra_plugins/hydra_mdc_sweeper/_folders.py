@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mdc.files import read_json
 from lightning_mdc.gp_ei.study import Trial
 
 from . import _recorded
@@ -61,8 +62,8 @@ class Folders:
     def record(self, trial: Trial) -> dict[str, Any] | None:
         """What the trial has written about itself; nothing that another study, or another trial, left there."""
         path = self._record_path(trial)
-        record = None if path is None else _recorded.read(path)
-        if record is None or (record.get("study"), record.get("trial")) != (self.study_id, trial.number):
+        record = None if path is None else read_json(path)
+        if not isinstance(record, dict) or (record.get("study"), record.get("trial")) != (self.study_id, trial.number):
             return None
         return record
 

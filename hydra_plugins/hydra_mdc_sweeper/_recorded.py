@@ -18,12 +18,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import TaskFunction
 
-from lightning_mdc.files import replacing
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: there a trial that has begun and not ended counts as dead
-    fcntl = None  # type: ignore[assignment]
+from lightning_mdc.errors import as_number
+from lightning_mdc.files import locked, replacing
 
 FILE = ".mdc_result.json"
 
@@ -67,16 +63,6 @@ class Recorded:
             raise RuntimeError(f"the app called sys.exit({error.code!r})") from error
 
 
-def number(value: Any) -> float | None:
-    """What a trial returned as a float; None if it is no number. Scalars of numpy and torch are numbers."""
-    if isinstance(value, (str, bytes)) or type(value).__name__ in ("bool", "bool_") or not hasattr(value, "__float__"):
-        return None
-    try:
-        return float(value)
-    except Exception:  # a tensor of many numbers, say
-        return None
-
-
 def one_line(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
@@ -88,34 +74,23 @@ def described(value: Any) -> str:
     return "None" if value is None else f"{' '.join(repr(value).split())[:100]} ({type(value).__name__})"
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """The record of a trial; None if it has not begun."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def is_over(record: dict[str, Any]) -> bool:
     """Whether the trial has ended, and not by the death of its process."""
     return "seconds" in record
 
 
 def is_alive(path: Path) -> bool:
-    """Whether a process, on any machine that shares this file system's locks, is running the trial of this record."""
-    if fcntl is None:
-        return False
+    """Whether a process, on any machine that shares this file system's locks, is running the trial of this record.
+
+    Where there are no locks a trial that has begun and not ended counts as dead.
+    """
     with contextlib.suppress(OSError), path.open("r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
+        return not locked(file)
     return False
 
 
 def _returned(value: Any) -> dict[str, Any]:
-    result = number(value)
+    result = as_number(value)
     return {"returned": described(value)} if result is None else {"value": result}
 
 
@@ -129,9 +104,8 @@ def _write(path: Path, record: dict[str, Any], *, lock: bool = False) -> int | N
     try:
         with replacing(path) as beside:
             handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            if lock and fcntl is not None:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock:
+                locked(handle)
             os.write(handle, json.dumps(record).encode())
     except OSError:  # a full disk is no reason to lose the trial as well
         lock = False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lightning_mdc.files import write_text
+from lightning_mdc.files import csv_text, write_text
 from lightning_mdc.gp_ei.study import Study
 
 from ._folders import Folders
@@ -37,17 +35,7 @@ def results(study: Study, params: Params, folders: Folders) -> dict[str, Any]:
 def trials(study: Study, params: Params, folders: Folders) -> list[dict[str, Any]]:
     """All trials as plain dicts."""
     return [
-        {
-            "number": trial.number,
-            "params": params.values(trial.params),
-            "cost": trial.cost,
-            "value": trial.value,
-            "status": trial.status,
-            "seconds": trial.seconds,
-            "improvement": trial.improvement,
-            "note": trial.note,
-            "folder": folders.inside(trial),
-        }
+        {**vars(trial), "params": params.values(trial.params), "folder": folders.inside(trial)}
         for trial in study.trials
     ]
 
@@ -55,14 +43,12 @@ def trials(study: Study, params: Params, folders: Folders) -> list[dict[str, Any
 def table(study: Study, folders: Folders) -> str:
     """All trials as CSV: a line each, a column for each number that was searched."""
     names = [axis.name for axis in study.search.space.axes]
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["number", *names, "cost", "value", "status", "seconds", "note", "folder"])
+    rows = []
     for trial in study.trials:
         values = (*(trial.params[name] for name in names), trial.cost, trial.value)
         seconds = "" if trial.seconds is None else f"{trial.seconds:.3f}"
-        lines.writerow([trial.number, *values, trial.status, seconds, trial.note, folders.inside(trial)])
-    return text.getvalue()
+        rows.append([trial.number, *values, trial.status, seconds, trial.note, folders.inside(trial)])
+    return csv_text(["number", *names, "cost", "value", "status", "seconds", "note", "folder"], rows)
 
 
 def save(study: Study, params: Params, folders: Folders) -> None:

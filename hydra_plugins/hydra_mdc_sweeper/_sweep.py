@@ -20,11 +20,11 @@ from hydra.errors import CompactHydraException, ConfigCompositionException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from lightning_mdc.errors import MdcError, SearchError
-from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.errors import MdcError, SearchError, as_number, check_number, check_whole
+from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Space
-from lightning_mdc.gp_ei.study import Study, Trial, has_header, observations, read_metadata
+from lightning_mdc.gp_ei.study import Study, Trial, observations, read_metadata
 
 from . import _cost, _recorded, _results
 from ._conf import MdcGpEiConf
@@ -90,7 +90,11 @@ class Sweep:
             SweepError: see `SearchError` and `BudgetError`.
         """
         with _as_sweep_errors():
-            self._check_settings()
+            n_trials = self.settings.n_trials
+            check_whole("n_trials", n_trials, 1, SearchError)
+            check_number("n_jobs", self.settings.n_jobs, "no more than n_trials", SearchError, least=1, most=n_trials)
+            share = "a share of the trials"
+            check_number("max_failure_rate", self.settings.max_failure_rate, share, SearchError, least=0, most=1)
             self.params = read_params(self.settings.params, arguments)
             self.folders = Folders(self.loader, self.config, self.params, self.study_id)
             config = self._checked_config()
@@ -147,15 +151,6 @@ class Sweep:
 
     # --- before the first trial -----------------------------------------------------------------------------------
 
-    def _check_settings(self) -> None:
-        n_trials, n_jobs, rate = self.settings.n_trials, self.settings.n_jobs, self.settings.max_failure_rate
-        if n_trials < 1:
-            raise SearchError(f"n_trials={n_trials}: expected at least 1")
-        if not 1 <= n_jobs <= n_trials:
-            raise SearchError(f"n_jobs={n_jobs}: expected at least 1 and no more than n_trials={n_trials}")
-        if not 0 <= rate <= 1:
-            raise SearchError(f"max_failure_rate={rate}: expected a share between 0 and 1")
-
     def _checked_config(self) -> DictConfig:
         """The config of a trial, but for what is searched: that is as the app's config has it.
 
@@ -182,18 +177,10 @@ class Sweep:
             seed=settings.seed,
             n_initial_points=settings.n_initial_points,
             first=first,
-            prior=() if settings.warm_start is None else self._warm_start(settings.warm_start, space),
+            prior=observations(settings.warm_start, space, settings.direction, self.study_path),
             n_candidates=(2000 if at_once else 200) if settings.n_candidates is None else settings.n_candidates,
             xi=settings.xi,
         )
-
-    def _warm_start(self, path: str, space: Space) -> tuple[Observation, ...]:
-        if has_header(self.study_path):
-            log.info("warm_start is not read again: %s goes on with what it began with", self.study_path)
-            return ()
-        prior = observations(path, space, self.settings.direction)
-        log.info("warm start: %d trials of %s inform this sweep", len(prior), path)
-        return prior
 
     def _about(self) -> dict[str, Any]:
         """What makes two sweeps the same, beside what the search itself is."""
@@ -253,7 +240,7 @@ class Sweep:
             returned = job.return_value
         except Exception as error:
             return replace(trial, seconds=seconds, note=_recorded.one_line(error))
-        value = _recorded.number(returned)
+        value = as_number(returned)
         if value is None:
             raise self._no_number(trial, _recorded.described(returned))
         return replace(trial, value=value, seconds=seconds)

@@ -226,7 +226,7 @@ def given_policy(settings: Settings, model: nn.Module) -> Policy | None:
     if keep:
         space = keep_space(settings, model, keep, 1.0)
         Policy(**{name: keep.get(name, 1.0) for name in DIMENSIONS})  # says which ratio is none
-        return space.policy(space.snap(space.point_anywhere(keep_params(keep))[None])[0])
+        return space.policy(space.snap(space.point(keep_params(keep), anywhere=True)[None])[0])
     if options["kind"] == "searched":
         return None
     names = ("dimensions", "min_heads", "min_neurons", "round_to")
@@ -286,8 +286,7 @@ def check_search(settings: Settings, model: nn.Module) -> None:
     space = PolicySpace(
         model, build_budget(settings), fuse_tokens=settings["surgery"]["fuse_tokens"], **space_options(settings)
     )
-    if (earlier := settings["search"]["warm_start"]) is not None:
-        observations(earlier, space, "maximize")
+    observations(settings["search"]["warm_start"], space, "maximize")
 
 
 def check_compensation(settings: Settings, model: nn.Module, policy: Policy | None) -> None:

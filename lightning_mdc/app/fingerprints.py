@@ -16,7 +16,7 @@ from lightning_mdc.errors import ConfigError
 # Settings that name a file or folder. What counts is what is in it, wherever it lies.
 _FILES = (
     *("model.checkpoint", "distillation.teacher", "distillation.teacher_checkpoint"),
-    *("policy.file", "budget.table"),
+    *("policy.file", "budget.table", "search.warm_start"),
 )
 # Of the Trainer's settings, those that change what is learnt; another device or logging interval does not.
 _TRAINER = tuple(

@@ -357,10 +357,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     """Search, or go on with a search that was killed or had fewer trials; leaves its trials in ``search/``."""
     options = run.settings["search"]
     # Trials depend on all but their number: with more of them the search goes on.
-    trial_settings = {
-        **{key: run.settings[key] for key in ("seed", "budget", "policy", "surgery")},
-        **{key: value for key, value in options.items() if key != "n_trials"},
-    }
+    trial_settings = {k: v for k, v in relevant(run.settings, "search").items() if k != "search.n_trials"}
     upstream = run.judging_fingerprints
     if not STEPS["statistics"].is_off(run.settings):
         upstream["statistics"] = run.fingerprints["statistics"]

@@ -1,19 +1,16 @@
 """What does a policy cost? Closed-form MACs and parameters, measured latency, budgets, and the uniform policy."""
 
-from lightning_mdc.budget.cost_model import CostModel, InputSize, TokenDrop, image_size, macs, plan_macs, policy_macs
+from lightning_mdc.budget.cost_model import CostModel, InputSize, image_size, macs, plan_macs, policy_macs
 from lightning_mdc.budget.latency import LatencyTable
 from lightning_mdc.budget.limits import Budget, as_budget
-from lightning_mdc.budget.macs import BlockMacs
 from lightning_mdc.budget.measuring import measure_latency_table
 from lightning_mdc.budget.params import num_params
 
 __all__ = [
-    "BlockMacs",
     "Budget",
     "CostModel",
     "InputSize",
     "LatencyTable",
-    "TokenDrop",
     "as_budget",
     "image_size",
     "macs",

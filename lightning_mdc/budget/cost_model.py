@@ -16,7 +16,7 @@ from torch import nn
 from lightning_mdc.budget.macs import BlockMacs, attention_macs, mlp_macs, token_score_macs
 from lightning_mdc.budget.params import num_params, params_per_unit, weights_per_unit
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.models import Counts, Sites, UnitSite, find_sites
+from lightning_mdc.models import Sites, UnitSite, find_sites
 from lightning_mdc.policy import Plan, Policy
 
 InputSize = int | Sequence[int]
@@ -29,6 +29,23 @@ class TokenDrop:
     block: int
     keep: Any
     scored: bool = True  # False when a prior alone decides, so that no attention row is computed
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What slim models keep, as far as cost is concerned. With any leading shape, so that thousands of policies are
+    priced at once.
+
+    Attributes:
+        heads, neurons: how many, (..., blocks); may be fractional (a solver's relaxation).
+        drops: where tokens leave, beside the token stages that are built in.
+        fuse: whether tokens that leave are averaged into one that stays.
+    """
+
+    heads: Any
+    neurons: Any
+    drops: Sequence[TokenDrop] = ()
+    fuse: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,11 +66,7 @@ class BlockTokens:
 
 
 class CostModel:
-    """Prices counts of heads and neurons and token drops for one model at one input size.
-
-    All methods take arrays with any leading shape: (..., blocks) counts give (...) costs, so that thousands of
-    policies are priced at once. Counts may be fractional (a solver's relaxation).
-    """
+    """Prices what is kept of one model at one input size: (..., blocks) counts give (...) costs."""
 
     def __init__(self, sites: Sites, input_size: tuple[int, int] | None = None) -> None:
         size = sites.input_size[1:] if input_size is None else input_size
@@ -78,17 +91,15 @@ class CostModel:
         """Tokens that go on (fused one not counted) of `num_tokens` at ratio `keep`; whole counts stay whole."""
         return np.minimum(num_tokens, np.maximum(np.floor(num_tokens * keep + 1e-6), self.num_prefix + 1))
 
-    def macs(self, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True) -> Any:
-        """MACs of one image. heads, neurons: (..., blocks). Returns (...). Built-in token stages hold anyway."""
-        attention, mlp, outside = self._parts(heads, neurons, drops, fuse)
+    def macs(self, kept: Kept) -> Any:
+        """MACs of one image, (...)."""
+        attention, mlp, outside = self._parts(kept)
         return sum(attention) + sum(mlp) + outside
 
-    def _parts(
-        self, heads: Any, neurons: Any, drops: Sequence[TokenDrop], fuse: bool
-    ) -> tuple[list[Any], list[Any], Any]:
+    def _parts(self, kept: Kept) -> tuple[list[Any], list[Any], Any]:
         """MACs of each block's attention (token scores included) and MLP, and of all outside the blocks, (...) each."""
-        heads, neurons = np.asarray(heads), np.asarray(neurons)
-        flow = self.flow(drops, fuse)
+        heads, neurons = np.asarray(kept.heads), np.asarray(kept.neurons)
+        flow = self.flow(kept)
         attention, mlp = [], []
         for block, tokens in enumerate(flow):
             of_block = tokens.attention, heads[..., block], self.head_dims[block]
@@ -99,67 +110,65 @@ class CostModel:
             mlp.append(mlp_macs(tokens.mlp, neurons[..., block], self.neuron_weights[block]))
         return attention, mlp, self.sites.fixed_macs(self.size, flow[-1].mlp)
 
-    def flow(self, drops: Sequence[TokenDrop], fuse: bool) -> list[BlockTokens]:
-        """The tokens that each block sees. Built-in token stages hold anyway."""
-        by_block = {drop.block: drop for drop in (*drops, *self.built_in)}
+    def flow(self, kept: Kept) -> list[BlockTokens]:
+        """The tokens that each block sees."""
+        by_block = {drop.block: drop for drop in (*kept.drops, *self.built_in)}
         tokens: Any = np.asarray(self.num_tokens, dtype=np.float64)
         blocks = []
         for block in range(self.sites.depth):
             before, drop = tokens, by_block.get(block)
             dropped: Any = False
             if drop is not None:
-                kept = self.tokens_left(tokens, drop.keep)
-                dropped = kept < tokens
-                tokens = np.where(dropped, kept + fuse, tokens)
+                left = self.tokens_left(tokens, drop.keep)
+                dropped = left < tokens
+                tokens = np.where(dropped, left + kept.fuse, tokens)
             blocks.append(BlockTokens(before, tokens, dropped, drop is not None and drop.scored))
         return blocks
 
-    def by_block(self, plan: Plan | None = None) -> BlockMacs:
-        """Where the MACs of the slim model of `plan` go; without one, those of the model as it is."""
-        if plan is None:
-            parts = self._parts(self.heads, self.neurons, (), self.sites.fuse)
-        else:
-            parts = self._parts(*self._of_plan(plan))
-        attention, mlp, outside = parts
-        return BlockMacs(tuple(int(n) for n in attention), tuple(int(n) for n in mlp), int(outside))
+    def params(self, kept: Kept) -> Any:
+        """Parameters, (...)."""
+        prunable = np.asarray(kept.heads) @ self.head_params + np.asarray(kept.neurons) @ self.neuron_params
+        return self.fixed_params + prunable
 
-    def params(self, heads: Any, neurons: Any) -> Any:
-        """Parameters. heads, neurons: (..., blocks). Returns (...)."""
-        return self.fixed_params + np.asarray(heads) @ self.head_params + np.asarray(neurons) @ self.neuron_params
+    # --- what is kept ---------------------------------------------------------------------------------------------
 
-    def of_counts(self, counts: Counts) -> int:
-        """MACs of a policy in whole units."""
-        return int(self.macs(*self._arguments_of(counts), fuse=self.sites.fuse))
+    @property
+    def everything(self) -> Kept:
+        """The model as it is."""
+        return Kept(self.heads, self.neurons, fuse=self.sites.fuse)
 
-    def arguments_of(self, policy: Policy) -> tuple[Any, Any, list[TokenDrop]]:
-        """A policy as the first arguments of `macs`: heads and neurons (blocks,), and where tokens leave."""
-        return self._arguments_of(self.sites.counts(policy))
+    def kept_by(self, policy: Policy) -> Kept:
+        """What the slim model of `policy` keeps.
 
-    def _arguments_of(self, counts: Counts) -> tuple[Any, Any, list[TokenDrop]]:
+        Raises:
+            PolicyError: the policy does not fit the model.
+        """
+        counts = self.sites.counts(policy)
         drops = [TokenDrop(block, keep) for block, keep in zip(counts.stages, counts.tokens, strict=True)]
-        return *self._filled(counts.heads, counts.neurons), drops
+        return self._kept(counts.heads, counts.neurons, drops, self.sites.fuse)
 
-    def of_plan(self, plan: Plan) -> int:
-        """MACs of the slim model of `plan`, exactly."""
-        return int(self.macs(*self._of_plan(plan)))
-
-    def _of_plan(self, plan: Plan) -> tuple[np.ndarray, np.ndarray, list[TokenDrop], bool]:
-        """A plan as arguments of `macs`."""
+    def kept_by_plan(self, plan: Plan) -> Kept:
+        """What the slim model of `plan` keeps."""
         drops = [_drop(stage, len(plan.heads[stage.block]) if plan.heads else None) for stage in plan.tokens]
         heads, neurons = [len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons]
-        return *self._filled(heads, neurons), drops, self.sites.fuse if self.built_in else plan.fuse
+        return self._kept(heads, neurons, drops, self.sites.fuse if self.built_in else plan.fuse)
+
+    def _kept(self, heads: Any, neurons: Any, drops: list[TokenDrop], fuse: bool) -> Kept:
+        # A dimension that cannot be cut has no counts; it keeps what it has.
+        return Kept(heads if len(heads) else self.heads, neurons if len(neurons) else self.neurons, drops, fuse)
 
     def of_model(self) -> int:
         """MACs of the model as it is, built-in token stages included."""
-        return int(self.macs(self.heads, self.neurons, fuse=self.sites.fuse))
+        return int(self.macs(self.everything))
 
-    def params_of_plan(self, plan: Plan) -> int:
-        """Parameters of the slim model of `plan`."""
-        return int(self.params(*self._filled([len(k) for k in plan.heads], [len(k) for k in plan.neurons])))
+    def of_plan(self, plan: Plan) -> int:
+        """MACs of the slim model of `plan`, exactly."""
+        return int(self.macs(self.kept_by_plan(plan)))
 
-    def _filled(self, heads: Any, neurons: Any) -> tuple[Any, Any]:
-        # A dimension that cannot be cut has no counts; it keeps what it has.
-        return heads if len(heads) else self.heads, neurons if len(neurons) else self.neurons
+    def by_block(self, plan: Plan | None = None) -> BlockMacs:
+        """Where the MACs of the slim model of `plan` go; without one, those of the model as it is."""
+        attention, mlp, outside = self._parts(self.everything if plan is None else self.kept_by_plan(plan))
+        return BlockMacs(tuple(map(int, attention)), tuple(map(int, mlp)), int(outside))
 
 
 def _drop(stage: Any, num_heads: int | None) -> TokenDrop:
@@ -190,8 +199,8 @@ def policy_macs(model: nn.Module, policy: Policy, input_size: InputSize | None =
     Raises:
         PolicyError: the policy does not fit the model.
     """
-    sites = find_sites(model)
-    return CostModel(sites, image_size(input_size)).of_counts(sites.counts(policy))
+    costs = CostModel(find_sites(model), image_size(input_size))
+    return int(costs.macs(costs.kept_by(policy)))
 
 
 def plan_macs(model: nn.Module, plan: Plan, input_size: InputSize | None = None) -> int:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.cost_model import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.params import num_params
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.files import write_text
+from lightning_mdc.files import json_object, tuples, write_text
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import Policy
 
@@ -143,23 +143,19 @@ class LatencyTable:
                 "measure one of this model: measure_latency_table(model)"
             )
 
-    def seconds(
-        self, costs: CostModel, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
-    ) -> Any:
-        """Seconds per image of policies, as `CostModel.macs` takes them: (..., blocks) counts give (...)."""
-        return self.correction * self.sum_of_parts(costs, heads, neurons, drops, fuse)
+    def seconds(self, costs: CostModel, kept: Kept) -> Any:
+        """Seconds per image of what is kept, (...)."""
+        return self.correction * self.sum_of_parts(costs, kept)
 
     @property
     def correction(self) -> float:
         """What a sum of parts is multiplied by."""
         return statistics.median([timed / parts for parts, timed in self.whole]) if self.whole else 1.0
 
-    def sum_of_parts(
-        self, costs: CostModel, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
-    ) -> Any:
+    def sum_of_parts(self, costs: CostModel, kept: Kept) -> Any:
         """``outside + attention + MLP + token stages``, as they were timed; see `whole`."""
-        heads, neurons = np.asarray(heads), np.asarray(neurons)
-        flow = costs.flow(drops, fuse)
+        heads, neurons = np.asarray(kept.heads), np.asarray(kept.neurons)
+        flow = costs.flow(kept)
         shape = np.broadcast_shapes(heads.shape[:-1], neurons.shape[:-1], np.shape(flow[-1].mlp))
         total = np.zeros(shape) + self.outside(0, flow[-1].mlp)
         for number, kind in enumerate(self.kinds):
@@ -177,14 +173,14 @@ class LatencyTable:
 
     def of_dense(self, costs: CostModel) -> float:
         """Seconds per image of the model as it is."""
-        return float(self.seconds(costs, costs.heads, costs.neurons, fuse=costs.sites.fuse))
+        return float(self.seconds(costs, costs.everything))
 
     def of_policy(self, model: nn.Module, policy: Policy) -> float:
         """Seconds per image of the slim model that `policy` makes of the dense `model`, by this table."""
         sites = find_sites(model)
         self.check(sites)
         costs = CostModel(sites)
-        return float(self.seconds(costs, *costs.arguments_of(policy), fuse=sites.fuse))
+        return float(self.seconds(costs, costs.kept_by(policy)))
 
     # --- as JSON ------------------------------------------------------------------------------------------------------
 
@@ -203,12 +199,7 @@ class LatencyTable:
         Raises:
             BudgetError: the text is no such table.
         """
-        try:
-            return cls.from_fields(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, BudgetError):
-                raise
-            raise BudgetError(f"latency table JSON cannot be parsed: {error}") from error
+        return cls.from_fields(json_object(text, "latency table", BudgetError))
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> LatencyTable:
@@ -222,10 +213,10 @@ class LatencyTable:
                 raise BudgetError("latency table: its format is none this version knows")
             return cls(
                 conditions=dict(fields["conditions"]),
-                kinds=tuple(_block_times(kind) for kind in fields["kinds"]),
-                kind_of_block=tuple(map(int, fields["kind_of_block"])),
-                outside=_surface(fields["outside"]),
-                whole=tuple((float(parts), float(timed)) for parts, timed in fields["whole"]),
+                kinds=tuple(_block_times(**tuples(kind)) for kind in fields["kinds"]),
+                kind_of_block=tuple(fields["kind_of_block"]),
+                outside=Surface(**tuples(fields["outside"])),
+                whole=tuple((parts, timed) for parts, timed in fields["whole"]),
             )
         except BudgetError:
             raise
@@ -245,14 +236,9 @@ class LatencyTable:
             raise BudgetError(f"table={str(path)!r} cannot be read: {error}") from error
 
 
-def _block_times(fields: Mapping[str, Any]) -> BlockTimes:
-    surfaces = {name: _surface(fields[name]) for name in ("attention", "mlp", "unaligned_mlp")}
-    return BlockTimes(**surfaces, stage=None if fields["stage"] is None else _surface(fields["stage"]))
-
-
-def _surface(fields: Mapping[str, Any]) -> Surface:
-    seconds = tuple(tuple(map(float, row)) for row in fields["seconds"])
-    return Surface(tuple(map(int, fields["units"])), tuple(map(int, fields["tokens"])), seconds)
+def _block_times(stage: dict[str, Any] | None, **surfaces: dict[str, Any]) -> BlockTimes:
+    made = {name: Surface(**fields) for name, fields in surfaces.items()}
+    return BlockTimes(**made, stage=None if stage is None else Surface(**stage))
 
 
 def architecture(sites: Sites) -> dict[str, Any]:

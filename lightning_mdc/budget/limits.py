@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mdc.budget.latency import LatencyTable
-from lightning_mdc.errors import BudgetError, check_whole
+from lightning_mdc.errors import BudgetError, as_number, check_whole
 
 _DURATION = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(s|ms|us|µs)\s*", re.IGNORECASE | re.ASCII)
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
@@ -51,7 +51,7 @@ class Budget:
             limit = getattr(self, name)
             if limit is None:
                 continue
-            number = _number(limit)
+            number = as_number(limit)
             if number is None or not 0 < number < math.inf:
                 raise BudgetError(
                     f"{name}={limit!r:.80}: expected a fraction of dense in (0, 1] or an absolute number like 1.84e9"
@@ -74,7 +74,7 @@ class Budget:
                     "fraction of dense in (0, 1]"
                 )
         else:
-            number = _number(self.latency)
+            number = as_number(self.latency)
             if number is None or not 0 < number <= 1:
                 raise BudgetError(
                     f"latency={self.latency!r:.80}: a plain number is a fraction of dense in (0, 1]; for a time per "
@@ -120,20 +120,10 @@ def as_budget(budget: float | Budget) -> Budget:
     """
     if isinstance(budget, Budget):
         return budget
-    fraction = _number(budget)
+    fraction = as_number(budget)
     if fraction is None or not 0 < fraction <= 1:
         raise BudgetError(
             f"budget={budget!r}: a plain number is a fraction of the dense MACs in (0, 1]; "
             "for absolute limits pass Budget(macs=1.84e9), Budget(params=...) or Budget(latency='1.8ms')"
         )
     return Budget(macs=fraction)
-
-
-def _number(value: Any) -> float | None:
-    """`value` as a float if it is one number (a tensor or numpy scalar is, text and booleans are not)."""
-    if isinstance(value, (bool, str)):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return None

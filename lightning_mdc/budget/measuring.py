@@ -77,63 +77,55 @@ def measure_latency_table(
     Raises:
         BudgetError: `batch_size` or `seconds` is no positive number, or `device` none that is here.
     """
-    return on_first_rank(partial(_cached_table, model, batch_size, device, cache, seconds, progress))
 
-
-def _cached_table(
-    model: nn.Module,
-    batch_size: int,
-    device: str | torch.device | None,
-    cache: str | Path | None,
-    seconds: float,
-    progress: bool,
-) -> LatencyTable:
-    check_whole("batch_size", batch_size, 1, BudgetError)
-    check_number("seconds", seconds, "how long to measure", BudgetError, above=0)
-    sites = find_sites(model)
-    on = _device_of(sites, device)
-    conditions = _conditions(sites, batch_size, on)
-    name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
-    path = (_cache_folder() if cache is None else Path(cache)) / f"{name}.json"
-    measure = partial(_measured_table, model, batch_size, on, seconds=seconds, conditions=conditions, progress=progress)
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
-        except OSError as error:
-            log.warning("latency tables cannot be kept in %s (%s): measuring anew every time", path.parent, error)
-            return measure()
-        if path.exists():
+    def read_or_measured() -> LatencyTable:
+        check_whole("batch_size", batch_size, 1, BudgetError)
+        check_number("seconds", seconds, "how long to measure", BudgetError, above=0)
+        sites = find_sites(model)
+        on = _device_of(sites, device)
+        conditions = _conditions(sites, batch_size, on)
+        name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
+        path = (_cache_folder() if cache is None else Path(cache)) / f"{name}.json"
+        measure = partial(_measured_table, model, on, conditions, seconds, progress)
+        with ExitStack() as stack:
             try:
-                table = LatencyTable.load(path)
-                if table.conditions == conditions:
-                    return table
-                log.warning("%s holds another latency table: measuring anew", path)
-            except BudgetError as error:
-                log.warning("%s is damaged (%s): measuring anew", path, error)
-        where = conditions["device"]
-        log.info("  measuring block latencies on %s at batch %d, about %.0f s", where, batch_size, seconds)
-        table = measure()
-        table.save(path)
-        return table
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(path.with_suffix(".lock")))
+            except OSError as error:
+                log.warning("latency tables cannot be kept in %s (%s): measuring anew every time", path.parent, error)
+                return measure()
+            if path.exists():
+                try:
+                    table = LatencyTable.load(path)
+                    if table.conditions == conditions:
+                        return table
+                    log.warning("%s holds another latency table: measuring anew", path)
+                except BudgetError as error:
+                    log.warning("%s is damaged (%s): measuring anew", path, error)
+            where = conditions["device"]
+            log.info("  measuring block latencies on %s at batch %d, about %.0f s", where, batch_size, seconds)
+            table = measure()
+            table.save(path)
+            return table
+
+    return on_first_rank(read_or_measured)
 
 
 @isolated_rng()  # a run that finds its table in the cache draws nothing either
 def _measured_table(
-    model: nn.Module,
-    batch_size: int,
-    device: torch.device,
-    *,
-    seconds: float,
-    conditions: dict[str, Any],
-    progress: bool,
+    model: nn.Module, device: torch.device, conditions: dict[str, Any], seconds: float, progress: bool
 ) -> LatencyTable:
     """Time the parts of `model` on `device`, for about so many seconds."""
+    batch_size = conditions["batch_size"]
     watch = _Stopwatch(device, batch_size)
     kinds, kind_of_block = block_kinds(find_sites(model))
     blocks = [_Blocks(model, index, watch) for _, index in kinds]
     outside, whole = _OutsideBlocks(model, watch), _WholeModels(model, watch)
-    passes = [*(run for kind in blocks for run in kind.passes()), *outside.passes(), *whole.passes()]
+    passes: list[Callable[[], None]] = [
+        *(run for kind in blocks for run in kind.passes),
+        *outside.passes,
+        *whole.passes,
+    ]
     with torch.inference_mode(), settled_memory():
         begun = time.perf_counter()
         for run in passes:  # caches, kernels and the allocator warm up
@@ -244,19 +236,14 @@ class _Stopwatch:
             torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def before(self, *modules: nn.Module) -> Iterator[list[Any]]:
-        """Gives the list that a mark is put in whenever one of `modules` is called."""
+    def at_calls(self, *modules: nn.Module, ends: bool = False) -> Iterator[list[Any]]:
+        """Gives the list that a mark is put in whenever one of `modules` is called, and when the call `ends`."""
         marks: list[Any] = []
         with ExitStack() as hooks:
             for module in modules:
                 hooks.callback(module.register_forward_pre_hook(lambda *_: marks.append(self.mark())).remove)
-            yield marks
-
-    @contextmanager
-    def around(self, module: nn.Module) -> Iterator[list[Any]]:
-        """As `before`, and with a mark when the call is over."""
-        with self.before(module) as marks, ExitStack() as hooks:
-            hooks.callback(module.register_forward_hook(lambda *_: marks.append(self.mark())).remove)
+                if ends:
+                    hooks.callback(module.register_forward_hook(lambda *_: marks.append(self.mark())).remove)
             yield marks
 
     def between(self, first: Any, second: Any) -> float:
@@ -308,9 +295,9 @@ def _copy_on(model: nn.Module, device: torch.device) -> nn.Module:
 def _with_blocks(model: nn.Module, index: int, count: int) -> Sites:
     """Sites of `model` with `count` copies of block `index` for blocks, none with a token stage built in."""
     sites = find_sites(model)
-    block = sites.blocks[index].module
     if sites.blocks[index].stage is not None:
-        block = sites.family.token_stage_block(sites, index, TokenStage(index, 1.0), sites.fuse)
+        _put_stage(sites, index, 1.0, sites.fuse)
+    block = sites.container.get_submodule(str(index))
     sites.container._modules.clear()
     for number in range(count):
         sites.container.add_module(str(number), copy.deepcopy(block))
@@ -350,15 +337,13 @@ class _Blocks:
             n: torch.randn(watch.batch_size, n, sites.dim, device=parameter.device, dtype=parameter.dtype)
             for n in self.tokens
         }
-
-    def passes(self) -> list[Callable[[], None]]:
-        """What to run once in each round."""
-        stages = [partial(self._time_stages, n) for n in self.tokens] if self.stages is not None else []
-        return [*(partial(self._time_chain, n) for n in self.tokens), *stages]
+        # What to run once in each round.
+        timed = (self._time_chain,) if self.stages is None else (self._time_chain, self._time_stages)
+        self.passes: list[Callable[[], None]] = [partial(time, n) for time in timed for n in self.tokens]
 
     def _time_chain(self, num_tokens: int) -> None:
         x, watch = self.inputs[num_tokens], self.watch
-        with watch.before(*filter(None, map(_start_of_mlp, self.chain.blocks))) as seams:
+        with watch.at_calls(*filter(None, map(_start_of_mlp, self.chain.blocks))) as seams:
             watch.wait()
             marks = [watch.mark()]
             for block in self.chain.blocks:
@@ -374,7 +359,7 @@ class _Blocks:
         assert self.stages is not None
         for heads, block in zip(self.heads, self.stages.container.children(), strict=True):
             select = next(module for module in block.modules() if isinstance(module, TokenSelection))
-            with self.watch.around(select) as marks:
+            with self.watch.at_calls(select, ends=True) as marks:
                 block(self.inputs[num_tokens])
                 self.watch.wait()
             self.watch.readings["stage", self.index, heads, num_tokens].append(self.watch.between(*marks))
@@ -424,15 +409,12 @@ class _OutsideBlocks:
             self.models[left + 1] = _with_blocks(_copy_on(model, watch.device), 0, 1)
             _put_stage(self.models[left + 1], 0, 0.25, True)
         self.images = blank_images(self.models[costs.num_tokens].model, watch.batch_size, sites.input_size)
-
-    def passes(self) -> list[Callable[[], None]]:
-        """What to run once in each round."""
-        return [partial(self._time, left) for left in self.models]
+        self.passes = [partial(self._time, left) for left in self.models]
 
     def _time(self, left: int) -> None:
         sites, watch = self.models[left], self.watch
         (block,) = sites.container.children()
-        with watch.around(block) as marks:
+        with watch.at_calls(block, ends=True) as marks:
             watch.wait()
             start = watch.mark()
             sites.model(self.images)
@@ -455,10 +437,7 @@ class _WholeModels:
         self.policies = [Policy(**dict.fromkeys(sites.dimensions, keep)) for keep in _WHOLE_MODELS]  # type: ignore[arg-type]
         self.models = [slim(self.dense, first_units(sites, policy)) for policy in self.policies]
         self.images = blank_images(self.dense, watch.batch_size, sites.input_size)
-
-    def passes(self) -> list[Callable[[], None]]:
-        """What to run once in each round."""
-        return [partial(self._time, number) for number in range(len(self.models))]
+        self.passes = [partial(self._time, number) for number in range(len(self.models))]
 
     def _time(self, number: int) -> None:
         model = self.models[number]
@@ -472,9 +451,8 @@ class _WholeModels:
 
     def against(self, table: LatencyTable) -> tuple[tuple[float, float], ...]:
         """(sum of parts, the median of what was timed) of each model, in seconds per image, dense first."""
-        sites = find_sites(self.dense)
-        costs = CostModel(sites)
-        sums = [float(table.sum_of_parts(costs, *costs.arguments_of(p), fuse=sites.fuse)) for p in self.policies]
+        costs = CostModel(find_sites(self.dense))
+        sums = [float(table.sum_of_parts(costs, costs.kept_by(policy))) for policy in self.policies]
         pairs = tuple((parts, self.watch.median("whole", number)) for number, parts in enumerate(sums))
         log.info(
             "  latency table: dense takes %.4g ms per image; of whole models, dense first, sums of parts are off by %s",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from lightning_mdc.budget.cost_model import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.latency import LatencyTable
 from lightning_mdc.budget.limits import Budget
 from lightning_mdc.budget.measuring import measure_latency_table
@@ -24,8 +23,7 @@ class Pricing:
 
     Attributes:
         budget: with its latency table, where there is a limit of latency.
-        table: that table, or None.
-        dense: costs of the model as it is by the names of `Budget`: MACs, parameters, seconds per image.
+        prices: by the names of `Budget`, what prices what is kept: MACs, parameters, seconds per image, (...).
         limits: what the slim model may cost, absolute, by the same names.
 
     Raises:
@@ -34,12 +32,12 @@ class Pricing:
 
     def __init__(self, costs: CostModel, budget: Budget) -> None:
         self.costs, self.budget = costs, budget
-        self.table = None if budget.latency is None else latency_table(budget, costs.sites)
-        self.dense = {"macs": float(costs.of_model()), "params": float(costs.params(costs.heads, costs.neurons))}
-        if self.table is not None:
-            self.budget = replace(budget, table=self.table, batch_size=None, device=None)
-            self.dense["latency"] = self.table.of_dense(costs)
-        self.limits = self.budget.limits(self.dense)
+        self.prices: dict[str, Callable[[Kept], Any]] = {"macs": costs.macs, "params": costs.params}
+        if budget.latency is not None:
+            table = latency_table(budget, costs.sites)
+            self.budget = replace(budget, table=table, batch_size=None, device=None)
+            self.prices["latency"] = partial(table.seconds, costs)
+        self.limits = self.budget.limits({name: float(of(costs.everything)) for name, of in self.prices.items()})
 
     @property
     def fraction(self) -> float | None:
@@ -52,27 +50,14 @@ class Pricing:
         """Whether fewer tokens cost less: they save no parameter."""
         return "macs" in self.limits or "latency" in self.limits
 
-    def cost(
-        self, name: str, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
-    ) -> np.ndarray:
-        """What the limit `name` counts, (...). heads, neurons: (..., blocks)."""
-        if name == "macs":
-            return np.asarray(self.costs.macs(heads, neurons, drops, fuse=fuse))
-        if name == "params":
-            return np.asarray(self.costs.params(heads, neurons))
-        assert self.table is not None  # there is a limit of latency
-        return np.asarray(self.table.seconds(self.costs, heads, neurons, drops, fuse=fuse))
+    def utilisations(self, kept: Kept) -> dict[str, Any]:
+        """Cost / limit, by the limit's name, (...): affordable up to 1."""
+        return {name: self.prices[name](kept) / limit for name, limit in self.limits.items()}
 
-    def utilisations(
-        self, heads: Any, neurons: Any, drops: Sequence[TokenDrop] = (), fuse: bool = True
-    ) -> dict[str, np.ndarray]:
-        """Cost / limit, by the limit's name, (...): affordable up to 1. heads, neurons: (..., blocks)."""
-        return {name: self.cost(name, heads, neurons, drops, fuse) / limit for name, limit in self.limits.items()}
-
-    def utilisation(self, policy: Policy, fuse: bool = True) -> float:
+    def utilisation(self, policy: Policy, fuse: bool) -> float:
         """Cost / limit of one policy, under the tightest limit."""
-        heads, neurons, drops = self.costs.arguments_of(policy)
-        return max(float(share) for share in self.utilisations(heads, neurons, drops, fuse=fuse).values())
+        kept = replace(self.costs.kept_by(policy), fuse=fuse)
+        return max(float(share) for share in self.utilisations(kept).values())
 
     def in_words(self, name: str, utilisation: float) -> str:
         """So much of the limit `name` as the budget puts it: a fraction of dense, or an absolute number."""

@@ -18,17 +18,6 @@ from lightning_mdc.progress import bar
 _SHORTEST_READING = 0.02
 
 
-def latency(
-    model: nn.Module,
-    batch_size: int,
-    input_size: Sequence[int],
-    *,
-    rounds: int = 15,
-) -> float:
-    """Seconds per image of `model` in eval mode, median of `rounds` readings. See `latencies`."""
-    return latencies({"model": model}, batch_size, input_size, rounds=rounds)["model"]
-
-
 def latencies(
     models: Mapping[str, nn.Module],
     batch_size: int,
@@ -37,7 +26,7 @@ def latencies(
     rounds: int = 15,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Seconds per image of several models, comparable with each other.
+    """Seconds per image of models in eval mode, comparable with each other.
 
     Every round takes one reading of each model in turn, so that a machine that becomes slower or busier in between
     does so for all of them.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.cost_model import CostModel, TokenDrop
+from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
 from lightning_mdc.budget.latency import ALIGNMENT
 from lightning_mdc.budget.limits import Budget, as_budget
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.errors import BudgetError, check_whole
 from lightning_mdc.models import find_sites
-from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, kept_tokens
+from lightning_mdc.policy import DIMENSIONS, Policy, Ratios, default_stages, kept_tokens
 
 
 def uniform_policy(
@@ -53,23 +54,21 @@ def uniform_policy(
     if stages is not None:
         sites.counts(Policy(stages=stages))  # refuses blocks the model does not have
     costs = CostModel(sites)
+    step = neuron_step(costs, round_to)
+    # Neurons move in groups of `step`; a block's last, incomplete group is kept only by keeping them all.
+    whole = -(-min_neurons // step) * step
     solver = _Solver(
         costs,
-        as_budget(budget),
+        Pricing(costs, as_budget(budget)),
         names,
-        min_heads=min_heads,
-        min_neurons=min_neurons,
-        round_to=neuron_step(costs, round_to),
-        stages=default_stages(sites.depth) if stages is None else tuple(stages),
+        default_stages(sites.depth) if stages is None else tuple(stages),
+        step,
+        least_heads=np.minimum(costs.heads, min_heads) if "heads" in names else costs.heads,
+        least_neurons=np.minimum(costs.neurons, whole) if "neurons" in names else costs.neurons,
     )
     solver.check_reachable()
     heads, neurons, kept = solver.solve()
-    return Policy(
-        heads=1.0 if "heads" in sites.reasons else realised_ratios(heads, solver.costs.heads),
-        neurons=1.0 if "neurons" in sites.reasons else realised_ratios(neurons, solver.costs.neurons),
-        tokens=1.0 if "tokens" in sites.reasons else solver.token_ratios(kept) or 1.0,
-        stages=stages,
-    )
+    return realised(costs, heads, neurons, solver.token_ratios(kept), stages)
 
 
 def neuron_step(costs: CostModel, round_to: int | None) -> int:
@@ -85,9 +84,24 @@ def neuron_step(costs: CostModel, round_to: int | None) -> int:
     return round_to
 
 
-def realised_ratios(kept: np.ndarray, sizes: np.ndarray) -> list[float]:
-    """Keep ratio of each block that keeps `kept` of `sizes` units, both (blocks,); 1 where there are none."""
-    return [int(k) / int(n) if n else 1.0 for k, n in zip(kept, sizes, strict=True)]
+def realised(
+    costs: CostModel, heads: np.ndarray, neurons: np.ndarray, tokens: Sequence[float], stages: Sequence[int] | None
+) -> Policy:
+    """The policy that keeps so many heads and neurons, (blocks,) each, and `tokens` of what reaches each stage.
+
+    What the model cannot lose, or has none of, is kept at 1.
+    """
+
+    def ratios(name: str, kept: np.ndarray, sizes: np.ndarray) -> Ratios:
+        return 1.0 if name in reasons else np.where(sizes > 0, kept / np.maximum(sizes, 1), 1.0).tolist()
+
+    reasons = costs.sites.reasons
+    return Policy(
+        heads=ratios("heads", heads, costs.heads),
+        neurons=ratios("neurons", neurons, costs.neurons),
+        tokens=1.0 if "tokens" in reasons else tokens or 1.0,
+        stages=stages,
+    )
 
 
 def _spread(total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
@@ -115,45 +129,42 @@ def _largest(low: int, high: int, feasible: Callable[[int], bool]) -> int | None
     return low
 
 
+@dataclass
 class _Solver:
     """Tries counts against the cost model. Counts are (heads, neurons) per block and tokens left per stage."""
 
-    def __init__(
-        self,
-        costs: CostModel,
-        budget: Budget,
-        dimensions: tuple[str, ...],
-        *,
-        min_heads: int,
-        min_neurons: int,
-        round_to: int,
-        stages: tuple[int, ...],
-    ) -> None:
-        self.costs, self.stages, self.round_to = costs, stages, round_to
-        self.dimensions = dimensions
-        self.pricing = Pricing(costs, budget)
-        # Where dropping tokens saves nothing it would only hurt.
-        self.drops_tokens = "tokens" in dimensions and self.pricing.rewards_dropping_tokens
-        self.least_heads = np.minimum(costs.heads, min_heads) if "heads" in dimensions else costs.heads
-        # Neurons move in groups of round_to; a block's last, incomplete group is kept only by keeping them all.
-        whole = -(-min_neurons // round_to) * round_to
-        self.least_neurons = np.minimum(costs.neurons, whole) if "neurons" in dimensions else costs.neurons
+    costs: CostModel
+    pricing: Pricing
+    dimensions: tuple[str, ...]
+    stages: tuple[int, ...]
+    step: int
+    least_heads: np.ndarray
+    least_neurons: np.ndarray
+    tightest: str = ""
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Where dropping tokens saves nothing it would only hurt."""
+        return "tokens" in self.dimensions and self.pricing.rewards_dropping_tokens
 
     def utilisation(self, heads: Any, neurons: Any, kept: list[int] | float) -> float:
         """Cost / budget under the tightest limit: feasible up to 1. `kept` may be one ratio for all stages."""
         ratios = self.token_ratios(kept) if isinstance(kept, list) else [kept] * len(self.stages)
         drops = [TokenDrop(block, keep) for block, keep in zip(self.stages, ratios, strict=True)]
-        shares = self.pricing.utilisations(heads, neurons, drops, fuse=self.costs.sites.fuse)
+        shares = self.pricing.utilisations(Kept(heads, neurons, drops, self.costs.sites.fuse))
         self.tightest = max(shares, key=lambda name: float(shares[name]))
         return float(shares[self.tightest])
 
     def token_ratios(self, kept: list[int]) -> list[float]:
         """Whole tokens left per stage as ratios of what reaches the stage, e.g. 137 of 197, then 96 of 138."""
-        ratios, tokens = [], self.costs.num_tokens
+        return [count / tokens for count, tokens in zip(kept, self._reaching(kept), strict=False)]
+
+    def _reaching(self, kept: list[int]) -> list[int]:
+        """Tokens that reach each stage, and what is behind the last one."""
+        tokens = [self.costs.num_tokens]
         for count in kept:
-            ratios.append(count / tokens)
-            tokens = count + 1 if count < tokens else tokens
-        return ratios
+            tokens.append(count + 1 if count < tokens[-1] else tokens[-1])
+        return tokens
 
     def check_reachable(self) -> None:
         smallest = self.utilisation(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
@@ -203,13 +214,10 @@ class _Solver:
         return 1.0 if feasible(65536) else (_largest(0, 65535, feasible) or 0) / 65536
 
     def _kept(self, ratio: float) -> list[int]:
-        kept, tokens = [], self.costs.num_tokens
+        kept: list[int] = []
         for _ in self.stages:
-            count = tokens
-            if self.drops_tokens:
-                count = kept_tokens(tokens, ratio, self.costs.num_prefix)
-            kept.append(count)
-            tokens = count + 1 if count < tokens else tokens
+            tokens = self._reaching(kept)[-1]
+            kept.append(kept_tokens(tokens, ratio, self.costs.num_prefix) if self.drops_tokens else tokens)
         return kept
 
     def _most_heads(self, most: int, neurons: np.ndarray, kept: list[int]) -> np.ndarray | None:
@@ -220,24 +228,23 @@ class _Solver:
         return None if total is None else spread(total)
 
     def _most_neurons(self, heads: np.ndarray, kept: list[int]) -> np.ndarray:
-        least, most = self.least_neurons // self.round_to, -(-self.costs.neurons // self.round_to)
+        least, most = self.least_neurons // self.step, -(-self.costs.neurons // self.step)
 
         def spread(total: int) -> np.ndarray:
-            groups = np.minimum(_spread(total, least, most) * self.round_to, self.costs.neurons)
+            groups = np.minimum(_spread(total, least, most) * self.step, self.costs.neurons)
             return np.maximum(groups, self.least_neurons)
 
         total = _largest(int(least.sum()), int(most.sum()), lambda t: self.utilisation(heads, spread(t), kept) <= 1)
         return self.least_neurons if total is None else spread(total)
 
     def _most_tokens(self, heads: np.ndarray, neurons: np.ndarray, kept: list[int]) -> list[int]:
-        kept = list(kept)
         for stage in reversed(range(len(kept) if self.drops_tokens else 0)):
 
             def with_count(count: int, stage: int = stage, others: list[int] = kept) -> list[int]:
                 return [*others[:stage], count, *others[stage + 1 :]]
 
-            reaching = round(kept[stage] / self.token_ratios(kept)[stage])
             # Keeping all but one saves nothing: the fused token takes its place.
-            best = _largest(kept[stage], reaching - 2, lambda c: self.utilisation(heads, neurons, with_count(c)) <= 1)
+            most = self._reaching(kept)[stage] - 2
+            best = _largest(kept[stage], most, lambda c: self.utilisation(heads, neurons, with_count(c)) <= 1)
             kept = kept if best is None else with_count(best)
         return kept

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_mdc.budget import Budget
+from lightning_mdc.budget import Budget, LatencyTable
 from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distillation.losses import soft_distillation_loss
 from lightning_mdc.errors import DistillationError, check_number, check_whole
@@ -133,7 +133,7 @@ class WeightSharingModule(DistillationModule):
         self.smallest_plan = make_plan(model, scores, self.space.policy(self.space.low), **self._plan_options)
 
         limits: dict[str, Any] = self.space.budget.as_dict()
-        if (table := self.space.pricing.table) is not None:  # another machine has other latencies
+        if isinstance(table := self.space.budget.table, LatencyTable):  # another machine has other latencies
             limits["table"] = json.loads(table.to_json())
         own = {"budget": limits, "seed": seed, "shared_weight": shared_weight}
         for name in _OF_A_TEACHER:

@@ -6,21 +6,13 @@ A process killed at any moment leaves at most one torn line: lines are written i
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_mdc.errors import SearchError
-from lightning_mdc.files import replacing
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two searches on one file are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
-log = logging.getLogger(__name__)
+from lightning_mdc.files import locked, replacing
 
 # Device and inode of the files that journals of this process have open.
 _OPEN: set[tuple[int, int]] = set()
@@ -97,26 +89,13 @@ class Journal:
         self._file = self.path.open("a+b", buffering=0)
         stat = os.fstat(self._file.fileno())
         self._identity = (stat.st_dev, stat.st_ino)
-        # The locks below do not hold within a process.
-        if self._identity in _OPEN or not self._is_lockable():
+        # Locks do not hold within a process.
+        if self._identity in _OPEN or not locked(self._file):
             self._file.close()
             raise SearchError(
                 f"study file {self.path} is in use by another search; wait for it, stop it, or give another path"
             )
         _OPEN.add(self._identity)
-
-    def _is_lockable(self) -> bool:
-        """Lock the file, unless another process has."""
-        if fcntl is None:
-            return True
-        try:
-            # Not flock: a forked data loader would go on holding that after we are killed.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError as error:  # a file system without locks
-            log.debug("study file %s cannot be locked: %s", self.path, error)
-        return True
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:

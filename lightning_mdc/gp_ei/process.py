@@ -8,9 +8,8 @@ where hardly any point is on the budget, and refit the process for every point o
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from lightning_mdc.errors import SearchError
+from lightning_mdc.errors import SearchError, check_number, check_one_of, check_whole
 from lightning_mdc.gp_ei.projection import Constraint, Projection
 from lightning_mdc.gp_ei.space import Space
 
@@ -72,22 +71,18 @@ class GpEi:
         n_candidates: int = 2000,
         xi: float = 0.0,
     ) -> None:
-        if direction not in DIRECTIONS:
-            raise SearchError(f"direction={direction!r}: expected one of {DIRECTIONS}")
-        counts: dict[str, tuple[Any, int]] = {
-            "seed": (seed, 0),
-            "n_initial_points": (n_initial_points, 1),
-            "n_candidates": (n_candidates, 2),
-        }
-        for name, (count, least) in counts.items():
-            if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not least <= int(count) < 2**32:
-                raise SearchError(f"{name}={count!r}: expected a whole number of at least {least} (and below 2^32)")
-        margin: Any = xi
-        if not isinstance(margin, numbers.Real) or not math.isfinite(margin) or margin < 0:
-            raise SearchError(f"xi={xi!r}: expected a number of at least 0, in units of the value")
+        check_one_of("direction", direction, DIRECTIONS, SearchError)
+        for name, count, least in (
+            ("seed", seed, 0),
+            ("n_initial_points", n_initial_points, 1),
+            ("n_candidates", n_candidates, 2),
+        ):
+            check_whole(name, count, least, SearchError)
+        if seed >= 2**32:  # scikit-learn takes no other
+            raise SearchError(f"seed={seed}: expected a whole number below 2^32")
+        check_number("xi", xi, "a margin in units of the value", SearchError, least=0)
         self.space, self.constraint, self.direction = space, constraint, direction
-        self.seed, self.n_initial_points, self.n_candidates = int(seed), int(n_initial_points), int(n_candidates)
-        self.xi = float(xi)
+        self.seed, self.n_initial_points, self.n_candidates, self.xi = seed, n_initial_points, n_candidates, xi
         self._project = None if constraint is None else Projection(space, constraint, seed)
         known = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
         self._first = known[: self.n_initial_points]
@@ -105,8 +100,7 @@ class GpEi:
     @property
     def best(self) -> Observation | None:
         """The best point told, the first of equals; None as long as no trial has succeeded."""
-        known = [(self._loss(o), i) for i, o in enumerate(self._history) if o.value is not None]
-        return self._history[min(known)[1]] if known else None
+        return min(_worked(self._history), key=self._loss, default=None)
 
     def tell(self, points: np.ndarray, values: Sequence[float | None]) -> None:
         """Report points (n, axes) and their values. None, NaN or infinity: the trial failed.
@@ -125,7 +119,7 @@ class GpEi:
 
     def _known(self) -> list[Observation]:
         """What the process learns from."""
-        return [o for o in (*self.prior, *self._history) if o.value is not None]
+        return _worked((*self.prior, *self._history))
 
     def _loss(self, observation: Observation) -> float:
         assert observation.value is not None
@@ -133,8 +127,9 @@ class GpEi:
 
     # --- where to look next ---------------------------------------------------------------------------------------
 
-    def ask(self, n: int = 1, pending: np.ndarray | None = None) -> np.ndarray:
-        """The next points (n, axes) to try, none of them tried, pending or asked twice.
+    def ask(self, n: int = 1, pending: np.ndarray | None = None) -> tuple[np.ndarray, tuple[float | None, ...]]:
+        """The next points (n, axes) to try, none of them tried, pending or asked twice, and the expected improvement
+        of each, in units of the value; None of one that was drawn.
 
         Fewer than `n`, perhaps none, when no other point can be found: a small space has all been tried.
 
@@ -142,12 +137,6 @@ class GpEi:
             n: how many, to be tried at the same time.
             pending: points (m, axes) that are being tried.
         """
-        return self.ask_with_improvement(n, pending)[0]
-
-    def ask_with_improvement(
-        self, n: int = 1, pending: np.ndarray | None = None
-    ) -> tuple[np.ndarray, tuple[float | None, ...]]:
-        """`ask`, and the expected improvement of each point, in units of the value; None of one that was drawn."""
         waiting = [] if pending is None else [*self.space.snap(np.atleast_2d(pending))]
         asked: list[np.ndarray] = []
         improvements: list[float | None] = []
@@ -166,8 +155,10 @@ class GpEi:
         if len(self._known()) >= 2 and len(self._history) + len(waiting) >= self.n_initial_points - len(self.prior):
             process, losses = self._believing(waiting)
         pool = rng.random((self.n_candidates, len(self.space))) if process is None else self._candidates(rng)
-        pool = self._best_first(process, self._unseen(self._on_budget(pool), seen), losses)[:_FINALISTS]
-        for finalists in (self._filled(pool, rng), pool):  # filled up, unless those have all been tried
+        pool = self.space.snap(self.space.from_unit(pool)) if self._project is None else self._project(pool)
+        pool = self._best_first(process, self._unseen(pool, seen), losses)[:_FINALISTS]
+        filled = self._project.fill(pool, rng) if self._project is not None and len(pool) else pool
+        for finalists in (filled, pool):  # filled up, unless those have all been tried
             if len(finalists := self._best_first(process, self._unseen(finalists, seen), losses)):
                 best = finalists[:1]
                 return best[0], None if process is None else float(self._improvement(process, best, losses)[0])
@@ -179,32 +170,19 @@ class GpEi:
             return points
         return points[np.argsort(-self._improvement(process, points, losses), kind="stable")]
 
-    def _holds(self, points: np.ndarray) -> np.ndarray:
-        return (
-            np.ones(len(points), bool)
-            if self.constraint is None
-            else self.constraint.holds(np.asarray(self.constraint.cost(points)))
-        )
-
     def _unseen(self, points: np.ndarray, seen: set[bytes]) -> np.ndarray:
         """Points on the budget that are new, each once, in order."""
-        points = points[self._holds(points)] if len(points) else points
+        if self.constraint is not None and len(points):
+            points = points[self.constraint.holds(np.asarray(self.constraint.cost(points)))]
         new = {key: i for i, key in reversed([*enumerate(self.space.keys(points))]) if key not in seen}
         return points[sorted(new.values())]
-
-    def _on_budget(self, unit: np.ndarray) -> np.ndarray:
-        return self.space.snap(self.space.from_unit(unit)) if self._project is None else self._project(unit)
-
-    def _filled(self, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return points if self._project is None or not len(points) else self._project.fill(points, rng)
 
     def _candidates(self, rng: np.random.Generator) -> np.ndarray:
         """Half anywhere, half near the best points so far: big and small moves, of few or many coordinates."""
         half, axes = self.n_candidates // 2, len(self.space)
         anywhere = rng.random((self.n_candidates - half, axes))
-        ranked = sorted((o for o in self._history if o.value is not None), key=self._loss)[:_PARENTS]
-        if not ranked:  # all there is to go by are a prior's points, of another budget
-            ranked = sorted((o for o in self.prior if o.value is not None), key=self._loss)[:_PARENTS]
+        # A prior's points, of another budget, only where there is nothing else to go by.
+        ranked = sorted(_worked(self._history) or _worked(self.prior), key=self._loss)[:_PARENTS]
         parents = self.space.to_unit(np.array([o.point for o in ranked]))
         near = parents[rng.integers(len(parents), size=half)]
         scale = np.exp(rng.uniform(np.log(_SMALLEST_MOVE), np.log(_LARGEST_MOVE), size=(half, 1)))
@@ -236,7 +214,7 @@ class GpEi:
 
         encoded = self.space.encode(points)
         # To be improved on is what this search found, not what another one did on a larger budget.
-        own = losses[sum(o.value is not None for o in self.prior) :]
+        own = losses[len(_worked(self.prior)) :]
         with _quiet():
             best = own.min() if len(own) else process.predict(encoded).min()
             improvement = gaussian_ei(encoded, process, best, self.xi)
@@ -265,27 +243,28 @@ class GpEi:
 
     def _fitted_kernel(self, about: str, points: np.ndarray, targets: np.ndarray) -> tuple[Any, float]:
         """Kernel and noise, fitted to these points: which depend on how many have been told, and on no fit before."""
-        from skopt.learning.gaussian_process.kernels import Sum
-        from skopt.space import Space as SkoptSpace
         from skopt.utils import cook_estimator
 
         count, kernel, noise = self._kernels.get(about, (0, None, 0.0))
         if count != len(points):
             encoded = self.space.encode(points)
-            box = SkoptSpace([(0.0, 1.0)] * encoded.shape[1])
+            box = [(0.0, 1.0)] * encoded.shape[1]
             process = cook_estimator("GP", space=box, random_state=self.seed, noise="gaussian")
             process.set_params(n_restarts_optimizer=0)  # two more starts cost three times as much and find no more
             with _quiet():
                 process.fit(encoded, targets[: len(points)])
-            kernel, noise = process.kernel_, float(process.noise_ or 0.0)
-            # The noise goes into alpha, where it does not blur predictions.
-            kernel = kernel.k1 if isinstance(kernel, Sum) else kernel
+            # Without its last summand, the noise, which goes into alpha, where it does not blur predictions.
+            kernel, noise = process.kernel_.k1, float(process.noise_)
             self._kernels[about] = (len(points), kernel, noise)
         return kernel, noise
 
     def model(self) -> Any:
         """The Gaussian process of all that is known, on encoded points; None before there are two observations."""
         return self._believing([])[0] if len(self._known()) >= 2 else None
+
+
+def _worked(observations: Iterable[Observation]) -> list[Observation]:
+    return [observation for observation in observations if observation.value is not None]
 
 
 @contextmanager

@@ -55,15 +55,13 @@ class Projection:
 
         A point whose choices alone cost too much stays too expensive: ask `Constraint.holds`.
         """
-        cheap, dear = np.full(len(unit), -1.0), np.full(len(unit), 1.0)
-        # A point under the budget whichever way it is shifted stays at its dearest.
-        fits = self._cost(self._shifted(unit, dear[:, None] * self.slope)) <= self.constraint.target
-        cheap = np.where(fits, dear, cheap)
-        for _ in range(_HALVINGS):
-            middle = (cheap + dear) / 2
-            fits = self._cost(self._shifted(unit, middle[:, None] * self.slope)) <= self.constraint.target
-            cheap, dear = np.where(fits, middle, cheap), np.where(fits, dear, middle)
-        return self._shifted(unit, cheap[:, None] * self.slope)
+
+        def shifted(by: np.ndarray) -> np.ndarray:
+            return self._shifted(unit, by[:, None] * self.slope)
+
+        dearest = np.ones(len(unit))
+        always = self._cost(shifted(dearest)) <= self.constraint.target  # whichever way it is shifted
+        return shifted(np.where(always, dearest, self._most(shifted, -dearest, dearest)))
 
     def fill(self, points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Points (n, axes) with units added while another one fits.
@@ -100,18 +98,22 @@ class Projection:
 
     def _shift_free(self, points: np.ndarray, free: np.ndarray) -> np.ndarray:
         unit, slope = self.space.to_unit(points), free * self.slope
-        low, high = np.zeros(len(points)), np.ones(len(points))
-        best = points
+
+        def shifted(by: np.ndarray) -> np.ndarray:
+            # Never below where it stood: a way through [0, 1] and back may round down.
+            there = self._shifted(unit, by[:, None] * slope)
+            there = np.where(self.slope >= 0, np.maximum(there, points), np.minimum(there, points))
+            return np.where(free & (by > 0)[:, None], there, points)
+
+        return shifted(self._most(shifted, np.zeros(len(points)), np.ones(len(points))))
+
+    def _most(self, shifted: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """By how much, (n,) between low and high, each point can be shifted and still cost what it may; else low."""
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            # Never below where it stood: a way through [0, 1] and back may round down.
-            there = self._shifted(unit, middle[:, None] * slope)
-            there = np.where(self.slope >= 0, np.maximum(there, points), np.minimum(there, points))
-            there = np.where(free, there, points)
-            fits = self._cost(there) <= self.constraint.target
-            best = np.where(fits[:, None], there, best)
+            fits = self._cost(shifted(middle)) <= self.constraint.target
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-        return best
+        return low
 
     def _shifted(self, unit: np.ndarray, shift: np.ndarray) -> np.ndarray:
         return self.space.snap(self.space.from_unit(np.clip(unit + shift, 0.0, 1.0)))

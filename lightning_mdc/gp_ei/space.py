@@ -64,8 +64,8 @@ class Axis:
             return self.choices[int(number)]
         return int(number) if self.integer else float(number)
 
-    def number(self, value: Any) -> float:
-        """The coordinate of a value.
+    def number(self, value: Any, anywhere: bool = False) -> float:
+        """The coordinate of a value; with `anywhere` also of a number beyond the range.
 
         Raises:
             SearchError: it is not on this axis.
@@ -75,6 +75,10 @@ class Axis:
                 if choice == value and type(choice) is type(value):
                     return float(position)
             raise SearchError(f"{self.name}={value!r} is none of {self.choices!r}")
+        if anywhere:
+            if self.log and float(value) <= 0:
+                raise SearchError(f"{self.name}={value}: a log scale needs numbers above 0")
+            return float(value)
         slack = 1e-9 * max(1.0, abs(self.low), abs(self.high))
         if isinstance(value, (bool, str)) or value is None or not self.low - slack <= float(value) <= self.high + slack:
             raise SearchError(f"{self.name}={value!r} is no number in [{self.low}, {self.high}]")
@@ -125,35 +129,16 @@ class Space:
         """A point (axes,) as values by name."""
         return {axis.name: axis.value(x) for axis, x in zip(self.axes, point.tolist(), strict=True)}
 
-    def point(self, params: Mapping[str, Any]) -> np.ndarray:
-        """Values by name as a point (axes,).
+    def point(self, params: Mapping[str, Any], anywhere: bool = False) -> np.ndarray:
+        """Values by name as a point (axes,); with `anywhere` numbers may be those of a search with other bounds.
 
         Raises:
-            SearchError: a parameter is missing, unknown, or out of range.
+            SearchError: a parameter is missing, unknown, or not on its axis.
         """
-        self._check_names(params)
-        return np.array([axis.number(params[axis.name]) for axis in self.axes])
-
-    def point_anywhere(self, params: Mapping[str, Any]) -> np.ndarray:
-        """As `point`, but numbers may be out of range: those of another search, with other bounds.
-
-        Raises:
-            SearchError: a choice this search does not have, or a number that its scale does not have.
-        """
-        self._check_names(params)
-        numbers = [
-            axis.number(params[axis.name]) if axis.choices is not None else float(params[axis.name])
-            for axis in self.axes
-        ]
-        for axis, number in zip(self.axes, numbers, strict=True):
-            if axis.log and number <= 0:
-                raise SearchError(f"{axis.name}={number}: a log scale needs numbers above 0")
-        return np.array(numbers)
-
-    def _check_names(self, params: Mapping[str, Any]) -> None:
         names = {axis.name for axis in self.axes}
         if set(params) != names:
             raise SearchError(f"parameters {sorted(params)} are not those of the search, {sorted(names)}")
+        return np.array([axis.number(params[axis.name], anywhere) for axis in self.axes])
 
     # --- many points ----------------------------------------------------------------------------------------------
 

@@ -86,9 +86,19 @@ class StudyFile:
         done = [trial for trial in self.trials if trial.value is not None]
         return min(done, key=lambda trial: sign * (trial.value or 0.0), default=None)
 
+    @property
+    def running(self) -> tuple[Trial, ...]:
+        """Trials that are not over: being run, or left behind by a process that was killed."""
+        return tuple(trial for trial in self.trials if trial.status == "running")
 
-class Study:
-    """The trials of one search, in memory and, with a `path`, on disk.
+    @property
+    def finished(self) -> tuple[Trial, ...]:
+        """Trials that are over, whether they succeeded or not."""
+        return tuple(trial for trial in self.trials if trial.status != "running")
+
+
+class Study(StudyFile):
+    """The trials of one search, in memory and, with a `path`, on disk: a study file that is being written.
 
     Args:
         search: what asks for points; fresh. What the file holds is told to it.
@@ -101,6 +111,7 @@ class Study:
     """
 
     def __init__(self, search: GpEi, path: str | Path | None = None, about: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
         self.search = search
         header = {
             "format": _FORMAT,
@@ -110,8 +121,7 @@ class Study:
             "n_initial_points": search.n_initial_points,
             "about": dict(about or {}),
         }
-        # As a reader of the file will see it: tuples are lists there.
-        self._known = StudyFile(json.loads(json.dumps(header, sort_keys=True)))
+        self.header = json.loads(json.dumps(header, sort_keys=True))  # as a reader sees it: tuples are lists there
         self._journal = None if path is None else Journal(Path(path))
         if self._journal is not None:
             try:
@@ -119,33 +129,6 @@ class Study:
             except BaseException:
                 self.close()
                 raise
-
-    # --- trials ---------------------------------------------------------------------------------------------------
-
-    @property
-    def trials(self) -> tuple[Trial, ...]:
-        """All trials by number."""
-        return self._known.trials
-
-    @property
-    def running(self) -> tuple[Trial, ...]:
-        """Trials that are not over: being run, or left behind by a process that was killed."""
-        return tuple(trial for trial in self.trials if trial.status == "running")
-
-    @property
-    def finished(self) -> tuple[Trial, ...]:
-        """Trials that are over, whether they succeeded or not."""
-        return tuple(trial for trial in self.trials if trial.status != "running")
-
-    @property
-    def best(self) -> Trial | None:
-        """The best trial that is done, the first of equals; None if there is none."""
-        return self._known.best
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """See `add_metadata`."""
-        return self._known.metadata
 
     def next(self, n: int = 1) -> tuple[Trial, ...]:
         """The trials to run now: those a killed process left running, then new ones, `n` in all.
@@ -157,8 +140,8 @@ class Study:
             return running
         space, constraint = self.search.space, self.search.constraint
         pending = np.array([space.point(trial.params) for trial in running]) if running else None
-        first = max(self._known.by_number, default=-1) + 1
-        points, improvements = self.search.ask_with_improvement(n - len(running), pending)
+        first = max(self.by_number, default=-1) + 1
+        points, improvements = self.search.ask(n - len(running), pending)
         new = []
         for number, (point, improvement) in enumerate(zip(points, improvements, strict=True), start=first):
             cost = None if constraint is None else float(np.asarray(constraint.cost(point[None]))[0])
@@ -166,7 +149,7 @@ class Study:
         self._write(
             *({"asked": t.number, "params": t.params, "cost": t.cost, "improvement": t.improvement} for t in new)
         )
-        self._known.by_number |= {trial.number: trial for trial in new}
+        self.by_number |= {trial.number: trial for trial in new}
         return (*running, *new)
 
     def finish(
@@ -183,7 +166,7 @@ class Study:
         Raises:
             SearchError: no such trial is running, or the file cannot be written (the trial is still running then).
         """
-        trial = self._known.by_number.get(number)
+        trial = self.by_number.get(number)
         if trial is None or trial.status != "running":
             raise SearchError(f"trial {number} is not running: it was never asked for, or is over")
         if value is not None and not math.isfinite(value):
@@ -193,14 +176,14 @@ class Study:
         line = {"told": number, "status": status, "value": value, "seconds": seconds}
         self._write(line | ({"note": note} if note else {}) | ({"facts": finite} if finite else {}))
         trial = replace(trial, value=value, status=status, seconds=seconds, note=note, facts=finite)
-        self._known.by_number[number] = trial
+        self.by_number[number] = trial
         self.search.tell(self.search.space.point(trial.params)[None], [value])
         return trial
 
     def add_metadata(self, **facts: Any) -> None:
         """Keep something JSON-ready that is worth knowing when the search goes on; of one name the latest holds."""
         self._write({"metadata": facts})
-        self._known.metadata |= facts
+        self.metadata |= facts
 
     def close(self) -> None:
         """Let go of the file."""
@@ -223,17 +206,21 @@ class Study:
             begin: list[Mapping[str, Any]] = [
                 {"prior": search.space.params(o.point), "value": o.value} for o in search.prior if o.value is not None
             ]
-            begin.append(self._known.header)
+            begin.append(self.header)
             if not b"".join(map(line_of, begin)).startswith(data):
                 raise SearchError(f"{journal.path} is no study file: it has no header; give another path")
             journal.clear()
             self._write(*begin)
+            if prior := len(begin) - 1:
+                log.info("warm start: %d trials of an earlier search inform this one", prior)
             return
-        _check_same_search(journal.path, found.header or self._known.header, self._known.header)
+        _check_same_search(journal.path, found.header or self.header, self.header)
         if found.unreadable or found.is_torn:
-            _mend(journal, found, self._known.header)
-        self._known = replace(found, header=self._known.header)
-        search.prior = tuple(Observation(search.space.point_anywhere(params), value) for params, value in found.prior)
+            _mend(journal, found, self.header)
+        self.metadata, self.by_number = found.metadata, found.by_number
+        search.prior = tuple(
+            Observation(search.space.point(params, anywhere=True), value) for params, value in found.prior
+        )
         for trial in found.by_number.values():
             if trial.status != "running":
                 search.tell(search.space.point(trial.params)[None], [trial.value])
@@ -316,7 +303,7 @@ def _add(record: dict[str, Any], study: StudyFile, space: Space | None) -> None:
         study.header = record
     elif "prior" in record:
         if space is not None:
-            space.point_anywhere(record["prior"])
+            space.point(record["prior"], anywhere=True)
         study.prior.append((record["prior"], float(record["value"])))
     elif "metadata" in record:
         study.metadata |= record["metadata"]
@@ -347,16 +334,20 @@ def _float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
+def _read(path: str | Path, space: Space | None = None, called: str | None = None) -> StudyFile:
+    try:
+        return _parse(Path(path).read_bytes(), space)
+    except OSError as error:
+        raise SearchError(f"{called or f'study file {path}'} cannot be read: {error}; give another path") from error
+
+
 def read_study(path: str | Path) -> StudyFile:
     """The trials in a study file, also of a search that is under way.
 
     Raises:
         SearchError: it cannot be read, or has no header (yet).
     """
-    try:
-        study = _parse(Path(path).read_bytes())
-    except OSError as error:
-        raise SearchError(f"study file {path} cannot be read: {error}") from error
+    study = _read(path)
     if not study.header:
         raise SearchError(f"{path} is no study file: it has no header")
     return study
@@ -368,44 +359,40 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         SearchError: it is there and cannot be read.
     """
-    try:
-        return _parse(Path(path).read_bytes()).metadata
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise SearchError(f"study file {path} cannot be read: {error}; give another path") from error
+    return _read(path).metadata if Path(path).exists() else {}
 
 
-def has_header(path: str | Path) -> bool:
-    """Whether the file at `path` is one that a search goes on with; one killed while it began it begins again."""
-    try:
-        return bool(_parse(Path(path).read_bytes()).header)
-    except OSError:
-        return False
-
-
-def observations(path: str | Path, space: Space, direction: str) -> tuple[Observation, ...]:
+def observations(
+    path: str | Path | None, space: Space, direction: str, begun: str | Path | None = None
+) -> tuple[Observation, ...]:
     """What an earlier search found, for another one over the same parameters (of another budget, say).
+
+    Args:
+        path: the earlier one's study file; None: there was none.
+        space, direction: of the other one.
+        begun: the other one's own study file; if it is begun, it holds what it began with, and `path` is not read.
 
     Raises:
         SearchError: the file cannot be read, or its parameters or its direction are others.
     """
-    try:
-        study = _parse(Path(path).read_bytes(), space)
-    except OSError as error:
-        raise SearchError(f"warm_start={str(path)!r} cannot be read: {error}") from error
+    if path is None:
+        return ()
+    if begun is not None and Path(begun).exists() and _read(begun).header:
+        log.info("warm_start is not read again: %s goes on with what it began with", begun)
+        return ()
+    called = f"warm_start={str(path)!r}"
+    study = _read(path, space, called)
     if not study.header:
-        raise SearchError(f"warm_start={str(path)!r} is no study file; give one that an earlier search has written")
+        raise SearchError(f"{called} is no study file; give one that an earlier search has written")
     if study.header["direction"] != direction:
         raise SearchError(
-            f"warm_start={str(path)!r} was to {study.header['direction']}, this search is to {direction}: its values "
-            "mean the opposite"
+            f"{called} was to {study.header['direction']}, this search is to {direction}: its values mean the opposite"
         )
     known, axes = [axis["name"] for axis in study.header["space"]], [axis.name for axis in space.axes]
     if known != axes:
         raise SearchError(
-            f"warm_start={str(path)!r} searched {len(known)} parameters ({', '.join(known[:3])}, ...), this one "
-            f"{len(axes)} ({', '.join(axes[:3])}, ...); use the same dimensions and groups"
+            f"{called} searched {len(known)} parameters ({', '.join(known[:3])}, ...), this one {len(axes)} "
+            f"({', '.join(axes[:3])}, ...); use the same dimensions and groups"
         )
     done = [trial for trial in study.by_number.values() if trial.value is not None]
-    return tuple(Observation(space.point_anywhere(trial.params), trial.value) for trial in done)
+    return tuple(Observation(space.point(trial.params, anywhere=True), trial.value) for trial in done)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget, LatencyTable
 from lightning_mdc.distributed import failures_of, is_first, on_every_rank, on_first_rank
-from lightning_mdc.errors import SearchError, check_whole
-from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.errors import SearchError, as_number, check_whole
+from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Projection
-from lightning_mdc.gp_ei.study import Study, has_header, observations
+from lightning_mdc.gp_ei.study import Study, observations
 from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy
@@ -39,32 +38,26 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Trial:
+@dataclass(frozen=True, kw_only=True)
+class Trial(StudyTrial):
     """One policy that was tried: a trial of the study file, as a policy.
 
+    Trial 0 is the uniform policy, or where bounds or ties exclude it one near it. The value is what `evaluate` gave,
+    the cost a fraction of the budget.
+
     Attributes:
-        number: from 0; trial 0 is the uniform policy, or where bounds or ties exclude it one near it.
         policy: its realised keep ratios.
         macs: multiply-accumulates of its slim model for one image.
-        value: what `evaluate` gave; None if it failed.
-        status: ``"done"``, or ``"failed"`` (raised, or no finite number).
-        seconds: making the slim model and evaluating it.
-        cost: as a fraction of the budget, at most 1.
-        note: why it failed.
-        accuracy: its top-1 on the images it was judged on, as a fraction, whatever the metric; None if it failed, or
-            was judged by anything but a `HeldOut` with labels.
     """
 
-    number: int
     policy: Policy
     macs: int
-    value: float | None
-    status: str
-    seconds: float
-    cost: float = 1.0
-    note: str = ""
-    accuracy: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Its top-1 on the images it was judged on, as a fraction, whatever the metric; None if it failed, or was
+        judged by anything but a `HeldOut` with labels."""
+        return self.facts.get("accuracy")
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,7 @@ def search(
         seed=seed,
         n_initial_points=n_initial_points,
         first=starting_points(space),
-        prior=on_first_rank(partial(_prior, warm_start, space, state)),
+        prior=on_first_rank(partial(observations, warm_start, space, "maximize", state)),
         xi=xi,
     )
     about = {
@@ -193,8 +186,8 @@ def search(
     study = _SharedStudy(process, state, about)
     try:
         if isinstance(evaluate, HeldOut) and _judges(evaluate):
-            study.note_dense(evaluate, space.sites.model)
-        trials = _run(space, study, partial(_judged, space, slim_of, evaluate, seed), n_trials, progress, on_trial)
+            _note_dense(study, evaluate, space.sites.model)
+        trials = _run(study, partial(_judged, space, slim_of, evaluate, seed), n_trials, progress, on_trial)
     finally:
         study.close()
     if not is_first():
@@ -211,15 +204,6 @@ def _check_compensation(space: PolicySpace, compensate: str, statistics: Activat
     for dimension in ("heads", "neurons"):
         for block in space.sites.blocks if dimension in space.dimensions else ():
             check_compensable(getattr(block, dimension), compensate)
-
-
-def _prior(warm_start: str | Path | None, space: PolicySpace, state: str | Path | None) -> tuple[Observation, ...]:
-    if warm_start is None:
-        return ()
-    if state is not None and has_header(state):  # it holds what it was begun with
-        log.info("  warm_start is not read again: %s goes on with what it began with", state)
-        return ()
-    return observations(warm_start, space, "maximize")
 
 
 def _about(
@@ -275,47 +259,19 @@ class _Standing:
 
 
 class _SharedStudy:
-    """A study that the first rank asks, tells and writes. All ranks call every method together and get its answer."""
+    """A study that the first rank has. All ranks ask together and get its answer."""
 
     def __init__(self, process: GpEi, path: str | Path | None, about: Mapping[str, Any]) -> None:
         self._study = on_every_rank(lambda: Study(process, path, about) if is_first() else None)
 
-    def _ask(self, question: Callable[[Study], T]) -> T:
+    def ask(self, question: Callable[[Study], T]) -> T:
+        """What the first rank answers about its study, or does to it."""
+
         def asked() -> T:
             assert self._study is not None  # this is the first rank
             return question(self._study)
 
         return on_first_rank(asked)
-
-    def standing(self, n_trials: int) -> _Standing:
-        """With the next trial, as long as there are fewer than `n_trials` and other policies to try."""
-
-        def of(study: Study) -> _Standing:
-            finished, best = len(study.finished), study.best
-            trials = study.next() if finished < n_trials else ()
-            return _Standing(finished, best.value if best else None, trials[0] if trials else None)
-
-        return self._ask(of)
-
-    def finish(self, number: int, judgement: Judgement | None, seconds: float, note: str, **facts: float) -> StudyTrial:
-        """See `Study.finish`; without a judgement the trial failed."""
-        value = None if judgement is None else judgement.value
-        known = None if judgement is None else {**judgement.facts, **facts}
-        return self._ask(lambda study: study.finish(number, value, seconds=round(seconds, 4), note=note, facts=known))
-
-    def note_dense(self, evaluate: HeldOut, dense: nn.Module) -> None:
-        """Write what values mean, and what the dense model is worth, for whoever reads the file."""
-        metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
-        if self._ask(lambda study: study.metadata.get("metric")) == metric:
-            return
-        judgement = evaluate.judge(dense)
-        facts = {"value": judgement.value, **judgement.facts}
-        finite = {name: value for name, value in facts.items() if math.isfinite(value)}
-        self._ask(lambda study: study.add_metadata(metric=metric, dense=finite))
-
-    def trials(self) -> tuple[StudyTrial, ...]:
-        """Those that are over."""
-        return self._ask(lambda study: study.finished)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -323,24 +279,42 @@ class _SharedStudy:
             self._study.close()
 
 
+def _standing(study: Study, n_trials: int) -> _Standing:
+    """With the next trial, as long as there are fewer than `n_trials` and other policies to try."""
+    finished, best = len(study.finished), study.best
+    trials = study.next() if finished < n_trials else ()
+    return _Standing(finished, best.value if best else None, trials[0] if trials else None)
+
+
+def _note_dense(study: _SharedStudy, evaluate: HeldOut, dense: nn.Module) -> None:
+    """Write what values mean, and what the dense model is worth, for whoever reads the file."""
+    metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
+    if study.ask(lambda study: study.metadata.get("metric")) == metric:
+        return
+    judgement = evaluate.judge(dense)
+    facts = {"value": judgement.value, **judgement.facts}
+    finite = {name: value for name, value in facts.items() if math.isfinite(value)}
+    study.ask(lambda study: study.add_metadata(metric=metric, dense=finite))
+
+
 def _run(
-    space: PolicySpace,
     study: _SharedStudy,
-    judged: Callable[[StudyTrial, float | None], tuple[Judgement | None, str]],
+    judged: Callable[[StudyTrial, float | None], dict[str, Any]],
     n_trials: int,
     progress: bool,
     on_trial: Callable[[StudyTrial, float | None], None] | None,
 ) -> tuple[StudyTrial, ...]:
     """Trials until there are `n_trials`, or no more policies; returns all."""
-    now = study.standing(n_trials)
+    standing = partial(_standing, n_trials=n_trials)
+    now = study.ask(standing)
     before, begun = now.finished, time.perf_counter()
     with bar("Searching", n_trials, completed=before, shown=progress) as advance, isolated_rng():
         while (trial := now.next) is not None:
             started = time.perf_counter()
-            judgement, note = judged(trial, now.best)
+            outcome = judged(trial, now.best)
             seconds = time.perf_counter() - started
-            trial = study.finish(trial.number, judgement, seconds, note, **_priced(space, trial))
-            now = study.standing(n_trials)
+            trial = study.ask(partial(Study.finish, number=trial.number, seconds=round(seconds, 4), **outcome))
+            now = study.ask(standing)
             if on_trial is not None:
                 on_first_rank(partial(on_trial, trial, now.best))
             log.debug("  trial %d: value %s in %.2f s", trial.number, _shown(trial.value), seconds)
@@ -350,7 +324,7 @@ def _run(
                 _report(trial, now, n_trials, (n_trials - now.finished) * seconds_each)
     if now.finished < n_trials and is_first():
         log.info("  all %d policies there are have been tried", now.finished)
-    return study.trials()
+    return study.ask(lambda study: study.finished)
 
 
 def _report(trial: StudyTrial, now: _Standing, n_trials: int, seconds_left: float) -> None:
@@ -365,15 +339,6 @@ def _report(trial: StudyTrial, now: _Standing, n_trials: int, seconds_left: floa
     )
 
 
-def _priced(space: PolicySpace, trial: StudyTrial) -> dict[str, float]:
-    """What its slim model costs, in MACs and, with a budget of latency, seconds."""
-    point = space.point(trial.params)[None]
-    costs = {"macs": float(space.macs(point)[0])}
-    if (latency := space.latency(point)) is not None:
-        costs["latency"] = float(latency[0])
-    return costs
-
-
 def _judged(
     space: PolicySpace,
     slim_of: Callable[[Policy], nn.Module],
@@ -381,14 +346,15 @@ def _judged(
     seed: int,
     trial: StudyTrial,
     best: float | None,
-) -> tuple[Judgement | None, str]:
-    """(what the trial is worth, why it failed)."""
+) -> dict[str, Any]:
+    """How the trial ended, as arguments of `Study.finish`."""
     seed_all(seed + trial.number)
-    policy = space.policy(space.point(trial.params))
+    point = space.point(trial.params)
+    policy = space.policy(point)
     try:
         # A rank without a model must not leave the others waiting in an `evaluate` in which ranks talk.
         small = on_every_rank(partial(slim_of, policy))
-        return on_every_rank(partial(_asked, evaluate, small, trial.number)), ""
+        judgement = on_every_rank(partial(_asked, evaluate, small, trial.number))
     except Exception as error:
         failures = failures_of(error)
         if not failures or any(failure.is_a(SearchError) for failure in failures):
@@ -396,7 +362,10 @@ def _judged(
         if best is None:  # nothing has worked yet: a mistake in `evaluate`, for its author to see whole
             raise
         log.warning("  trial %d failed: %s", trial.number, failures[0])
-        return None, str(failures[0])
+        return {"value": None, "note": str(failures[0])}
+    costs = {"macs": space.macs(point[None]), "latency": space.latency(point[None])}
+    priced = {name: float(cost[0]) for name, cost in costs.items() if cost is not None}
+    return {"value": judgement.value, "facts": {**judgement.facts, **priced}}
 
 
 def _judges(evaluate: HeldOut) -> bool:
@@ -409,23 +378,12 @@ def _asked(evaluate: Callable[[nn.Module], float], small: nn.Module, number: int
         if isinstance(evaluate, HeldOut) and _judges(evaluate):
             return evaluate.judge(small)
         answer = evaluate(small)
-    value = _number(answer)
+    value = as_number(answer)
     if value is None:
         raise SearchError(
             f"evaluate returned {answer!r:.80} for trial {number}; it has to return a number, higher is better"
         )
     return Judgement(value)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool | str | np.bool_) or getattr(value, "dtype", None) is torch.bool:
-        return None
-    if not (isinstance(value, numbers.Real) or hasattr(value, "__float__")):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of several numbers
-        return None
 
 
 def _shown(value: float | None) -> str:
@@ -436,7 +394,10 @@ def _shown(value: float | None) -> str:
 
 
 def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> SearchResult:
-    history = [_as_policy(space, trial) for trial in trials]
+    history = []
+    for trial in trials:
+        point = space.point(trial.params)
+        history.append(Trial(**vars(trial), policy=space.policy(point), macs=int(space.macs(point[None])[0])))
     done = [trial for trial in history if trial.value is not None]
     if not done:
         notes = {trial.note for trial in history}
@@ -446,18 +407,3 @@ def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> 
     best = max(done, key=lambda trial: (trial.value, -trial.number))
     assert best.value is not None
     return SearchResult(best.policy, best.value, history, space, process)
-
-
-def _as_policy(space: PolicySpace, trial: StudyTrial) -> Trial:
-    point = space.point(trial.params)
-    return Trial(
-        trial.number,
-        space.policy(point),
-        int(space.macs(point[None])[0]),
-        trial.value,
-        trial.status,
-        trial.seconds or 0.0,
-        trial.cost or 0.0,
-        trial.note,
-        trial.facts.get("accuracy"),
-    )

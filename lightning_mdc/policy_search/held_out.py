@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,10 +109,6 @@ class HeldOut:
             value = float(self.metric.compute())  # of all ranks
             value = -value if self.metric.higher_is_better is False else value
         return Judgement(value, {name: fact / count for name, fact in zip(self._facts, facts, strict=True)})
-
-    def accuracy(self, value: float) -> float:
-        """The top-1 in a value of metric ``"accuracy"``, without what breaks ties."""
-        return math.floor(value * self.num_images + 1e-9) / self.num_images
 
     def _sums_of_this_rank(self, model: nn.Module) -> Tensor:
         """Images, the sum of their values, of each fact; (2 + facts,), float64, on the CPU. A torchmetrics metric has

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget import Budget, CostModel, TokenDrop, as_budget
+from lightning_mdc.budget import Budget, CostModel, as_budget
+from lightning_mdc.budget.cost_model import Kept, TokenDrop
 from lightning_mdc.budget.pricing import Pricing
-from lightning_mdc.budget.uniform import neuron_step, realised_ratios, uniform_policy
-from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.budget.uniform import neuron_step, realised, uniform_policy
+from lightning_mdc.errors import BudgetError, SearchError, check_one_of
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.models import Sites, find_sites
@@ -73,7 +74,7 @@ class PolicySpace(Space):
         dimensions = tuple(dimensions)
         self.costs = CostModel(self.sites)
         self.pricing = Pricing(self.costs, as_budget(budget))
-        self.budget, self.limits = self.pricing.budget, self.pricing.limits
+        self.budget = self.pricing.budget
         self.dense_macs = self.costs.of_model()
         units: dict[str, Any] = {"min_heads": min_heads, "min_neurons": min_neurons, "round_to": round_to}
         # Also checks dimensions, stages and the fewest units, and that the budget can be reached at all.
@@ -84,8 +85,7 @@ class PolicySpace(Space):
         self.stages = stages
         self.stage_blocks = default_stages(self.sites.depth) if stages is None else tuple(stages)
         self.fuse, self._step = fuse_tokens, neuron_step(self.costs, round_to)
-        if token_ratio not in ("shared", "stages"):
-            raise SearchError(f"token_ratio={token_ratio!r}: expected 'shared' or 'stages'")
+        check_one_of("token_ratio", token_ratio, ("shared", "stages"), SearchError)
         least = {"heads": min_heads, "neurons": -(-min_neurons // self._step) * self._step, "tokens": 0}
         bounds, tied = _checked_bounds(bounds, self.dimensions), _checked_groups(groups, self.dimensions)
         tied["tokens"] = 1 if token_ratio == "shared" else None
@@ -136,28 +136,18 @@ class PolicySpace(Space):
 
     def policy(self, point: np.ndarray) -> Policy:
         """The policy of a point (axes,), with realised ratios."""
-        heads, neurons, tokens = self._kept(np.atleast_2d(point))
-        reasons = self.sites.reasons
-        return Policy(
-            heads=1.0 if "heads" in reasons else realised_ratios(heads[0], self.costs.heads),
-            neurons=1.0 if "neurons" in reasons else realised_ratios(neurons[0], self.costs.neurons),
-            tokens=1.0 if "tokens" in reasons else tokens[0].tolist() or 1.0,
-            stages=self.stages,
-        )
+        points = np.atleast_2d(point)
+        tokens, _ = self._tokens(self._stage_ratios(points))
+        heads, neurons = self._counts(points, "heads")[0], self._counts(points, "neurons")[0]
+        return realised(self.costs, heads, neurons, tokens[0].tolist(), self.stages)
 
     def nearest(self, policy: Policy) -> np.ndarray:
         """The point (axes,) of `policy`, or one just below it: tied blocks and stages cannot keep what differs."""
         counts = self.sites.counts(policy)
-        by_dimension = {
-            "heads": realised_ratios(counts.heads, self.costs.heads) if counts.heads.size else [1.0] * self.sites.depth,
-            "neurons": realised_ratios(counts.neurons, self.costs.neurons)
-            if counts.neurons.size
-            else [1.0] * self.sites.depth,
-        }
         point = self.high.copy()
-        for dimension, ratios in by_dimension.items():
+        for dimension in ("heads", "neurons"):
             for axis, members in self._members[dimension]:
-                point[axis] = min(ratios[member] for member in members)
+                point[axis] = (getattr(counts, dimension)[members] / getattr(self.costs, dimension)[members]).min()
         if self._members["tokens"]:
             kept, _ = self._tokens(counts.tokens[None])
             self._set_tokens(point[None], kept)
@@ -195,13 +185,13 @@ class PolicySpace(Space):
             ]
         return np.where(ratios >= 1, sizes, np.floor(sizes * ratios / step + 1e-6) * step)
 
-    def _kept(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(n, axes) -> heads (n, blocks), neurons (n, blocks), realised token ratios (n, stages)."""
-        return (
-            self._counts(points, "heads"),
-            self._counts(points, "neurons"),
-            self._tokens(self._stage_ratios(points))[0],
-        )
+    def _kept(self, points: np.ndarray) -> Kept:
+        """What is kept at points (n, axes)."""
+        drops = []
+        if self._members["tokens"]:
+            ratios, _ = self._tokens(self._stage_ratios(points))
+            drops = [TokenDrop(block, ratios[:, stage]) for stage, block in enumerate(self.stage_blocks)]
+        return Kept(self._counts(points, "heads"), self._counts(points, "neurons"), drops, self.fuse)
 
     def _stage_ratios(self, points: np.ndarray) -> np.ndarray:
         """(n, axes) -> keep ratio asked of each token stage, (n, stages)."""
@@ -239,26 +229,16 @@ class PolicySpace(Space):
 
     def utilisation(self, points: np.ndarray) -> np.ndarray:
         """Cost of points (n, axes) divided by the budget, (n,): affordable up to 1, by the tightest limit."""
-        heads, neurons, tokens = self._kept(points)
-        utilisations = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
-        return np.max(list(utilisations.values()), axis=0)
+        return np.max(list(self.pricing.utilisations(self._kept(points)).values()), axis=0)
 
     def macs(self, points: np.ndarray) -> np.ndarray:
         """MACs of one image, (n, axes) -> (n,)."""
-        heads, neurons, tokens = self._kept(points)
-        return np.asarray(self.costs.macs(heads, neurons, self._drops(tokens), fuse=self.fuse))
+        return np.asarray(self.costs.macs(self._kept(points)))
 
     def latency(self, points: np.ndarray) -> np.ndarray | None:
         """Seconds per image, (n, axes) -> (n,), as the budget's table has it; None without a limit of latency."""
-        if "latency" not in self.limits:
-            return None
-        heads, neurons, tokens = self._kept(points)
-        utilisations = self.pricing.utilisations(heads, neurons, self._drops(tokens), fuse=self.fuse)
-        return utilisations["latency"] * self.limits["latency"]
-
-    def _drops(self, tokens: np.ndarray) -> list[TokenDrop]:
-        can_drop = bool(self._members["tokens"])
-        return [TokenDrop(block, tokens[:, stage]) for stage, block in enumerate(self.stage_blocks) if can_drop]
+        seconds = self.pricing.prices.get("latency")
+        return None if seconds is None else np.asarray(seconds(self._kept(points)))
 
     def _check_reachable(self, budget: float | Budget) -> None:
         least = float(self.utilisation(self.snap(self.low[None]))[0])

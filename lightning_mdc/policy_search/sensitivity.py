@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_mdc.budget import CostModel
 from lightning_mdc.distributed import on_every_rank, on_first_rank
-from lightning_mdc.errors import ConfigError
+from lightning_mdc.errors import SearchError
 from lightning_mdc.files import csv_text, write_text
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import Sites, find_sites
@@ -93,7 +93,7 @@ class Sensitivity:
         """What `save` wrote.
 
         Raises:
-            ConfigError: it cannot be read.
+            SearchError: it cannot be read.
         """
         try:
             rows = csv.DictReader(path.read_text().splitlines())
@@ -110,7 +110,7 @@ class Sensitivity:
                 )
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} holds no sensitivities ({error}); delete it and measure it again") from error
+            raise SearchError(f"{path} holds no sensitivities ({error}); delete it and measure them again") from error
 
 
 def measure_sensitivity(
@@ -141,7 +141,7 @@ def measure_sensitivity(
         progress: show a progress bar where there is a terminal.
 
     Raises:
-        ConfigError: `held_out` does not tell both accuracy and KL.
+        SearchError: `held_out` does not tell both accuracy and KL.
     """
     sites = find_sites(model)
     costs = CostModel(sites)
@@ -158,17 +158,21 @@ def measure_sensitivity(
 
     def judged(key: Key, policy: Policy) -> Cut:
         small, cost = on_every_rank(partial(cut_model, policy))
-        return Cut(*key, *_accuracy_and_kl(held_out, small), cost)
+        facts = held_out.judge(small).facts
+        if not {"accuracy", "kl"} <= set(facts):
+            raise SearchError(
+                f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
+                "(images, labels) and dense=model"
+            )
+        return Cut(*key, facts["accuracy"], facts["kl"], cost)
 
     with bar("Cutting", len(wanted), completed=done, shown=progress) as advance:
         for key, policy in wanted:
             if key in known:
                 continue
-            if key[2] == 1:
-                cut = judged(key, policy) if whole is None else replace(whole, dimension=key[0], block=key[1])
-                whole = cut
-            else:
-                cut = judged(key, policy)
+            is_whole = key[2] == 1
+            cut = replace(whole, dimension=key[0], block=key[1]) if is_whole and whole else judged(key, policy)
+            whole = cut if is_whole else whole
             known[key] = cut
             if state is not None:
                 on_first_rank(partial(Sensitivity(tuple(known.values())).save, state))
@@ -178,22 +182,12 @@ def measure_sensitivity(
     return Sensitivity(tuple(known[key] for key, _ in wanted))
 
 
-def _accuracy_and_kl(held_out: HeldOut, model: nn.Module) -> tuple[float, float]:
-    facts = held_out.judge(model).facts
-    if not {"accuracy", "kl"} <= set(facts):
-        raise ConfigError(
-            f"held_out tells {sorted(facts)} of a model; sensitivity needs accuracy and kl: give batches of "
-            "(images, labels) and dense=model"
-        )
-    return facts["accuracy"], facts["kl"]
-
-
 def _known(state: Path | None) -> dict[Key, Cut]:
     if state is None or not state.exists():
         return {}
     try:
         return {cut.key: cut for cut in Sensitivity.load(state).cuts}
-    except ConfigError as error:
+    except SearchError as error:
         aside = state.with_name(f"{state.name}.damaged")
         state.replace(aside)
         log.warning("%s; the file is now %s, and all cuts are made again", error, aside)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_mdc.distributed import on_every_rank, summed
-from lightning_mdc.errors import CompensationError, UnsupportedModelError
+from lightning_mdc.errors import CompensationError, UnsupportedModelError, check_one_of
 from lightning_mdc.files import replacing
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.importance.scoring import full_precision, on_device_of, split_batch
@@ -262,8 +262,7 @@ def _over_ranks(own: Moments) -> Moments:
 
 def check_compensation(sites: Sites, compensate: str, statistics: ActivationStatistics | None) -> None:
     """Refuse, with a `CompensationError`, an unknown way, and statistics that are missing or of another model."""
-    if compensate not in COMPENSATIONS:
-        raise CompensationError(f"compensate={compensate!r}: expected one of {COMPENSATIONS}")
+    check_one_of("compensate", compensate, COMPENSATIONS, CompensationError)
     if compensate == "none":
         if statistics is not None:
             raise CompensationError(
