@@ -1,7 +1,4 @@
-"""A search in a process of its own, run by the tests of `mdc.search`: killed, resumed, or in two processes.
-
-One of the two may be told to fail.
-"""
+"""A search for the tests of `mdc.search`: in a process of its own that is killed, or in two, one of which may fail."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import lightning_mdc as mdc
@@ -73,13 +70,13 @@ def failing(where: str, number: int, kind: str) -> list[Any]:
     return outcome(lambda: [[trial.status, trial.note] for trial in search().history])
 
 
+def of_two(number: int, folder: Path, failures: Sequence[tuple[str, int, str]] = ()) -> None:
+    """As one of two ranks: writes the history of a search, or what came of each search that was made to fail."""
+    join(number, folder)
+    found = [failing(*each) for each in failures] if failures else history(run(folder / "shared.jsonl"))
+    (folder / f"rank{number}.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    what, folder, *how = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
-    if what == "slow":
-        run(folder / "trials.jsonl", pause=0.05)
-    else:  # one of two ranks
-        join(int(what), folder)
-        found = [failing(*json.loads(each)) for each in how] if how else history(run(folder / "shared.jsonl"))
-        (folder / f"rank{what}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
+    run(Path(sys.argv[1]) / "trials.jsonl", pause=0.05)

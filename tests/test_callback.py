@@ -24,7 +24,8 @@ import lightning_mdc as mdc
 from lightning_mdc.errors import BudgetError, CalibrationError, CallbackError, PlanError, UnsupportedModelError
 from lightning_mdc.importance import Scorer
 from lightning_mdc.surgery import is_masked
-from tests.strangers import Spots, Stranger, loader, network, trainer
+from tests.processes import two_ranks
+from tests.strangers import Spots, Stranger, loader, network, train_ddp, trainer
 
 ROOT = Path(mdc.__file__).parents[1]
 
@@ -159,7 +160,7 @@ def test_resuming_works_where_the_optimizer_asks_for_the_length(tmp_path: Path) 
 def test_a_strangers_run_survives_a_kill(tmp_path: Path) -> None:
     def run(root: Path, killed_at: str, how: str) -> int:
         root.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tests.strangers", "train", str(root), killed_at, how]
+        command = [sys.executable, "-m", "tests.strangers", str(root), killed_at, how]
         return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode
 
     assert run(tmp_path / "whole", "-", "afresh") == 0
@@ -294,10 +295,8 @@ def test_a_fit_that_ends_too_early_says_so(tmp_path: Path) -> None:
 
 
 def test_two_processes_hold_the_plan_of_one(tmp_path: Path) -> None:
-    for devices in (1, 2):
-        command = [sys.executable, "-m", "tests.strangers", "ddp", str(tmp_path), str(devices), "map"]
-        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    train_ddp(0, tmp_path, 1, "map")
+    two_ranks(train_ddp, tmp_path, 2, "map")
     single, first, second = (
         mdc.Plan.from_json((tmp_path / f"plan-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
     )
@@ -305,11 +304,8 @@ def test_two_processes_hold_the_plan_of_one(tmp_path: Path) -> None:
     assert {(tmp_path / f"images-{name}").read_text() for name in ("1-0", "2-0", "2-1")} == {"64"}
 
 
-@pytest.mark.slow
 def test_two_processes_with_uneven_streams_decide_at_the_same_step(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.strangers", "ddp", str(tmp_path), "2", "stream"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    two_ranks(train_ddp, tmp_path, 2, "stream")
     first, second = ((tmp_path / f"plan-2-{rank}.json").read_text() for rank in (0, 1))
     assert first == second
 

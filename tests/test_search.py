@@ -25,8 +25,9 @@ from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.surgery import plan_of
 from tests import search_program
 from tests.kinds import CLASSES, images, make
+from tests.processes import two_ranks
 from tests.search_program import TRIALS, history, pictures
-from tests.test_distributed import WORDS, two_processes
+from tests.test_distributed import WORDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -256,7 +257,7 @@ def test_a_search_of_another_budget_is_not_gone_on_with_but_can_be_learnt_from(m
 def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
     """The search, killed at `kills` random moments, then left to finish."""
     moments = random.Random(seed)
-    command = [sys.executable, "-m", "tests.search_program", "slow", str(folder)]
+    command = [sys.executable, "-m", "tests.search_program", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     state = folder / "trials.jsonl"
     for _ in range(kills):
@@ -293,7 +294,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills, tmp_path)
 
 
 def test_two_processes_share_the_work_and_agree(tmp_path):
-    two_processes("tests.search_program", tmp_path)
+    two_ranks(search_program.of_two, tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert len(first) == TRIALS
@@ -309,7 +310,7 @@ def test_two_processes_share_the_work_and_agree(tmp_path):
 def test_what_fails_on_one_rank_fails_on_both_with_its_words(tmp_path):
     later = [("forward", 2, "OutOfMemoryError"), ("evaluate", 2, "TwoWordsError"), ("slim", 2, "UnpicklableError")]
     scenarios = [*later, ("forward", 0, "TwoWordsError")]
-    two_processes("tests.search_program", tmp_path, *map(json.dumps, scenarios))
+    two_ranks(search_program.of_two, tmp_path, scenarios)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     # After a trial that worked, it is a failed trial.
     for one, other, note in zip(first[:3], second[:3], map(": ".join, WORDS.items()), strict=True):

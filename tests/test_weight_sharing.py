@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +23,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_mdc as mdc
 from lightning_mdc.app.data import DigitsDataModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
-from lightning_mdc.distributed import leave_process_group
 from lightning_mdc.errors import BudgetError, CalibrationError, DistillationError, MdcError, SearchError
 from lightning_mdc.surgery import masked
 from lightning_mdc.surgery.masks import is_masked
 from tests.kinds import CLASSES, make
 from tests.kinds import images as pictures
+from tests.processes import two_ranks
 
-ROOT = Path(__file__).resolve().parents[1]
 CONSTANT_SGD = {"optimizer": {"opt": "sgd", "lr": 0.01, "weight_decay": 0.0}, "schedule": {"sched": "none"}}
 
 
@@ -374,11 +371,8 @@ def test_a_copy_draws_and_trains_by_itself() -> None:
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-@pytest.mark.slow
 def test_two_processes_train_the_same_policies(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.test_weight_sharing", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    two_ranks(train_ddp, tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["seen"] == second["seen"]
     assert first["weights"] == second["weights"]
@@ -387,7 +381,7 @@ def test_two_processes_train_the_same_policies(tmp_path: Path) -> None:
     assert first["seen"] == [[step, module.plan(step).hash] for step in range(3)]
 
 
-def train_ddp(root: Path) -> None:
+def train_ddp(rank: int, root: Path) -> None:
     """Three steps on two processes; each writes down what it saw and has."""
     module, images = recording(seed=2), []
     module.student.register_forward_pre_hook(lambda model, args: images.append(args[0].sum().item()))
@@ -395,7 +389,7 @@ def train_ddp(root: Path) -> None:
     run.fit(module, loader())
     weights = [value.double().sum().item() for value in module.student.state_dict().values()]
     found = {"seen": module.seen, "weights": weights, "images": images}
-    (root / f"rank{run.global_rank}.json").write_text(json.dumps(found))
+    (root / f"rank{rank}.json").write_text(json.dumps(found))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -442,8 +436,3 @@ def test_models_that_masks_cannot_train_are_refused(tmp_path: Path) -> None:
     module._trainer = type("Sharded", (), {"strategy": FSDPStrategy()})()
     with pytest.raises(DistillationError, match="strategy=FSDPStrategy shards parameters"):
         module.setup("fit")
-
-
-if __name__ == "__main__":
-    train_ddp(Path(sys.argv[1]))
-    leave_process_group()
