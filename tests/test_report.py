@@ -118,7 +118,8 @@ def test_predictions_are_those_of_the_saved_models(finished):
 def test_examples_are_the_images_that_changed_most_and_least(finished):
     run = steps.Run(settings(finished.parent), RunFolder(finished))
     images, labels = map(torch.cat, zip(*run.data.test_dataloader(), strict=True))
-    dense, slim = (mdc.load(finished / place)(images).softmax(-1) for place in ("dense", "finetuned/seed0"))
+    with torch.no_grad():
+        dense, slim = (mdc.load(finished / place)(images).softmax(-1) for place in ("dense", "finetuned/seed0"))
     changes = (dense * (dense / slim).log()).sum(dim=1)
     examples = RunRecord(finished).examples
     assert examples is not None
