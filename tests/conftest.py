@@ -24,3 +24,9 @@ def temporary_folder_of_processes(tmp_path_factory: pytest.TempPathFactory) -> N
     cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # where it is without us: warm
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
     os.environ["TMPDIR"] = str(folder)
+
+
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without pictures, which take longer than all the rest of a run."""
+    monkeypatch.setattr("lightning_mdc.app.report.report.charts", lambda record: ())

@@ -207,9 +207,9 @@ def test_flags_are_for_every_process_of_a_run():
         assert speaks(record)
 
 
-def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog, monkeypatch):
+@pytest.mark.usefixtures("no_charts")
+def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog):
     caplog.set_level("INFO", "lightning_mdc")
-    monkeypatch.setattr("lightning_mdc.app.report.report.charts", lambda record: ())  # drawing takes long
     few = ("distillation.seeds=[0]", "distillation.reference_seeds=[]", "policy.kind=uniform")
     folder = pipeline.run(settings(tmp_path, *few))
     assert "all of it is in" not in caplog.text  # the report says it

@@ -253,8 +253,8 @@ def test_a_change_reaches_the_steps_that_depend_on_it(tmp_path, override, kept):
     assert [name for name in STEPS if now[name] == before[name]] == kept
 
 
-def test_one_more_seed_keeps_the_models_of_the_others(copied, caplog, monkeypatch):
-    monkeypatch.setattr("lightning_mdc.app.report.report.charts", lambda record: ())  # drawing takes long
+@pytest.mark.usefixtures("no_charts")
+def test_one_more_seed_keeps_the_models_of_the_others(copied, caplog):
     before = (copied / "finetuned/seed0/model.safetensors").stat().st_mtime_ns
     pipeline.run(settings(copied.parent.parent, "resume=true", "distillation.seeds=[0,1,5]"))
     assert picked_up(caplog) == ["dense", "score", "statistics", "search", "slim"]
