@@ -26,7 +26,10 @@ def temporary_folder_of_processes(tmp_path_factory: pytest.TempPathFactory) -> N
     os.environ["TMPDIR"] = str(folder)
 
 
+# Reports without pictures, which take longer than all the rest of a run: for `monkeypatch.setattr`.
+WITHOUT_CHARTS = ("lightning_mdc.app.report.report.charts", lambda record: ())
+
+
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without pictures, which take longer than all the rest of a run."""
-    monkeypatch.setattr("lightning_mdc.app.report.report.charts", lambda record: ())
+    monkeypatch.setattr(*WITHOUT_CHARTS)

@@ -307,7 +307,7 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "cannot be expressed by constructor arguments": lambda: mdc.save(with_a_head_of_its_own(), "x"),
     "there is no full feature map to return": lambda: slim().forward_intermediates(images()),
     "size mismatch for blocks.0.attn.qkv.weight": lambda: make().load_state_dict(slim().state_dict()),
-    "has to be given, e.g.": lambda: settings("experiment=deit_small_imagenet_40"),
+    "has to be given, e.g.": lambda: settings("budget=???"),
 }
 
 
