@@ -4,8 +4,11 @@ import tempfile
 
 import pytest
 import torch
+import yaml
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Hydra reads twenty files whenever it composes, which the tests have it do a thousand times; in C it is half the time.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
 
 @pytest.fixture(autouse=True)
