@@ -27,7 +27,7 @@ def pictures(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
     return images(count, seed=5), torch.arange(count) % CLASSES
 
 
-def run(state: Path | None, pause: float = 0.0) -> mdc.SearchResult:
+def run(state: Path | None, pause: float = 0.0, trials: int = TRIALS) -> mdc.SearchResult:
     model = make()
     held_out = HeldOut([pictures()], "loss", batch_size=16)
 
@@ -36,7 +36,7 @@ def run(state: Path | None, pause: float = 0.0) -> mdc.SearchResult:
         return held_out(slim)
 
     scores = mdc.score(model, [images(16)], "magnitude")
-    return mdc.search(model, scores, evaluate, 0.6, TRIALS, 3, n_initial_points=4, state=state, progress=False)
+    return mdc.search(model, scores, evaluate, 0.6, trials, 3, n_initial_points=4, state=state, progress=False)
 
 
 def history(result: mdc.SearchResult) -> list[object]:
@@ -73,7 +73,7 @@ def failing(where: str, number: int, kind: str) -> list[Any]:
 def of_two(number: int, folder: Path, failures: Sequence[tuple[str, int, str]] = ()) -> None:
     """As one of two ranks: writes the history of a search, or what came of each search that was made to fail."""
     join(number, folder)
-    found = [failing(*each) for each in failures] if failures else history(run(folder / "shared.jsonl"))
+    found = [failing(*each) for each in failures] if failures else history(run(folder / "shared.jsonl", trials=8))
     (folder / f"rank{number}.json").write_text(json.dumps(found))
 
 

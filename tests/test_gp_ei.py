@@ -224,7 +224,7 @@ def test_told_again_it_goes_on_the_same_way() -> None:
     for number in range(64):
         asked.append(search.ask())
         search.tell(asked[-1], [None] if number == 7 else hill(asked[-1]))
-    for known in (0, 3, 12, 55, 63):
+    for known in (0, 12, 63):
         again = GpEi(space, SUM, n_candidates=60)
         for observation in search.history[:known]:
             again.tell(observation.point, [observation.value])
@@ -301,7 +301,7 @@ def test_failures_never_reach_the_process(failed: float | None, monkeypatch: pyt
 def test_where_trials_fail_is_avoided() -> None:
     """Half of the space fails; the best point of the other half is far from the edge."""
     early, late = [], []
-    for seed in range(3):
+    for seed in range(2):
         search = GpEi(Space([Axis(name) for name in "abc"]), seed=seed, n_initial_points=8, n_candidates=200)
         searched(search, 28, lambda points: [None if p[0] > 0.5 else -((p - 0.3) ** 2).sum() for p in points])
         failed = [o.value is None for o in search.history]

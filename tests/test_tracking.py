@@ -28,7 +28,7 @@ from lightning_mdc.figures.items import Histogram, Numbers, Picture, Summary, Ta
 from lightning_mdc.figures.search_items import search_table, trial_numbers
 from lightning_mdc.gp_ei.study import Trial, read_study
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
-from tests.test_train import ROOT, TINY, settings
+from tests.test_train import ROOT, TINY, script, settings
 from tests.wandb_file import OfflineRun, read
 
 TRAININGS = ("dense", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
@@ -36,9 +36,8 @@ TRAININGS = ("dense", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
 
 def started(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python train.py`` in a process of its own; it has to end well."""
-    first = [override for override in overrides if override == "-m"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *first, *TINY, f"runs={folder}", *overrides[len(first) :]],
+        [sys.executable, str(ROOT / "train.py"), *TINY, f"runs={folder}", *overrides],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -240,7 +239,8 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(folder, run, tmp_path):
 def sweep(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("sweep")
     sweeper = ("hydra/sweeper=mdc_gp_ei", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_initial_points=2")
-    started(runs, "-m", *sweeper, "logger=wandb_offline", "budget=0.5")
+    with pytest.MonkeyPatch.context() as patch:
+        assert script(patch, "-m", *sweeper, *TINY, f"runs={runs}", "logger=wandb_offline", "budget=0.5") == 0
     (folder,) = (runs / "sweeps").iterdir()
     return folder
 
