@@ -11,6 +11,17 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
 
+# What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at
+# about the same time.
+LONGEST = ("sweeper", "train", "tracking", "terminal", "report", "surgery", "search", "callback", "docs", "export")
+LONGEST += ("policy_sweep", "configs", "t2t_vit", "install", "distributed_run", "gp_ei")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
