@@ -12,8 +12,9 @@ BENCH_STAMP := $(VENV)/.installed-bench
 WORKERS ?= 2
 # PYTHON=... is taken as given; without it the first of these that is new enough is used.
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
-# Whole files to one process: what the tests of a file share, such as a finished run, is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Whole files to one process: what the tests of a file share, such as a finished run, is made once. The longest come
+# first, as tests/conftest.py has them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'

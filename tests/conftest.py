@@ -4,8 +4,22 @@ import tempfile
 
 import pytest
 import torch
+import yaml
 
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Hydra reads twenty files whenever it composes, which the tests have it do a thousand times; in C it is half the time.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
+
+
+# What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at
+# about the same time.
+LONGEST = ("sweeper", "train", "tracking", "terminal", "report", "surgery", "search", "callback", "docs", "export")
+LONGEST += ("policy_sweep", "configs", "t2t_vit", "install", "distributed_run", "gp_ei")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +38,12 @@ def temporary_folder_of_processes(tmp_path_factory: pytest.TempPathFactory) -> N
     cache = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # where it is without us: warm
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
     os.environ["TMPDIR"] = str(folder)
+
+
+# Reports without pictures, which take longer than all the rest of a run: for `monkeypatch.setattr`.
+WITHOUT_CHARTS = ("lightning_mdc.app.report.report.charts", lambda record: ())
+
+
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*WITHOUT_CHARTS)

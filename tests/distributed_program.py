@@ -1,4 +1,4 @@
-"""One of two processes, run by the tests of `lightning_mdc.distributed`: what every function gives or raises there.
+"""What one of two processes does in the tests of `lightning_mdc.distributed`: what each function gives or raises there.
 
 The process group's time-out is short: a rank that waits in vain does not wait for long.
 """
@@ -6,7 +6,6 @@ The process group's time-out is short: a rank that waits in vain does not wait f
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -50,7 +49,6 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 def join(number: int, folder: Path) -> None:
     """Become rank `number` of two."""
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
@@ -117,9 +115,8 @@ def outcome(call: Callable[[], Any]) -> list[Any]:
         return [type(error).__name__, str(error)]
 
 
-if __name__ == "__main__":
-    this, folder = int(sys.argv[1]), Path(sys.argv[2])
-    join(this, folder)
+def main(number: int, folder: Path) -> None:
+    """Of rank `number`; writes what came of each scenario."""
+    join(number, folder)
     outcomes = {name: outcome(call) for name, call in scenarios().items()}
-    (folder / f"rank{this}.json").write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
+    (folder / f"rank{number}.json").write_text(json.dumps(outcomes))

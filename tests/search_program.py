@@ -1,7 +1,4 @@
-"""A search in a process of its own, run by the tests of `mdc.search`: killed, resumed, or in two processes.
-
-One of the two may be told to fail.
-"""
+"""A search for the tests of `mdc.search`: in a process of its own that is killed, or in two, one of which may fail."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import lightning_mdc as mdc
@@ -30,7 +27,7 @@ def pictures(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
     return images(count, seed=5), torch.arange(count) % CLASSES
 
 
-def run(state: Path | None, pause: float = 0.0) -> mdc.SearchResult:
+def run(state: Path | None, pause: float = 0.0, trials: int = TRIALS) -> mdc.SearchResult:
     model = make()
     held_out = HeldOut([pictures()], "loss", batch_size=16)
 
@@ -39,7 +36,7 @@ def run(state: Path | None, pause: float = 0.0) -> mdc.SearchResult:
         return held_out(slim)
 
     scores = mdc.score(model, [images(16)], "magnitude")
-    return mdc.search(model, scores, evaluate, 0.6, TRIALS, 3, n_initial_points=4, state=state, progress=False)
+    return mdc.search(model, scores, evaluate, 0.6, trials, 3, n_initial_points=4, state=state, progress=False)
 
 
 def history(result: mdc.SearchResult) -> list[object]:
@@ -73,13 +70,13 @@ def failing(where: str, number: int, kind: str) -> list[Any]:
     return outcome(lambda: [[trial.status, trial.note] for trial in search().history])
 
 
+def of_two(number: int, folder: Path, failures: Sequence[tuple[str, int, str]] = ()) -> None:
+    """As one of two ranks: writes the history of a search, or what came of each search that was made to fail."""
+    join(number, folder)
+    found = [failing(*each) for each in failures] if failures else history(run(folder / "shared.jsonl", trials=8))
+    (folder / f"rank{number}.json").write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    what, folder, *how = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
     torch.set_num_threads(1)
-    if what == "slow":
-        run(folder / "trials.jsonl", pause=0.05)
-    else:  # one of two ranks
-        join(int(what), folder)
-        found = [failing(*json.loads(each)) for each in how] if how else history(run(folder / "shared.jsonl"))
-        (folder / f"rank{what}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
+    run(Path(sys.argv[1]) / "trials.jsonl", pause=0.05)

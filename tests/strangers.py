@@ -1,4 +1,5 @@
-"""A LightningModule this project knows nothing about, and programs that train it; run by the callback's tests."""
+"""A LightningModule this project knows nothing about, and what trains it in processes of their own for the
+callback's tests."""
 
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_mdc as mdc
-from lightning_mdc.distributed import leave_process_group
 
 SIDE = 16
 
@@ -123,7 +123,7 @@ class UnevenBatches(IterableDataset[Any]):
             yield spots.images[:size], spots.labels[:size]
 
 
-def train_ddp(root: Path, devices: int, data: str) -> None:
+def train_ddp(rank: int, root: Path, devices: int, data: str) -> None:
     """One epoch; every rank writes down the plan it holds."""
     torch.manual_seed(3)
     # Sums in another order round otherwise. Not enough for another plan by this criterion; by elimination, units that
@@ -133,16 +133,13 @@ def train_ddp(root: Path, devices: int, data: str) -> None:
     fit = trainer(root, callback, epochs=1, **options)
     stream: DataLoader[Any] = DataLoader(UnevenBatches(), batch_size=None)
     fit.fit(Stranger(), loader(shuffle=True) if data == "map" else stream)
+    assert fit.global_rank == rank
     assert callback.plan is not None
-    (root / f"plan-{devices}-{fit.global_rank}.json").write_text(callback.plan.to_json())
+    (root / f"plan-{devices}-{rank}.json").write_text(callback.plan.to_json())
     assert callback.scores is not None
-    (root / f"images-{devices}-{fit.global_rank}").write_text(str(callback.scores.images))
+    (root / f"images-{devices}-{rank}").write_text(str(callback.scores.images))
 
 
 if __name__ == "__main__":
-    what, folder, *rest = sys.argv[1:]
-    if what == "train":
-        train(Path(folder), killed_at=int(rest[0]) if rest[0] != "-" else None, resume=rest[1] == "resume")
-    else:
-        train_ddp(Path(folder), devices=int(rest[0]), data=rest[1])
-        leave_process_group()
+    folder, killed_at, how = sys.argv[1:]
+    train(Path(folder), killed_at=int(killed_at) if killed_at != "-" else None, resume=how == "resume")

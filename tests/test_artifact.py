@@ -104,21 +104,6 @@ def test_what_a_constructor_cannot_say_is_named_before_anything_is_written(tmp_p
         mdc.load(tmp_path / "m", model=randomised(KINDS["glu"]()))
 
 
-def test_a_slim_model_loads_where_its_module_class_is_unknown(tmp_path: Path) -> None:
-    slim = slimmed(make())
-    mdc.save(slim, tmp_path / "m")
-    torch.save(images(), tmp_path / "x.pt")
-    program = (
-        "import sys, torch, lightning_mdc as mdc\n"
-        "assert not any(name.startswith('tests') for name in sys.modules)\n"
-        f"model = mdc.load({str(tmp_path / 'm')!r})\n"
-        f"with torch.no_grad(): torch.save(model(torch.load({str(tmp_path / 'x.pt')!r})), {str(tmp_path / 'y.pt')!r})\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(mdc.__file__).parents[1])
-    with torch.no_grad():
-        torch.testing.assert_close(torch.load(tmp_path / "y.pt"), slim(images()))
-
-
 @pytest.mark.parametrize("dimension", ["heads", "neurons", "tokens"])
 def test_a_masked_model_is_refused(dimension: str, tmp_path: Path) -> None:
     """It would be saved as the dense one, which is neither what it costs nor what it computes."""

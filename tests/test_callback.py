@@ -24,7 +24,8 @@ import lightning_mdc as mdc
 from lightning_mdc.errors import BudgetError, CalibrationError, CallbackError, PlanError, UnsupportedModelError
 from lightning_mdc.importance import Scorer
 from lightning_mdc.surgery import is_masked
-from tests.strangers import Spots, Stranger, loader, network, trainer
+from tests.processes import two_ranks
+from tests.strangers import Spots, Stranger, loader, network, train_ddp, trainer
 
 ROOT = Path(mdc.__file__).parents[1]
 
@@ -116,24 +117,22 @@ def test_masks_come_off_when_fit_fails(tmp_path: Path) -> None:
     [{}, {"schedule": "cubic", "end": 3}, {"schedule": "cubic", "start": 2, "end": 12, "unit": "step"}],
     ids=["one-shot", "cubic epochs", "cubic steps"],
 )
-@pytest.mark.parametrize("saved_at", [0, 1])
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    schedule: dict[str, Any], saved_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    schedule: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def checkpoints() -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
 
     whole = mdc.MultiDimPruneCallback(0.5, restore_rng=True, **schedule)
     expected = fitted(tmp_path, whole, loader(shuffle=True), checkpoints(), epochs=4)
-    path = tmp_path / f"epoch={saved_at}.ckpt"
-    Stranger().load_state_dict(torch.load(path, weights_only=True)["state_dict"])  # strictly, without the callback
-    assert mdc.plan_from_checkpoint(path) == whole.plan
-
     monkeypatch.setattr(Scorer, "update", None)  # scoring again would fail
-    resumed = mdc.MultiDimPruneCallback(0.5, restore_rng=True, **schedule)
-    module = fitted(tmp_path, resumed, loader(shuffle=True), epochs=4, ckpt_path=path)
-    assert resumed.plan == whole.plan
-    assert same_weights(module, expected)
+    for path in (tmp_path / "epoch=0.ckpt", tmp_path / "epoch=1.ckpt"):
+        Stranger().load_state_dict(torch.load(path, weights_only=True)["state_dict"])  # strictly, without the callback
+        assert mdc.plan_from_checkpoint(path) == whole.plan
+        resumed = mdc.MultiDimPruneCallback(0.5, restore_rng=True, **schedule)
+        module = fitted(tmp_path, resumed, loader(shuffle=True), epochs=4, ckpt_path=path)
+        assert resumed.plan == whole.plan
+        assert same_weights(module, expected)
 
 
 def test_resuming_works_where_the_optimizer_asks_for_the_length(tmp_path: Path) -> None:
@@ -159,7 +158,7 @@ def test_resuming_works_where_the_optimizer_asks_for_the_length(tmp_path: Path) 
 def test_a_strangers_run_survives_a_kill(tmp_path: Path) -> None:
     def run(root: Path, killed_at: str, how: str) -> int:
         root.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tests.strangers", "train", str(root), killed_at, how]
+        command = [sys.executable, "-m", "tests.strangers", str(root), killed_at, how]
         return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode
 
     assert run(tmp_path / "whole", "-", "afresh") == 0
@@ -294,10 +293,8 @@ def test_a_fit_that_ends_too_early_says_so(tmp_path: Path) -> None:
 
 
 def test_two_processes_hold_the_plan_of_one(tmp_path: Path) -> None:
-    for devices in (1, 2):
-        command = [sys.executable, "-m", "tests.strangers", "ddp", str(tmp_path), str(devices), "map"]
-        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    train_ddp(0, tmp_path, 1, "map")
+    two_ranks(train_ddp, tmp_path, 2, "map")
     single, first, second = (
         mdc.Plan.from_json((tmp_path / f"plan-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
     )
@@ -305,11 +302,8 @@ def test_two_processes_hold_the_plan_of_one(tmp_path: Path) -> None:
     assert {(tmp_path / f"images-{name}").read_text() for name in ("1-0", "2-0", "2-1")} == {"64"}
 
 
-@pytest.mark.slow
 def test_two_processes_with_uneven_streams_decide_at_the_same_step(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.strangers", "ddp", str(tmp_path), "2", "stream"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    two_ranks(train_ddp, tmp_path, 2, "stream")
     first, second = ((tmp_path / f"plan-2-{rank}.json").read_text() for rank in (0, 1))
     assert first == second
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from torchvision.io import write_png
+from PIL import Image
 
 from lightning_mdc.app import build
 from lightning_mdc.app.fingerprints import relevant
@@ -147,8 +147,8 @@ def test_size_given_to_the_model_goes_to_the_data(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for number in range(6):
-            pixels = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
-            write_png(pixels, str(tmp_path / name / f"{number}.png"))
+            pixels = torch.randint(0, 255, (40, 40, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / name / f"{number}.png")
     composed = settings(
         "data=image_folder",
         f"data.root={tmp_path}",

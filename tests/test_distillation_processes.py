@@ -1,9 +1,6 @@
 """Two processes distil as one does: the same loss at every step, and no teacher in the checkpoint."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -17,11 +14,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import lightning_mdc as mdc
 from lightning_mdc.distillation import DistillationModule
-from lightning_mdc.distributed import leave_process_group
 from tests.kinds import everyday
+from tests.processes import two_ranks
 
-STEPS, BATCH = 20, 8  # images per step, over all processes
-ROOT = Path(__file__).parents[1]
+STEPS, BATCH = 8, 8  # images per step, over all processes
 
 
 def network(seed: int, depth: int = 4) -> nn.Module:
@@ -41,7 +37,7 @@ class Losses(L.Callback):
         self.seen.append(outputs["loss"].item())
 
 
-def train(root: Path, devices: int, average: bool) -> None:
+def train(rank: int, root: Path, devices: int, average: bool) -> None:
     """Writes the losses of each process, and a checkpoint."""
     dense = network(1)
     torch.manual_seed(2)
@@ -66,21 +62,16 @@ def train(root: Path, devices: int, average: bool) -> None:
         default_root_dir=root,
     )
     data = TensorDataset(images, labels)
-    # Lightning's own would shuffle. Its second process is started with the rank in the environment.
-    share = DistributedSampler(
-        data, devices, int(os.environ.get("LOCAL_RANK", "0")) if devices > 1 else 0, shuffle=False
-    )
+    share = DistributedSampler(data, devices, rank, shuffle=False)  # Lightning's own would shuffle
     run.fit(module, DataLoader(data, BATCH // devices, sampler=share))
     run.save_checkpoint(root / f"{devices}.ckpt")
-    (root / f"losses-{devices}-{run.global_rank}.json").write_text(json.dumps(losses.seen))
+    (root / f"losses-{devices}-{rank}.json").write_text(json.dumps(losses.seen))
 
 
 @pytest.mark.parametrize("average", everyday(True, False))
 def test_two_processes_are_as_good_as_one(tmp_path, average):
-    command = [sys.executable, "-m", "tests.test_distillation_processes", str(tmp_path), str(int(average))]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    train(tmp_path, 1, average)
+    two_ranks(train, tmp_path, 2, average)
+    train(0, tmp_path, 1, average)
     alone, first, second = (json.loads((tmp_path / f"losses-{of}.json").read_text()) for of in ("1-0", "2-0", "2-1"))
     assert len(alone) == STEPS
     np.testing.assert_allclose((np.array(first) + second) / 2, alone, rtol=0, atol=1e-4)
@@ -105,8 +96,3 @@ def test_two_processes_are_as_good_as_one(tmp_path, average):
     assert moments > 1.9 * student / len(networks)
     assert teacher > 0.05 * (student + moments)  # else its absence could not be seen
     assert student + moments < size < 1.05 * (student + moments)
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), 2, bool(int(sys.argv[2])))
-    leave_process_group()

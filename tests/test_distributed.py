@@ -1,43 +1,22 @@
 """What fails on one rank fails on all, soon, and with its own words."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from lightning_mdc.distributed import failures_of, gather, on_every_rank, on_first_rank
 from lightning_mdc.errors import RankError, SearchError
+from tests import distributed_program
 from tests.distributed_program import ERRORS
-
-ROOT = Path(__file__).parent.parent
-
-
-def two_processes(program: str, folder: Path, *arguments: str) -> None:
-    """Run a program as both ranks."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", program, str(rank), str(folder), *arguments],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    printed = [process.communicate(timeout=200)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(printed)
+from tests.processes import two_ranks
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> tuple[dict, dict]:
     """By scenario, on rank 0 and on rank 1."""
     folder = tmp_path_factory.mktemp("ranks")
-    two_processes("tests.distributed_program", folder)
+    two_ranks(distributed_program.main, folder)
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     return first, second
 

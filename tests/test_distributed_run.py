@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import lightning_mdc as mdc
+from lightning_mdc.app import pipeline
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy_search.sensitivity import Sensitivity
-from tests.test_train import ROOT, TINY
+from tests.test_train import ROOT, TINY, picked_up, settings
 
 # HSIC: an elimination by conditional covariance takes another turn where weights differ in the fourth digit.
 SAME = ("data.augment=false", "threads=1", "importance=hsic")
+SAME += ("distillation.seeds=[0]", "sensitivity.neurons=[0.5,0]", "sensitivity.tokens=[0.5,0]")
 TWO, ONE = (("trainer=ddp_cpu", *SAME), ("trainer=cpu", *SAME))
+EVERYTHING = ("stage=[all,sensitivity]", "skip=[report]")
 
 
 def command(runs: Path, *overrides: str) -> list[str]:
@@ -43,17 +46,17 @@ def run(runs: Path, *overrides: str) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("one"), *ONE, "stage=[all,sensitivity]")[0]
+    return pipeline.run(settings(tmp_path_factory.mktemp("one"), *ONE, *EVERYTHING)).path
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, str]:
-    return run(tmp_path_factory.mktemp("two"), *TWO, "stage=[all,sensitivity]")
+    return run(tmp_path_factory.mktemp("two"), *TWO, *EVERYTHING)
 
 
 def test_every_line_is_said_once(two):
     _, printed = two
-    for stage in ("dense", "score", "search", "slim", "distill", "test", "report"):
+    for stage in ("dense", "score", "search", "slim", "distill", "test"):
         assert printed.count(f"{stage}:".ljust(8) + " done in") == 1
 
 
@@ -90,10 +93,11 @@ def test_every_test_image_counts_once(one, two):
             assert row["agreeing"] == 90
 
 
-def test_what_two_processes_left_goes_on_in_one(two):
+def test_what_two_processes_left_goes_on_in_one(two, caplog):
+    caplog.set_level("INFO", "lightning_mdc")
     folder, _ = two
-    _, printed = run(folder.parent.parent, *ONE, f"resume={folder}")
-    assert printed.count("picked up") == 8
+    pipeline.run(settings(folder.parent.parent, *ONE, f"resume={folder}", *EVERYTHING))
+    assert picked_up(caplog) == ["dense", "score", "statistics", "sensitivity", "search", "slim", "distill", "test"]
 
 
 @pytest.mark.slow

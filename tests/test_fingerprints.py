@@ -74,13 +74,17 @@ def test_how_devices_share_the_work_does_not_count(first, second, tmp_path):
     ],
 )
 def test_weights_count_by_content_and_not_by_path(setting, step, tmp_path):
+    chosen, (group, key) = settings(tmp_path), setting.split(".")
     folder = weights(tmp_path / "a")
     moved = shutil.copytree(folder, tmp_path / "b")
     other = weights(tmp_path / "c", b"other weights")
     for name in ("", "model.safetensors"):  # a folder or a file
-        given, *others = ((f"{setting}={path / name}",) for path in (folder, moved, other))
-        assert same(tmp_path, given, others[0]) == list(STEPS)
-        assert step not in same(tmp_path, given, others[1])
+        given, unchanged, changed = (
+            fingerprints({**chosen, group: {**chosen[group], key: str(path / name)}}, frozenset({"distill"}))
+            for path in (folder, moved, other)
+        )
+        assert unchanged == given
+        assert changed[step] != given[step]
 
 
 def test_a_latency_table_counts_by_content_and_not_by_path(tmp_path):

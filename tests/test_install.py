@@ -12,7 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import lightning_mdc as mdc
+from tests.kinds import images, make
 from tests.test_plugin_discovery import ENV, ROOT, pip, run, wheel  # noqa: F401 (a fixture)
 from tests.test_train import TINY
 
@@ -43,7 +46,7 @@ def newest(runs: Path) -> Path:
 # --- a wheel ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_wheel_has_the_configuration_and_the_command(tmp_path, installed, wheel):  # noqa: F811
+def test_a_wheel_has_the_configuration_and_the_command(wheel):  # noqa: F811
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
@@ -51,13 +54,33 @@ def test_a_wheel_has_the_configuration_and_the_command(tmp_path, installed, whee
     assert {name.removeprefix("lightning_mdc/app/conf/") for name in names if "/app/conf/" in name} == CONF
     assert sum(name.endswith("/train.yaml") for name in names) == 1
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lightning_mdc", "hydra_plugins"}
-    where = run(installed / "python", "-c", "import lightning_mdc; print(lightning_mdc.__file__)", cwd=tmp_path)
-    assert Path(where).is_relative_to(installed.parent)
+
+
+def test_mdc_of_a_wheel_runs_in_any_folder(tmp_path, installed):
+    said = run(installed / "mdc", "-h", cwd=tmp_path)
+    assert said == run(installed / "python", "-m", "lightning_mdc", "-h", cwd=tmp_path)
     said = run(installed / "mdc", "train", "--help", cwd=tmp_path)
     assert said.count("  mdc train") >= 5
     assert str(installed.parent) in said  # where the settings are explained
-    assert said == run(installed / "python", "-m", "lightning_mdc", "train", "--help", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_slim_model_loads_where_nothing_is_known_but_the_wheel(tmp_path, installed):
+    """No training code, no tests, and no more of ours than it takes: neither Lightning nor Hydra."""
+    model = make()
+    slim = mdc.slim(model, mdc.make_plan(model, mdc.score(model, [images(8)]), mdc.uniform_policy(model, 0.6)))
+    mdc.save(slim, tmp_path / "m")
+    torch.save(images(), tmp_path / "x.pt")
+    program = (
+        "import sys, torch, lightning_mdc as mdc\n"
+        "with torch.no_grad(): torch.save(mdc.load('m')(torch.load('x.pt')), 'y.pt')\n"
+        "assert not {'tests', 'lightning', 'hydra'} & set(sys.modules)\n"
+        "print(mdc.__file__)\n"
+    )
+    where = run(installed / "python", "-c", program, cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(installed.parent)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "y.pt"), slim(images()))
 
 
 def test_mdc_says_what_it_can_without_loading_anything():

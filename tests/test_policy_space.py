@@ -168,13 +168,12 @@ def test_a_policy_and_its_point_are_the_same(kind: str, token_ratio: str) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_point_is_the_uniform_policy(kind: str) -> None:
     model = make(kind)
-    for budget in (0.45, 0.6, 0.85, 1.0):
-        for token_ratio in ("shared", "stages"):
-            space = PolicySpace(model, budget, token_ratio=token_ratio)
-            uniform = mdc.uniform_policy(model, budget)
-            policy = space.policy(GpEi(space, space.constraint, first=space.nearest(uniform)[None]).ask()[0])
-            assert units(model, policy) == units(model, uniform)
-            assert space.uniform == uniform
+    for budget, token_ratio in ((0.45, "stages"), (0.85, "shared"), (1.0, "stages")):
+        space = PolicySpace(model, budget, token_ratio=token_ratio)
+        uniform = mdc.uniform_policy(model, budget)
+        policy = space.policy(GpEi(space, space.constraint, first=space.nearest(uniform)[None]).ask()[0])
+        assert units(model, policy) == units(model, uniform)
+        assert space.uniform == uniform
 
 
 def test_points_are_keep_ratios_by_block() -> None:

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ from omegaconf import OmegaConf
 import lightning_mdc as mdc
 from lightning_mdc.app import build, pipeline, steps, sweep
 from lightning_mdc.errors import ConfigError, PolicyError, SearchError
-from tests.test_train import ROOT, TINY, settings
+from tests.test_train import ROOT, TINY, script, settings
 
 KEEP = ("policy.keep.heads=[0.5,1]", "policy.keep.neurons=[0.5,0.25]", "policy.keep.tokens=0.7")
 
@@ -166,10 +163,10 @@ def columns(rng, n: int) -> dict[str, np.ndarray]:
 
 
 def test_the_price_of_a_trial_is_that_of_the_model_it_makes(cost, tmp_path):
-    params = columns(np.random.default_rng(0), 20)
+    params = columns(np.random.default_rng(0), 8)
     prices = cost(params)
     dense = mdc.macs(cost.model)
-    for i in range(20):
+    for i in range(8):
         keep = {k.removeprefix("policy.keep."): v[i].tolist() for k, v in params.items() if k != "stage"}
         overrides = [f"policy.keep.{k}={v}" for k, v in keep.items()]
         policy = given(tmp_path, *overrides)
@@ -206,18 +203,10 @@ def test_a_sweep_begins_where_a_search_does(cost):
 # --- a whole sweep ----------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_and_the_command_it_ends_with(runs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def test_a_sweep_and_the_command_it_ends_with(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
     sweep = ["hydra/sweeper=mdc_gp_ei", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_initial_points=2"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "-m", *sweep, *TINY, f"runs={runs}", "budget=0.5"],
-        cwd=runs,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert script(monkeypatch, "-m", *sweep, *TINY, f"runs={runs}", "budget=0.5") == 0
     (folder,) = (runs / "sweeps").iterdir()
     results = OmegaConf.load(folder / "optimization_results.yaml")
     assert {"name", "best_params", "best_value", "best_trial", "best_dir"} <= set(results)
@@ -228,20 +217,10 @@ def test_a_sweep_and_the_command_it_ends_with(runs):
         assert mdc.policy_macs(dense, policy) <= 0.5 * mdc.macs(dense)
     best = mdc.Policy.load(folder / "best_policy.json")
     assert best == mdc.Policy.load(folder / str(results.best_trial) / "policy.json")
-    for picture in ("policy.png",):
-        assert (folder / picture).stat().st_size > 10_000
-    command = shlex.split(done.stdout.strip().splitlines()[-1])
-    assert command[:2] == ["python", str(ROOT / "train.py")]
-    made = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *command[2:], "skip=[distill,test,report]"],
-        cwd=runs,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert made.returncode == 0, made.stderr[-3000:]
-    assert "picked up from the cache" in made.stdout
+    assert (folder / "policy.png").stat().st_size > 10_000
+    _, *command = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    assert script(monkeypatch, *command[1:], "skip=[distill,test,report]") == 0
+    assert "picked up from the cache" in capsys.readouterr().out
     newest = max((runs / "tiny").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert json.loads((newest / "policy.json").read_text()) == json.loads(best.to_json())
     assert mdc.macs(mdc.load(newest / "slim")) == mdc.policy_macs(dense, best)

@@ -86,6 +86,7 @@ def settings(name: str, tmp_path: Path, images: Path) -> dict:
 @pytest.mark.parametrize(
     "name", everyday("t2t_vit_14_imagenet_40", *(e for e in EXPERIMENTS if e != "t2t_vit_14_imagenet_40"))
 )
+@pytest.mark.usefixtures("no_charts")
 def test_every_step_runs(name, tmp_path, images):
     composed = settings(name, tmp_path, images)
     folder = pipeline.run(composed).path
@@ -96,6 +97,7 @@ def test_every_step_runs(name, tmp_path, images):
     assert mdc.macs(slim) <= budget * mdc.macs(dense)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_no_val_image_reaches_what_decides(tmp_path, images, monkeypatch):
     """Scores, search and training see noise; the white images of val are only tested on."""
     seen: dict[str, list[torch.Tensor]] = {"score": [], "search": [], "train": [], "test": []}

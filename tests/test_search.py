@@ -25,8 +25,9 @@ from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.surgery import plan_of
 from tests import search_program
 from tests.kinds import CLASSES, images, make
+from tests.processes import two_ranks
 from tests.search_program import TRIALS, history, pictures
-from tests.test_distributed import WORDS, two_processes
+from tests.test_distributed import WORDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,11 +167,12 @@ def test_a_mistake_in_evaluate_is_shown_as_it_is(model, scores, tmp_path):
     assert [t.status for t in quick(model, scores, state=tmp_path / "trials.jsonl").history] == ["done"] * 5
 
 
-@pytest.mark.parametrize("answer", ["0.9", None, True, torch.zeros(2), [0.5]])
-def test_no_number_is_refused_and_nothing_is_lost(answer, model, scores, tmp_path):
+def test_no_number_is_refused_and_nothing_is_lost(model, scores, tmp_path):
     state = tmp_path / "trials.jsonl"
-    with pytest.raises(SearchError, match="for trial 2; it has to return a number"):
-        quick(model, scores, fails_at({2}, lambda: answer), state=state)
+    for answer in ("0.9", None, True, torch.zeros(2), [0.5]):
+        failing = fails_at({0 if state.exists() else 2}, lambda answer=answer: answer)
+        with pytest.raises(SearchError, match="for trial 2; it has to return a number"):
+            quick(model, scores, failing, state=state)
     assert history(quick(model, scores, state=state)) == history(quick(model, scores))
 
 
@@ -216,11 +218,17 @@ def test_scores_of_another_model_are_refused(model, scores):
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stopped_at", [0, 1, 4, 7])
-def test_interrupted_and_resumed_is_as_if_it_had_not_been(stopped_at, model, scores, tmp_path):
-    def noisy(slim):
-        return worth(slim) + 0.1 * torch.rand(1).item()
+def noisy(slim):
+    return worth(slim) + 0.1 * torch.rand(1).item()
 
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, scores) -> list[object]:
+    return history(quick(model, scores, noisy, n_trials=8))
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1, 4, 7])
+def test_interrupted_and_resumed_is_as_if_it_had_not_been(stopped_at, uninterrupted, model, scores, tmp_path):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -230,7 +238,7 @@ def test_interrupted_and_resumed_is_as_if_it_had_not_been(stopped_at, model, sco
     asked = []
     resumed = quick(model, scores, lambda slim: asked.append(slim) or noisy(slim), **options)
     assert len(asked) == 8 - stopped_at
-    assert history(resumed) == history(quick(model, scores, noisy, n_trials=8))
+    assert history(resumed) == uninterrupted
 
 
 def test_a_finished_search_goes_on_with_more_trials(model, scores, tmp_path):
@@ -256,7 +264,7 @@ def test_a_search_of_another_budget_is_not_gone_on_with_but_can_be_learnt_from(m
 def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
     """The search, killed at `kills` random moments, then left to finish."""
     moments = random.Random(seed)
-    command = [sys.executable, "-m", "tests.search_program", "slow", str(folder)]
+    command = [sys.executable, "-m", "tests.search_program", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     state = folder / "trials.jsonl"
     for _ in range(kills):
@@ -293,11 +301,11 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(kills, tmp_path)
 
 
 def test_two_processes_share_the_work_and_agree(tmp_path):
-    two_processes("tests.search_program", tmp_path)
+    two_ranks(search_program.of_two, tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert len(first) == TRIALS
-    alone = history(search_program.run(None))
+    assert len(first) == 8
+    alone = history(search_program.run(None, trials=8))
     # The mean over two shares is rounded otherwise than that over all images: the last digits may differ.
     assert [trial[0] for trial in alone] == [trial[0] for trial in first]
     assert alone[:4] == [pytest.approx(trial) if isinstance(trial, float) else trial for trial in alone[:4]]
@@ -309,7 +317,7 @@ def test_two_processes_share_the_work_and_agree(tmp_path):
 def test_what_fails_on_one_rank_fails_on_both_with_its_words(tmp_path):
     later = [("forward", 2, "OutOfMemoryError"), ("evaluate", 2, "TwoWordsError"), ("slim", 2, "UnpicklableError")]
     scenarios = [*later, ("forward", 0, "TwoWordsError")]
-    two_processes("tests.search_program", tmp_path, *map(json.dumps, scenarios))
+    two_ranks(search_program.of_two, tmp_path, scenarios)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     # After a trial that worked, it is a failed trial.
     for one, other, note in zip(first[:3], second[:3], map(": ".join, WORDS.items()), strict=True):

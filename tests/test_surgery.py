@@ -16,7 +16,7 @@ from tests.kinds import KINDS, POST_NORM, everyday, images, make, randomised
 
 
 def planned(model: nn.Module, policy: mdc.Policy | None = None, **options: object) -> mdc.Plan:
-    scores = mdc.score(model, [images(8)], progress=False)
+    scores = mdc.score(model, [images(8)], "activation", progress=False)  # which units is not the point
     return mdc.make_plan(model, scores, policy or mdc.Policy(0.5, 0.4, 0.6), **options)  # type: ignore[arg-type]
 
 
@@ -262,13 +262,21 @@ def test_plans_of_another_model_are_refused() -> None:
 
 # --- company ----------------------------------------------------------------------------------------------------------
 
+
+def shallow(kind: str = "vit") -> nn.Module:
+    """Two blocks, a token stage in each: compilers take seconds for every block."""
+    model = make(kind)
+    model.blocks = model.blocks[:2]
+    return model
+
+
 COMPILED_KINDS = everyday("deit_distilled", "vit", "average_pool", "rms_norms")
 
 
 @pytest.mark.parametrize("kind", COMPILED_KINDS)
 @torch.no_grad()
 def test_slim_models_compile_whole_and_export(kind: str) -> None:
-    model, x = make(kind), images()
+    model, x = shallow(kind), images()
     slim = mdc.slim(model, planned(model, token_score="attention*dependence"))
     eager = slim(x)
     assert agree(torch.compile(slim, fullgraph=True, backend="aot_eager")(x), eager, 1e-4)
@@ -291,7 +299,7 @@ def test_slim_models_compile_with_inductor() -> None:
 @pytest.mark.parametrize("kind", COMPILED_KINDS)
 @torch.no_grad()
 def test_masks_take_effect_around_compiled_code(kind: str) -> None:
-    model, x = make(kind), images()
+    model, x = shallow(kind), images()
     plan = planned(model)
     dense, slim = model(x), mdc.slim(model, plan)(x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -352,7 +360,7 @@ def test_masks_leave_other_peoples_compiled_code_alone() -> None:
 
 @torch.no_grad()
 def test_masks_on_a_compiled_model_make_the_compiler_forget_once() -> None:
-    model, x = make(), images()
+    model, x = shallow(), images()
     plan = planned(model)
     other, compilations = counted(lambda y: (y.sin() + 1).square())
     other(x)
@@ -382,7 +390,7 @@ def test_torchs_setting_comes_back_as_the_user_had_it(setting: bool) -> None:
 
 @torch.no_grad()
 def test_masks_take_effect_in_a_compiled_parent() -> None:
-    model, x = make(), images()
+    model, x = shallow(), images()
     plan = planned(model)
     dense, slim = model(x), mdc.slim(model, plan)(x)
     parent = nn.Sequential(nn.Identity(), model)
@@ -396,7 +404,7 @@ def test_masks_take_effect_in_a_compiled_parent() -> None:
 @torch.no_grad()
 def test_what_was_first_compiled_under_masks_is_compiled_again_without() -> None:
     """Also what cannot be seen from the model: its code knows of the hooks it was compiled with."""
-    model, x = make(), images()
+    model, x = shallow(), images()
     plans = [planned(model), planned(model, mdc.Policy(heads=0.5))]
     dense, slims = model(x), [mdc.slim(model, plan)(x) for plan in plans]
     compiled = torch.compile(lambda images: model(images), backend="aot_eager")

@@ -571,18 +571,18 @@ def test_a_file_that_is_no_study_is_left_alone(sweep, tmp_path):
     [("none", "None"), ("text", "'good' (str)"), ("true", "True (bool)"), ("dict", "{'a': 1.0} (dict)")],
 )
 def test_an_app_that_returns_no_number_is_not_a_failed_trial(sweep, tmp_path, kind, returned):
-    given = (*XY, f"trouble=[{kind}-2]", f"lab={tmp_path}")
-    code, printed = sweep(*given)
+    given = (*XY, f"trouble=[{kind}-1]", f"lab={tmp_path}")
+    code, printed = sweep(*given, n_trials=2)
     assert code == 1
-    assert f"trial 2 returned {returned}, not a number; return a float from the @hydra.main function" in printed
+    assert f"trial 1 returned {returned}, not a number; return a float from the @hydra.main function" in printed
     assert "Traceback" not in printed
     told = [line for line in lines(tmp_path / "out") if "told" in line]
-    assert [line["told"] for line in told] == [0, 1]
+    assert [line["told"] for line in told] == [0]
     # Once the app is mended the search goes on with that very trial.
     (tmp_path / "mended").touch()
-    assert sweep(*given)[0] == 0
-    assert [row["status"] for row in rows(tmp_path / "out")] == ["done"] * 4
-    assert (tmp_path / "runs.txt").read_text().count("begin 2\n") == 2
+    assert sweep(*given, n_trials=2)[0] == 0
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["done"] * 2
+    assert (tmp_path / "runs.txt").read_text().count("begin 1\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -797,9 +797,9 @@ def test_the_metadata_of_a_damaged_study_can_be_read(tmp_path):
 
 @pytest.mark.parametrize("launcher", [JOBLIB, ("hydra/launcher=submitit_local",)], ids=["joblib", "submitit"])
 def test_all_launchers_come_to_the_same(tmp_path, in_one_process, launcher):
-    finished(start(tmp_path / "out", *BATCHES, *launcher, n_trials=6))
-    assert history(tmp_path / "out") == history(in_one_process)
-    processes = {json.loads((tmp_path / "out" / str(i) / ".mdc_result.json").read_text())["pid"] for i in range(6)}
+    finished(start(tmp_path / "out", *BATCHES, *launcher, n_trials=4))
+    assert history(tmp_path / "out") == history(in_one_process)[:4]
+    processes = {json.loads((tmp_path / "out" / str(i) / ".mdc_result.json").read_text())["pid"] for i in range(4)}
     assert len(processes) >= 2
 
 

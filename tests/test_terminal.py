@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.errors import LiveError
 
 import lightning_mdc as mdc
 from lightning_mdc import progress
-from lightning_mdc.app import main, pipeline, steps, terminal
+from lightning_mdc.app import main, pipeline, terminal
 from lightning_mdc.app.main import conf_folder
 from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.held_out import HeldOut
@@ -26,17 +27,6 @@ from tests.test_train import ROOT, TINY, script, settings
 
 # Anything but printable characters and line ends.
 CONTROL = re.compile(r"[^\x20-\x7e\n\u00a0-\uffff]")
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    """The script sets up logging for a process of its own."""
-    root, ours = logging.getLogger(), logging.getLogger("lightning_mdc")
-    handlers, levels = root.handlers[:], (root.level, ours.level)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
 
 
 def newest(runs: Path) -> Path:
@@ -86,29 +76,30 @@ def own_tty() -> None:
 # --- bars -------------------------------------------------------------------------------------------------------------
 
 COUNTS = """
-import logging, sys
+import logging
 from lightning_mdc import progress
 logging.getLogger().setLevel("INFO")
 logging.getLogger().addHandler(progress.Screen())
-with progress.bar("Counting", 3, shown="hidden" not in sys.argv) as advance:
-    for number in range(3):
-        logging.info("line %d [of 3]", number)
-        advance(f"note {number}")
-print("end")
+for shown in (True, False):
+    with progress.bar("Counting", 3, shown=shown) as advance:
+        for number in range(3):
+            logging.info("line %d [of 3]", number)
+            advance(f"note {number}")
+    print("end")
 """
 
 
 def test_a_bar_and_lines_on_a_terminal():
     written, code = on_a_terminal(["-c", COUNTS])
     assert code == 0
-    assert "Counting" in written
-    assert "3/3" in written
-    assert "note 2" in written
+    shown, end, hidden = written.partition("end\r\n")
+    assert end
+    assert "Counting" in shown
+    assert "3/3" in shown
+    assert "note 2" in shown
     for number in range(3):  # whole, on a line of its own: after erasing the bar
-        assert re.search(rf"\x1b\[2Kline {number} \[of 3\] *\r\n", written)
-    assert written.rstrip().endswith("end")
-    written, _ = on_a_terminal(["-c", COUNTS, "hidden"])
-    assert written.split() == ["line", "0", "[of", "3]", "line", "1", "[of", "3]", "line", "2", "[of", "3]", "end"]
+        assert re.search(rf"\x1b\[2Kline {number} \[of 3\] *\r\n", shown)
+    assert hidden.split() == ["line", "0", "[of", "3]", "line", "1", "[of", "3]", "line", "2", "[of", "3]", "end"]
 
 
 def test_no_bar_and_no_control_character_without_a_terminal():
@@ -119,7 +110,7 @@ def test_no_bar_and_no_control_character_without_a_terminal():
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"},
     )
-    assert done.stdout == "line 0 [of 3]\nline 1 [of 3]\nline 2 [of 3]\nend\n"
+    assert done.stdout == 2 * "line 0 [of 3]\nline 1 [of 3]\nline 2 [of 3]\nend\n"
     assert done.stderr == ""
 
 
@@ -140,24 +131,36 @@ def test_scoring_and_searching_draw_only_where_asked(monkeypatch):
     assert len(drawn) == 2
 
 
-def test_a_bar_within_somebody_elses(monkeypatch):
+def test_a_bar_within_somebody_elses_is_not_drawn_where_rich_draws_one(monkeypatch):
+    drawn = []
+
+    def start(bar):
+        if drawn:
+            raise LiveError("Only one live display may be active at once")
+        drawn.append(bar)
+
     monkeypatch.setattr(progress, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress.Progress, "start", start)
     with progress.bar("Outer", 1) as outer, progress.bar("Inner", None) as inner:
-        inner("note")
-        outer()
+        inner("of the inner one")
+        outer("of the outer one")
+        (task,) = drawn[0].tasks
+        assert (task.description, task.completed, task.fields["note"]) == ("Outer", 1, "of the outer one")
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_through_a_pipe_is_plain_and_its_log_has_every_line(tmp_path):
-    command = [sys.executable, ROOT / "train.py", *TINY, f"runs={tmp_path}", "stage=[dense,score,search]"]
+    """As a newcomer starts it: from another folder, in a process of its own; it leaves nothing but its run."""
+    command = [sys.executable, ROOT / "train.py", *TINY, "stage=[dense,score,search]"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=tmp_path)
     assert not CONTROL.search(done.stdout + done.stderr)
     lines = done.stdout.splitlines()
-    folder = newest(tmp_path)
-    logged = (folder / "log.txt").read_text().splitlines()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    folder = newest(tmp_path / "runs").relative_to(tmp_path)
+    logged = (tmp_path / folder / "log.txt").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO    ", line) for line in logged)
     assert [line[28:] for line in logged] == lines
     for stage in ("dense", "score", "search"):
@@ -165,7 +168,7 @@ def test_a_run_through_a_pipe_is_plain_and_its_log_has_every_line(tmp_path):
     assert lines[-3] == f"all of it is in {folder}: dense, scores.safetensors, statistics.safetensors, policy.json"
     assert lines[-2] == "go on with slim, distill, test, report:"
     typed = shlex.split(lines[-1])
-    assert typed == ["python", str(ROOT / "train.py"), *TINY, f"runs={tmp_path}", f"resume={folder}"]
+    assert typed == ["python", str(ROOT / "train.py"), *TINY, f"resume={folder}"]
 
 
 def test_the_command_that_is_said_goes_on(tmp_path, monkeypatch, capsys):
@@ -204,12 +207,14 @@ def test_flags_are_for_every_process_of_a_run():
         assert speaks(record)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog):
     caplog.set_level("INFO", "lightning_mdc")
-    folder = pipeline.run(settings(tmp_path, "distillation.seeds=[0]", "distillation.reference_seeds=[]"))
+    few = ("distillation.seeds=[0]", "distillation.reference_seeds=[]", "policy.kind=uniform")
+    folder = pipeline.run(settings(tmp_path, *few))
     assert "all of it is in" not in caplog.text  # the report says it
     caplog.clear()
-    pipeline.run(settings(tmp_path, "distillation.seeds=[0]", "distillation.reference_seeds=[]", f"resume={folder}"))
+    pipeline.run(settings(tmp_path, *few, f"resume={folder}"))
     assert f"mdc report {folder}" in caplog.text
 
 
@@ -249,18 +254,18 @@ def dies(error: BaseException):
 
 
 def ends(tmp_path, monkeypatch, capsys, error: BaseException, *overrides: str) -> tuple[int, str]:
-    """(exit code, what is on standard error) of a run whose policy cannot be written for `error`."""
-    monkeypatch.setattr(steps, "search_for_policy", dies(error))
+    """(exit code, what is on standard error) of a run whose first step ends by `error`."""
+    monkeypatch.setitem(pipeline.ACTIONS, "dense", dies(error))
     code = script(monkeypatch, *TINY, f"runs={tmp_path}", "stage=[dense,score,search]", *overrides)
     said = capsys.readouterr().err
     assert f"resume={newest(tmp_path)}" in said
     return code, said
 
 
-def test_ctrl_c_between_trainings(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_where_nothing_is_trained(tmp_path, monkeypatch, capsys):
     code, said = ends(tmp_path, monkeypatch, capsys, KeyboardInterrupt(), "seed=3")
     assert code == 130
-    assert said.startswith("interrupted in step 'search' of ")
+    assert said.startswith("interrupted in step 'dense' of ")
     assert " seed=3 " in said
     assert said.count("\n") == 2
 
@@ -276,7 +281,7 @@ def test_a_full_disk(error, tmp_path, monkeypatch, capsys):
     code, said = ends(tmp_path, monkeypatch, capsys, error)
     assert code == 1
     assert said.startswith("the disk is full: cannot write")
-    assert "Make room\nin step 'search' of" in said
+    assert "Make room\nin step 'dense' of" in said
     assert "Traceback" not in said
     assert "No space left" in (newest(tmp_path) / "log.txt").read_text()
 
@@ -291,7 +296,7 @@ def test_a_full_disk_below_an_error_of_ours(tmp_path, monkeypatch, capsys):
 def test_an_error_of_ours_says_where_it_happened(tmp_path, monkeypatch, capsys):
     code, said = ends(tmp_path, monkeypatch, capsys, SearchError("nothing found"))
     assert code == 1
-    assert said.startswith("SearchError: nothing found\nin step 'search' of ")
+    assert said.startswith("SearchError: nothing found\nin step 'dense' of ")
     assert "Traceback" not in said
 
 
@@ -307,7 +312,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_says_how_to_go_on(tmp_path,
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     code, said = ends(tmp_path, monkeypatch, capsys, ZeroDivisionError("surprise"))
     assert code == 1
-    assert "ZeroDivisionError: surprise\nin step 'search' of" in said
+    assert "ZeroDivisionError: surprise\nin step 'dense' of" in said
     assert "HYDRA_FULL_ERROR=1" in said
     log = (newest(tmp_path) / "log.txt").read_text()
     assert "Traceback" in log

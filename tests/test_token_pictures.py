@@ -16,7 +16,7 @@ KINDS = ["vit", "deit_distilled", "registers", "registers_without_class", "avera
 
 
 def slim_of(model: nn.Module, x: Tensor, **options) -> nn.Module:
-    scores = mdc.score(model, [x], progress=False)
+    scores = mdc.score(model, [x], "activation", progress=False)
     return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(heads=0.5, tokens=[0.7, 0.6, 0.8]), **options))
 
 

@@ -25,11 +25,11 @@ from lightning_mdc.app.tracking import RunInfo, Tracker, Trackers, contents
 from lightning_mdc.app.tracking.contents import published
 from lightning_mdc.app.tracking.tracker import Model, Shown
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.figures.items import Histogram, Numbers, Summary, Table
+from lightning_mdc.figures.items import Histogram, Numbers, Picture, Summary, Table
 from lightning_mdc.figures.search_items import search_table, trial_numbers
 from lightning_mdc.gp_ei.study import Trial, read_study
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
-from tests.test_train import ROOT, TINY, settings
+from tests.test_train import ROOT, TINY, script, settings
 from tests.wandb_file import OfflineRun, read
 
 TRAININGS = ("dense", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
@@ -37,9 +37,8 @@ TRAININGS = ("dense", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
 
 def started(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python train.py`` in a process of its own; it has to end well."""
-    first = [override for override in overrides if override == "-m"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *first, *TINY, f"runs={folder}", *overrides[len(first) :]],
+        [sys.executable, str(ROOT / "train.py"), *TINY, f"runs={folder}", *overrides],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -64,7 +63,7 @@ def told(tmp_path_factory) -> tuple[Path, str]:
     """(the run's folder, what was printed) of a run that is watched with everything at once."""
     runs = tmp_path_factory.mktemp("watched")
     (runs / "temporary").mkdir()
-    done = started(runs, "logger=[csv,wandb_offline,tensorboard]", TMPDIR=str(runs / "temporary"))
+    done = started(runs, "logger=[csv,wandb_offline,tensorboard]", "skip=[report]", TMPDIR=str(runs / "temporary"))
     (folder,) = (runs / "tiny").iterdir()
     return folder, done.stdout + done.stderr
 
@@ -205,8 +204,8 @@ def test_no_temporary_file_is_left(folder):
 
 
 def test_what_a_killed_process_leaves_goes_with_the_folders_of_the_tests(tmp_path_factory):
-    """Each that imports timm, and so wandb, leaves ``tmp*wandb-media`` when it is killed."""
-    program = "import os, signal, tempfile, timm; print(tempfile.gettempdir(), flush=True); os.kill(os.getpid(), 9)"
+    """Each that imports wandb, as timm does, leaves ``tmp*wandb-media`` when it is killed."""
+    program = "import os, signal, tempfile, wandb; print(tempfile.gettempdir(), flush=True); os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=200)
     home = Path(done.stdout.strip())
     assert list(home.glob("*wandb-media"))
@@ -240,15 +239,16 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(folder, run, tmp_path):
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("sweep")
-    sweeper = ("hydra/sweeper=mdc_gp_ei", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_initial_points=3")
-    started(runs, "-m", *sweeper, "logger=wandb_offline", "budget=0.5")
+    sweeper = ("hydra/sweeper=mdc_gp_ei", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_initial_points=2")
+    with pytest.MonkeyPatch.context() as patch:
+        assert script(patch, "-m", *sweeper, *TINY, f"runs={runs}", "logger=wandb_offline", "budget=0.5") == 0
     (folder,) = (runs / "sweeps").iterdir()
     return folder
 
 
 def test_every_trial_is_a_run_of_the_sweeps_group(sweep):
     study = {row.number: row for row in read_study(sweep / "study.jsonl").trials}
-    assert len(study) == 6
+    assert len(study) == 4
     for number, row in study.items():
         (run,) = offline_runs(sweep / str(number))
         assert run.about.run_group == sweep.name
@@ -273,7 +273,7 @@ def test_the_sweep_itself_is_one_more_run_of_the_group(sweep):
     rows = read_study(sweep / "study.jsonl").trials
     assert run.about.run_group == sweep.name
     assert run.about.job_type == "sweep"
-    assert run.values("search/trial") == list(range(6))
+    assert run.values("search/trial") == [0, 1, 2, 3]
     assert run.values("search/incumbent") == np.maximum.accumulate([row.value for row in rows]).tolist()
     table = run.table("search/trials")
     assert [line["value"] for line in table] == [row.value for row in rows]
@@ -356,6 +356,13 @@ def recorder(monkeypatch, caplog) -> type[Recorder]:
     return Recorder
 
 
+@pytest.fixture
+def one_chart(monkeypatch) -> None:
+    """The same small one of every step: drawing the real ones takes long."""
+    chart = SimpleNamespace(key="kept", title="Title", caption="What to read.", figure=Figure(figsize=(1, 1)))
+    monkeypatch.setattr(contents, "charts", lambda *_: [chart])
+
+
 def watched(tmp_path, *overrides: str) -> dict:
     return settings(tmp_path, f"+logger.own._target_={__name__}.Recorder", *overrides)
 
@@ -368,10 +375,12 @@ def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
+@pytest.mark.usefixtures("one_chart")
 def test_what_is_shown_once_is_not_shown_again_but_the_summary(tmp_path, recorder):
     pipeline.run(watched(tmp_path, "stage=[dense,score,search,slim]"))
     assert [item.name for item in shown(recorder, Model)] == ["dense", "slim"]
     assert len(shown(recorder, Numbers)) == 3
+    assert len(shown(recorder, Picture)) == 5
     first = {key: value for item in shown(recorder, Summary) for key, value in item.values.items()}
     assert set(first) == {"budget", "search/best", "macs_ratio"}
     recorder.calls.clear()
@@ -382,8 +391,10 @@ def test_what_is_shown_once_is_not_shown_again_but_the_summary(tmp_path, recorde
     pipeline.run(watched(tmp_path, "stage=[dense,score,search,slim]", "resume=true", "budget=0.5"))
     assert [item.name for item in shown(recorder, Model)] == ["slim"]
     assert not shown(recorder, Histogram)
+    assert len(shown(recorder, Picture)) == 2
 
 
+@pytest.mark.usefixtures("one_chart")
 def test_a_run_that_is_interrupted_shows_what_it_has_and_that_it_failed(tmp_path, recorder, monkeypatch):
     def killed(row, incumbent):
         if row.number == 1:
@@ -398,6 +409,7 @@ def test_a_run_that_is_interrupted_shows_what_it_has_and_that_it_failed(tmp_path
     assert recorder.calls[-1] == ("finish", True)
 
 
+@pytest.mark.usefixtures("one_chart")
 def test_a_run_that_ends_well_says_so(tmp_path, recorder):
     pipeline.run(watched(tmp_path, "stage=dense"))
     assert [call for call, _ in recorder.calls[:2]] == ["start", "curves"]
@@ -424,11 +436,12 @@ def test_curves_alone_ask_for_no_pictures(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "after"), [("start", 0), ("curves", 0), ("metrics", 3), ("show", 0), ("show", 9), ("finish", 0)]
 )
+@pytest.mark.usefixtures("one_chart")
 def test_a_tracker_that_fails_is_said_once_and_stops_nothing(call, after, tmp_path, recorder, monkeypatch, caplog):
     monkeypatch.setattr(recorder, "breaks", call)
     monkeypatch.setattr(recorder, "after", after)
-    folder = pipeline.run(watched(tmp_path, "policy.kind=uniform", "skip=[distill]"))
-    assert (folder / "report.md").exists()
+    folder = pipeline.run(watched(tmp_path, "stage=[dense,score,search]", "policy.kind=uniform"))
+    assert (folder / "policy.json").exists()
     (warning,) = warnings_of(caplog)
     assert warning.startswith("logger.own")
     assert "no space left on device" in warning
@@ -448,8 +461,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, recorder, caplog):
     home = tmp_path / "tiny" / "2026-01-31_12-00-00"
     (home / "steps").mkdir(parents=True)
     (home / "logs").write_text("")
-    folder = pipeline.run(settings(tmp_path, f"resume={home}", "logger=[csv,wandb_offline,tensorboard]"))
-    assert (folder / "report.md").exists()
+    chosen = (f"resume={home}", "stage=[dense,score]", "logger=[csv,wandb_offline,tensorboard]")
+    folder = pipeline.run(settings(tmp_path, *chosen))
+    assert (folder / "scores.safetensors").exists()
     warned = sorted(re.match(r"logger\.(\w+) failed", warning).group(1) for warning in warnings_of(caplog))
     assert warned == ["csv", "tensorboard", "wandb"]
 
@@ -536,10 +550,9 @@ def test_the_trial_that_failed_is_in_the_table_without_a_value():
     assert [row[-1] for row in lowest.rows] == [0.5, 0.6, 0.7, 0.8]
 
 
-def test_a_chart_becomes_a_picture_with_its_caption(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("one_chart")
+def test_a_chart_becomes_a_picture_with_its_caption(tmp_path):
     (tmp_path / "steps").mkdir()
-    chart = SimpleNamespace(key="kept", title="Title", caption="What to read.", figure=Figure(figsize=(1, 1)))
-    monkeypatch.setattr(contents, "charts", lambda *_: [chart])
     (picture,) = published(RunRecord(tmp_path), "slim")
     assert picture.key == "charts/kept"
     assert picture.caption == "Title. What to read."
