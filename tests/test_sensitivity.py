@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 import lightning_mdc as mdc
 from lightning_mdc.app import pipeline
@@ -145,13 +147,23 @@ def test_the_map_shows_what_is_lost_and_what_is_not_yet_known(whole):
     assert shown.mask.tolist() == [[False, False, block == 1] for block in range(DEPTH)]
 
 
-def test_pictures_of_nothing_and_of_blocks_that_differ():
-    sensitivity_figure(Sensitivity(())).draw_without_rendering()
-    sensitivity_map(Sensitivity(())).draw_without_rendering()
+def test_pictures_of_nothing_say_so():
+    for figure in (sensitivity_figure(Sensitivity(())), sensitivity_map(Sensitivity(()))):
+        assert "no cut has been tried yet" in [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_pictures_of_blocks_that_differ():
+    """Each has ratios of its own; a column of the map is for one of them, and a block that lacks it is pale there."""
     first = Cut("heads", 0, 1.0, 0.5, 0.0, 1.0)
     unlike = Sensitivity((first, replace(first, block=1, keep=1 / 3), replace(first, block=20, keep=0.5)))
-    sensitivity_map(unlike).draw_without_rendering()
-    sensitivity_figure(unlike).draw_without_rendering()
+    (panel, _) = sensitivity_map(unlike).axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["100 %", "50 %", "33 %"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["0", "1", "20"]
+    known = ~np.ma.getmaskarray(np.ma.masked_invalid(panel.images[0].get_array()))
+    assert known.tolist() == [[True, False, False], [False, False, True], [False, True, False]]
+    (panel, _) = sensitivity_figure(unlike).axes
+    lines = {line.get_label(): line.get_xdata().tolist() for line in panel.lines if line.get_label()[0] != "_"}
+    assert lines == {"block 0": [1.0], "block 1": [1 / 3], "block 20": [0.5]}
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
