@@ -41,7 +41,7 @@ def temporary_folder_of_processes(tmp_path_factory: pytest.TempPathFactory) -> N
 
 
 # Reports without pictures, which take longer than all the rest of a run: for `monkeypatch.setattr`.
-WITHOUT_CHARTS = ("lightning_mdc.app.report.report.charts", lambda record: ())
+WITHOUT_CHARTS = ("lightning_mdc.app.report.write.charts", lambda record: ())
 
 
 @pytest.fixture
