@@ -1,15 +1,16 @@
 import getpass
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo
 import yaml
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Hydra reads twenty files whenever it composes, which the tests have it do a thousand times; in C it is half the time.
 yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
-
 
 # What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at
 # about the same time.
@@ -25,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """What one test has compiled is not in the way of the next: all models share the code of timm's classes, of which
+    the compiler keeps so many versions and then gives up, after minutes."""
+    yield
+    counters = torch._dynamo.utils.counters
+    if counters["frames"]["total"]:
+        counters.clear()
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

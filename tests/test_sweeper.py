@@ -872,13 +872,24 @@ def test_a_batch_that_was_told_in_part_is_completed_before_the_next(tmp_path, in
     assert history(tmp_path / "out") == history(in_one_process)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(i, marks=pytest.mark.slow) for i in range(3, 23))])
-def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(tmp_path, in_one_process, seed):
+def killed_at_moments_of(seed: int, tmp_path: Path, whole: Path) -> None:
     rng = random.Random(seed)
     killed_and_resumed(tmp_path, rng, *rng.choice([(), JOBLIB]))
-    assert history(tmp_path / "out") == history(in_one_process)
+    assert history(tmp_path / "out") == history(whole)
     asked = [line["asked"] for line in lines(tmp_path / "out") if "asked" in line]
     told = [line["told"] for line in lines(tmp_path / "out") if "told" in line]
     assert asked == told == [0, 1, 2, 3, 4, 5]
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == set("012345")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(tmp_path, in_one_process, seed):
+    killed_at_moments_of(seed, tmp_path, in_one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5, 23))
+def test_killed_at_many_more_moments(tmp_path, in_one_process, seed):
+    """Of which CI tries those of the test above."""
+    killed_at_moments_of(seed, tmp_path, in_one_process)
