@@ -139,6 +139,7 @@ MOST_LINES, MOST_PARAMETERS = 60, 14
 MANY_PARAMETERS = {
     "lightning_mdc.policy_search.driver.search",
     "lightning_mdc.callback.MultiDimPruneCallback.__init__",
+    "lightning_mdc.app.data.image_folder.ImageFolderDataModule.__init__",
     "lightning_mdc.distillation.module.DistillationModule.__init__",
     "lightning_mdc.distillation.weight_sharing.WeightSharingModule.__init__",
 }
