@@ -61,9 +61,8 @@ def test_tensorboard(tmp_path):
     assert b"| a | 3 |" in events.Tensors("kept/heads/text_summary")[0].tensor_proto.string_val[0]
 
 
-def test_wandb(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")  # offline=True would set it for good
-    logger = WandbLogger(save_dir=str(tmp_path))
+def test_wandb(tmp_path):
+    logger = WandbLogger(save_dir=str(tmp_path), mode="offline")  # offline=True would set the environment for good
     shown(logger)
     logger.experiment.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
