@@ -116,6 +116,7 @@ def test_gradients_flow_through_the_hooks(grad_checkpointing, monkeypatch):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_networks_give_the_same_losses_and_gradients():
     dense = network(0)
     start, teacher = slimmed(dense).train(), network(1).eval()

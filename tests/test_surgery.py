@@ -388,6 +388,7 @@ def test_torchs_setting_comes_back_as_the_user_had_it(setting: bool) -> None:
             assert config.skip_nnmodule_hook_guards == setting
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_masks_take_effect_in_a_compiled_parent() -> None:
     model, x = shallow(), images()
@@ -401,6 +402,7 @@ def test_masks_take_effect_in_a_compiled_parent() -> None:
     assert agree(parent(x), dense)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_was_first_compiled_under_masks_is_compiled_again_without() -> None:
     """Also what cannot be seen from the model: its code knows of the hooks it was compiled with."""
