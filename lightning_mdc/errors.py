@@ -6,6 +6,7 @@ Messages name the argument, its value, the reason and the remedy, in that order.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,7 +87,7 @@ class RankError(DistributedError):
 def as_number(value: Any) -> float | None:
     """`value` as a float if it is one number, as a scalar of numpy or torch is, and text and booleans are not."""
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if is_bool or not hasattr(value, "__float__"):
+    if is_bool or isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
         return None
     try:
         return float(value)
@@ -134,7 +135,7 @@ def check_number(
     Raises:
         MdcError: of the kind `error`.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if (
         is_number
         and (least is None or value >= least)
@@ -154,7 +155,9 @@ def check_one_of(name: str, value: Any, choices: tuple[Any, ...], error: type[Md
     Raises:
         MdcError: of the kind `error`.
     """
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
+    # Text may be of a class of its own, a StrEnum say.
+    found = value in choices if isinstance(value, str) else any(value is choice for choice in choices)
+    if not found:
         raise error(f"{name}={value!r:.80}: expected {' or '.join(map(repr, choices))}")
 
 

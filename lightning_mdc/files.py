@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written beside their place, then moved there."""
+"""Files that are there whole or not at all, written beside their place and moved there; locks; JSON and CSV text."""
 
 from __future__ import annotations
 

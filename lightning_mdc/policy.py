@@ -133,10 +133,9 @@ class TokenStage:
             return
         if self.grid is None or len(self.grid) != 2 or not all(_is_index(side) for side in self.grid):
             raise PlanError(f"token stage grid={self.grid!r}: a prior needs its height and width in patches")
-        values = [as_number(value) for value in self.prior]
-        if len(values) != math.prod(self.grid) or any(value is None or not math.isfinite(value) for value in values):
+        if len(self.prior) != math.prod(self.grid) or not all(_is_finite(value) for value in self.prior):
             raise PlanError(
-                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(values)}"
+                f"token stage prior: expected {self.grid[0]}x{self.grid[1]} finite numbers, got {len(self.prior)}"
             )
 
 
@@ -227,8 +226,11 @@ class Plan:
         if plan.pop("format", None) != 1:
             raise PlanError("plan JSON: field 'format' must be 1; the file is no plan or of a newer version")
         try:
-            stages = tuple(TokenStage(**_all_fields(TokenStage, stage, ": a token stage")) for stage in plan["tokens"])
-            return cls(**{**_all_fields(cls, plan), "tokens": stages})
+            given: dict[str, Any] = {
+                name: tuple(value) if name != "fuse" else value for name, value in _all_fields(cls, plan).items()
+            }
+            stages = [TokenStage(**_all_fields(TokenStage, stage, ": a token stage")) for stage in given["tokens"]]
+            return cls(**{**given, "tokens": tuple(stages)})
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan JSON is malformed: {error}") from error
 
@@ -263,6 +265,11 @@ def _stages(stages: Any) -> tuple[int, ...]:
 
 def _is_ratio(value: Any) -> bool:
     return (number := as_number(value)) is not None and 0.0 <= number <= 1.0
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether JSON has a number for it: a tensor is none."""
+    return isinstance(value, numbers.Real) and (number := as_number(value)) is not None and math.isfinite(number)
 
 
 def _is_index(value: Any) -> bool:

@@ -34,8 +34,10 @@ def results(study: Study, params: Params, folders: Folders) -> dict[str, Any]:
 
 def trials(study: Study, params: Params, folders: Folders) -> list[dict[str, Any]]:
     """All trials as plain dicts."""
+    named = ("number", "cost", "value", "status", "seconds", "improvement", "note")
     return [
-        {**vars(trial), "params": params.values(trial.params), "folder": folders.inside(trial)}
+        {name: getattr(trial, name) for name in named}
+        | {"params": params.values(trial.params), "folder": folders.inside(trial)}
         for trial in study.trials
     ]
 

@@ -108,7 +108,7 @@ class Sweep:
                 results = self._finish()
                 if on_end:
                     trials = _results.trials(self.study, self.params, self.folders)
-                    on_end({**results, "trials": trials}, self.folders.root, app_config)
+                    on_end({**results, "trials": trials, "study": str(self.study_path)}, self.folders.root, app_config)
                 return results
 
     def _run_trials(self) -> None:

@@ -55,7 +55,7 @@ def made(group: str, kind: type[T], options: Settings, **more: Any) -> T:
         wrapped = error
     else:
         if not isinstance(found, kind):
-            raise ConfigError(f"{group}._target_={options['_target_']!r} is no {kind.__name__}")
+            raise ConfigError(f"{group}._target_={options['_target_']!r} is no {kind.__name__}; derive it from that")
         return found
     # Raised from here, not from within: Hydra's error has this one as its cause.
     target, cause = options["_target_"], wrapped.__cause__

@@ -358,6 +358,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     options = run.settings["search"]
     # Trials depend on all but their number: with more of them the search goes on.
     trial_settings = {k: v for k, v in relevant(run.settings, "search").items() if k != "search.n_trials"}
+    trial_settings["search.warm_start"] = options["warm_start"]  # what was in it then is in the file of the trials
     upstream = run.judging_fingerprints
     if not STEPS["statistics"].is_off(run.settings):
         upstream["statistics"] = run.fingerprints["statistics"]

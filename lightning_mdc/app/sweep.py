@@ -218,7 +218,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     The search as a whole is shown on the dashboards of the trials, as one more run of their group.
     """
     if results["best_params"] is None:
-        _show_sweep(sweep_dir, plain(config), None)
+        _show_sweep(sweep_dir, Path(results["study"]), plain(config), None)
         print("No trial succeeded, so there is no policy to finetune with.")
         return
     cost, params = PolicyCost(config), dict(results["best_params"])
@@ -231,7 +231,7 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     write_text(path, best.to_json())
     figure = policy_figure(best, space.uniform, f"{settings['name']}: trial {results['best_trial']}")
     save_figure(figure, sweep_dir / "policy.png")
-    _show_sweep(sweep_dir, settings, figure)
+    _show_sweep(sweep_dir, Path(results["study"]), settings, figure)
     given = [text for text in HydraConfig.get().overrides.task if not text.lstrip("+").startswith((_KEEP, "stage="))]
     others = [f"{key}={value}" for key, value in params.items() if not key.startswith(_KEEP)]
     command = [*terminal.program(), f"policy.file={path}", *given, *others]
@@ -239,9 +239,8 @@ def finish(results: Mapping[str, Any], sweep_dir: Path, config: DictConfig) -> N
     print("  " + shlex.join(command))
 
 
-def _show_sweep(folder: Path, settings: build.Settings, best: Figure | None) -> None:
+def _show_sweep(folder: Path, study: Path, settings: build.Settings, best: Figure | None) -> None:
     trackers = build.build_trackers(settings)
-    study = Path(HydraConfig.get().sweeper.study or folder / "study.jsonl")
     info = RunInfo(folder, f"{settings['name']}: the search", folder.name, "sweep", settings)
     with tracking.opened({key: tracker for key, tracker in trackers.items() if tracker.shows_items}, info) as watched:
         watched.show(lambda: sweep_items(read_study(study), folder, best))

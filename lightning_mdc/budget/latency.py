@@ -21,7 +21,7 @@ from torch import nn
 from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.params import num_params
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.files import json_object, tuples, write_text
+from lightning_mdc.files import json_object, write_text
 from lightning_mdc.models import Sites, find_sites
 from lightning_mdc.policy import Policy
 
@@ -44,6 +44,9 @@ class Surface:
     seconds: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "units", tuple(map(int, self.units)))
+        object.__setattr__(self, "tokens", tuple(map(int, self.tokens)))
+        object.__setattr__(self, "seconds", tuple(tuple(map(float, row)) for row in self.seconds))
         for knots in (self.units, self.tokens):
             if not knots or list(knots) != sorted(set(knots)):
                 raise BudgetError(f"latency table: knots {list(knots)} do not increase")
@@ -60,7 +63,7 @@ class Surface:
             rising = np.maximum.accumulate(seconds, axis=axis)
             falling = np.flip(np.minimum.accumulate(np.flip(seconds, axis), axis=axis), axis)
             seconds = (rising + falling) / 2
-        return cls(tuple(map(int, units)), tuple(map(int, tokens)), tuple(tuple(map(float, row)) for row in seconds))
+        return cls(tuple(units), tuple(tokens), tuple(map(tuple, seconds)))
 
     def __call__(self, units: Any, tokens: Any) -> Any:
         """Seconds per image; arrays are broadcast against each other."""
@@ -213,10 +216,10 @@ class LatencyTable:
                 raise BudgetError("latency table: its format is none this version knows")
             return cls(
                 conditions=dict(fields["conditions"]),
-                kinds=tuple(_block_times(**tuples(kind)) for kind in fields["kinds"]),
-                kind_of_block=tuple(fields["kind_of_block"]),
-                outside=Surface(**tuples(fields["outside"])),
-                whole=tuple((parts, timed) for parts, timed in fields["whole"]),
+                kinds=tuple(_block_times(**kind) for kind in fields["kinds"]),
+                kind_of_block=tuple(map(int, fields["kind_of_block"])),
+                outside=Surface(**fields["outside"]),
+                whole=tuple((float(parts), float(timed)) for parts, timed in fields["whole"]),
             )
         except BudgetError:
             raise
@@ -236,7 +239,7 @@ class LatencyTable:
             raise BudgetError(f"table={str(path)!r} cannot be read: {error}") from error
 
 
-def _block_times(stage: dict[str, Any] | None, **surfaces: dict[str, Any]) -> BlockTimes:
+def _block_times(stage: Mapping[str, Any] | None, **surfaces: Mapping[str, Any]) -> BlockTimes:
     made = {name: Surface(**fields) for name, fields in surfaces.items()}
     return BlockTimes(**made, stage=None if stage is None else Surface(**stage))
 

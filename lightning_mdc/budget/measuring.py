@@ -337,9 +337,12 @@ class _Blocks:
             n: torch.randn(watch.batch_size, n, sites.dim, device=parameter.device, dtype=parameter.dtype)
             for n in self.tokens
         }
-        # What to run once in each round.
+
+    @property
+    def passes(self) -> list[Callable[[], None]]:
+        """What to run once in each round. Not kept: it would hold the copies until the next collection of garbage."""
         timed = (self._time_chain,) if self.stages is None else (self._time_chain, self._time_stages)
-        self.passes: list[Callable[[], None]] = [partial(time, n) for time in timed for n in self.tokens]
+        return [partial(time, n) for time in timed for n in self.tokens]
 
     def _time_chain(self, num_tokens: int) -> None:
         x, watch = self.inputs[num_tokens], self.watch
@@ -409,7 +412,11 @@ class _OutsideBlocks:
             self.models[left + 1] = _with_blocks(_copy_on(model, watch.device), 0, 1)
             _put_stage(self.models[left + 1], 0, 0.25, True)
         self.images = blank_images(self.models[costs.num_tokens].model, watch.batch_size, sites.input_size)
-        self.passes = [partial(self._time, left) for left in self.models]
+
+    @property
+    def passes(self) -> list[Callable[[], None]]:
+        """What to run once in each round."""
+        return [partial(self._time, left) for left in self.models]
 
     def _time(self, left: int) -> None:
         sites, watch = self.models[left], self.watch
@@ -437,7 +444,11 @@ class _WholeModels:
         self.policies = [Policy(**dict.fromkeys(sites.dimensions, keep)) for keep in _WHOLE_MODELS]  # type: ignore[arg-type]
         self.models = [slim(self.dense, first_units(sites, policy)) for policy in self.policies]
         self.images = blank_images(self.dense, watch.batch_size, sites.input_size)
-        self.passes = [partial(self._time, number) for number in range(len(self.models))]
+
+    @property
+    def passes(self) -> list[Callable[[], None]]:
+        """What to run once in each round."""
+        return [partial(self._time, number) for number in range(len(self.models))]
 
     def _time(self, number: int) -> None:
         model = self.models[number]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.colorbar import Colorbar
     from matplotlib.figure import Figure
 
-# INK, PALE, GRAY and PAPER are swapped for the theme's where a page shows the picture, see `app.report.page`.
+# INK, PALE, GRAY and PAPER are swapped for the theme's where a page shows the picture, see `app.report.write`.
 INK, GRAY, PALE, PAPER = "#333333", "#b8b8b8", "#e3e3e3", "#ffffff"
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 COLOURS = {"heads": BLUE, "neurons": ORANGE, "tokens": GREEN}

@@ -77,12 +77,13 @@ class GpEi:
             ("n_initial_points", n_initial_points, 1),
             ("n_candidates", n_candidates, 2),
         ):
-            check_whole(name, count, least, SearchError)
+            check_whole(name, count.item() if isinstance(count, np.integer) else count, least, SearchError)
         if seed >= 2**32:  # scikit-learn takes no other
             raise SearchError(f"seed={seed}: expected a whole number below 2^32")
         check_number("xi", xi, "a margin in units of the value", SearchError, least=0)
         self.space, self.constraint, self.direction = space, constraint, direction
-        self.seed, self.n_initial_points, self.n_candidates, self.xi = seed, n_initial_points, n_candidates, xi
+        self.seed, self.n_initial_points, self.n_candidates = int(seed), int(n_initial_points), int(n_candidates)
+        self.xi = float(xi)
         self._project = None if constraint is None else Projection(space, constraint, seed)
         known = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
         self._first = known[: self.n_initial_points]

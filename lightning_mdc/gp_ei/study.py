@@ -5,6 +5,7 @@ The file is JSON, a line each: what the search is about, then ``asked`` and ``to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -52,7 +53,7 @@ class Trial:
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class StudyFile:
     """What a study file says.
 
@@ -217,7 +218,7 @@ class Study(StudyFile):
         _check_same_search(journal.path, found.header or self.header, self.header)
         if found.unreadable or found.is_torn:
             _mend(journal, found, self.header)
-        self.metadata, self.by_number = found.metadata, found.by_number
+        vars(self).update(vars(found) | {"header": self.header})
         search.prior = tuple(
             Observation(search.space.point(params, anywhere=True), value) for params, value in found.prior
         )
@@ -359,7 +360,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         SearchError: it is there and cannot be read.
     """
-    return _read(path).metadata if Path(path).exists() else {}
+    try:
+        return _read(path).metadata
+    except SearchError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise
 
 
 def observations(
@@ -377,9 +383,10 @@ def observations(
     """
     if path is None:
         return ()
-    if begun is not None and Path(begun).exists() and _read(begun).header:
-        log.info("warm_start is not read again: %s goes on with what it began with", begun)
-        return ()
+    with contextlib.suppress(OSError):  # of one that cannot be read the search itself will say so
+        if begun is not None and _parse(Path(begun).read_bytes()).header:
+            log.info("warm_start is not read again: %s goes on with what it began with", begun)
+            return ()
     called = f"warm_start={str(path)!r}"
     study = _read(path, space, called)
     if not study.header:

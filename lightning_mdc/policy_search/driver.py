@@ -38,26 +38,32 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial(StudyTrial):
+@dataclass(frozen=True)
+class Trial:
     """One policy that was tried: a trial of the study file, as a policy.
 
-    Trial 0 is the uniform policy, or where bounds or ties exclude it one near it. The value is what `evaluate` gave,
-    the cost a fraction of the budget.
-
     Attributes:
+        number: from 0; trial 0 is the uniform policy, or where bounds or ties exclude it one near it.
         policy: its realised keep ratios.
         macs: multiply-accumulates of its slim model for one image.
+        value: what `evaluate` gave; None if it failed.
+        status: ``"done"``, or ``"failed"`` (raised, or no finite number).
+        seconds: making the slim model and evaluating it.
+        cost: as a fraction of the budget, at most 1.
+        note: why it failed.
+        accuracy: its top-1 on the images it was judged on, as a fraction, whatever the metric; None if it failed, or
+            was judged by anything but a `HeldOut` with labels.
     """
 
+    number: int
     policy: Policy
     macs: int
-
-    @property
-    def accuracy(self) -> float | None:
-        """Its top-1 on the images it was judged on, as a fraction, whatever the metric; None if it failed, or was
-        judged by anything but a `HeldOut` with labels."""
-        return self.facts.get("accuracy")
+    value: float | None
+    status: str
+    seconds: float
+    cost: float = 1.0
+    note: str = ""
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -397,7 +403,9 @@ def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> 
     history = []
     for trial in trials:
         point = space.point(trial.params)
-        history.append(Trial(**vars(trial), policy=space.policy(point), macs=int(space.macs(point[None])[0])))
+        policy, macs = space.policy(point), int(space.macs(point[None])[0])
+        facts = (trial.seconds or 0.0, trial.cost or 0.0, trial.note, trial.facts.get("accuracy"))
+        history.append(Trial(trial.number, policy, macs, trial.value, trial.status, *facts))
     done = [trial for trial in history if trial.value is not None]
     if not done:
         notes = {trial.note for trial in history}

@@ -203,6 +203,7 @@ class _MaskedStage:
     def reduce(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
         q, k, self.q, self.k = self.q, self.k, None, None
+        assert q is not None and k is not None
         self.reduced = self.select(x, q, k, self.scale)
         return (self.reduced,)
 
@@ -213,4 +214,5 @@ class _MaskedStage:
 
     def result_of_block(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         result, self.result = self.result, None
+        assert result is not None  # else torch would take the block's own
         return result

@@ -65,7 +65,7 @@ def charts(record: RunRecord, step: str | None = None) -> list[Chart]:
         if step is not None and step not in steps:
             continue
         try:
-            found += [replace(chart, section=section) for chart in part(record)]
+            found.extend(replace(chart, section=section) for chart in part(record))  # as many as can be drawn
         # Half of a run, or files that somebody edited: the other pictures are still worth looking at.
         except (MdcError, ValueError, KeyError, IndexError, TypeError):
             log.warning("some pictures of %s could not be drawn", record.folder, exc_info=True)

@@ -88,7 +88,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
 
 
 def _differences(records: Mapping[str, RunRecord]) -> Table:
-    all_settings = {name: dict(flat(record.settings)) for name, record in records.items()}
+    all_settings = {name: {k: v for k, v in flat(record.settings) if v != {}} for name, record in records.items()}
     keys = sorted({key for settings in all_settings.values() for key in settings if key.split(".")[0] not in _SILENT})
     rows = []
     for key in keys:

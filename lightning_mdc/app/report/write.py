@@ -47,8 +47,9 @@ def write_report(folder: Path) -> Report:
         ConfigError: the folder holds no run.
     """
     record, pictures = RunRecord(folder), folder / "pictures"
+    found = charts(record)
     shutil.rmtree(pictures, ignore_errors=True)  # of an earlier report, which may have had others
-    report = Report(record, save_charts(charts(record), pictures))
+    report = Report(record, save_charts(found, pictures))
     for name in ("report.md", "report.html"):
         _write(folder / name, f"{name}.j2", report=report)
     return report

@@ -1,7 +1,7 @@
 """Where is a run watched? Dashboards (wandb, TensorBoard) and curves (CSV); none of them can stop a run.
 
 `published` says what of a run is shown, `Tracker` what a dashboard has to be able to do; each dashboard is one file
-here, about a run's life, one in ``conf/logger/``, and one in `lightning_mdc.figures` that draws items on it.
+here, about a run's life, and one in ``conf/logger/``; `lightning_mdc.figures.loggers` draws items on it.
 """
 
 from __future__ import annotations

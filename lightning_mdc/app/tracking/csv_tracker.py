@@ -10,6 +10,8 @@ from lightning_mdc.app.tracking.tracker import RunInfo, Tracker
 class CsvTracker(Tracker):
     """Lightning's `CSVLogger`; all else a run leaves are files anyway."""
 
+    remedy = "is the disk full, or the folder not writable?"
+
     shows_items = False
 
     def start(self, info: RunInfo) -> None:

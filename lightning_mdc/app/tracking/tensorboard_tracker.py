@@ -20,6 +20,8 @@ class TensorboardTracker(Tracker):
         ConfigError: tensorboard is not installed.
     """
 
+    remedy = "is the disk full, or the folder not writable? choose another logger"
+
     def __init__(self) -> None:
         if find_spec("tensorboard") is None:
             raise ConfigError(
@@ -53,7 +55,8 @@ class TensorboardTracker(Tracker):
         if self._run is None:
             return
         # TensorBoard takes no lists, and no None.
-        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat(self._info.settings)}
+        found = {k: v for k, v in flat(self._info.settings) if v != {}}
+        settings = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in found.items()}
         self._run.experiment.add_hparams(settings, self._summary, run_name=".")
         self._run.experiment.close()
 

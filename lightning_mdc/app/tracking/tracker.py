@@ -70,7 +70,7 @@ class Tracker(ABC):
     #: Whether it has a place for more than the curves of trainings.
     shows_items = True
     #: What to do when it fails.
-    remedy = "is the disk full, or the folder not writable? choose another logger"
+    remedy = "the run goes on without it"
 
     @abstractmethod
     def start(self, info: RunInfo) -> None:
@@ -110,14 +110,16 @@ class _FailSafe:
         except Exception as error:  # of a library, a network, a disk: whatever it is, training is worth more
             if self.works:
                 log.warning(
-                    "logger.%s failed (%s: %s) and is off for the rest of this run; %s",
+                    "logger.%s could not be closed (%s: %s); %s"
+                    if is_last
+                    else "logger.%s failed (%s: %s) and is off for the rest of this run; %s",
                     self.key,
                     type(error).__name__,
                     " ".join(str(error).split())[:300],
                     self.tracker.remedy,
                 )
             log.debug("logger.%s", self.key, exc_info=True)
-            self.works = False
+            self.works = is_last and self.works  # where it is can still be said
             return None
 
 
