@@ -11,7 +11,6 @@ class CsvTracker(Tracker):
     """Lightning's `CSVLogger`; all else a run leaves are files anyway."""
 
     remedy = "is the disk full, or the folder not writable?"
-
     shows_items = False
 
     def start(self, info: RunInfo) -> None:
