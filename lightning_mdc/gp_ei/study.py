@@ -53,7 +53,7 @@ class Trial:
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
+@dataclass
 class StudyFile:
     """What a study file says.
 
