@@ -66,7 +66,7 @@ docs: $(STAMP)  ## write docs/configuration.md anew from conf/, and the benchmar
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python benchmarks/pages.py
 
-bench: $(BENCH_STAMP)  ## all benchmarks in quick form, each target beside what was measured: 15 minutes; BENCH=--help says more
+bench: $(BENCH_STAMP)  ## all benchmarks in quick form, each target beside what was measured: half an hour; BENCH=--help says more
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
 bench-thorough: $(BENCH_STAMP)  ## as docs/benchmarks.md shows them, unattended, over hours; started again, it goes on

@@ -1,6 +1,6 @@
 """All benchmarks, one after another, and at the end every target beside what was measured. `make bench` runs this.
 
-    .venv/bin/python benchmarks/run.py                             # quick: a quarter of an hour on two cores
+    .venv/bin/python benchmarks/run.py                             # quick: about half an hour on two cores
     .venv/bin/python benchmarks/run.py --thorough --resume         # what pages show: hours, unattended
     .venv/bin/python benchmarks/run.py --only scoring search
     .venv/bin/python benchmarks/run.py --only search --give "search=--seeds 1"

@@ -9,7 +9,7 @@ import torch._dynamo
 import yaml
 
 os.environ.setdefault("WANDB_MODE", "disabled")
-# Hydra reads twenty files whenever it composes, which the tests have it do a thousand times; in C it is half the time.
+# Hydra reads some twenty files whenever it composes, which the tests have it do all the time; in C that is faster.
 yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 
 # What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at

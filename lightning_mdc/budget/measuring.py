@@ -38,7 +38,6 @@ from lightning_mdc.policy import Plan, Policy, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.cutting import cut_units
-from lightning_mdc.surgery.masks import remove_masks
 from lightning_mdc.surgery.slim import plain_copy, slim
 from lightning_mdc.tokens.selection import TokenSelection
 
@@ -277,9 +276,8 @@ def first_units(sites: Sites, policy: Policy) -> Plan:
 
 
 def _copy_on(model: nn.Module, device: torch.device) -> nn.Module:
-    """A plain copy without masks, in eval mode, with weights even where the model has none (on the meta device)."""
+    """A plain copy, in eval mode, with weights even where the model has none (on the meta device)."""
     copied = plain_copy(find_sites(model).model)
-    remove_masks(copied)
     copied = copied.eval().requires_grad_(False)
     if next(copied.parameters()).device.type != "meta":
         return copied.to(device)

@@ -55,7 +55,14 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 
 def apply_masks(model: nn.Module, plan: Plan, path: str | None = None) -> None:
-    """Put the masks of `plan` on, until `remove_masks`, as `masked` says; `path`: of the transformer in `model`."""
+    """Put the masks of `plan` on, until `remove_masks`; compiled code sees them as `masked` says.
+
+    Args:
+        path: of the vision transformer in `model`, as an attribute; None finds it if there is just one.
+
+    Raises:
+        PlanError: see `masked`.
+    """
     sites = find_sites(model, path)
     sites.check(plan)
     if is_masked(sites.model):
