@@ -6,11 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo
-import yaml
+
+from tests import composing
 
 os.environ.setdefault("WANDB_MODE", "disabled")
-# Hydra reads some twenty files whenever it composes, which the tests have it do all the time; in C that is faster.
-yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
+composing.remember()
 
 # What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at
 # about the same time.

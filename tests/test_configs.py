@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -17,6 +18,7 @@ from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.trainer import check_training
 from lightning_mdc.errors import CalibrationError, ConfigError, error_chain
 from lightning_mdc.importance import Criterion
+from tests import composing
 from tests.kinds import make
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -38,6 +40,29 @@ def test_composes_and_every_step_finds_its_settings(override):
         relevant(composed, name)
     assert isinstance(build.build_criterion(composed), Criterion)
     check_training({**composed, "sharing": {**composed["sharing"], "epochs": 1}}, make("vit"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("importance=hsic", "budget=0.5", "+data.shuffle=true", "~logger"), ("budgett=0.5",), ("importance=hsik",)],
+)
+def test_what_the_tests_compose_is_what_hydra_does(overrides):
+    """They have it read and merge each choice of files once, see `tests.composing`."""
+
+    def found() -> str:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            try:
+                return OmegaConf.to_yaml(compose("train", list(overrides), return_hydra_config=True))
+            except HydraException as error:
+                return str(error)
+
+    found()
+    remembered = found()
+    composing.forget()
+    try:
+        assert found() == remembered
+    finally:
+        composing.remember()
 
 
 def test_the_groups_are_those_of_the_package():
