@@ -7,9 +7,8 @@ import pty
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,8 @@ from lightning_mdc.app.main import conf_folder
 from lightning_mdc.errors import SearchError
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.kinds import everyday, images, make
+from tests.processes import program
+from tests.processes import script as train
 from tests.test_train import ROOT, TINY, script, settings
 
 # Anything but printable characters and line ends.
@@ -34,17 +35,18 @@ def newest(runs: Path) -> Path:
 
 
 def on_a_terminal(
-    arguments: list[str], interrupt_at: str = "", cwd: Path = ROOT, by: signal.Signals = signal.SIGINT
+    work: Callable[..., object],
+    *arguments: str,
+    folder: Path,
+    interrupt_at: str = "",
+    by: signal.Signals = signal.SIGINT,
 ) -> tuple[str, int]:
-    """(what a program writes to a terminal, its exit code).
+    """(what is written to a terminal by `work` in a process of its own, the exit code).
 
     As soon as `interrupt_at` is there, Ctrl-C is typed, or the program gets another signal.
     """
     ours, theirs = pty.openpty()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
-    program = subprocess.Popen(
-        [sys.executable, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=cwd, preexec_fn=own_tty
-    )
+    process = program(work, *arguments, output=theirs, folder=folder, TERM="xterm", COLUMNS="120")
     os.close(theirs)
     written, deadline = b"", time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -59,38 +61,41 @@ def on_a_terminal(
             if by == signal.SIGINT:
                 os.write(ours, b"\x03")
             else:
-                program.send_signal(by)
+                os.kill(process.pid, by)
             interrupt_at = ""
     os.close(ours)
-    return written.decode(), program.wait(timeout=30)
+    process.join(30)
+    return written.decode(), process.exitcode
 
 
-def own_tty() -> None:
-    import fcntl
-    import termios
-
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+def through_a_pipe(work: Callable[..., object], *arguments: str, folder: Path) -> str:
+    """What is written to a pipe by `work` in a process of its own, which ends well."""
+    ours, theirs = os.pipe()
+    process = program(work, *arguments, output=theirs, folder=folder, FORCE_COLOR="1")
+    os.close(theirs)
+    with open(ours) as pipe:
+        written = pipe.read()
+    process.join(30)
+    assert process.exitcode == 0, written
+    return written
 
 
 # --- bars -------------------------------------------------------------------------------------------------------------
 
-COUNTS = """
-import logging
-from lightning_mdc import progress
-logging.getLogger().setLevel("INFO")
-logging.getLogger().addHandler(progress.Screen())
-for shown in (True, False):
-    with progress.bar("Counting", 3, shown=shown) as advance:
-        for number in range(3):
-            logging.info("line %d [of 3]", number)
-            advance(f"note {number}")
-    print("end")
-"""
+
+def counts() -> None:
+    logging.getLogger().setLevel("INFO")
+    logging.getLogger().addHandler(progress.Screen())
+    for shown in (True, False):
+        with progress.bar("Counting", 3, shown=shown) as advance:
+            for number in range(3):
+                logging.info("line %d [of 3]", number)
+                advance(f"note {number}")
+        print("end", flush=True)
 
 
-def test_a_bar_and_lines_on_a_terminal():
-    written, code = on_a_terminal(["-c", COUNTS])
+def test_a_bar_and_lines_on_a_terminal(tmp_path):
+    written, code = on_a_terminal(counts, folder=tmp_path)
     assert code == 0
     shown, end, hidden = written.partition("end\r\n")
     assert end
@@ -102,16 +107,8 @@ def test_a_bar_and_lines_on_a_terminal():
     assert hidden.split() == ["line", "0", "[of", "3]", "line", "1", "[of", "3]", "line", "2", "[of", "3]", "end"]
 
 
-def test_no_bar_and_no_control_character_without_a_terminal():
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTS],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"},
-    )
-    assert done.stdout == 2 * "line 0 [of 3]\nline 1 [of 3]\nline 2 [of 3]\nend\n"
-    assert done.stderr == ""
+def test_no_bar_and_no_control_character_without_a_terminal(tmp_path):
+    assert through_a_pipe(counts, folder=tmp_path) == 2 * "line 0 [of 3]\nline 1 [of 3]\nline 2 [of 3]\nend\n"
 
 
 def test_scoring_and_searching_draw_only_where_asked(monkeypatch):
@@ -152,12 +149,10 @@ def test_a_bar_within_somebody_elses_is_not_drawn_where_rich_draws_one(monkeypat
 
 
 def test_a_run_through_a_pipe_is_plain_and_its_log_has_every_line(tmp_path):
-    """As a newcomer starts it: from another folder, in a process of its own; it leaves nothing but its run."""
-    command = [sys.executable, ROOT / "train.py", *TINY, "stage=[dense,score,search]"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=tmp_path)
-    assert not CONTROL.search(done.stdout + done.stderr)
-    lines = done.stdout.splitlines()
+    """As a newcomer starts it, from another folder; it leaves nothing but its run."""
+    written = through_a_pipe(train, str(ROOT / "train.py"), *TINY, "stage=[dense,score,search]", folder=tmp_path)
+    assert not CONTROL.search(written)
+    lines = written.splitlines()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     folder = newest(tmp_path / "runs").relative_to(tmp_path)
     logged = (tmp_path / folder / "log.txt").read_text().splitlines()
@@ -225,8 +220,10 @@ def test_after_the_last_stage_there_is_the_report_to_look_at(tmp_path, caplog):
 def test_a_stopped_training_says_how_to_go_on(tmp_path, by):
     """By Ctrl-C, or as a cluster stops it. Lightning shuts down by itself, in the second case with exit code 0."""
     code, word = (130, "interrupted") if by == signal.SIGINT else (143, "stopped")
-    arguments = [str(ROOT / "train.py"), *TINY, f"runs={tmp_path}", "stage=dense", "dense.epochs=2000", "-v"]
-    written, ended = on_a_terminal(arguments, interrupt_at="Epoch 3/", by=by)
+    arguments = [*TINY, f"runs={tmp_path}", "stage=dense", "dense.epochs=2000", "-v"]
+    written, ended = on_a_terminal(
+        train, str(ROOT / "train.py"), *arguments, folder=tmp_path, interrupt_at="Epoch 3/", by=by
+    )
     folder = newest(tmp_path)
     assert ended == code
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
