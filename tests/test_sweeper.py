@@ -56,23 +56,28 @@ def sweep(monkeypatch, tmp_path, capsys):
     """Runs a sweep in this process, in ``tmp_path / "out"``; returns its exit code and all that was printed."""
 
     def run(*overrides: str, n_trials: int = 4, pictures: bool = False, flags: tuple[str, ...] = ()) -> tuple[int, str]:
-        if not pictures:  # they take longer than all the rest
-            monkeypatch.setattr(_results, "draw", lambda *_: None)
         script, *given = command(tmp_path / "out", *overrides, n_trials=n_trials)
-        monkeypatch.setattr(sys, "argv", [script, *flags, *given])
-        GlobalHydra.instance().clear()
-        try:
-            app.main()
-            code = 0
-        except app.SIGTERMException:
-            raise
-        except SystemExit as end:
-            code = int(end.code or 0)
+        code = swept(monkeypatch, [script, *flags, *given], pictures)
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 
     monkeypatch.chdir(tmp_path)
     return run
+
+
+def swept(monkeypatch, arguments: list[str], pictures: bool = False) -> int:
+    """The exit code of a sweep in this process."""
+    if not pictures:  # they take longer than all the rest
+        monkeypatch.setattr(_results, "draw", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", arguments)
+    GlobalHydra.instance().clear()
+    try:
+        app.main()
+    except app.SIGTERMException:
+        raise
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def command(folder: Path, *overrides: str, n_trials: int) -> list[str]:
@@ -123,7 +128,8 @@ def job(folder: Path, number: int) -> dict:
 def in_one_process(tmp_path_factory) -> Path:
     """A sweep whose history every launcher has to come to, and every sweep that was killed."""
     folder = tmp_path_factory.mktemp("reference") / "out"
-    finished(start(folder, *BATCHES, n_trials=6))
+    with pytest.MonkeyPatch.context() as patch:
+        assert swept(patch, command(folder, *BATCHES, n_trials=6)) == 0
     assert len(history(folder)) == 6
     return folder
 
@@ -813,11 +819,9 @@ def test_when_a_worker_dies_the_rest_is_recovered(tmp_path, kind):
     assert sorted(begun(tmp_path)) == [0, 1, 2, 3]
 
 
-def test_a_launcher_that_cannot_start_is_not_a_failed_trial(tmp_path):
-    given = (*XY, "hydra/launcher=submitit_local", "hydra.launcher.submitit_folder=/proc/nowhere")
-    process = start(tmp_path / "out", *given, n_trials=2)
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 1
+def test_a_launcher_that_cannot_start_is_not_a_failed_trial(sweep, tmp_path):
+    code, printed = sweep(*XY, "hydra/launcher=submitit_local", "hydra.launcher.submitit_folder=/proc/nowhere")
+    assert code == 1
     assert "the launcher failed before any of the trials 0 began: " in printed
     assert "Traceback" not in printed
     assert [line for line in lines(tmp_path / "out") if "told" in line] == []
@@ -863,12 +867,12 @@ def killed_and_resumed(tmp_path: Path, rng: random.Random, *overrides: str) -> N
     finished(start(tmp_path / "out", *given, n_trials=6))
 
 
-def test_a_batch_that_was_told_in_part_is_completed_before_the_next(tmp_path, in_one_process):
+def test_a_batch_that_was_told_in_part_is_completed_before_the_next(sweep, tmp_path, in_one_process):
     shutil.copytree(in_one_process, tmp_path / "out")
     study = (tmp_path / "out" / "study.jsonl").read_text().splitlines(keepends=True)
     (cut,) = [i for i, line in enumerate(study) if json.loads(line).get("told") == 2]  # 2 and 3 ran together
     (tmp_path / "out" / "study.jsonl").write_text("".join(study[: cut + 1]) + '{"told": 3, "val')
-    finished(start(tmp_path / "out", *BATCHES, n_trials=6))
+    assert sweep(*BATCHES, n_trials=6)[0] == 0
     assert history(tmp_path / "out") == history(in_one_process)
 
 
