@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -188,8 +189,18 @@ def wrapped_by_hugging_face() -> Any:
     return transformers.TimmWrapperForImageClassification(config)
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with a dense and a slim model."""
+    folder, dense = tmp_path_factory.mktemp("models"), strangers.network().eval()
+    plan = mdc.make_plan(dense, mdc.score(dense, strangers.loader()), mdc.uniform_policy(dense, 0.6))
+    mdc.save(dense, folder / "dense")
+    mdc.save(mdc.slim(dense, plan), folder / "slim")
+    return folder
+
+
 @pytest.fixture
-def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
+def prepared(models, tmp_path, monkeypatch) -> dict[str, Any]:
     """What the pages take for granted, tiny; everything long is cut short."""
     import timm
 
@@ -200,10 +211,7 @@ def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.setattr(timm, "create_model", lambda *a, **o: tiny() if o.get("pretrained") else create(*a, **o))
     search = mdc.search
     monkeypatch.setattr(mdc, "search", lambda *args, **options: search(*args, **(options | {"n_trials": 3})))
-    dense = strangers.network().eval()
-    policy = mdc.uniform_policy(dense, 0.6)
-    mdc.save(dense, "dense")
-    mdc.save(mdc.slim(dense, mdc.make_plan(dense, mdc.score(dense, strangers.loader()), policy)), "slim")
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     return {
         "__name__": "docs",
         "lightning": lightning,
@@ -211,7 +219,7 @@ def prepared(tmp_path, monkeypatch) -> dict[str, Any]:
         "torch": torch,
         "my_module": strangers.Stranger(),
         "my_data": strangers.loader(),
-        "model": dense,
+        "model": strangers.network().eval(),
         "loader": strangers.loader(),
         "train_loader": strangers.loader(),
         "val_loader": strangers.loader(),

@@ -136,6 +136,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         # Of names in scripts that there are no letters for.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(unfinished, dpi=160, format="png")
+    figure.set_layout_engine("none")  # the panels have their places: a page need not find them again, which takes long
 
 
 def png_of(figure: Figure) -> bytes:
