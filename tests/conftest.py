@@ -1,16 +1,14 @@
 import getpass
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
-import torch
-import torch._dynamo
 
-from tests import composing
+# Nothing of torch and Hydra up here: the process that only hands tests out would import it, too, before they begin.
 
 os.environ.setdefault("WANDB_MODE", "disabled")
-composing.remember()
 
 # What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at
 # about the same time.
@@ -23,8 +21,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def composed_once() -> None:
+    from tests import composing
+
+    composing.remember()
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -33,10 +40,10 @@ def nothing_compiled() -> Iterator[None]:
     """What one test has compiled is not in the way of the next: all models share the code of timm's classes, of which
     the compiler keeps so many versions and then gives up, after minutes."""
     yield
-    counters = torch._dynamo.utils.counters
-    if counters["frames"]["total"]:
-        counters.clear()
-        torch._dynamo.reset()
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
+        dynamo.utils.counters.clear()
+        dynamo.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -531,7 +531,7 @@ def test_the_average_of_the_weights_is_validated_saved_and_left(tmp_path):
         teacher,
         optimizer={"lr": 1e-2},
         schedule={"warmup_epochs": 0},
-        compile={"backend": "aot_eager"},
+        compile={"backend": "eager"},
         mixup={"mixup_alpha": 0.5},
     )
     trainer(tmp_path, callbacks=[Steps(), average], num_sanity_val_steps=0).fit(module, loader(), loader(6))

@@ -239,7 +239,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(folder, run, tmp_path):
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("sweep")
-    sweeper = ("hydra/sweeper=mdc_gp_ei", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_initial_points=2")
+    sweeper = ("hydra/sweeper=mdc_gp_ei", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_initial_points=2")
     with pytest.MonkeyPatch.context() as patch:
         assert script(patch, "-m", *sweeper, *TINY, f"runs={runs}", "logger=wandb_offline", "budget=0.5") == 0
     (folder,) = (runs / "sweeps").iterdir()
@@ -248,7 +248,7 @@ def sweep(tmp_path_factory) -> Path:
 
 def test_every_trial_is_a_run_of_the_sweeps_group(sweep):
     study = {row.number: row for row in read_study(sweep / "study.jsonl").trials}
-    assert len(study) == 4
+    assert len(study) == 3
     for number, row in study.items():
         (run,) = offline_runs(sweep / str(number))
         assert run.about.run_group == sweep.name
@@ -273,7 +273,7 @@ def test_the_sweep_itself_is_one_more_run_of_the_group(sweep):
     rows = read_study(sweep / "study.jsonl").trials
     assert run.about.run_group == sweep.name
     assert run.about.job_type == "sweep"
-    assert run.values("search/trial") == [0, 1, 2, 3]
+    assert run.values("search/trial") == [0, 1, 2]
     assert run.values("search/incumbent") == np.maximum.accumulate([row.value for row in rows]).tolist()
     table = run.table("search/trials")
     assert [line["value"] for line in table] == [row.value for row in rows]
