@@ -12,8 +12,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 # What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at
 # about the same time.
-LONGEST = ("sweeper", "train", "tracking", "terminal", "report", "surgery", "search", "callback", "docs", "export")
-LONGEST += ("policy_sweep", "configs", "t2t_vit", "install", "distributed_run", "gp_ei")
+LONGEST = ("sweeper", "tracking", "search", "train", "surgery", "callback", "export", "install", "gp_ei", "t2t_vit")
+LONGEST += ("distributed_run", "distillation", "report", "artifact", "weight_sharing", "docs", "terminal")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

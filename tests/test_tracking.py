@@ -190,11 +190,13 @@ def test_models_are_artifacts_with_config_and_parent(run, folder):
 
 def test_it_is_said_where_the_dashboards_are_and_nothing_else(told):
     folder, said = told
-    (run,) = offline_runs(folder)
+    (run,), logged = offline_runs(folder), (folder / "log.txt").read_text().splitlines()
     assert f"wandb sync {run.folder}" in said
     assert f"tensorboard --logdir {folder / 'logs' / 'tensorboard'}" in said
     assert said.count("wandb:") == 1
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said)  # no control characters where there is no terminal
+    # Nor do packages say anything when they are imported; and no control characters where there is no terminal.
+    assert said.splitlines() == [line[len("2026-01-31 12:00:00 INFO    ") :] for line in logged]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", said)
     assert "failed" not in said
 
 
