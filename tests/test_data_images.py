@@ -1,5 +1,6 @@
 """Damaged images and half-written data sets; which files are opened for what; what timm's options and readers do."""
 
+import gc
 import json
 import logging
 import os
@@ -100,6 +101,8 @@ def test_damaged_images_are_counted_over_all_workers_and_per_epoch(folder, worke
     with pytest.raises(DataError) as caught:
         read(strict)
     message = str(caught.value)
+    del caught
+    gc.collect()  # ends the workers at once; left to a later test, that waits ten seconds for them
     assert message.startswith(f"max_corrupt_images=2 is exceeded by {folder / 'dog'}")
     assert "raise max_corrupt_images" in message
     assert len(message.splitlines()) == 1  # no traceback of a worker
