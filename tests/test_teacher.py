@@ -131,11 +131,11 @@ def test_wrong_settings_are_refused_when_they_are_said(tmp_path):
         ({"source": "runs/digits/dense"}, "teacher='runs/digits/dense' is neither a folder nor a model"),
         ({"source": 5}, "teacher=5 is no network"),
         ({"source": None}, "teacher=None is no network"),
-        ({"source": tmp_path / "empty", "args": ARGS}, "Teacher.args=.*but teacher='.*empty', a folder"),
-        ({"source": tmp_path / "empty", "checkpoint": file}, "Teacher.checkpoint=.*but teacher='.*empty', a folder"),
-        ({"source": network, "checkpoint": file}, "Teacher.checkpoint=.*but teacher=VisionTransformer"),
-        ({"source": network, "args": ARGS}, "Teacher.args=.*but teacher=VisionTransformer"),
-        ({"source": None, "args": ARGS}, "Teacher.args=.*but teacher=None"),
+        ({"source": tmp_path / "empty", "args": ARGS}, "Teacher.args=.*which teacher=.*empty is not"),
+        ({"source": tmp_path / "empty", "checkpoint": file}, "Teacher.checkpoint=.*which teacher=.*empty is not"),
+        ({"source": network, "checkpoint": file}, "Teacher.checkpoint=.*which teacher=VisionTransformer is not"),
+        ({"source": network, "args": ARGS}, "Teacher.args=.*which teacher=VisionTransformer is not"),
+        ({"source": None, "args": ARGS}, "Teacher.args=.*which teacher=None is not"),
         ({"source": NAME, "args": 5}, "Teacher.args=5 is no mapping"),
         ({"source": NAME, "checkpoint": tmp_path / "no.pth"}, "Teacher.checkpoint='.*no.pth' is no file"),
         ({"source": network, "precision": "bf8"}, "Teacher.precision='bf8'"),
@@ -157,7 +157,7 @@ def test_settings_of_a_run_become_a_teacher():
     assert (module.kd, module.teacher.network, module.teacher.precision) == ("hard", network, "32")
     assert module.teacher.normalization is None
     assert build_module(options, student, None).teacher is None
-    with pytest.raises(DistillationError, match=r"Teacher\.args=.*but teacher=None"):
+    with pytest.raises(DistillationError, match=r"Teacher\.args=.*which teacher=None is not"):
         build_module(options | {"teacher_args": ARGS}, student, None)
 
 

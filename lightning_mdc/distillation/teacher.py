@@ -54,14 +54,10 @@ class Teacher:
     def __post_init__(self) -> None:
         precision = None if self.precision is None else str(self.precision)  # on a command line, 32 is a number
         check_one_of("Teacher.precision", precision, (None, *PRECISIONS), DistillationError)
-        own: dict[str, Any] = {
-            "args": plain(self.args, "Teacher.args"),
-            "precision": precision,
-            "compile": compile_options(self.compile, "Teacher.compile"),
-            "normalization": _known_normalization(self.normalization),
-        }
-        for name, value in own.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "precision", precision)
+        object.__setattr__(self, "args", plain(self.args, "Teacher.args"))
+        object.__setattr__(self, "compile", compile_options(self.compile, "Teacher.compile"))
+        object.__setattr__(self, "normalization", _known_normalization(self.normalization))
         self._check_source()
 
     def _check_source(self) -> None:
@@ -70,10 +66,10 @@ class Teacher:
         by_name = isinstance(source, (str, Path)) and not Path(source).is_dir()
         for name, value in (("checkpoint", self.checkpoint), ("args", self.args or None)):
             if value is not None and not by_name:
-                other = f"{str(source)!r}, a folder" if isinstance(source, (str, Path)) else type(source).__name__
+                shown = type(source).__name__ if isinstance(source, nn.Module) else source
                 raise DistillationError(
-                    f"Teacher.{name}={value!r} is for a timm model name, but teacher={other}; give that name as"
-                    f" teacher, or leave {name} out"
+                    f"Teacher.{name}={value!r} is for a timm model name, which teacher={shown} is not; give such a"
+                    f" name as teacher, or leave {name} out"
                 )
         if not isinstance(source, (nn.Module, str, Path)):
             raise DistillationError(
@@ -237,14 +233,8 @@ class Renormalization:
 def renormalization(
     student: nn.Module, teacher: nn.Module, setting: str | Mapping[str, Any] | None
 ) -> Renormalization | None:
-    """What has to be done to the student's images for the teacher; ``None``: nothing.
-
-    `setting` is `Teacher.normalization`. With ``"auto"`` nothing is done where the ``pretrained_cfg`` of one of them
-    does not say what its images are normalised by.
-
-    Raises:
-        DistillationError: the student does not say what its images are.
-    """
+    """What has to be done to the student's images for the teacher, by `Teacher.normalization`; ``None``: nothing, as
+    with ``"auto"`` where the ``pretrained_cfg`` of one of them does not say what its images are normalised by."""
     if setting is None:
         return None
     of_student = _statistics(student)
