@@ -95,7 +95,7 @@ def check_training(settings: Settings, model: nn.Module) -> None:
         build_module({k: v for k, v in settings["sharing"].items() if k != "shared_weight"}, model, None)
     options = settings["distillation"]
     if options["teacher"] not in (None, "dense"):
-        _teacher(options, options["teacher"])
+        _teacher(options, options["teacher"])  # which checks itself
         options = {**options, "teacher_checkpoint": None, "teacher_args": {}}
     build_module(options, model, None if options["teacher"] is None else copy.deepcopy(model))
 
