@@ -66,11 +66,10 @@ def measured(run: str, what: str, how: str, batch: int, steps: int, threads: int
     dense, slim = (mdc.load(Path(run) / name) for name in ("dense", "slim"))
     module = mdc.DistillationModule(
         dense if what == "dense" else slim,
-        mdc.load(Path(run) / "dense") if "teacher" in what else None,
+        mdc.Teacher(Path(run) / "dense", compile=compiled) if "teacher" in what else None,
         optimizer={"lr": 1e-5},
         schedule={"sched": "none"},
         compile=compiled,
-        teacher_compile=compiled,
     )
     size = dense.pretrained_cfg["input_size"]
     one = (torch.randn(batch, *size), torch.randint(0, dense.num_classes, (batch,)))

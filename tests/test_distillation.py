@@ -297,29 +297,30 @@ def test_checkpoint_loads_with_the_networks_given_again(tmp_path):
     more = OmegaConf.create(
         {
             "mixup": {"mixup_alpha": 0.8, "cutmix_minmax": [0.2, 0.5]},
-            "teacher_normalization": {"mean": 0.5, "std": 0.5},
             "compile": {"backend": "eager"},
-            "teacher_precision": 32,
         }
     )
     student = tiny(0)
     student.pretrained_cfg = {"mean": (0.1,), "std": (0.2,)}
-    module = DistillationModule(student, tiny(1), kd="hard", kd_weight=0.25, **given, **more)
+    teacher = mdc.Teacher(tiny(1), precision=32, normalization=OmegaConf.create({"mean": 0.5, "std": 0.5}))
+    module = DistillationModule(student, teacher, kd="hard", kd_weight=0.25, **given, **more)
     run = trainer(tmp_path)
     run.fit(module, loader())
     path = tmp_path / "a.ckpt"
     run.save_checkpoint(path)
-    loaded = DistillationModule.load_from_checkpoint(path, student=student, teacher=tiny(1))
+    loaded = DistillationModule.load_from_checkpoint(path, student=student, teacher=teacher)
     assert loaded.kd == "hard"
     assert loaded.kd_weight == 0.25
     hparams = torch.load(path, weights_only=True)["hyper_parameters"]
     assert hparams["mixup"] == {"mixup_alpha": 0.8, "cutmix_minmax": [0.2, 0.5]}
-    assert hparams["teacher_normalization"] == {"mean": 0.5, "std": 0.5}
     assert hparams["compile"] == {"backend": "eager"}
-    assert not {"student", "teacher", "teacher_checkpoint", "teacher_args"} & set(hparams)
+    assert not {"student", "teacher"} & set(hparams)
     assert loaded.optimizer_kwargs == {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]}
     images, _ = batch()
     torch.testing.assert_close(loaded(images), module(images))
+    torch.testing.assert_close(loaded.teacher(images), teacher.source((images * 0.2 + 0.1 - 0.5) / 0.5).detach())
+    another = DistillationModule.load_from_checkpoint(path, student=student, teacher=tiny(1))
+    assert another.teacher.precision is None
 
 
 @pytest.mark.slow

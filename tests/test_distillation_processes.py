@@ -45,7 +45,11 @@ def train(rank: int, root: Path, devices: int, average: bool) -> None:
     scores = mdc.score(dense, [images[:8]])
     student = mdc.slim(dense, mdc.make_plan(dense, scores, mdc.Policy(heads=0.5, neurons=0.5, tokens=0.7))).train()
     module = DistillationModule(
-        student, dense, hidden_weight=0.5, optimizer={"lr": 1e-3}, schedule={"warmup_epochs": 0}, teacher_precision="32"
+        student,
+        mdc.Teacher(dense, precision="32"),
+        hidden_weight=0.5,
+        optimizer={"lr": 1e-3},
+        schedule={"warmup_epochs": 0},
     )
     losses = Losses()
     run = L.Trainer(

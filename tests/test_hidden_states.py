@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.distillation import DistillationModule, Teacher
 from lightning_mdc.distillation.losses import hidden_state_loss
 from lightning_mdc.errors import DistillationError
 from tests.test_distillation import batch, loader, trainer
@@ -126,10 +126,9 @@ def test_compiled_networks_give_the_same_losses_and_gradients():
         student = copy.deepcopy(start)
         module = DistillationModule(
             student,
-            teacher,
+            Teacher(teacher, compile=compile),
             hidden_weight=1.0,
             compile=compile,
-            teacher_compile=compile,
             grad_checkpointing=bool(compile),
         )
         with module.training_form():

@@ -140,7 +140,6 @@ MANY_PARAMETERS = {
     "lightning_mdc.policy_search.driver.search",
     "lightning_mdc.callback.MultiDimPruneCallback.__init__",
     "lightning_mdc.app.data.image_folder.ImageFolderDataModule.__init__",
-    "lightning_mdc.distillation.module.DistillationModule.__init__",
     "lightning_mdc.distillation.weight_sharing.WeightSharingModule.__init__",
 }
 MANY_LINES = {"lightning_mdc.policy_search.driver.search"}  # which hands its many parameters on

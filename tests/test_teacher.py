@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.distillation import DistillationModule
+from lightning_mdc.app.trainer import build_module
+from lightning_mdc.distillation import DistillationModule, Teacher
 from lightning_mdc.distillation.teacher import FrozenTeacher, Renormalization
 from lightning_mdc.errors import DistillationError
 from tests.test_distillation import batch, loader, tiny, trainer
@@ -21,6 +22,10 @@ NAME, ARGS = "test_vit", {"in_chans": 1, "img_size": 8, "patch_size": 4}
 def named(seed: int = 0, num_classes: int = 3) -> nn.Module:
     torch.manual_seed(seed)
     return timm.create_model(NAME, num_classes=num_classes, **ARGS).eval()
+
+
+def frozen(network: nn.Module, **settings) -> FrozenTeacher:
+    return FrozenTeacher(Teacher(network, **settings), student=tiny(0))
 
 
 def rgb_batch() -> torch.Tensor:
@@ -59,7 +64,7 @@ def test_a_name_with_a_file_of_weights(tmp_path, suffix):
         mdc.save(teacher, tmp_path / "folder")
         (tmp_path / "folder" / "model.safetensors").rename(path)
     images, _ = batch()
-    module = DistillationModule(tiny(0), NAME, teacher_checkpoint=path, teacher_args=ARGS)
+    module = DistillationModule(tiny(0), Teacher(NAME, path, ARGS))
     torch.testing.assert_close(module.teacher(images), teacher(images), rtol=0, atol=0)
 
 
@@ -69,7 +74,7 @@ def test_a_name_has_timms_pretrained_weights(tmp_path):
     torch.save(teacher.state_dict(), path)
     overlay = {"file": str(path), "num_classes": 3, "hf_hub_id": None, "first_conv": None}
     args = {**ARGS, "pretrained_cfg_overlay": overlay}
-    module = DistillationModule(tiny(0), NAME, teacher_args=args)
+    module = DistillationModule(tiny(0), Teacher(NAME, args=args))
     images, _ = batch()
     torch.testing.assert_close(module.teacher(images), teacher(images), rtol=0, atol=0)
 
@@ -99,38 +104,61 @@ def test_wrong_teachers_are_refused(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"no weights")
     hundred = tmp_path / "hundred.pth"
     torch.save(named(num_classes=100).state_dict(), hundred)
-    by_name, hundred_args = {"teacher": NAME, "teacher_args": ARGS}, {**ARGS, "num_classes": 100}
+    hundred_args = {**ARGS, "num_classes": 100}
     cases = [
-        ({"teacher": "deit_smal_patch16_224"}, "teacher='deit_smal_patch16_224' .*did you mean deit_small_patch16_224"),
-        ({"teacher": "runs/digits/dense"}, "teacher='runs/digits/dense' is neither a folder nor a model"),
-        ({"teacher": "deit_tiny_patch16_224.nope"}, "teacher='deit_tiny_patch16_224.nope'.*fb_in1k"),
-        ({"teacher": tmp_path / "empty"}, "teacher='.*empty' is a folder, but no saved model"),
-        ({"teacher": tmp_path / "empty", "teacher_args": ARGS}, "teacher_args=.* has no effect on teacher='.*empty'"),
-        ({"teacher_checkpoint": tmp_path / "no.pth"}, "teacher_checkpoint='.*no.pth' is no file"),
-        (
-            {"teacher_checkpoint": other},
-            r"other.pth' does not fit teacher='test_vit': (Missing|Unexpected) key.*; give",
-        ),
-        ({"teacher_checkpoint": malicious}, "malicious.pth' does not fit"),
-        ({"teacher_checkpoint": tmp_path / "damaged.safetensors"}, "damaged.safetensors' does not fit"),
-        ({"teacher_checkpoint": hundred}, r"hundred.pth' does not fit .*size mismatch for head.weight.*100"),
-        (by_name | {"teacher_checkpoint": hundred, "teacher_args": hundred_args}, "has 100 classes where 3"),
-        (by_name | {"teacher_checkpoint": other, "teacher_args": {"no_such": 1}}, "teacher_args=.*no_such"),
-        ({"teacher": tiny(1), "teacher_checkpoint": other}, "teacher_checkpoint=.*but teacher=VisionTransformer"),
-        ({"teacher": None, "teacher_args": ARGS}, "teacher_args=.*but teacher=None"),
-        ({"teacher": tiny(1), "teacher_precision": "bf8"}, "teacher_precision='bf8'"),
-        ({"teacher": tiny(1), "teacher_compile": {"backed": "inductor"}}, r"unknown keys \['backed'\]"),
-        ({"teacher": tiny(1), "teacher_normalization": "imagenet"}, "teacher_normalization='imagenet'"),
-        ({"teacher": tiny(1), "teacher_normalization": {"mean": 0.5}}, "teacher_normalization={'mean': 0.5}"),
-        ({"teacher": tiny(1), "teacher_normalization": {"mean": 0.5, "std": 0}}, "teacher_normalization std=0"),
-        (
-            {"teacher": tiny(1), "teacher_normalization": {"mean": 0.5, "std": 1}},
-            "student=VisionTransformer does not say",
-        ),
+        ({"source": "deit_tiny_patch16_224.nope"}, "teacher='deit_tiny_patch16_224.nope'.*fb_in1k"),
+        ({"source": tmp_path / "empty"}, "teacher='.*empty' is a folder, but no saved model"),
+        ({"checkpoint": other}, r"other.pth' does not fit teacher='test_vit': (Missing|Unexpected) key.*; give"),
+        ({"checkpoint": malicious}, "malicious.pth' does not fit"),
+        ({"checkpoint": tmp_path / "damaged.safetensors"}, "damaged.safetensors' does not fit"),
+        ({"checkpoint": hundred}, r"hundred.pth' does not fit .*size mismatch for head.weight.*100"),
+        ({"checkpoint": hundred, "args": hundred_args}, "has 100 classes where 3"),
+        ({"checkpoint": other, "args": {"no_such": 1}}, "Teacher.args=.*no_such"),
+        ({"source": tiny(1), "normalization": {"mean": 0.5, "std": 1}}, "student=VisionTransformer does not say"),
     ]
-    for arguments, words in cases:
+    for settings, words in cases:
+        teacher = Teacher(**({} if "source" in settings else {"source": NAME, "args": ARGS}) | settings)
         with pytest.raises(DistillationError, match=words):
-            DistillationModule(tiny(0), **({} if "teacher" in arguments else by_name), **arguments)
+            DistillationModule(tiny(0), teacher)
+
+
+def test_wrong_settings_are_refused_when_they_are_said(tmp_path):
+    (tmp_path / "empty").mkdir()
+    network, file = tiny(1), tmp_path / "a.pth"
+    file.touch()
+    cases = [
+        ({"source": "deit_smal_patch16_224"}, "teacher='deit_smal_patch16_224' .*did you mean deit_small_patch16_224"),
+        ({"source": "runs/digits/dense"}, "teacher='runs/digits/dense' is neither a folder nor a model"),
+        ({"source": 5}, "teacher=5 is no network"),
+        ({"source": None}, "teacher=None is no network"),
+        ({"source": tmp_path / "empty", "args": ARGS}, "Teacher.args=.*which teacher=.*empty is not"),
+        ({"source": tmp_path / "empty", "checkpoint": file}, "Teacher.checkpoint=.*which teacher=.*empty is not"),
+        ({"source": network, "checkpoint": file}, "Teacher.checkpoint=.*which teacher=VisionTransformer is not"),
+        ({"source": network, "args": ARGS}, "Teacher.args=.*which teacher=VisionTransformer is not"),
+        ({"source": None, "args": ARGS}, "Teacher.args=.*which teacher=None is not"),
+        ({"source": NAME, "args": 5}, "Teacher.args=5 is no mapping"),
+        ({"source": NAME, "checkpoint": tmp_path / "no.pth"}, "Teacher.checkpoint='.*no.pth' is no file"),
+        ({"source": network, "precision": "bf8"}, "Teacher.precision='bf8'"),
+        ({"source": network, "compile": {"backed": "inductor"}}, r"Teacher.compile=.*unknown keys \['backed'\]"),
+        ({"source": network, "normalization": "imagenet"}, "Teacher.normalization='imagenet'"),
+        ({"source": network, "normalization": {"mean": 0.5}}, "Teacher.normalization={'mean': 0.5}"),
+        ({"source": network, "normalization": {"mean": 0.5, "std": 0}}, "Teacher.normalization std=0"),
+    ]
+    for settings, words in cases:
+        with pytest.raises(DistillationError, match=words):
+            Teacher(**settings)
+
+
+def test_settings_of_a_run_become_a_teacher():
+    network, student = plain(MEANS[1], STDS[1]), plain(MEANS[0], STDS[0])
+    options = {"teacher": "dense", "epochs": 1, "schedule": {}, "kd": "hard", "teacher_checkpoint": None}
+    options |= {"teacher_args": {}, "teacher_precision": 32, "teacher_compile": False, "teacher_normalization": None}
+    module = build_module(options, student, network)
+    assert (module.kd, module.teacher.network, module.teacher.precision) == ("hard", network, "32")
+    assert module.teacher.normalization is None
+    assert build_module(options, student, None).teacher is None
+    with pytest.raises(DistillationError, match=r"Teacher\.args=.*which teacher=None is not"):
+        build_module(options | {"teacher_args": ARGS}, student, None)
 
 
 def test_a_teacher_for_another_image_size_is_refused_in_words():
@@ -152,7 +180,7 @@ def test_own_precision_under_autocast():
     images, _ = batch()
     expected = teacher(images).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        as_is, own = FrozenTeacher(teacher)(images), FrozenTeacher(teacher, "32")(images)
+        as_is, own = frozen(teacher)(images), frozen(teacher, precision="32")(images)
     assert as_is.dtype == torch.bfloat16
     torch.testing.assert_close(own, expected, rtol=0, atol=0)
 
@@ -162,18 +190,18 @@ def test_another_precision_works_with_a_copy(precision, dtype):
     teacher = tiny(1)
     before = copy.deepcopy(teacher.state_dict())
     images, labels = batch()
-    module = DistillationModule(tiny(0), teacher, teacher_precision=precision)
+    module = DistillationModule(tiny(0), Teacher(teacher, precision=precision))
     expected = copy.deepcopy(teacher).to(dtype).eval()(images.to(dtype))
     torch.testing.assert_close(module.teacher(images), expected, rtol=0, atol=0)
     assert module.loss_parts(images, labels)["loss"].dtype == torch.float32
     for name, value in teacher.state_dict().items():
         assert value.dtype == torch.float32, name
         assert torch.equal(value, before[name]), name
-    assert FrozenTeacher(teacher, "32").network is teacher
+    assert frozen(teacher, precision="32").network is teacher
 
 
 def test_precision_of_a_run_is_not_the_teachers(tmp_path):
-    module = DistillationModule(tiny(0), tiny(1), teacher_precision="32")
+    module = DistillationModule(tiny(0), Teacher(tiny(1), precision="32"))
     seen = []
     module.teacher.network.register_forward_hook(lambda network, args, logits: seen.append(logits))
     trainer(tmp_path, precision="bf16-mixed").fit(module, loader())
@@ -183,7 +211,7 @@ def test_precision_of_a_run_is_not_the_teachers(tmp_path):
 def test_a_compiled_teacher_answers_the_same():
     teacher = tiny(1).eval()
     images, _ = batch()
-    compiled = FrozenTeacher(teacher, compile={"backend": "aot_eager"})
+    compiled = frozen(teacher, compile={"backend": "aot_eager"})
     torch.testing.assert_close(compiled(images), teacher(images).detach())
     assert teacher._compiled_call_impl is None
 
@@ -202,9 +230,9 @@ def test_images_are_normalised_as_the_teacher_knows_them(setting):
         for mean, std in zip(MEANS, STDS, strict=True)
     )
     teacher = plain(MEANS[1], STDS[1])
-    module = DistillationModule(plain(MEANS[0], STDS[0]), teacher, teacher_normalization=setting)
+    module = DistillationModule(plain(MEANS[0], STDS[0]), Teacher(teacher, normalization=setting))
     torch.testing.assert_close(module.teacher(as_student), teacher(as_teacher).detach(), rtol=1e-5, atol=1e-6)
-    raw_module = DistillationModule(plain(MEANS[0], STDS[0]), teacher, teacher_normalization=None)
+    raw_module = DistillationModule(plain(MEANS[0], STDS[0]), Teacher(teacher, normalization=None))
     torch.testing.assert_close(raw_module.teacher(as_student), teacher(as_student).detach(), rtol=0, atol=0)
 
 
@@ -235,7 +263,7 @@ def test_one_number_does_for_all_channels():
 
 def test_other_channels_are_refused():
     module = DistillationModule(plain(*([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])), plain(MEANS[1], STDS[1], in_chans=1))
-    with pytest.raises(DistillationError, match="teacher_normalization is of 3 channels, the images have 1"):
+    with pytest.raises(DistillationError, match=r"Teacher\.normalization is of 3 channels, the images have 1"):
         module.teacher(torch.zeros(2, 1, 8, 8))
     with pytest.raises(DistillationError, match="of 2 and 3 channels"):
         DistillationModule(plain((0.0, 0.0), (1.0, 1.0)), plain(MEANS[1], STDS[1]))

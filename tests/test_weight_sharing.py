@@ -334,7 +334,7 @@ def test_checkpoint_loads_with_model_and_scores_given_again(tmp_path: Path) -> N
     path = tmp_path / "a.ckpt"
     run.save_checkpoint(path)
     held = torch.load(path, weights_only=True)["hyper_parameters"]
-    assert {"model", "scores", "student", "teacher", "kd", "teacher_args"}.isdisjoint(held)
+    assert {"model", "scores", "student", "teacher", "kd", "hidden_weight"}.isdisjoint(held)
     again = WeightSharingModule.load_from_checkpoint(path, model=make(seed=9), scores=random_scores(model))
     for name in ("seed", "shared_weight", "temperature", "label_smoothing"):
         assert getattr(again, name) == getattr(module, name)
@@ -399,7 +399,7 @@ def train_ddp(rank: int, root: Path) -> None:
     [
         ({"kd_weight": 0.5}, DistillationError, "kd_weight: no such setting"),
         ({"teacher": make()}, DistillationError, "teacher: no such setting"),
-        ({"teacher_args": {}, "hidden_weight": 1.0}, DistillationError, "hidden_weight, teacher_args: no such setting"),
+        ({"kd": "soft", "hidden_weight": 1.0}, DistillationError, "hidden_weight, kd: no such setting"),
         ({"seed": -1}, DistillationError, "seed=-1"),
         ({"seed": 0.5}, DistillationError, "seed=0.5"),
         ({"shared_weight": -1.0}, DistillationError, "shared_weight=-1.0"),

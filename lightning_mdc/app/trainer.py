@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mdc.app.settings import Settings
 from lightning_mdc.app.terminal import in_sweep
-from lightning_mdc.distillation import DistillationModule, check_teacher
+from lightning_mdc.distillation import DistillationModule, Teacher
 from lightning_mdc.distributed import is_lost_peer, leave_process_group, rank
 from lightning_mdc.errors import ConfigError, DistributedError
 from lightning_mdc.models.timm_block import TokenStageBlock
@@ -47,7 +47,7 @@ from lightning_mdc.randomness import rng_state, set_rng_state
 log = logging.getLogger(__name__)
 
 # Keys of a training's settings that are said to the step or to the Trainer, not to the training module.
-_NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "teacher", "ema_decay")
+_NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "ema_decay")
 
 # Of the Trainer's arguments, those that a machine can be without.
 _WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
@@ -75,7 +75,13 @@ def build_module(options: Settings, student: nn.Module, teacher: nn.Module | str
     Raises:
         DistillationError: see `DistillationModule`.
     """
-    return DistillationModule(student, teacher, **module_options(options))
+    return DistillationModule(student, _teacher(options, teacher), **module_options(options))
+
+
+def _teacher(options: Settings, source: Any) -> Teacher | None:
+    """`source` with the settings ``teacher_*``; None without one, unless they say that there should be."""
+    own = {key.removeprefix("teacher_"): value for key, value in options.items() if key.startswith("teacher_")}
+    return Teacher(source, **own) if source is not None or own.get("checkpoint") or own.get("args") else None
 
 
 def check_training(settings: Settings, model: nn.Module) -> None:
@@ -89,14 +95,14 @@ def check_training(settings: Settings, model: nn.Module) -> None:
         build_module({k: v for k, v in settings["sharing"].items() if k != "shared_weight"}, model, None)
     options = settings["distillation"]
     if options["teacher"] not in (None, "dense"):
-        check_teacher(options["teacher"], options["teacher_checkpoint"], options["teacher_args"])
+        _teacher(options, options["teacher"])  # which checks itself
         options = {**options, "teacher_checkpoint": None, "teacher_args": {}}
     build_module(options, model, None if options["teacher"] is None else copy.deepcopy(model))
 
 
 def module_options(options: Settings) -> dict[str, Any]:
-    """Keyword arguments of a training module, without what is said to the step or to the Trainer."""
-    kwargs = {key: value for key, value in options.items() if key not in _NOT_THE_MODULES}
+    """Keyword arguments of a training module, without its teacher and what is said to the step or to the Trainer."""
+    kwargs = {k: v for k, v in options.items() if k not in _NOT_THE_MODULES and not k.startswith("teacher")}
     schedule, epochs = dict(kwargs["schedule"]), options["epochs"]
     if epochs and isinstance(schedule.get("warmup_epochs"), (int, float)):
         # Else one epoch under a recipe for thirty would end before the rate has risen.

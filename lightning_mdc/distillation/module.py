@@ -28,15 +28,12 @@ from lightning_mdc.distillation.optimization import (
 )
 from lightning_mdc.distillation.settings import (
     check_loss_settings,
-    check_networks,
     check_student_can,
     compile_options,
     count_classes,
-    known_precision,
     plain,
-    teacher_network,
 )
-from lightning_mdc.distillation.teacher import FrozenTeacher, Precision, renormalization
+from lightning_mdc.distillation.teacher import FrozenTeacher, Teacher
 from lightning_mdc.errors import DistillationError
 
 Batch = tuple[Tensor, Tensor]
@@ -56,14 +53,14 @@ class DistillationModule(LightningModule):
     A distilled timm student returns two logits while it is trained: the labels teach the first and the teacher the
     second, as in DeiT (Touvron et al., arXiv 2012.12877). Without a teacher their mean is trained.
 
-    The teacher stays in eval mode, gets no gradient, and is in no checkpoint:
-    ``DistillationModule.load_from_checkpoint(path, student=..., teacher=...)`` takes both networks again.
+    The teacher stays in eval mode, gets no gradient, and is in no checkpoint, nor are its settings:
+    ``DistillationModule.load_from_checkpoint(path, student=..., teacher=...)`` takes both again.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | str | Path | None = None,
+        teacher: nn.Module | str | Path | Teacher | None = None,
         kd: Literal["soft", "hard"] = "soft",
         kd_weight: float = 0.5,
         temperature: float = 2.0,
@@ -72,11 +69,6 @@ class DistillationModule(LightningModule):
         schedule: Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         *,
-        teacher_checkpoint: str | Path | None = None,
-        teacher_args: Mapping[str, Any] | None = None,
-        teacher_precision: Precision | None = None,
-        teacher_compile: bool | Mapping[str, Any] = False,
-        teacher_normalization: str | Mapping[str, Any] | None = "auto",
         distill_token: bool | None = None,
         hidden_weight: float = 0.0,
         mixup: Mapping[str, Any] | None = None,
@@ -87,8 +79,8 @@ class DistillationModule(LightningModule):
         Args:
             student: images (n, in_chans, H, W) -> logits (n, classes). Trained in the mode it is in: what ``mdc.load``
                 gives is in eval mode, ``.train()`` it.
-            teacher: the same; or a timm model name, with its pretrained weights (``"regnety_160.deit_in1k"`` is
-                DeiT's); or a folder that ``mdc.save`` wrote; ``None`` for plain supervised training.
+            teacher: with settings of its own, or else the `source` of a `Teacher`: a module, a timm model name or a
+                folder that ``mdc.save`` wrote; ``None`` for plain supervised training.
             kd: ``soft`` compares distributions, ``hard`` uses the teacher's class as a label.
             kd_weight: share of *kd* in the loss, in [0, 1].
             temperature: of the soft kind; has no effect on the hard one.
@@ -98,14 +90,6 @@ class DistillationModule(LightningModule):
             schedule: keyword arguments of ``timm.scheduler.create_scheduler_v2``, over ``DEFAULT_SCHEDULE``; in epochs,
                 stepped after every update. Its length is the Trainer's. ``{"sched": "none"}`` keeps the rate constant.
             num_classes: asked of the student when not given.
-            teacher_checkpoint: file of weights for the timm architecture that `teacher` names, instead of timm's own.
-            teacher_args: keyword arguments of ``timm.create_model`` for a teacher by name, e.g. ``{"img_size": 384}``.
-            teacher_precision: of the teacher's parameters (of a copy of them, where they differ) and arithmetic,
-                whatever the Trainer's; ``None`` leaves it as it is, under the Trainer's autocast.
-            teacher_compile: whether to compile the teacher, or keyword arguments of ``torch.compile``.
-            teacher_normalization: ``auto`` normalises the images anew for the teacher where the ``pretrained_cfg`` of
-                student and teacher name different means or standard deviations; or the teacher's, ``{"mean": ...,
-                "std": ...}``; ``None``: the teacher gets the student's images as they are.
             distill_token: whether the distillation head of a distilled student learns from the teacher, and the other
                 from the labels alone; ``None``: if it has one and there is a teacher.
             hidden_weight: factor of *hidden* in the loss, at least 0; needs a teacher of the same depth and width.
@@ -123,23 +107,17 @@ class DistillationModule(LightningModule):
         schedule = complete_schedule(plain(schedule, "schedule"))
         mixup = None if mixup is None else check_mixup(plain(mixup, "mixup"))
         compile = compile_options(compile, "compile")
-        teacher_precision = known_precision(teacher_precision)
-        teacher_compile = compile_options(teacher_compile, "teacher_compile")
-        if isinstance(teacher_normalization, Mapping):
-            teacher_normalization = plain(teacher_normalization, "teacher_normalization")
-        classes = num_classes or getattr(student, "num_classes", None)
-        network = teacher_network(teacher, teacher_checkpoint, plain(teacher_args, "teacher_args"), classes)
-        check_networks(student, network)
-        num_classes = count_classes(num_classes, student, network)
+        self.teacher = None
+        if teacher is not None:
+            teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+            self.teacher = FrozenTeacher(teacher, student, num_classes or getattr(student, "num_classes", None))
+        network = None if self.teacher is None else self.teacher.network
         check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
+        num_classes = count_classes(num_classes, student, network)
         # After the defaults are filled in: the checkpoint then says what was in force.
-        self.save_hyperparameters(ignore=["student", "teacher", "teacher_checkpoint", "teacher_args"])
+        self.save_hyperparameters(ignore=["student", "teacher"])
 
         self.student = student
-        self.teacher = None
-        if network is not None:
-            normalization = renormalization(student, network, teacher_normalization)
-            self.teacher = FrozenTeacher(network, teacher_precision, teacher_compile, normalization)
         self.kd = kd
         self.kd_weight = kd_weight
         self.temperature = temperature

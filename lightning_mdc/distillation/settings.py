@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -12,7 +11,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_mdc.distillation.hidden_states import comparable
-from lightning_mdc.distillation.teacher import PRECISIONS, Precision, build_teacher
 from lightning_mdc.errors import DistillationError, check_number, check_one_of
 
 _COMPILE_KEYS = set(inspect.signature(torch.compile).parameters) - {"model"}
@@ -45,10 +43,9 @@ _EXAMPLES = {
     "optimizer": {"lr": 5e-4},
     "schedule": {"warmup_epochs": 5},
     "mixup": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
-    "teacher_args": {"img_size": 384},
-    "teacher_normalization": {"mean": [0.5], "std": [0.5]},
     "compile": {"mode": "max-autotune"},
-    "teacher_compile": {"mode": "max-autotune"},
+    "Teacher.args": {"img_size": 384},
+    "Teacher.compile": {"mode": "max-autotune"},
 }
 
 
@@ -64,45 +61,6 @@ def compile_options(compile: bool | Mapping[str, Any], name: str) -> Literal[Fal
     return options
 
 
-def known_precision(precision: Any) -> Precision | None:
-    """A key of `PRECISIONS`, or None for the teacher's own."""
-    name = None if precision is None else str(precision)  # on a command line, 32 is a number
-    check_one_of("teacher_precision", name, (None, *PRECISIONS), DistillationError)
-    return cast(Precision | None, name)
-
-
-def teacher_network(
-    teacher: nn.Module | str | Path | None,
-    checkpoint: str | Path | None,
-    args: dict[str, Any],
-    num_classes: int | None,
-) -> nn.Module | None:
-    """The teacher as given, or built by its name; see `build_teacher`."""
-    if isinstance(teacher, (str, Path)):
-        return build_teacher(teacher, checkpoint, args, num_classes)
-    for name, value in (("teacher_checkpoint", checkpoint), ("teacher_args", args)):
-        if value:
-            given = "None" if teacher is None else type(teacher).__name__
-            raise DistillationError(
-                f"{name}={value!r} is for a timm model name, but teacher={given}; give that name as teacher, or leave"
-                f" {name} out"
-            )
-    return teacher
-
-
-def check_networks(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Refuse what is no network, and a student that would be its own teacher."""
-    for name, network in (("student", student), ("teacher", teacher)):
-        if not isinstance(network, nn.Module) and not (name == "teacher" and network is None):
-            more = ", a timm model name or a folder" if name == "teacher" else ""
-            raise DistillationError(f"{name}={network!r} is no network; give an nn.Module{more}")
-    if student is teacher:
-        raise DistillationError(
-            f"teacher={type(teacher).__name__} is the student itself, which would learn from its own changing answers;"
-            " pass copy.deepcopy(student)"
-        )
-
-
 def check_student_can(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -111,6 +69,8 @@ def check_student_can(
     grad_checkpointing: bool,
 ) -> None:
     """Refuse what this student cannot do under this teacher; a run would find it out too late."""
+    if not isinstance(student, nn.Module):
+        raise DistillationError(f"student={student!r} is no network; give an nn.Module")
     check_one_of("distill_token", distill_token, (None, True, False), DistillationError)
     check_one_of("grad_checkpointing", grad_checkpointing, (True, False), DistillationError)
     kind = type(student).__name__

@@ -33,10 +33,7 @@ from lightning_mdc.surgery.plan import make_plan
 _DRAWN_AT_ONCE = 64
 
 # What `DistillationModule` does with a teacher from outside; there is none here.
-_OF_A_TEACHER = (
-    *("teacher", "teacher_checkpoint", "teacher_args", "teacher_precision", "teacher_compile", "teacher_normalization"),
-    *("kd", "kd_weight", "distill_token", "hidden_weight"),
-)
+_OF_A_TEACHER = ("teacher", "kd", "kd_weight", "distill_token", "hidden_weight")
 
 
 class WeightSharingModule(DistillationModule):
