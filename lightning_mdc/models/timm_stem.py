@@ -82,10 +82,10 @@ def describe_stem(embed: HybridEmbed) -> dict[str, Any]:
     Raises:
         ArtifactError: its backbone is of no class we know.
     """
-    for name, (kind, sizes, _) in _STEMS.items():
-        if type(embed.backbone) is kind:
-            return {"class": name, "proj": isinstance(embed.proj, nn.Conv2d), "sizes": sizes(embed.backbone)}
     kind = type(embed.backbone)
+    for name, (known, sizes, _) in _STEMS.items():
+        if kind is known:
+            return {"class": name, "proj": isinstance(embed.proj, nn.Conv2d), "sizes": sizes(embed.backbone)}
     raise ArtifactError(
         f"patch_embed.backbone is a {kind.__module__}.{kind.__qualname__}; known are {', '.join(_STEMS)}"
     )
@@ -97,7 +97,8 @@ def check_stem(stem: Any, num_tensors: int | None = None) -> None:
     Raises:
         ArtifactError: it may not.
     """
-    if not isinstance(stem, dict) or set(stem) != {"class", "proj", "sizes"} or stem["class"] not in list(_STEMS):
+    fields = isinstance(stem, dict) and set(stem) == {"class", "proj", "sizes"} and isinstance(stem["proj"], bool)
+    if not fields or stem["class"] not in list(_STEMS):
         raise ArtifactError(f"constructor field stem={stem!r:.80}: expected proj, sizes and one of {', '.join(_STEMS)}")
     sizes = stem["sizes"]
     if not isinstance(sizes, dict) or not all(
@@ -106,7 +107,7 @@ def check_stem(stem: Any, num_tensors: int | None = None) -> None:
     ):
         raise ArtifactError(f"constructor field stem.sizes={sizes!r:.80}: expected lists of positive sizes")
     layers = sum(sizes.get("layers", []))
-    if not isinstance(stem["proj"], bool) or (num_tensors is not None and layers > num_tensors):
+    if num_tensors is not None and layers > num_tensors:
         raise ArtifactError(f"constructor field stem: {layers} layers do not fit the {num_tensors} tensors there are")
 
 
