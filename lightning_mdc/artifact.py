@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -169,9 +168,10 @@ def _describe(sites: Sites, plan: Plan | None) -> dict[str, Any]:
         "save(model, directory, constructor=False) keeps plan and weights; get them back with "
         "load(directory, model=my_dense_model)"
     )
+    sizes = {"heads": dense.num_heads, "neurons": dense.num_neurons}
     try:
         # Through JSON and back, as a reader will see it.
-        spec = json.loads(json.dumps(sites.family.describe(sites.model, dense.num_heads, dense.num_neurons)))
+        spec = json.loads(json.dumps(sites.family.describe(sites.model, sizes)))
         again = _built(sites.family, spec, plan)
     except Exception as error:
         raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {error}. {advice}") from error
@@ -243,24 +243,14 @@ def _rebuilt(config: Mapping[str, Any], plan: Plan | None, shapes: Mapping[str, 
         raise ArtifactError(
             f"{folder / CONFIG}: family {config['family']!r} is unknown; known: {', '.join(f.name for f in FAMILIES)}"
         )
-    _check_depth(spec, shapes, folder)
     try:
+        family.check_spec(spec, shapes)
         result = _built(family, spec, plan)
-    except MdcError:
-        raise
     except Exception as error:
-        raise ArtifactError(f"{folder / CONFIG}: its constructor arguments give no model ({error})") from error
+        reason = error if isinstance(error, ArtifactError) else f"its constructor arguments give no model ({error})"
+        raise ArtifactError(f"{folder / CONFIG}: {reason}") from error
     _check_shapes(result, shapes, folder)
     return result
-
-
-def _check_depth(spec: Mapping[str, Any], shapes: Mapping[str, Any], folder: Path) -> None:
-    # Building takes time per block even on the meta device; a depth the file has no weights for is not even tried.
-    args = spec.get("args")
-    depth = args.get("depth") if isinstance(args, dict) else None
-    blocks = {match[0] for name in shapes if (match := re.match(r"blocks\.\d+\.", name))}
-    if depth != len(blocks) or isinstance(depth, bool) or len(shapes) > 100 * len(blocks) + 100:
-        raise ArtifactError(f"{folder / CONFIG}: depth={depth!r} does not fit the {len(blocks)} blocks in {WEIGHTS}")
 
 
 def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -311,7 +301,9 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            odd = {s.get_dtype() for s in slices.values()} - {"F64", "F32", "F16", "BF16"}
+            # A batch norm's counter is a model's only whole number.
+            weights = [s for name, s in slices.items() if not name.endswith(".num_batches_tracked")]
+            odd = {s.get_dtype() for s in weights} - {"F64", "F32", "F16", "BF16"}
             if odd:
                 raise ArtifactError(f"{path} holds {', '.join(sorted(odd))} tensors; a model's are floating-point")
             return {name: tuple(s.get_shape()) for name, s in slices.items()}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import HybridEmbed
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.models.vitamin import GeGluMlp, MbConvStages, VitCfg
 from torch import nn
 
 import lightning_mdc as mdc
 from lightning_mdc.artifact import CONFIG, WEIGHTS, check_savable
 from lightning_mdc.errors import ArtifactError
-from tests.kinds import BASE, KINDS, POST_NORM, images, make, randomised
+from lightning_mdc.models import find_sites
+from tests.kinds import BASE, DIM, KINDS, POST_NORM, images, make, randomised
 
 
 def slimmed(model: nn.Module, **options: Any) -> nn.Module:
@@ -45,8 +51,6 @@ def test_dense_and_slim_models_come_back_bit_by_bit(kind: str, tmp_path: Path) -
 
 @torch.no_grad()
 def test_post_norm_and_odd_settings_come_back(tmp_path: Path) -> None:
-    from timm.models.vision_transformer import VisionTransformer
-
     odd = VisionTransformer(
         **BASE, drop_path_rate=0.2, proj_drop_rate=0.1, drop_rate=0.3, act_layer="quick_gelu", fc_norm=True
     )
@@ -70,6 +74,54 @@ def test_a_timm_model_keeps_what_it_knows_of_its_images(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "m" / CONFIG).read_text())
     assert config["cost"]["dense_macs"] == mdc.macs(model)
     assert config["cost"]["macs"] == mdc.macs(loaded)
+
+
+def hybrid(backbone: nn.Module, **kwargs: Any) -> nn.Module:
+    stem = partial(HybridEmbed, backbone=backbone, proj=False)
+    return VisionTransformer(**(BASE | {"patch_size": 1, "embed_layer": stem} | kwargs))
+
+
+TINY = BASE | {"depth": 2, "patch_size": 2}
+CONSTRUCTORS: dict[str, Callable[[], nn.Module]] = {
+    "plain": KINDS["vit"],
+    "distilled": KINDS["deit_distilled"],
+    "resnet": lambda: timm.create_model("vit_tiny_r_s16_p8_224", **TINY),
+    "mobileclip": lambda: hybrid(  # has batch norms
+        ConvStem(channels=(12, 24, DIM), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=nn.GELU)
+    ),
+    "vitamin": lambda: hybrid(
+        MbConvStages(VitCfg(embed_dim=(16, 32, DIM), depths=(2, 1, 1), stem_width=8)),
+        **{"mlp_layer": GeGluMlp, "class_token": False, "global_pool": "avg"},
+    ),
+    "differential": lambda: VisionTransformer(**BASE, attn_layer="diff", reg_tokens=1),
+    "t2t": lambda: timm.create_model("t2t_vit_7", **TINY | {"patch_size": 16}),
+}
+
+
+@torch.no_grad()
+def test_each_kind_of_constructor_is_loaded_by_a_fresh_process(tmp_path: Path) -> None:
+    outputs, x = {}, images()
+    for kind, constructor in CONSTRUCTORS.items():
+        model = randomised(constructor()).train()
+        model(x)  # a batch norm's statistics, too, are no longer the initial ones
+        dimensions = find_sites(model.eval()).dimensions
+        scores = mdc.score(model, criterion="random", dimensions=dimensions)
+        plan = mdc.make_plan(model, scores, mdc.Policy(**dict.fromkeys(dimensions, 0.5)))
+        for name, saved in ((kind, model), (f"{kind} slim", mdc.slim(model, plan))):
+            mdc.save(saved, tmp_path / name)
+            outputs[name] = saved(x)
+    torch.save(x, tmp_path / "images.pt")
+    program = (
+        "import sys, pathlib, torch, lightning_mdc as mdc\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "x = torch.load(here / 'images.pt')\n"
+        "models = {p.name: mdc.load(p) for p in here.iterdir() if p.is_dir()}\n"
+        "with torch.no_grad(): torch.save({name: model(x) for name, model in models.items()}, here / 'outputs.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(mdc.__file__).parents[1])
+    loaded = torch.load(tmp_path / "outputs.pt")
+    assert loaded.keys() == outputs.keys()
+    assert [name for name, output in outputs.items() if not torch.equal(loaded[name], output)] == []
 
 
 def slimmed_at_224(model: nn.Module) -> nn.Module:
@@ -134,6 +186,10 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def stem(name: str = "ResNetD", **sizes: list[Any]) -> dict[str, Any]:
+    return {"class": name, "proj": True, "sizes": sizes}
+
+
 def huge_header(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", 2**60) + b"{}")
 
@@ -161,10 +217,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "class of one's own": (edited(lambda c: c["constructor"].update({"class": "subprocess.Popen"})), "is not one of"),
     "norm of one's own": (edited(lambda c: c["constructor"]["norm"].update({"class": "os.system"})), "is not one of"),
     "act of one's own": (edited(lambda c: c["constructor"]["act"].update({"class": "eval"})), "is not one of"),
+    "attention of one's own": (edited(lambda c: c["constructor"].update(attn="os.system")), "is not one of"),
+    "stem of one's own": (edited(lambda c: c["constructor"].update(stem=stem("os.system"))), "stem=.*expected"),
+    "enormous stem": (edited(lambda c: c["constructor"].update(stem=stem(layers=[60000]))), "60000 layers do not fit"),
+    "unknown size": (edited(lambda c: c["constructor"].update(stem=stem(pretrained=[1]))), "give no model"),
+    "size of wrong type": (edited(lambda c: c["constructor"].update(stem=stem(layers=["2"]))), "lists of positive"),
     "unknown argument": (edited(lambda c: c["constructor"]["args"].update(weight_init="jax")), "fields"),
     "argument of wrong type": (edited(lambda c: c["constructor"]["args"].update(embed_dim="48")), "wrong type"),
     "enormous width": (edited(lambda c: c["constructor"]["args"].update(embed_dim=10**9)), "out of range"),
-    "larger width": (edited(lambda c: c["constructor"]["args"].update(embed_dim=4800)), "loaded|shape|gives no model"),
+    "larger width": (edited(lambda c: c["constructor"]["args"].update(embed_dim=4800)), "loaded|shape|give no model"),
     "enormous depth": (edited(lambda c: c["constructor"]["args"].update(depth=60000)), "depth=60000"),
     "enormous image": (edited(lambda c: c["constructor"]["args"].update(img_size=[65536, 65536])), "pos_embed"),
     "damaged plan": (edited(lambda c: c["plan"]["heads"].pop()), "plan.heads covers"),

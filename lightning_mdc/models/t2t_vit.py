@@ -8,7 +8,7 @@ Weight files of the authors load unchanged: `T2TVisionTransformer` knows their n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -392,6 +392,8 @@ globals().update({name: _entrypoint(name) for name in _SIZES})
 
 # --- the adapter ------------------------------------------------------------------------------------------------------
 
+_OWN = ("token_layer", "token_dim")  # of a description, beside timm's
+
 
 class T2TViT(TimmVisionTransformer):
     """Adapter for `T2TVisionTransformer`: timm's, but for the tokens-to-token module, whose units all stay."""
@@ -410,15 +412,18 @@ class T2TViT(TimmVisionTransformer):
         embed = unwrap(model.patch_embed)
         return embed.macs(size) if type(embed) is TokensToToken else super().embedding_macs(model, size)
 
-    def describe(self, model: Any, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
-        spec = describe(model, num_heads, num_neurons, embedding=TokensToToken)
+    def describe(self, model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        spec = describe(model, sizes, embeddings=(TokensToToken,))
         embed = model.patch_embed
         own = {"class": "T2TVisionTransformer", "token_layer": embed.token_layer, "token_dim": embed.token_dim}
         return spec | own
 
+    def check_spec(self, spec: Mapping[str, Any], tensors: Collection[str]) -> None:
+        super().check_spec({key: value for key, value in spec.items() if key not in _OWN}, tensors)
+
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
         timms = dict(spec)
-        layer, token_dim = timms.pop("token_layer", None), timms.pop("token_dim", None)
+        layer, token_dim = (timms.pop(key, None) for key in _OWN)
         look_up(TOKEN_LAYERS, layer, "token_layer")
         if type(token_dim) is not int or not 1 < token_dim <= 65536:
             raise ArtifactError(f"constructor field token_dim={token_dim!r:.80} is out of range")

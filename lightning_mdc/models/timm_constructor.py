@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 from timm import layers
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers import activations as timm_activations
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.timm_stem import build_stem, check_stem, describe_stem
 
 # What a saved model may be made of. Loading looks classes up here and nowhere else.
 _MODELS = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
 _BLOCKS = {"Block": Block, "ResPostBlock": ResPostBlock}
-MLPS = {"Mlp": layers.Mlp, "GluMlp": layers.GluMlp, "SwiGLU": layers.SwiGLU}
+_ATTENTIONS = {"Attention": layers.Attention, "DiffAttention": layers.DiffAttention}
+MLPS = {"Mlp": layers.Mlp, "GluMlp": layers.GluMlp, "SwiGLU": layers.SwiGLU}  # whose neurons can leave
+_MLPS = MLPS | {"GeGluMlp": GeGluMlp}
 NORMS = {
     "timm.LayerNorm": layers.LayerNorm,
     "torch.LayerNorm": nn.LayerNorm,
@@ -45,45 +50,49 @@ def qualified_name(module: nn.Module) -> str:
 
 def in_chans(model: Any) -> int:
     """Channels of the images; older timm keeps them in the patch embedding only."""
-    return getattr(model, "in_chans", None) or model.patch_embed.proj.in_channels
+    embed = model.patch_embed
+    return getattr(model, "in_chans", None) or getattr(embed, "in_chans", None) or embed.proj.in_channels
 
 
 def describe(
     model: VisionTransformer,
-    num_heads: tuple[int, ...],
-    num_neurons: tuple[int, ...],
-    embedding: type[Any] = PatchEmbed,
+    sizes: Mapping[str, tuple[int, ...]],
+    embeddings: tuple[type[Any], ...] = (PatchEmbed, HybridEmbed),
 ) -> dict[str, Any]:
-    """JSON-ready constructor arguments of the dense model, with blocks of those sizes, that `model` comes from.
+    """JSON-ready constructor arguments of the dense model that `model` comes from.
 
-    `embedding` is the only class of patch embedding that `build`, as the caller uses it, makes.
+    `sizes` are the dense model's units per block, by dimension; 0, or none at all, where a block cannot lose any.
+    `embeddings` are the classes of patch embedding that `build`, as the caller uses it, makes.
 
     Raises:
         ArtifactError: a part that no constructor argument expresses; names it.
     """
     block: Any = unwrap(model.blocks[0])
-    embed, mlp = model.patch_embed, block.mlp
-    if type(embed) is not embedding:
+    embed, attn, mlp = model.patch_embed, block.attn, block.mlp
+    if type(embed) not in embeddings:
         raise ArtifactError(
             f"patch_embed is a {qualified_name(embed)}, which no constructor argument of ours expresses"
         )
+    attention = _name_of(_ATTENTIONS, attn, "blocks.0.attn", subclasses=True)
     embed_norm = getattr(embed, "norm", nn.Identity())
-    neurons = _one_size(num_neurons, "neurons")
+    neurons = _one_size(sizes, "neurons", lambda: (mlp.w2 if isinstance(mlp, GeGluMlp) else mlp.fc2).in_features)
     hidden = 2 * neurons if isinstance(mlp, layers.GluMlp) else neurons
     return {
         "class": "VisionTransformerDistilled" if isinstance(model, VisionTransformerDistilled) else "VisionTransformer",
         "block": "ResPostBlock" if isinstance(block, ResPostBlock) else "Block",
-        "mlp": next(name for name, kind in MLPS.items() if isinstance(mlp, kind)),
+        "stem": describe_stem(embed) if isinstance(embed, HybridEmbed) else None,
+        "attn": attention,
+        "mlp": _name_of(_MLPS, mlp, "blocks.0.mlp", subclasses=True),
         "glu_gate_last": bool(getattr(mlp, "gate_last", False)),
         "norm": _norm_spec(block.norm1, "blocks.0.norm1"),
         "embed_norm": None if isinstance(embed_norm, nn.Identity) else _norm_spec(embed_norm, "patch_embed.norm"),
         "act": {"class": _name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")}
         | ({"approximate": mlp.act.approximate} if hasattr(mlp.act, "approximate") else {}),
-        "gated": getattr(block.attn, "gate", None) is not None,
-        "head_dim": block.attn.head_dim,
+        "gated": getattr(attn, "gate", None) is not None,
+        "head_dim": attn.head_dim * (2 if attention == "DiffAttention" else 1),  # of v; its q and k are pairs
         "args": {
             "depth": len(model.blocks),
-            "num_heads": _one_size(num_heads, "heads"),
+            "num_heads": _one_size(sizes, "heads", lambda: attn.num_heads),
             # int(dim * ratio) must give the hidden size back; half a unit keeps the product off the edge.
             "mlp_ratio": (hidden + 0.5) / model.embed_dim,
             **_model_args(model),
@@ -156,15 +165,17 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
     Raises:
         ArtifactError: a field is missing, unknown or of the wrong type.
     """
-    _check_spec(spec)
+    _check_fields(spec)
     args = dict(spec["args"])
     args["img_size"], args["patch_size"] = tuple(args["img_size"]), tuple(args["patch_size"])
-    mlp: Any = look_up(MLPS, spec["mlp"], "mlp")
+    mlp: Any = look_up(_MLPS, spec["mlp"], "mlp")
     if mlp is layers.GluMlp:
         mlp = partial(mlp, gate_last=spec["glu_gate_last"])
     norm = _norm_from(spec["norm"])
     model: VisionTransformer = look_up(models, spec["class"], "class")(
         **args,
+        **({} if spec["stem"] is None else {"embed_layer": build_stem(spec["stem"], args["in_chans"])}),
+        attn_layer=look_up(_ATTENTIONS, spec["attn"], "attn"),
         block_fn=look_up(_BLOCKS, spec["block"], "block"),
         mlp_layer=mlp,
         norm_layer=norm,
@@ -191,9 +202,26 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
     return model
 
 
-def _check_spec(spec: Mapping[str, Any]) -> None:
-    expected = {"class", "block", "mlp", "glu_gate_last", "norm", "embed_norm", "act", "gated", "head_dim", "args"}
-    if set(spec) != expected or not isinstance(spec["args"], dict) or set(spec["args"]) != set(_ARG_TYPES):
+def check_spec(spec: Mapping[str, Any], tensors: Collection[str]) -> None:
+    """Whether `build` may try to make the model whose state has `tensors` (names): it takes time per block even on the
+    meta device, so a depth that the file has no weights for is not even tried.
+
+    Raises:
+        ArtifactError: it may not; as `build`, too.
+    """
+    _check_fields(spec)
+    depth, blocks = spec["args"]["depth"], {match[0] for name in tensors if (match := re.match(r"blocks\.\d+\.", name))}
+    if depth != len(blocks):
+        raise ArtifactError(f"depth={depth!r} does not fit the {len(blocks)} blocks that there are weights of")
+    if spec["stem"] is not None:
+        check_stem(spec["stem"], sum(name.startswith("patch_embed.") for name in tensors))
+
+
+_FIELDS = {"class", "block", "stem", "attn", "mlp", "glu_gate_last", "norm", "embed_norm", "act", "gated", "head_dim"}
+
+
+def _check_fields(spec: Mapping[str, Any]) -> None:
+    if set(spec) != _FIELDS | {"args"} or not isinstance(spec["args"], dict) or set(spec["args"]) != set(_ARG_TYPES):
         raise ArtifactError("the constructor's fields are not those this version writes")
     for name, value in spec["args"].items():
         # bool is an int to Python, not to us
@@ -211,20 +239,26 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
     for name in (name for name in _ARG_TYPES if name.endswith("_rate")):
         if not 0 <= spec["args"][name] < 1:
             raise ArtifactError(f"constructor argument {name}={spec['args'][name]!r} is no rate in [0, 1)")
+    if spec["stem"] is not None:
+        check_stem(spec["stem"])
     for name in ("gated", "glu_gate_last"):
         if not isinstance(spec[name], bool):
             raise ArtifactError(f"constructor field {name}={spec[name]!r}: expected true or false")
 
 
-def _one_size(sizes: tuple[int, ...], dimension: str) -> int:
-    if not sizes or len(set(sizes)) != 1:
-        raise ArtifactError(f"the dense blocks have different numbers of {dimension} ({list(sizes)}): no constructor")
-    return sizes[0]
+def _one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:
+    """Units of each dense block; as many as there are `now` where none can leave."""
+    counts = set(sizes.get(dimension, ())) - {0}
+    if len(counts) > 1:
+        raise ArtifactError(
+            f"the dense blocks have different numbers of {dimension} ({sorted(counts)}): no constructor"
+        )
+    return counts.pop() if counts else now()
 
 
-def _name_of(table: Mapping[str, type], module: nn.Module, where: str) -> str:
+def _name_of(table: Mapping[str, type], module: nn.Module, where: str, subclasses: bool = False) -> str:
     for name, kind in table.items():
-        if type(module) is kind:
+        if type(module) is kind or (subclasses and isinstance(module, kind)):
             return name
     raise ArtifactError(f"{where} is a {qualified_name(module)}; known are {', '.join(table)}")
 

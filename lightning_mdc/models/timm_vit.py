@@ -7,7 +7,7 @@ attention has no idea of a position. Only the timm_* files know timm's attribute
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.sites import AttentionSite, BlockSite, Producer, Sites, TokenSite, UnitSite
 from lightning_mdc.models.timm_block import TokenStageBlock
-from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, describe, in_chans, qualified_name
+from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
 from lightning_mdc.policy import TokenStage
 
 _WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
@@ -85,8 +85,11 @@ class TimmVisionTransformer:
             return height * width * embed.proj.weight.numel()
         return _counted_macs(embed, (1, in_chans(model), *size), "patch_embed")
 
-    def describe(self, model: Any, num_heads: tuple[int, ...], num_neurons: tuple[int, ...]) -> dict[str, Any]:
-        return describe(model, num_heads, num_neurons)
+    def describe(self, model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return describe(model, sizes)
+
+    def check_spec(self, spec: Mapping[str, Any], tensors: Collection[str]) -> None:
+        check_spec(spec, tensors)
 
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
         return build(spec)

@@ -1,0 +1,66 @@
+"""Names of `timm_names.csv` on the meta device: what can be pruned, what it costs, whether it comes back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import lightning_mdc as mdc
+from lightning_mdc.artifact import check_savable
+from lightning_mdc.importance import Scores
+from lightning_mdc.models import find_sites
+from tests import timm_names
+
+ROWS = {name: row for name, row in timm_names.read().items() if timm.is_model(name)}  # an older timm has not all
+# One of each way in which they are constructed, for every day.
+KINDS = (
+    "vit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_base_patch16_rpn_224",  # post-norm
+    "vit_base_patch16_siglip_224",  # attention pooling
+    "vit_giant_patch14_reg4_dinov2",  # registers, layer scale, packed SwiGLU
+    "aimv2_large_patch14_224",  # RMS norms, SwiGLU, no biases
+    "beit3_base_patch16_224",  # norms over heads and neurons
+    "vit_tiny_r_s16_p8_224",
+    "vit_base_r50_s16_224",
+    "vit_small_resnet26d_224",
+    "vit_small_resnet50d_s16_224",
+    "vit_base_mci_224",
+    "vitamin_small_224",
+    "vitamin_xlarge_256",  # no position embedding
+    "vit_dwee_patch16_reg1_gap_256",  # differential attention
+    "t2t_vit_7",
+    "t2t_vit_t_14",
+)
+
+
+@pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
+def test_a_name_is_pruned_in_its_dimensions_and_comes_back(name: str, tmp_path: Path) -> None:
+    row, model = ROWS[name], timm_names.create(name, weight_init="skip")
+    sites = find_sites(model)
+    assert set(row["dimensions"].split()) <= set(sites.dimensions)
+    assert mdc.macs(model) == int(row["macs"])
+    again = rebuilt(model)
+    assert shapes(again) == shapes(model)
+    scores = Scores(*([torch.rand(n) for n in sizes] for sizes in (sites.num_heads, sites.num_neurons)), [])
+    plan = mdc.make_plan(model, scores, mdc.Policy(**dict.fromkeys(sites.dimensions, 0.5)))
+    slim = mdc.slim(model, plan)
+    assert shapes(mdc.slim(again, plan)) == shapes(slim) != shapes(model)
+    check_savable(slim, tmp_path / "m")
+
+
+def rebuilt(model: nn.Module) -> nn.Module:
+    sites = find_sites(model)
+    described = sites.family.describe(model, {"heads": sites.num_heads, "neurons": sites.num_neurons})
+    spec = json.loads(json.dumps(described))
+    sites.family.check_spec(spec, model.state_dict())
+    with torch.device("meta"):
+        return sites.family.build(spec)
+
+
+def shapes(model: nn.Module) -> dict[str, Any]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
