@@ -62,8 +62,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(STAMP)  ## write docs/configuration.md anew from conf/, and the benchmarks' tables from their stored numbers
+docs: $(STAMP)  ## write docs/configuration.md anew from conf/, the table of models, and the benchmarks' tables from their stored numbers
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_families.py
 	$(BIN)/python benchmarks/pages.py
 
 bench: $(BENCH_STAMP)  ## all benchmarks in quick form, each target beside what was measured: half an hour; BENCH=--help says more

@@ -200,7 +200,7 @@ class Benchmark:
         return {
             **self.options,
             "name": self.settings["name"],
-            "model": f"{type(self.dense).__name__}, {len(mdc.models.find_sites(self.dense).blocks)} blocks",
+            "model": f"{type(self.dense).__name__}, {len(mdc.models.find_anatomy(self.dense).blocks)} blocks",
             "macs": mdc.macs(self.dense),
             "params": num_params(self.dense),
             "train_images": len(self.train[1]),
@@ -229,10 +229,8 @@ class Benchmark:
         if method.peer:
             return peers.torch_pruning(dense, policy, method.criterion, batches)  # type: ignore[arg-type]
         criterion = Random(seed) if method.criterion == "random" else method.criterion
-        scores = mdc.score(dense, batches, criterion, progress=False)
-        how: dict[str, Any] = {"compensate": method.compensate}
-        if method.compensate != "none":
-            how["statistics"] = mdc.ActivationStatistics.of(dense, batches, progress=False)
+        compensated = method.compensate != "none"
+        scores = mdc.score(dense, batches, criterion, moments=compensated or None, progress=False)
         if method.searched:
             judge = HeldOut([self.held_out], "accuracy", batch_size=250)
             policy = mdc.search(
@@ -242,11 +240,12 @@ class Benchmark:
                 budget,
                 self.asked.trials,
                 seed,
-                dimensions=method.dimensions,
-                progress=False,
-                **how,
+                method.dimensions,
+                compensate=method.compensate,
+                options=mdc.SearchOptions(progress=False),
             ).policy
-        return mdc.slim(dense, mdc.make_plan(dense, scores, policy), **how).eval()
+        plan = mdc.make_plan(dense, scores, policy)
+        return mdc.slim(dense, plan, method.compensate, moments=scores.moments if compensated else None).eval()
 
     def calibration(self, seed: int) -> list[Images]:
         """Batches of a sample of the training images."""

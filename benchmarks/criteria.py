@@ -42,7 +42,7 @@ from lightning_mdc.figures.style import BLUE, GRAY, new_figure, plain
 from lightning_mdc.importance import hsic
 from lightning_mdc.importance.criteria import Criterion, Random
 from lightning_mdc.importance.ridge import RIDGE
-from lightning_mdc.models import UnitSite, find_sites
+from lightning_mdc.models import Units, find_anatomy
 
 BATCH = 128
 UNITS = ("heads", "neurons")
@@ -73,19 +73,19 @@ class Layer:
         labels: one-hot, (images, classes).
     """
 
-    site: UnitSite
+    site: Units
     z: Tensor
     prediction: Tensor
     labels: Tensor
 
     @property
     def units(self) -> int:
-        return self.site.num_units
+        return self.site.count
 
     @property
     def weight(self) -> Tensor:
         """Of the layer that reads them, (out, channels), float64."""
-        return self.site.consumer.weight.detach().double()
+        return self.site.reader.weight.detach().double()
 
     @property
     def rows(self) -> Tensor:
@@ -111,9 +111,9 @@ def layers_of(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, lis
     def look(place: tuple[str, int], module: nn.Module, args: tuple[Tensor]) -> None:
         seen.setdefault(place, []).append(args[0])
 
-    blocks = find_sites(model).blocks
-    places = {(name, index): getattr(block, name) for name in UNITS for index, block in enumerate(blocks)}
-    hooks = [site.consumer.register_forward_pre_hook(partial(look, place)) for place, site in places.items()]
+    blocks = find_anatomy(model).blocks
+    places = {(name, index): block.units[name] for name in UNITS for index, block in enumerate(blocks)}
+    hooks = [site.reader.register_forward_pre_hook(partial(look, place)) for place, site in places.items()]
     with torch.no_grad():
         prediction = torch.cat([model(part).softmax(dim=-1) for part in images.split(BATCH)])
     for hook in hooks:
@@ -269,7 +269,7 @@ class Case:
         images, labels = labelled(DataLoader(sample, BATCH), None)
         self.batches: list[Images] = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
         self.layers = layers_of(self.dense, images, labels)
-        self.statistics = mdc.ActivationStatistics.of(self.dense, self.batches, progress=False)
+        self.moments = mdc.score(self.dense, self.batches, "magnitude", moments=True, progress=False).moments
 
     def top1(self, model: nn.Module) -> float:
         return 100 * values(model, self.held_out)["top1"]
@@ -291,12 +291,12 @@ class Case:
         scores: mdc.Scores,
         policy: mdc.Policy,
         compensate: str = "none",
-        statistics: mdc.ActivationStatistics | None = None,
-        **options: Any,
+        moments: mdc.Moments | None = None,
+        tokens: mdc.TokenOptions | None = None,
     ) -> float:
         """Top-1 of the slim model."""
-        plan = mdc.make_plan(self.dense, scores, policy, **options)
-        return self.top1(mdc.slim(self.dense, plan, compensate=compensate, statistics=statistics))
+        plan = mdc.make_plan(self.dense, scores, policy, tokens)
+        return self.top1(mdc.slim(self.dense, plan, compensate, moments=moments))
 
     def by_criterion(self) -> dict[str, dict[str, dict[str, float]]]:
         """Top-1 by criterion, compensation and cut."""
@@ -305,14 +305,14 @@ class Case:
             scores = self.score(tried)
             found[name] = {
                 how: {cut: self.slim(scores, policy, how, of) for cut, policy in CUTS.items()}
-                for how, of in zip(HOWS, (None, self.statistics), strict=True)
+                for how, of in zip(HOWS, (None, self.moments), strict=True)
             }
         return found
 
     def by_compensation(self) -> dict[str, dict[str, float]]:
         """Top-1 by compensation and cut; our criterion."""
         scores = self.score("conditional")
-        ways = {"`none`": ("none", None), "`lstsq`": ("lstsq", self.statistics)}
+        ways = {"`none`": ("none", None), "`lstsq`": ("lstsq", self.moments)}
         return {
             name: {cut: self.slim(scores, policy, how, of) for cut, policy in CUTS.items()}
             for name, (how, of) in tqdm(ways.items(), "Compensation", leave=False)
@@ -322,16 +322,16 @@ class Case:
         """Top-1 by what ranks tokens; dropped ones are fused but in the last row."""
         normalised, alone = (self.score(tried) for tried in ("hsic", mdc.HSIC(**HSIC_ALONE)))
         ways = {
-            "`attention`": (alone, {"token_score": "attention"}),
-            "`dependence`, as in the paper": (normalised, {"token_score": "dependence"}),
-            "`dependence`, not normalised": (alone, {"token_score": "dependence"}),
-            "`attention*dependence`, as in the paper": (normalised, {"token_score": "attention*dependence"}),
-            "`attention*dependence`, not normalised": (alone, {"token_score": "attention*dependence"}),
-            "`attention`, dropped tokens not fused": (alone, {"token_score": "attention", "fuse_tokens": False}),
+            "`attention`": (alone, mdc.TokenOptions("attention")),
+            "`dependence`, as in the paper": (normalised, mdc.TokenOptions("dependence")),
+            "`dependence`, not normalised": (alone, mdc.TokenOptions("dependence")),
+            "`attention*dependence`, as in the paper": (normalised, mdc.TokenOptions("attention*dependence")),
+            "`attention*dependence`, not normalised": (alone, mdc.TokenOptions("attention*dependence")),
+            "`attention`, dropped tokens not fused": (alone, mdc.TokenOptions(reduction="drop")),
         }
         return {
-            name: self.slim(scores, HALF_OF_THE_TOKENS, **options)
-            for name, (scores, options) in tqdm(ways.items(), "Token scores", leave=False)
+            name: self.slim(scores, HALF_OF_THE_TOKENS, tokens=tokens)
+            for name, (scores, tokens) in tqdm(ways.items(), "Token scores", leave=False)
         }
 
 
@@ -348,8 +348,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 tables["compensation"].append(case.by_compensation())
                 tables["tokens"].append(case.by_token_score())
                 progress.update()
-            sites = find_sites(case.dense)
-            name = f"{json.loads((run / 'settings.json').read_text())['name']}, {sites.depth} × {sites.dim}"
+            anatomy = find_anatomy(case.dense)
+            name = f"{json.loads((run / 'settings.json').read_text())['name']}, {anatomy.depth} × {anatomy.dim}"
             facts = {"name": name, "dense": case.top1(case.dense), "images": len(case.held_out[1])}
             models.append({**facts, **tables})
     result = {"models": models, "calibration": arguments.calibration, "seeds": arguments.seeds}

@@ -31,7 +31,7 @@ from lightning_mdc.budget import CostModel, measure_latency_table
 from lightning_mdc.budget.measuring import first_units
 from lightning_mdc.budget.timing import settled_memory
 from lightning_mdc.figures.style import BLUE, COLOURS, GRAY, new_figure, plain
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 
 THOROUGH = [(name, batch) for name in ("deit_tiny_patch16_224", "deit_small_patch16_224") for batch in (16, 1)]
 QUICK = THOROUGH[:1]
@@ -87,12 +87,12 @@ def measured(name: str, batch: int, arguments: argparse.Namespace) -> dict[str, 
         found = measure_latency_table(model, batch, cache=cache, seconds=arguments.seconds)
     seconds = time.perf_counter() - begun
     policies = random_policies(arguments.policies, model, arguments.seed)
-    sites = find_sites(model)
-    models = {str(number): mdc.slim(model, first_units(sites, policy)) for number, policy in enumerate(policies)}
-    images = torch.zeros(batch, *sites.input_size, device=arguments.device)
+    anatomy = find_anatomy(model)
+    models = {str(number): mdc.slim(model, first_units(anatomy, policy)) for number, policy in enumerate(policies)}
+    images = torch.zeros(batch, *anatomy.input_size, device=arguments.device)
     readings = in_turn({"dense": model, **models}, images, arguments.rounds)
     timed = {of: statistics.median(each) for of, each in readings.items()}
-    dense = found.of_dense(CostModel(sites))
+    dense = found.of_dense(CostModel(anatomy))
     rows = []
     for number, policy in enumerate(policies):
         rows.append(
@@ -156,11 +156,11 @@ def largest(errors: list[float]) -> float:
 
 def random_policies(count: int, model: nn.Module, seed: int) -> list[mdc.Policy]:
     """Every block by itself: one head to all, a quarter of the neurons to all, half of a stage's tokens to all."""
-    rng, sites = np.random.default_rng(seed), find_sites(model)
+    rng, anatomy = np.random.default_rng(seed), find_anatomy(model)
     policies = []
     for _ in range(count):
-        heads = [int(rng.integers(1, heads + 1)) / heads for heads in sites.num_heads]
-        neurons = rng.uniform(0.25, 1, sites.depth).tolist()
+        heads = [int(rng.integers(1, heads + 1)) / heads for heads in anatomy.num_heads]
+        neurons = rng.uniform(0.25, 1, anatomy.depth).tolist()
         policies.append(mdc.Policy(heads, neurons, rng.uniform(0.5, 1, 3).tolist()))
     return policies
 

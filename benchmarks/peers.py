@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 
 MISSING = "Torch-Pruning is missing: pip install -e '.[bench]'"
 
@@ -34,23 +34,24 @@ def torch_pruning(
     except ImportError as error:
         raise SystemExit(MISSING) from error
     slim = copy.deepcopy(model).eval()
-    counts = find_sites(model).counts(policy)
+    counts = find_anatomy(model).counts(policy)
     fewer: dict[nn.Module, float] = {}
     num_heads: dict[nn.Module, int] = {}
-    for block, heads, neurons in zip(find_sites(slim).blocks, counts.heads, counts.neurons, strict=True):
-        for site, kept in ((block.heads, heads), (block.neurons, neurons)):
-            assert site is not None
-            # It rounds against us where a product is a hair above or below the whole number.
-            fewer[site.producers[0].linear] = max(0.0, 1 - int(kept) / site.num_units - 1e-6)
-        assert block.heads is not None
-        num_heads[block.heads.producers[0].linear] = block.heads.num_units
+    for units in find_anatomy(slim).all_units:
+        # Its weight's rows are the units'.
+        makes = next(part.module for part in units.slices if isinstance(part.module, nn.Linear) and part.dim == 0)
+        kept = int(counts.units[units.dimension][units.block])
+        # It rounds against us where a product is a hair above or below the whole number.
+        fewer[makes] = max(0.0, 1 - kept / units.count - 1e-6)
+        if units.dimension == "heads":
+            num_heads[makes] = units.count
     layers = (layer for layer in slim.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
     score = {"taylor": tp.importance.GroupTaylorImportance, "magnitude": tp.importance.GroupMagnitudeImportance}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the class token is no layer
         pruner = tp.pruner.BasePruner(
             slim,
-            torch.zeros(1, *find_sites(model).input_size),
+            torch.zeros(1, *find_anatomy(model).input_size),
             importance=score[importance](),
             # Of the channels inside a head, none of which leaves; at 0 no head would be looked at either.
             pruning_ratio=0.5,

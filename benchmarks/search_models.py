@@ -139,9 +139,11 @@ def chosen(
         held_out,
         arguments.budget,
         n_trials=arguments.trials + (method == "random"),
-        n_initial_points=arguments.trials + 1 if method == "random" else 10,
         seed=seed,
-        state=None if arguments.quick else run / "benchmark" / name,
+        options=mdc.SearchOptions(
+            journal=None if arguments.quick else run / "benchmark" / name,
+            initial_points=arguments.trials + 1 if method == "random" else 10,
+        ),
     )
     values = [trial.value for trial in result.history]
     if method == "searched":
@@ -159,17 +161,17 @@ def trial_cost(
     dense: nn.Module,
     scores: mdc.Scores,
     held_out: HeldOut,
-    activations: mdc.ActivationStatistics | None = None,
+    moments: mdc.Moments | None = None,
     rounds: int = 5,
 ) -> dict[str, float]:
     """Seconds of a trial at budget 0.6, slicing included, and of evaluating the dense model; medians, in turn.
 
-    With `activations` also of a trial that compensates by least squares. Ratios are taken round by round.
+    With `moments` also of a trial that compensates by least squares. Ratios are taken round by round.
     """
     policy = mdc.uniform_policy(dense, 0.6)
     ways: dict[str, dict[str, Any]] = {"trial": {}}
-    if activations is not None:
-        ways["compensated"] = {"compensate": "lstsq", "statistics": activations}
+    if moments is not None:
+        ways["compensated"] = {"compensate": "lstsq", "moments": moments}
     rows: list[dict[str, float]] = []
     held_out(dense)
     for _ in tqdm(range(rounds), desc="cost of a trial"):

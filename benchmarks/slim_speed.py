@@ -66,7 +66,7 @@ def variants(name: str, peer: bool) -> dict[str, nn.Module]:
     units = ("heads", "neurons")
     for budget in BUDGETS:
         for kind, dimensions, round_to in ((ALL, None, None), (ODD, units, 1), (UNITS, units, None)):
-            policy = mdc.uniform_policy(dense, budget, dimensions=dimensions, round_to=round_to)
+            policy = mdc.uniform_policy(dense, budget, dimensions, mdc.Space(round_to=round_to))
             found[f"{kind} at {budget}"] = mdc.slim(dense, mdc.make_plan(dense, scores, policy))
         if peer:
             found[f"{PEER} at {budget}"] = peers.torch_pruning(dense, policy, "magnitude")  # that of heads and neurons

@@ -40,8 +40,11 @@ class Problem:
     @cached_property
     def _scalars(self) -> tuple[list[list[int]], tuple[int, ...], dict[float, float]]:
         costs = self.space.costs
-        arrays = (costs.heads, costs.neurons, costs.head_dims, costs.head_weights, costs.neuron_weights)
-        return [array.tolist() for array in arrays], default_stages(BLOCKS), {}
+        heads, neurons = costs.anatomy.units("heads"), costs.anatomy.units("neurons")
+        widths = [units.width for units in heads]
+        weights = [units.macs(1, 1) - 2 * units.width for units in heads], [units.macs(1, 1) for units in neurons]
+        sizes = costs.sizes["heads"].tolist(), costs.sizes["neurons"].tolist()
+        return [*sizes, widths, *weights], default_stages(BLOCKS), {}
 
     @property
     def uniform(self) -> np.ndarray:
@@ -70,9 +73,9 @@ class Problem:
             if block in stages:
                 kept = max(math.floor(tokens * point[-1] + 1e-6), costs.num_prefix + 1)
                 if kept < tokens - 1:  # else nothing is saved, and nothing dropped
-                    total += costs.num_rows * tokens * width
+                    total += len(costs.anatomy.class_rows) * tokens * width
                     tokens = kept + 1.0
             total += tokens * neurons * neuron_weights[block]
         if tokens not in fixed:
-            fixed[tokens] = float(costs.sites.fixed_macs(costs.size, tokens))
+            fixed[tokens] = float(costs.anatomy.fixed_macs(costs.size, tokens))
         return (total + fixed[tokens]) / self.space.pricing.limits["macs"]

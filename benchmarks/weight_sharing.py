@@ -40,7 +40,7 @@ from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
 from lightning_mdc.figures.style import new_figure, save_figure
 from lightning_mdc.files import write_json, write_text
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy_search.held_out import gathered
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,7 +142,7 @@ class Benchmark:
             row |= {"test_after": values(slim, self.test), "seconds": round(time.perf_counter() - started, 1)}
             rows.append(row)
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        blocks = len(find_sites(dense).blocks)
+        blocks = len(find_anatomy(dense).blocks)
         return {
             **self.options,
             "model": f"{type(dense).__name__}, {blocks} blocks, {mdc.macs(dense) / 1e6:.1f} MMACs",

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from lightning_mdc.distillation import DistillationModule, Teacher
     from lightning_mdc.distillation.weight_sharing import WeightSharingModule
     from lightning_mdc.export import export_model
-    from lightning_mdc.importance import HSIC, Scores, score
+    from lightning_mdc.importance import HSIC, Calibration, Moments, Scores, Taylor, score
     from lightning_mdc.importance.hsic import hsic
-    from lightning_mdc.policy import Plan, Policy
-    from lightning_mdc.policy_search.driver import SearchResult, Trial, search
+    from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
+    from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, Trial, search
     from lightning_mdc.policy_search.held_out import HeldOut
-    from lightning_mdc.surgery import ActivationStatistics, make_plan, masked, slim
+    from lightning_mdc.surgery import make_plan, masked, slim
 
 # Where each public name lives. Looked up when asked for: Hydra imports the sweeper, and with it this package, at every
 # start of every app, which must not wait for torch.
@@ -35,12 +35,12 @@ _HOMES = {
     "distillation": ("DistillationModule", "Teacher"),
     "distillation.weight_sharing": ("WeightSharingModule",),
     "export": ("export_model",),
-    "importance": ("HSIC", "Scores", "score"),
+    "importance": ("HSIC", "Calibration", "Moments", "Scores", "Taylor", "score"),
     "importance.hsic": ("hsic",),
-    "policy": ("Plan", "Policy"),
-    "policy_search.driver": ("SearchResult", "Trial", "search"),
+    "policy": ("Plan", "Policy", "Space", "TokenOptions"),
+    "policy_search.driver": ("SearchOptions", "SearchResult", "Trial", "search"),
     "policy_search.held_out": ("HeldOut",),
-    "surgery": ("ActivationStatistics", "make_plan", "masked", "slim"),
+    "surgery": ("make_plan", "masked", "slim"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("budget", "distillation", "errors", "figures", "importance", "models", "policy_search", "surgery", "tokens")

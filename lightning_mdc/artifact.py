@@ -25,7 +25,7 @@ from torch import nn
 from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.files import read_json
-from lightning_mdc.models import FAMILIES, Family, Sites, check_unmasked, find_sites, unwrap
+from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, unwrap
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery import plan_of, slim
 from lightning_mdc.surgery.slim import plain_copy
@@ -62,35 +62,37 @@ def save(
     *,
     constructor: bool = True,
     class_names: list[str] | None = None,
+    submodule: str | None = None,
 ) -> None:
     """Write the vision transformer in `model` to `directory`, replacing a model that is there.
 
     The constructor's arguments are read off the modules and checked by building the model again, before anything is
     written. With ``constructor=False`` only plan and weights are kept, for ``load(directory, model=my_dense_model)``.
-    `class_names`, in label order, are kept in ``pretrained_cfg``.
+    `class_names`, in label order, are kept in ``pretrained_cfg``. `submodule` is the attribute path of the vision
+    transformer in `model`; None finds it if there is just one.
 
     Raises:
         ArtifactError: a part of the model that the constructor cannot express (it is named), a model with masks on, a
             place that cannot be written, or a folder there that holds something else.
     """
-    sites, target = _savable(model), _free_folder(directory)
-    plan = plan_of(sites.model)
-    spec = _describe(sites, plan) if constructor else None
+    anatomy, target = _savable(model, submodule), _free_folder(directory)
+    plan = plan_of(anatomy.model)
+    spec = _describe(anatomy, plan) if constructor else None
     tensors = {
         name.replace("_orig_mod.", ""): tensor.detach().cpu().contiguous()  # of a block compiled by itself
-        for name, tensor in sites.model.state_dict().items()
+        for name, tensor in anatomy.model.state_dict().items()
     }
-    costs = CostModel(sites)
-    cost: dict[str, Any] = {"macs": costs.of_model(), "params": num_params(sites.model)}
+    costs = CostModel(anatomy)
+    cost: dict[str, Any] = {"macs": costs.of_model(), "params": num_params(anatomy.model)}
     if spec is not None and plan is not None:
-        dense = find_sites(_built(sites.family, spec, None))
+        dense = find_anatomy(_built(anatomy.family, spec, None))
         cost |= {"dense_macs": CostModel(dense).of_model(), "dense_params": num_params(dense.model)}
     config: dict[str, Any] = {
         "format": _FORMAT,
-        "family": sites.family.name,
+        "family": anatomy.family.name,
         "constructor": spec,
         "plan": None if plan is None else json.loads(plan.to_json()),
-        "pretrained_cfg": _pretrained_cfg(sites.model, class_names),
+        "pretrained_cfg": _pretrained_cfg(anatomy.model, class_names),
         "cost": cost,
         "versions": _versions(),
     }
@@ -102,9 +104,9 @@ def save(
 
 def check_savable(model: nn.Module, directory: str | Path) -> None:
     """Refuse what `save` would, without writing anything."""
-    sites = _savable(model)
+    anatomy = _savable(model)
     _free_folder(directory)
-    _describe(sites, plan_of(sites.model))
+    _describe(anatomy, plan_of(anatomy.model))
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -123,7 +125,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         if model is None:
             result = _rebuilt(config, plan, shapes, folder)
         else:
-            result = plain_copy(find_sites(model).model) if plan is None else slim(model, plan)
+            result = plain_copy(find_anatomy(model).model) if plan is None else slim(model, plan)
             _check_shapes(result, shapes, folder)
         if config["sha256"] != _content_hash(config, folder / WEIGHTS):
             raise ArtifactError(
@@ -139,12 +141,12 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     return result.eval()
 
 
-def _savable(model: nn.Module) -> Sites:
-    sites = find_sites(model)
+def _savable(model: nn.Module, submodule: str | None = None) -> Anatomy:
+    anatomy = find_anatomy(model, submodule)
     check_unmasked(
-        sites.model, ArtifactError, "the dense weights would be saved, without them", "save mdc.slim(model, plan)"
+        anatomy.model, ArtifactError, "the dense weights would be saved, without them", "save mdc.slim(model, plan)"
     )
-    return sites
+    return anatomy
 
 
 def load_skeleton(directory: str | Path) -> nn.Module:
@@ -161,23 +163,24 @@ def load_skeleton(directory: str | Path) -> nn.Module:
 # --- building again ---------------------------------------------------------------------------------------------------
 
 
-def _describe(sites: Sites, plan: Plan | None) -> dict[str, Any]:
+def _describe(anatomy: Anatomy, plan: Plan | None) -> dict[str, Any]:
     """Constructor arguments that are known to give this model, because they just did (on the meta device)."""
-    dense = sites if plan is None else plan
+    dense = anatomy if plan is None else plan
     advice = (
         "save(model, directory, constructor=False) keeps plan and weights; get them back with "
         "load(directory, model=my_dense_model)"
     )
-    sizes = {"heads": dense.num_heads, "neurons": dense.num_neurons}
     try:
         # Through JSON and back, as a reader will see it.
-        spec = json.loads(json.dumps(sites.family.describe(sites.model, sizes)))
-        again = _built(sites.family, spec, plan)
+        spec = json.loads(json.dumps(anatomy.family.describe(anatomy.model, dense.sizes)))
+        again = _built(anatomy.family, spec, plan)
     except Exception as error:
-        raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {error}. {advice}") from error
-    difference = _difference(sites.model, again)
+        raise ArtifactError(
+            f"{anatomy.name} cannot be expressed by constructor arguments: {error}. {advice}"
+        ) from error
+    difference = _difference(anatomy.model, again)
     if difference:
-        raise ArtifactError(f"{sites.name} cannot be expressed by constructor arguments: {difference}. {advice}")
+        raise ArtifactError(f"{anatomy.name} cannot be expressed by constructor arguments: {difference}. {advice}")
     return spec
 
 

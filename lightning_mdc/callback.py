@@ -7,7 +7,7 @@ import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +30,10 @@ from lightning_mdc.errors import (
     check_one_of,
     check_whole,
 )
-from lightning_mdc.importance import Criterion, Scorer, Scores, as_criterion, as_prediction
-from lightning_mdc.importance.calibration import CalibrationBatches, is_map_style, num_images
-from lightning_mdc.models import Sites, evaluating, find_model, find_sites, unwrap
-from lightning_mdc.policy import DIMENSIONS, TOKEN_SCORES, Plan, Policy, check_dimensions
+from lightning_mdc.importance import Criterion, Needs, Scorer, Scores, as_criterion
+from lightning_mdc.importance.calibration import Calibration, CalibrationBatches, is_map_style, num_images
+from lightning_mdc.models import Anatomy, evaluating, find_anatomy, find_model, unwrap
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
@@ -51,18 +51,17 @@ class MultiDimPruneCallback(Callback):
     a resumed run goes on with it, without scoring again. The module's own weights and keys never change shape.
 
     Args:
-        budget: fraction of the dense MACs to keep, or a `Budget`. Not looked at when `policy` is a `Policy`.
+        budget: fraction of the dense MACs to keep, or a `Budget`; None: 0.6. A given policy has a budget of its own.
         policy: ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
         criterion: name of a criterion or an instance; see `lightning_mdc.score`.
-        calibration_batches: how many batches (of the training loader's size) to score on, over all ranks together.
-        calibration_images: how many images instead; whole batches of them.
+        dimensions, space, tokens: see `uniform_policy` and `make_plan`; a given policy says itself what it prunes.
+        calibration: how many images units are scored on, over all ranks together; None: ``Calibration()``. In batches
+            of the training loader's size, unless it says another.
         schedule: ``"one-shot"`` masks all at `start`; ``"cubic"`` goes there gradually until `end`, fast first
             (Zhu & Gupta 2017), always from the same scores, never compounding.
         start, end: when, in `unit`; `end` defaults to two thirds of the training.
         unit: ``"epoch"`` or ``"step"`` (optimizer steps).
-        dimensions, min_heads, min_neurons, round_to, stages: see `uniform_policy`.
-        token_score, fuse_tokens: see `make_plan`.
-        model: attribute path of the vision transformer in the LightningModule; None finds it if there is just one.
+        submodule: attribute path of the vision transformer in the LightningModule; None finds it if there is just one.
         prediction: turns what the model returns into probabilities (images, classes); None means softmax.
         seed: of the calibration sample.
         restore_rng: also keep random states in the checkpoint, so that a run with ``shuffle=True`` resumed from the end
@@ -77,57 +76,55 @@ class MultiDimPruneCallback(Callback):
 
     def __init__(
         self,
-        budget: float | Budget = 0.6,
+        budget: float | Budget | None = None,
         policy: str | Path | Policy = "uniform",
         criterion: str | Criterion = "conditional",
         *,
-        calibration_batches: int = 4,
-        calibration_images: int | None = None,
+        dimensions: Iterable[str] | None = None,
+        space: Space | None = None,
+        tokens: TokenOptions | None = None,
+        calibration: Calibration | None = None,
         schedule: Literal["one-shot", "cubic"] = "one-shot",
         start: int = 0,
         end: int | None = None,
         unit: Literal["epoch", "step"] = "epoch",
-        dimensions: Iterable[str] | None = None,
-        min_heads: int = 1,
-        min_neurons: int = 1,
-        round_to: int | None = None,
-        stages: Sequence[int] | None = None,
-        token_score: str = "attention",
-        fuse_tokens: bool = True,
-        model: str | None = None,
+        submodule: str | None = None,
         prediction: Callable[[Any], Tensor] | None = None,
         seed: int = 0,
         restore_rng: bool = False,
         save_to: str | Path | None = None,
     ) -> None:
         super().__init__()
-        _check_types(fuse_tokens=fuse_tokens, restore_rng=restore_rng, model=model, save_to=save_to)
+        _check_types(
+            space=space,
+            tokens=tokens,
+            calibration=calibration,
+            restore_rng=restore_rng,
+            submodule=submodule,
+            save_to=save_to,
+        )
         _check_schedule(schedule, start, end, unit)
-        check_one_of("token_score", token_score, TOKEN_SCORES, CallbackError)
-        check_whole("calibration_batches", calibration_batches, 1, CallbackError)
-        check_whole("calibration_images", calibration_images, 1, CallbackError, or_none="whole batches")
         check_whole("seed", seed, 0, CallbackError)
         if prediction is not None and not callable(prediction):
             raise CallbackError(f"prediction={prediction!r:.80}: expected a function of what the model returns")
-        self.budget = as_budget(budget)
         self.criterion = as_criterion(criterion)
         self.wanted_policy = _policy(policy)
-        self.uniform_options: dict[str, Any] = {
-            "dimensions": None if dimensions is None else check_dimensions(dimensions),
-            "min_heads": min_heads,
-            "min_neurons": min_neurons,
-            "round_to": round_to,
-            "stages": None if stages is None else tuple(stages),
-        }
-        self.calibration_batches, self.calibration_images = calibration_batches, calibration_images
+        if isinstance(self.wanted_policy, Policy):
+            _check_unused("a given policy says what is kept", budget=budget, dimensions=dimensions, space=space)
+        if not Needs.all_of(self.criterion.needs(dimension) for dimension in DIMENSIONS).images:
+            _check_unused(f"criterion={self.criterion.name!r} looks at no images", calibration=calibration)
+        self.budget = as_budget(0.6 if budget is None else budget)
+        self.dimensions = None if dimensions is None else check_dimensions(dimensions)
+        self.space, self.tokens = space or Space(), tokens or TokenOptions()
+        self.calibration = calibration or Calibration()
         self.schedule, self.start, self.end, self.unit = schedule, start, end, unit
-        self.token_score, self.fuse_tokens = token_score, fuse_tokens
-        self.model_path, self.prediction, self.seed = model, prediction, seed
+        self.submodule, self.prediction, self.seed = submodule, prediction, seed
         self.restore_rng, self.save_to = restore_rng, None if save_to is None else Path(save_to)
         # Spawned workers cannot give attributes back; rank 0 leaves the outcome in this file.
         self._handover = Path(tempfile.gettempdir()) / f"lightning_mdc-{uuid.uuid4().hex}.pt"
         weakref.finalize(self, _remove, self._handover, os.getpid())
         self._restores_rng_now = False
+        self._is_tried = False
         self.reset()
 
     def reset(self) -> None:
@@ -172,7 +169,7 @@ class MultiDimPruneCallback(Callback):
             raise CallbackError(
                 "slim_model: there is no plan yet; call trainer.fit with this callback first (and let it reach start)"
             )
-        path, model = find_model(pl_module, self.model_path)
+        path, model = find_model(pl_module, self.submodule)
         if self._is_delivered(model):
             return model
         result = slim(model, self.plan)
@@ -220,10 +217,11 @@ class MultiDimPruneCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What could be refused after hours of training is refused now.
         self._asked = None  # budget and model may be others than in the last fit
+        self._is_tried = False
         if self._plan is None or isinstance(self.wanted_policy, Policy):
             self._asked_policy(pl_module)
         if self.save_to is not None and trainer.is_global_zero:
-            check_savable(find_model(pl_module, self.model_path)[1], self.save_to)
+            check_savable(find_model(pl_module, self.submodule)[1], self.save_to)
         if self.schedule == "cubic":
             self._schedule_end(trainer)
         self._mask(trainer, pl_module)
@@ -237,6 +235,8 @@ class MultiDimPruneCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._scorer is not None:
             self._watch(trainer, pl_module, batch)
+        elif self._plan is None and not self._is_tried:  # of an iterable data set, before `start`
+            self._try_out(trainer, pl_module, batch)
         if self.unit == "step":
             self._advance(trainer, pl_module)
 
@@ -249,7 +249,7 @@ class MultiDimPruneCallback(Callback):
         if self._plan is None and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
                 f"fit ended before anything was pruned: start={self.start} ({self.unit}s) was not reached, or an "
-                f"iterable data set ended before calibration_batches={self.calibration_batches} had gone by"
+                f"iterable data set ended before {self.calibration.images} images had gone by"
             )
         elif self._plan is not None and self._progress < 1:
             rank_zero_warn(
@@ -272,7 +272,7 @@ class MultiDimPruneCallback(Callback):
     @property
     def state_key(self) -> str:
         """One key per model, so that several callbacks can prune several models."""
-        return self._generate_state_key(model=self.model_path)
+        return self._generate_state_key(submodule=self.submodule)
 
     def state_dict(self) -> dict[str, Any]:
         """Scores, plan and position as tensors and text (no class of ours, so that any loader can read it)."""
@@ -308,7 +308,14 @@ class MultiDimPruneCallback(Callback):
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
-        if now < self.start or self._scorer is not None:
+        if now < self.start:
+            loader = trainer.train_dataloader
+            if self._plan is None and not self._is_tried and is_map_style(loader):
+                with isolated_rng():
+                    batch = CalibrationBatches(loader, self.calibration, self.seed)[0]
+                self._try_out(trainer, pl_module, _to_device(trainer, pl_module, batch))
+            return
+        if self._scorer is not None:
             return
         if self._plan is None:
             loader = trainer.train_dataloader
@@ -336,17 +343,17 @@ class MultiDimPruneCallback(Callback):
     def _asked_policy(self, pl_module: LightningModule) -> Policy:
         """The given policy, or the uniform one of the budget. Found once a fit: for a latency budget it may measure."""
         if self._asked is None:
-            model = find_model(pl_module, self.model_path)[1]
+            model = find_model(pl_module, self.submodule)[1]
             if isinstance(self.wanted_policy, Policy):
-                find_sites(model).counts(self.wanted_policy)
+                find_anatomy(model).counts(self.wanted_policy)
                 self._asked = self.wanted_policy
             else:
-                self._asked = uniform_policy(model, self.budget, **self.uniform_options)
+                self._asked = uniform_policy(model, self.budget, self.dimensions, self.space, self.tokens)
         return self._asked
 
     def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
         """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""
-        _, model = find_model(pl_module, self.model_path)
+        _, model = find_model(pl_module, self.submodule)
         if self._plan is None or isinstance(self.wanted_policy, Policy) or self._is_delivered(model):
             return
         asked, kept = self._asked_policy(pl_module), self._plan.policy
@@ -359,16 +366,16 @@ class MultiDimPruneCallback(Callback):
             )
 
     def _new_scorer(self, pl_module: LightningModule) -> Scorer:
-        sites = find_sites(pl_module, self.model_path)
-        stages = sites.counts(self._asked_policy(pl_module)).stages
-        return Scorer(sites, self.criterion, sites.dimensions, stages)
+        anatomy = find_anatomy(pl_module, self.submodule)
+        stages = anatomy.counts(self._asked_policy(pl_module)).stages
+        return Scorer(anatomy, self.criterion, anatomy.dimensions, stages, self.prediction)
 
     def _score(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> Scorer:
         """Score on an own loader over the training data; rank r takes batches r, r + world, ... of one seeded list."""
         scorer = self._new_scorer(pl_module)
-        if not self.criterion.needs_images:
+        if not scorer.needs.images:
             return scorer
-        batches = CalibrationBatches(loaders, self.calibration_batches, self.calibration_images, self.seed)
+        batches = CalibrationBatches(loaders, self.calibration, self.seed)
         own = range(trainer.global_rank, len(batches), trainer.world_size)
         shown = bar("Scoring", len(own), shown=trainer.is_global_zero and trainer.progress_bar_callback is not None)
         with isolated_rng(), evaluating(pl_module), scorer.watching(), shown as advance:
@@ -387,9 +394,7 @@ class MultiDimPruneCallback(Callback):
                 self._observe(trainer, pl_module, scorer, batch)
         if self._steps_to_watch is None:
             # Rank 0 says how many, so that all ranks decide at the same step whatever batches they get.
-            steps = self.calibration_batches
-            if self.calibration_images is not None:
-                steps = math.ceil(self.calibration_images / int(scorer.sums["images"]))
+            steps = math.ceil(self.calibration.images / max(int(scorer.sums["images"]), 1))
             self._steps_to_watch = trainer.strategy.broadcast(math.ceil(steps / trainer.world_size), src=0)
         self._steps_to_watch -= 1
         if self._steps_to_watch == 0:
@@ -401,25 +406,32 @@ class MultiDimPruneCallback(Callback):
     def _is_short(self, scorer: Scorer, batch: Any) -> bool:
         """Whether this batch is smaller than those before, where they must be equal."""
         images = num_images(batch)
-        if not self.criterion.needs_equal_batches or images is None or scorer.sums["batches"] == 0:
+        if not scorer.needs.equal_batches or images is None or scorer.sums["batches"] == 0:
             return False
         return images != int(scorer.sums["images"] / scorer.sums["batches"])
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batch: Any) -> None:
-        def predict() -> Tensor:
+        def run() -> Any:
             with trainer.precision_plugin.forward_context():
-                output = self.calibration_step(pl_module, batch)
-            return as_prediction(output, self.prediction)
+                return self.calibration_step(pl_module, batch)
 
         labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        scorer.update(predict, labels if isinstance(labels, Tensor) else None)
+        scorer.update(run, num_images(batch) or 0, labels if isinstance(labels, Tensor) else None)
+
+    def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Score a batch for nothing: what scoring would refuse, epochs from now, is refused at once."""
+        self._is_tried = True
+        scorer = self._new_scorer(pl_module)
+        if scorer.needs.images:
+            with isolated_rng(), evaluating(pl_module), scorer.watching():
+                self._observe(trainer, pl_module, scorer, batch)
 
     def _decide(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer) -> None:
         """Average over ranks, decide on rank 0, tell the others, make sure they heard."""
         scorer.sum_over_ranks()
         scores = scorer.scores()
-        _, model = find_model(pl_module, self.model_path)
-        plan = self._make_plan(model, scores, self._asked_policy(pl_module))
+        _, model = find_model(pl_module, self.submodule)
+        plan = make_plan(model, scores, self._asked_policy(pl_module), self.tokens)
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
         plan = Plan.from_json(told)
         if plan.hash != digest:
@@ -432,30 +444,27 @@ class MultiDimPruneCallback(Callback):
         """Masks on as far as the schedule has got, if a plan is known and they are not on already."""
         if self._plan is None or self._progress == 0:
             return
-        _, model = find_model(pl_module, self.model_path)
+        _, model = find_model(pl_module, self.submodule)
         if is_masked(model) or self._is_delivered(model):
             return
         try:
             plan = self._plan_now(model)
-            apply_masks(pl_module, plan, self.model_path)
+            apply_masks(pl_module, plan, self.submodule)
         except (PlanError, PolicyError) as error:
             raise PlanError(f"{error}. To prune another model with this callback, call callback.reset()") from error
-        self._report(trainer, find_sites(model), plan)
+        self._report(trainer, find_anatomy(model), plan)
 
     def _plan_now(self, model: nn.Module) -> Plan:
         assert self._plan is not None
         if self._progress >= 1 or self._scores is None:
             return self._plan
         final = self._plan.policy
-        ratios = {d: [1 - self._progress * (1 - ratio) for ratio in getattr(final, d)] for d in DIMENSIONS}
-        return self._make_plan(model, self._scores, Policy(**ratios, stages=final.stages))
-
-    def _make_plan(self, model: nn.Module, scores: Scores, policy: Policy) -> Plan:
-        return make_plan(model, scores, policy, token_score=self.token_score, fuse_tokens=self.fuse_tokens)
+        ratios = {d: [1 - self._progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
+        return make_plan(model, self._scores, Policy(**ratios, stages=final.stages), self.tokens)
 
     def _unmask(self, pl_module: LightningModule) -> None:
         try:
-            _, model = find_model(pl_module, self.model_path)
+            _, model = find_model(pl_module, self.submodule)
         except MdcError:
             return  # there never was a model of ours; whoever needs one has raised
         remove_masks(model)
@@ -465,12 +474,9 @@ class MultiDimPruneCallback(Callback):
         made_with = plan_of(model)
         return made_with is not None and made_with == self._plan
 
-    def _report(self, trainer: Trainer, sites: Sites, plan: Plan) -> None:
-        costs = CostModel(sites)
-        kept = {
-            dimension: sum(map(len, getattr(plan, dimension))) / max(sum(getattr(plan, f"num_{dimension}")), 1)
-            for dimension in ("heads", "neurons")
-        }
+    def _report(self, trainer: Trainer, anatomy: Anatomy, plan: Plan) -> None:
+        costs = CostModel(anatomy)
+        kept = {d: sum(map(len, plan.kept[d])) / max(sum(sizes), 1) for d, sizes in plan.sizes.items()}
         metrics = {
             "mdc/macs": float(costs.of_plan(plan)),
             "mdc/params": float(costs.params(costs.kept_by_plan(plan))),
@@ -481,16 +487,16 @@ class MultiDimPruneCallback(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
         if trainer.training:
             rank_zero_info(
-                f"Pruning {sites.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs: "
-                f"{kept['heads']:.0%} of heads, {kept['neurons']:.0%} of neurons, "
+                f"Pruning {anatomy.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs: "
+                f"{', '.join(f'{ratio:.0%} of {d}' for d, ratio in kept.items())}, "
                 f"{metrics['mdc/keep_tokens']:.0%} of tokens at the end"
             )
 
 
-def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
+def plan_from_checkpoint(path: str | Path, submodule: str | None = None) -> Plan:
     """The plan a `MultiDimPruneCallback` left in a Lightning checkpoint, for `slim` in another process.
 
-    `model` is the callback's ``model=`` argument, if there were several callbacks.
+    `submodule` is the callback's argument of that name, if there were several callbacks.
 
     Raises:
         CallbackError: the file is unreadable, or holds no plan (or several).
@@ -505,14 +511,14 @@ def plan_from_checkpoint(path: str | Path, model: str | None = None) -> Plan:
         for key, state in (states if isinstance(states, dict) else {}).items()
         if isinstance(state, dict) and "plan" in state and state.get("format") == _STATE_FORMAT
     }
-    if model is not None:
-        plans = {key: plan for key, plan in plans.items() if repr(model) in key}
+    if submodule is not None:
+        plans = {key: plan for key, plan in plans.items() if repr(submodule) in key}
     if len(plans) != 1 or None in plans.values():
         raise CallbackError(
             f"checkpoint={str(path)!r} holds {len(plans)} MultiDimPruneCallback states"
             f"{'' if plans else ': no plan; it was not written by a Trainer with that callback'}"
             f"{' (the plan is not decided yet)' if None in plans.values() else ''}"
-            f"{'; say which with model=' if len(plans) > 1 else ''}"
+            f"{'; say which with submodule=' if len(plans) > 1 else ''}"
         )
     return Plan.from_json(next(iter(plans.values())))
 
@@ -528,11 +534,24 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 
 def _check_types(**settings: Any) -> None:
-    path = (str, Path, type(None))
-    kinds: dict[str, Any] = {"fuse_tokens": bool, "restore_rng": bool, "model": (str, type(None)), "save_to": path}
+    kinds: dict[str, Any] = {
+        "space": (Space, type(None)),
+        "tokens": (TokenOptions, type(None)),
+        "calibration": (Calibration, type(None)),
+        "restore_rng": bool,
+        "submodule": (str, type(None)),
+        "save_to": (str, Path, type(None)),
+    }
     for name, value in settings.items():
         if not isinstance(value, kinds[name]):
             raise CallbackError(f"{name}={value!r:.80} has the wrong type ({type(value).__name__})")
+
+
+def _check_unused(reason: str, **settings: Any) -> None:
+    """Refuse what would not be looked at."""
+    for name, value in settings.items():
+        if value is not None:
+            raise CallbackError(f"{name}={value!r:.80} is not looked at: {reason}; leave {name} out")
 
 
 def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
-from lightning_mdc.models import check_unmasked, find_sites
+from lightning_mdc.models import check_unmasked, find_anatomy
 from lightning_mdc.progress import bar
 from lightning_mdc.surgery.slim import plain_copy
 
@@ -57,6 +57,7 @@ def export_model(
     format: str | None = None,
     *,
     input_size: InputSize | None = None,
+    submodule: str | None = None,
     progress: bool = True,
 ) -> Exported:
     """Write the vision transformer in `model` (dense or slim) as one file that runs without this package.
@@ -72,6 +73,7 @@ def export_model(
             ``"torch_export"``, for ``torch.export.load(path).module()``, where there is only torch. None: by the
             path's suffix, ``.onnx`` or ``.pt2``.
         input_size: a side, (height, width) or (channels, height, width) in pixels; None means the model's own.
+        submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
         progress: show a bar (on a terminal).
 
     Raises:
@@ -81,14 +83,14 @@ def export_model(
     """
     target = Path(path)
     format = _format(target, format)
-    sites = find_sites(model)
-    check_unmasked(sites.model, ArtifactError, "they are no part of a program", "export mdc.slim(model, plan)")
-    size = image_size(input_size) or sites.input_size[1:]
-    sites.grid_of(size)  # says if the model cannot take it
+    anatomy = find_anatomy(model, submodule)
+    check_unmasked(anatomy.model, ArtifactError, "they are no part of a program", "export mdc.slim(model, plan)")
+    size = image_size(input_size) or anatomy.input_size[1:]
+    anatomy.grid_of(size)  # says if the model cannot take it
     if format == "onnx":
-        _check_onnx(sites.model)
-    network = plain_copy(sites.model).to("cpu", torch.float32).eval().requires_grad_(False)
-    shape = (sites.input_size[0], *size)
+        _check_onnx(anatomy.model)
+    network = plain_copy(anatomy.model).to("cpu", torch.float32).eval().requires_grad_(False)
+    shape = (anatomy.input_size[0], *size)
     write, run = _FUNCTIONS[format]
     with bar("Exporting", 2, shown=progress) as advance:
         try:
@@ -103,7 +105,7 @@ def export_model(
             raise
         except Exception as error:  # whatever exporters and runtimes raise
             raise ArtifactError(
-                f"{sites.name} cannot be exported as format={format!r}: {type(error).__name__}: {error}"
+                f"{anatomy.name} cannot be exported as format={format!r}: {type(error).__name__}: {error}"
             ) from error
     return Exported(target, format, target.stat().st_size, difference)
 

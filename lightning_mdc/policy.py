@@ -1,6 +1,6 @@
-"""The two values that travel: how much is kept (`Policy`) and what is kept (`Plan`). Both frozen, both JSON.
+"""The values that travel: how much is kept (`Policy`), what is kept (`Plan`), and the options of both. All frozen.
 
-This module knows no model; `lightning_mdc.models.Sites` checks a policy or plan against one.
+This module knows no model; `lightning_mdc.models.Anatomy` checks a policy or plan against one.
 """
 
 from __future__ import annotations
@@ -10,18 +10,43 @@ import itertools
 import json
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from lightning_mdc.errors import PlanError, PolicyError, as_number, check_one_of
+from lightning_mdc.errors import PlanError, PolicyError, as_number, check_one_of, check_whole
 from lightning_mdc.files import json_object, tuples
 
-DIMENSIONS = ("heads", "neurons", "tokens")
+UNIT_DIMENSIONS = ("heads", "neurons")  # of every block
+TOKENS = "tokens"  # of every token stage
+DIMENSIONS = (*UNIT_DIMENSIONS, TOKENS)
 TOKEN_SCORES = ("attention", "dependence", "attention*dependence")
 
 Ratios: TypeAlias = float | Sequence[float]
+T = TypeVar("T")
+
+
+class ByDimension(Mapping[str, T]):
+    """An immutable mapping from dimension to values; hashable if they are."""
+
+    def __init__(self, values: Mapping[str, T]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, dimension: str) -> T:
+        return self._values[dimension]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 def keep_count(num_units: int, keep_ratio: float) -> int:
@@ -30,11 +55,6 @@ def keep_count(num_units: int, keep_ratio: float) -> int:
     The 1e-6 makes a realised ratio stable: ``keep_count(n, k / n) == k``, e.g. ``keep_count(197, 137 / 197) == 137``.
     """
     return math.floor(num_units * keep_ratio + 1e-6)
-
-
-def kept_tokens(num_tokens: int, keep_ratio: float, num_prefix_tokens: int) -> int:
-    """How many of `num_tokens` tokens (prefix included) stay: all prefix tokens and at least one more."""
-    return min(num_tokens, max(keep_count(num_tokens, keep_ratio), num_prefix_tokens + 1))
 
 
 def default_stages(depth: int) -> tuple[int, ...]:
@@ -56,31 +76,112 @@ def check_dimensions(dimensions: Iterable[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Space:
+    """Where a policy may lie.
+
+    Args:
+        min_heads, min_neurons: the fewest a block keeps.
+        round_to: neurons are kept in multiples of it, because odd widths are slower than their MACs say; None: of 8
+            if all blocks have at least 512 neurons, else of 1.
+        stages: blocks (0-based) at which tokens leave; None means quarters of the depth.
+        groups: ties neighbouring blocks together: so many groups instead of one axis per block, for heads and neurons
+            alike or as ``{"heads": 3}``.
+        bounds: per dimension the smallest and largest keep ratio, ``{"heads": (0.3, 1)}``, or one such pair per block
+            (per stage for tokens).
+        token_ratio: ``"shared"``: all stages keep the same ratio; ``"stages"``: one axis per stage.
+
+    Raises:
+        PolicyError: one that is out of range.
+    """
+
+    min_heads: int = 1
+    min_neurons: int = 1
+    round_to: int | None = None
+    stages: tuple[int, ...] | None = None
+    groups: Any = None
+    bounds: Any = None
+    token_ratio: str = "shared"
+
+    def __post_init__(self) -> None:
+        for dimension in UNIT_DIMENSIONS:
+            check_whole(f"min_{dimension}", getattr(self, f"min_{dimension}"), 0, PolicyError)
+        check_whole("round_to", self.round_to, 1, PolicyError, or_none="the default")
+        check_one_of("token_ratio", self.token_ratio, ("shared", "stages"), PolicyError)
+        object.__setattr__(self, "stages", None if self.stages is None else _stages(self.stages))
+
+    def least(self, dimension: str) -> int:
+        """The fewest units of a dimension that a block keeps."""
+        return int(getattr(self, f"min_{dimension}"))
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """What happens at a token stage.
+
+    Args:
+        score: what ranks tokens at run time: ``"attention"``, ``"dependence"`` (a prior over positions) or
+            ``"attention*dependence"``.
+        reduction: what becomes of the tokens that leave: ``"fuse"`` averages them into one that stays, ``"drop"``
+            drops them, ``"merge"`` averages each into the kept one most like it, ``"merge-proportional"`` also weighs
+            a merged token by its size in later attentions; or the name of a registered one of your own.
+        restore: whether at the end every input position has a token again, for dense outputs. None: where that costs
+            nothing, which is where what follows the blocks reads prefix tokens only.
+
+    Raises:
+        PlanError: an unknown score, or a `restore` that is neither a bool nor None.
+    """
+
+    score: str = "attention"
+    reduction: str = "fuse"
+    restore: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_one_of("score", self.score, TOKEN_SCORES, PlanError)
+        if not isinstance(self.reduction, str):
+            raise PlanError(f"reduction={self.reduction!r:.80}: expected the name of a reduction, such as 'fuse'")
+        if not (self.restore is None or isinstance(self.restore, bool)):
+            raise PlanError(f"restore={self.restore!r:.80}: expected True, False or None")
+
+
+@dataclass(frozen=True, init=False)
 class Policy:
     """Keep ratios in [0, 1]: one per block for heads and for neurons, one per token stage for tokens.
 
     A single number stands for all blocks (or stages). `stages` are the blocks (0-based) whose attention is followed
-    by a token drop; None means `default_stages` of the model's depth.
+    by a token drop; None means `default_stages` of the model's depth. A block that cannot lose a dimension has a ratio
+    too, which is not looked at.
+
+    Attributes:
+        ratios: by dimension; `heads`, `neurons` and `tokens` are views of it.
 
     Raises:
         PolicyError: a ratio that is no number in [0, 1], or stages that are not increasing block numbers.
     """
 
-    heads: tuple[float, ...] = (1.0,)
-    neurons: tuple[float, ...] = (1.0,)
-    tokens: tuple[float, ...] = (1.0,)
-    stages: tuple[int, ...] | None = None
+    ratios: Mapping[str, tuple[float, ...]]
+    stages: tuple[int, ...] | None
 
     def __init__(
         self, heads: Ratios = 1.0, neurons: Ratios = 1.0, tokens: Ratios = 1.0, stages: Sequence[int] | None = None
     ) -> None:
-        for name, ratios in (("heads", heads), ("neurons", neurons), ("tokens", tokens)):
-            object.__setattr__(self, name, _ratios(name, ratios))
+        given = dict(zip(DIMENSIONS, (heads, neurons, tokens), strict=True))
+        object.__setattr__(self, "ratios", ByDimension({name: _ratios(name, r) for name, r in given.items()}))
         object.__setattr__(self, "stages", None if stages is None else _stages(stages))
+
+    heads = property(lambda self: self.ratios["heads"], doc="Keep ratios of heads.")
+    neurons = property(lambda self: self.ratios["neurons"], doc="Keep ratios of neurons.")
+    tokens = property(lambda self: self.ratios["tokens"], doc="Keep ratios of token stages.")
+
+    def __repr__(self) -> str:
+        return f"Policy({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ratios by dimension, and the stages."""
+        return {**self.ratios, "stages": self.stages}
 
     def to_json(self) -> str:
         """Sorted JSON, equal for equal policies."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.as_dict(), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
@@ -144,31 +245,38 @@ class Plan:
     """What is kept of one particular model: everything surgery, pricing, saving and drawing need to know.
 
     Attributes:
-        heads: kept head indices per block, increasing; empty if the model's heads cannot be cut.
-        neurons: kept MLP neuron indices per block, increasing.
+        kept: by dimension the kept unit indices per block, increasing; no blocks if the model cannot lose the
+            dimension. `heads` and `neurons` are views of it.
+        sizes: by dimension the units of each dense block, 0 where a block cannot lose any. `num_heads` and
+            `num_neurons` are views of it.
         tokens: the policy's token stages, by block; one with ``keep=1`` drops nothing.
-        num_heads: heads of each dense block.
-        num_neurons: neurons of each dense block.
-        fuse: whether dropped tokens are averaged into one that stays.
+        reduction: what becomes of tokens that leave; see `TokenOptions`.
+        restore: whether every input position has a token again at the end.
 
     Raises:
         PlanError: indices out of range, unsorted or doubled; stages out of order or out of depth.
     """
 
-    heads: tuple[tuple[int, ...], ...]
-    neurons: tuple[tuple[int, ...], ...]
-    tokens: tuple[TokenStage, ...]
-    num_heads: tuple[int, ...]
-    num_neurons: tuple[int, ...]
-    fuse: bool = True
+    kept: Mapping[str, tuple[tuple[int, ...], ...]]
+    sizes: Mapping[str, tuple[int, ...]]
+    tokens: tuple[TokenStage, ...] = ()
+    reduction: str = "fuse"
+    restore: bool = False
+
+    heads = property(lambda self: self.kept["heads"], doc="Kept head indices per block.")
+    neurons = property(lambda self: self.kept["neurons"], doc="Kept MLP neuron indices per block.")
+    num_heads = property(lambda self: self.sizes["heads"], doc="Heads of each dense block.")
+    num_neurons = property(lambda self: self.sizes["neurons"], doc="Neurons of each dense block.")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fuse, bool):
-            raise PlanError(f"plan.fuse={self.fuse!r}: expected true or false")
-        for name, kept, sizes in (
-            ("heads", self.heads, self.num_heads),
-            ("neurons", self.neurons, self.num_neurons),
-        ):
+        TokenOptions(reduction=self.reduction, restore=self.restore)  # refuses what is none
+        for field_name in ("kept", "sizes"):
+            given = getattr(self, field_name)
+            if set(given) != set(UNIT_DIMENSIONS):
+                raise PlanError(f"plan.{field_name} is of {sorted(given)}, expected {list(UNIT_DIMENSIONS)}")
+            object.__setattr__(self, field_name, ByDimension({name: given[name] for name in UNIT_DIMENSIONS}))
+        for name, sizes in self.sizes.items():
+            kept = self.kept[name]
             if len(kept) != len(sizes):
                 raise PlanError(f"plan.{name} covers {len(kept)} blocks, its dense sizes {len(sizes)}")
             for block, (indices, size) in enumerate(zip(kept, sizes, strict=True)):
@@ -185,7 +293,7 @@ class Plan:
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return max(len(self.num_heads), len(self.num_neurons))
+        return max(map(len, self.sizes.values()))
 
     @property
     def hash(self) -> str:
@@ -195,25 +303,26 @@ class Plan:
     @property
     def policy(self) -> Policy:
         """The realised keep ratios k/n."""
-
-        def ratios(indices: tuple[tuple[int, ...], ...], sizes: tuple[int, ...]) -> Ratios:
-            return [len(kept) / n if n else 1.0 for kept, n in zip(indices, sizes, strict=True)] or 1.0
-
+        ratios: dict[str, Ratios] = {
+            name: [len(kept) / n if n else 1.0 for kept, n in zip(self.kept[name], sizes, strict=True)] or 1.0
+            for name, sizes in self.sizes.items()
+        }
         return Policy(
-            heads=ratios(self.heads, self.num_heads),
-            neurons=ratios(self.neurons, self.num_neurons),
+            **ratios,
             tokens=[stage.keep for stage in self.tokens],
             stages=[stage.block for stage in self.tokens],
         )
 
     @property
-    def drops_tokens(self) -> bool:
-        """Whether any token leaves."""
-        return any(stage.keep < 1 for stage in self.tokens)
+    def leaving(self) -> tuple[TokenStage, ...]:
+        """The token stages at which any token leaves."""
+        return tuple(stage for stage in self.tokens if stage.keep < 1)
 
     def to_json(self) -> str:
         """Sorted JSON without timestamps: equal plans give equal text."""
-        return json.dumps({"format": 1, **asdict(self)}, sort_keys=True)
+        rest = {"tokens": [asdict(stage) for stage in self.tokens], **{n: getattr(self, n) for n in _OF_TOKENS}}
+        sizes = {f"num_{name}": sizes for name, sizes in self.sizes.items()}
+        return json.dumps({"format": 1, **self.kept, **sizes, **rest}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -225,21 +334,27 @@ class Plan:
         plan = tuples(json_object(text, "plan", PlanError))
         if plan.pop("format", None) != 1:
             raise PlanError("plan JSON: field 'format' must be 1; the file is no plan or of a newer version")
+        names = {*UNIT_DIMENSIONS, *(f"num_{name}" for name in UNIT_DIMENSIONS), "tokens", *_OF_TOKENS}
+        _check_fields(plan, names)
         try:
-            given: dict[str, Any] = {
-                name: tuple(value) if name != "fuse" else value for name, value in _all_fields(cls, plan).items()
-            }
-            stages = [TokenStage(**_all_fields(TokenStage, stage, ": a token stage")) for stage in given["tokens"]]
-            return cls(**{**given, "tokens": tuple(stages)})
+            for stage in plan["tokens"]:
+                _check_fields(stage, {field.name for field in fields(TokenStage)}, ": a token stage")
+            return cls(
+                kept={name: tuple(plan[name]) for name in UNIT_DIMENSIONS},
+                sizes={name: tuple(plan[f"num_{name}"]) for name in UNIT_DIMENSIONS},
+                tokens=tuple(TokenStage(**stage) for stage in plan["tokens"]),
+                **{name: plan[name] for name in _OF_TOKENS},
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan JSON is malformed: {error}") from error
 
 
-def _all_fields(kind: type[Plan | TokenStage], values: dict[str, Any], what: str = "") -> dict[str, Any]:
-    expected = {field.name for field in fields(kind)}
+_OF_TOKENS = ("reduction", "restore")
+
+
+def _check_fields(values: Any, expected: set[str], what: str = "") -> None:
     if set(values) != expected:
         raise PlanError(f"plan JSON{what} has fields {sorted(values)}, expected {sorted(expected)}")
-    return values
 
 
 def _ratios(name: str, ratios: Any) -> tuple[float, ...]:

@@ -36,7 +36,8 @@ def run(state: Path | None, pause: float = 0.0, trials: int = TRIALS) -> mdc.Sea
         return held_out(slim)
 
     scores = mdc.score(model, [images(16)], "magnitude")
-    return mdc.search(model, scores, evaluate, 0.6, trials, 3, n_initial_points=4, state=state, progress=False)
+    options = mdc.SearchOptions(journal=state, initial_points=4, progress=False)
+    return mdc.search(model, scores, evaluate, 0.6, trials, 3, options=options)
 
 
 def history(result: mdc.SearchResult) -> list[object]:
@@ -66,7 +67,7 @@ def failing(where: str, number: int, kind: str) -> list[Any]:
         return mdc.slim(*arguments, **options)
 
     driver.slim = slim_or_fail if where == "slim" else mdc.slim
-    search = partial(mdc.search, model, scores, evaluate, 0.6, 4, 3, progress=False)
+    search = partial(mdc.search, model, scores, evaluate, 0.6, 4, 3, options=mdc.SearchOptions(progress=False))
     return outcome(lambda: [[trial.status, trial.note] for trial in search().history])
 
 

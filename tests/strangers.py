@@ -128,7 +128,7 @@ def train_ddp(rank: int, root: Path, devices: int, data: str) -> None:
     torch.manual_seed(3)
     # Sums in another order round otherwise. Not enough for another plan by this criterion; by elimination, units that
     # tie nearly leave in another order.
-    callback = mdc.MultiDimPruneCallback(budget=0.5, criterion="hsic", calibration_batches=4)
+    callback = mdc.MultiDimPruneCallback(budget=0.5, criterion="hsic", calibration=mdc.Calibration(images=64))
     options = {"strategy": "ddp", "devices": devices, "use_distributed_sampler": True} if devices > 1 else {}
     fit = trainer(root, callback, epochs=1, **options)
     stream: DataLoader[Any] = DataLoader(UnevenBatches(), batch_size=None)

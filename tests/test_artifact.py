@@ -26,21 +26,21 @@ from torch import nn
 import lightning_mdc as mdc
 from lightning_mdc.artifact import CONFIG, WEIGHTS, check_savable
 from lightning_mdc.errors import ArtifactError
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 from tests.kinds import BASE, DIM, KINDS, POST_NORM, images, make, randomised
 
 
 def slimmed(model: nn.Module, **options: Any) -> nn.Module:
     dimensions = options.pop("dimensions", None)
-    policy = mdc.uniform_policy(model, 0.6, dimensions)
-    return mdc.slim(model, mdc.make_plan(model, mdc.score(model, [images(8)], progress=False), policy, **options))
+    policy, scores = mdc.uniform_policy(model, 0.6, dimensions), mdc.score(model, [images(8)], progress=False)
+    return mdc.slim(model, mdc.make_plan(model, scores, policy, mdc.TokenOptions(**options)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_dense_and_slim_models_come_back_bit_by_bit(kind: str, tmp_path: Path) -> None:
     dense, x = make(kind), images()
-    for name, model in (("dense", dense), ("slim", slimmed(dense, token_score="attention*dependence"))):
+    for name, model in (("dense", dense), ("slim", slimmed(dense, score="attention*dependence"))):
         mdc.save(model, tmp_path / name)
         loaded = mdc.load(tmp_path / name)
         assert torch.equal(loaded(x), model(x))
@@ -104,7 +104,7 @@ def test_each_kind_of_constructor_is_loaded_by_a_fresh_process(tmp_path: Path) -
     for kind, constructor in CONSTRUCTORS.items():
         model = randomised(constructor()).train()
         model(x)  # a batch norm's statistics, too, are no longer the initial ones
-        dimensions = find_sites(model.eval()).dimensions
+        dimensions = find_anatomy(model.eval()).dimensions
         scores = mdc.score(model, criterion="random", dimensions=dimensions)
         plan = mdc.make_plan(model, scores, mdc.Policy(**dict.fromkeys(dimensions, 0.5)))
         for name, saved in ((kind, model), (f"{kind} slim", mdc.slim(model, plan))):

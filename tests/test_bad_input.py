@@ -29,7 +29,8 @@ def one_class() -> nn.Module:
 
 def weight_normed() -> nn.Module:
     model = make()
-    torch.nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    for block in model.blocks:
+        torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1)
     return model
 
 
@@ -63,9 +64,12 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "unreachable budget": (lambda: mdc.uniform_policy(MODEL, 0.02), "smallest reachable cost"),
     "unknown dimension": (lambda: mdc.uniform_policy(MODEL, 0.6, ("layers",)), r"dimensions=\('layers',\): expected"),
     "no dimension": (lambda: mdc.uniform_policy(MODEL, 0.6, ()), r"dimensions=\(\)"),
-    "half a head": (lambda: mdc.uniform_policy(MODEL, 0.6, min_heads=0.5), "min_heads=0.5: expected a whole number"),
-    "round_to of zero": (lambda: mdc.uniform_policy(MODEL, 0.6, round_to=0), "round_to=0"),
-    "stage beyond the depth": (lambda: mdc.uniform_policy(MODEL, 0.6, stages=[4]), r"stages=\[4\].*only 4 blocks"),
+    "half a head": (lambda: mdc.Space(min_heads=0.5), "min_heads=0.5: expected a whole number"),
+    "round_to of zero": (lambda: mdc.Space(round_to=0), "round_to=0"),
+    "stage beyond the depth": (
+        lambda: mdc.uniform_policy(MODEL, 0.6, space=mdc.Space(stages=(4,))),
+        r"stages=\[4\].*only 4 blocks",
+    ),
     "stages out of order": (lambda: mdc.Policy(tokens=0.5, stages=[3, 1]), r"stages=\[3, 1\]: expected increasing"),
     "ratio above one": (lambda: mdc.Policy(heads=[1.2]), r"heads\[0\]=1\.2"),
     "ratios as text": (lambda: mdc.Policy(heads="0.5"), "heads='0.5'"),
@@ -75,7 +79,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "policy for other stages": (lambda: mdc.policy_macs(MODEL, mdc.Policy(tokens=[0.5] * 2)), "2 keep ratios.*3 token"),
     "scores of another depth": (lambda: mdc.make_plan(MODEL, SMALLER, mdc.Policy(0.5)), "scores.heads does not fit"),
-    "unknown token score": (lambda: mdc.make_plan(MODEL, SCORES, mdc.Policy(), token_score="x"), "token_score='x'"),
+    "unknown token score": (lambda: mdc.TokenOptions("x"), "score='x'"),
     "plan of another model": (lambda: mdc.slim(make("glu"), PLAN), "plan is for another model"),
     "no vision transformer": (lambda: mdc.macs(nn.Linear(3, 3)), "Linear holds no supported vision transformer"),
     "input size of no image": (lambda: mdc.macs(MODEL, (0, 32)), r"input_size=\(0, 32\)"),

@@ -1,6 +1,7 @@
 """Costs against torch's own FLOP counter, and uniform policies against their budgets."""
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.budget import num_params
+from lightning_mdc.budget import Cost, costs, num_params, register
 from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
-from lightning_mdc.errors import BudgetError, UnsupportedModelError
-from lightning_mdc.models import find_sites
+from lightning_mdc.errors import BudgetError, PolicyError, UnsupportedModelError
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import Space, TokenOptions
 from lightning_mdc.policy_search.policy_space import PolicySpace
+from lightning_mdc.surgery import apply_masks
 from tests.kinds import BASE, KINDS, counted_macs, images, make, randomised
 
 
@@ -36,28 +39,71 @@ def test_random_plans_cost_what_the_counter_says(kind: str) -> None:
     model, rng = make(kind), random.Random(kind)
     scores = mdc.score(model, [images(4)], "activation", progress=False)
     assert mdc.macs(model) == counted_macs(model)
-    for _ in range(3):
+    for reduction in ("fuse", "drop", "merge"):
         policy = mdc.Policy(
             [rng.random() for _ in range(4)],
             [rng.random() for _ in range(4)],
             [rng.choice([1.0, rng.random()]) for _ in range(3)],
         )
-        plan = mdc.make_plan(model, scores, policy, token_score="attention")
+        tokens = TokenOptions(reduction=reduction, restore=rng.choice([None, True, False]))
+        plan = mdc.make_plan(model, scores, policy, tokens)
         slim = mdc.slim(model, plan)
-        assert mdc.macs(slim) == counted_macs(slim) == mdc.policy_macs(model, policy) == mdc.plan_macs(model, plan)
-        costs = CostModel(find_sites(model))
+        priced = mdc.policy_macs(model, policy, tokens)
+        assert mdc.macs(slim) == counted_macs(slim) == priced == mdc.plan_macs(model, plan)
+        costs = CostModel(find_anatomy(model))
         assert costs.params(costs.kept_by_plan(plan)) == num_params(slim)
 
 
 @pytest.mark.parametrize("kind", ["vit", "average_pool"])
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("token_score", ["dependence", "attention*dependence"])
-def test_token_options_are_priced(kind: str, fuse: bool, token_score: str) -> None:
-    model = make(kind)
+@pytest.mark.parametrize("reduction", ["fuse", "drop", "merge-proportional"])
+@pytest.mark.parametrize("score", ["dependence", "attention*dependence"])
+def test_token_options_are_priced(kind: str, reduction: str, score: str) -> None:
+    model, tokens = make(kind), TokenOptions(score, reduction)
     scores = mdc.score(model, [images(8)], "activation", progress=False)
-    plan = mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.6), token_score=token_score, fuse_tokens=fuse)
+    policy = mdc.Policy([0.5, 0.5, 0, 0.5], 0.5, 0.6)
+    plan = mdc.make_plan(model, scores, policy, tokens)
     slim = mdc.slim(model, plan)
-    assert mdc.macs(slim) == counted_macs(slim) == mdc.plan_macs(model, plan)
+    assert mdc.macs(slim) == counted_macs(slim) == mdc.plan_macs(model, plan) == mdc.policy_macs(model, policy, tokens)
+
+
+def test_parts_of_a_block_that_cannot_be_cut_are_counted_as_they_are() -> None:
+    model = make()
+    model.blocks[1].mlp = nn.Sequential(nn.Linear(48, 60), nn.ReLU(), nn.Linear(60, 48))
+    model.blocks[2].attn.norm = nn.Sequential(nn.LayerNorm(48))
+    model.eval()
+    assert find_anatomy(model).num_heads == (4, 4, 0, 4)
+    assert find_anatomy(model).num_neurons == (192, 0, 192, 192)
+    assert mdc.macs(model) == counted_macs(model)
+    scores = mdc.score(model, [images(8)], "activation", progress=False)
+    space = PolicySpace(model, 0.8)
+    assert [axis.name for axis in space.axes] == [f"heads.{i}" for i in (0, 1, 3)] + [
+        f"neurons.{i}" for i in (0, 2, 3)
+    ] + ["tokens"]
+    for policy in (space.uniform, mdc.Policy(0.5, 0.3, 0.6), space.policy(space.low)):
+        slim = mdc.slim(model, mdc.make_plan(model, scores, policy))
+        assert mdc.macs(slim) == counted_macs(slim) == mdc.policy_macs(model, policy)
+    assert 0.795 < mdc.policy_macs(model, space.uniform) / mdc.macs(model) <= 0.8
+
+
+def test_with_masks_on_a_model_counts_as_without() -> None:
+    model = make()
+    plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5, 0.5, 0.6))
+    dense, kept = mdc.macs(model), mdc.plan_macs(model, plan)
+    params = num_params(mdc.slim(model, plan))
+    apply_masks(model, plan)
+    costs = CostModel(find_anatomy(model))
+    assert (costs.of_model(), costs.of_plan(plan)) == (dense, kept)
+    assert costs.params(costs.kept_by_plan(plan)) == params
+
+
+def test_a_transformer_among_others_is_priced() -> None:
+    both = nn.ModuleDict({"eye": make(), "ear": make("any_size")})
+    assert mdc.macs(both, submodule="ear", input_size=64) == counted_macs(both["ear"], 64)
+    policy = mdc.uniform_policy(both, 0.6, input_size=64, submodule="ear")
+    share = mdc.policy_macs(both, policy, None, 64, "ear") / mdc.macs(both, 64, "ear")
+    assert 0.59 < share <= 0.6
+    assert policy == PolicySpace(both, 0.6, input_size=64, submodule="ear").uniform
+    assert policy != mdc.uniform_policy(both["ear"], 0.6)
 
 
 def test_other_input_sizes() -> None:
@@ -87,12 +133,13 @@ def test_every_token_is_classified_without_pooling() -> None:
 
 def test_many_policies_are_priced_at_once() -> None:
     model = make()
-    costs = CostModel(find_sites(model))
+    costs = CostModel(find_anatomy(model))
     rng = torch.Generator().manual_seed(0)
     heads = torch.randint(0, 5, (50, 4), generator=rng).numpy()
     neurons = torch.randint(0, 193, (50, 4), generator=rng).numpy()
     keeps = torch.rand(50, 3, generator=rng).double().numpy()
-    together = costs.macs(Kept(heads, neurons, [TokenDrop(b, keeps[:, i]) for i, b in enumerate((1, 2, 3))]))
+    units = {"heads": heads, "neurons": neurons}
+    together = costs.macs(Kept(units, [TokenDrop(b, keeps[:, i]) for i, b in enumerate((1, 2, 3))]))
     for i in (0, 7, 49):
         policy = mdc.Policy(heads[i] / 4, neurons[i] / 192, keeps[i])
         assert together[i] == mdc.policy_macs(model, policy)
@@ -108,7 +155,7 @@ def test_uniform_lands_just_under_the_budget(name: str, budget: float) -> None:
         model = timm.create_model(name)
     policy = mdc.uniform_policy(model, budget)
     assert budget - 0.005 < mdc.policy_macs(model, policy) / mdc.macs(model) <= budget
-    hidden = find_sites(model).num_neurons[0]
+    hidden = find_anatomy(model).num_neurons[0]
     counts = {round(ratio * hidden) for ratio in policy.neurons}
     assert max(counts) - min(counts) <= 8
     assert all(count % 8 == 0 for count in counts)
@@ -140,16 +187,16 @@ def test_absolute_and_parameter_budgets() -> None:
 @pytest.mark.parametrize(("hidden", "step"), [(504, 1), (512, 8)])
 def test_wide_blocks_keep_neurons_in_eights(hidden: int, step: int) -> None:
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=2, mlp_ratio=hidden / 64)
-    in_steps, anyhow = (mdc.uniform_policy(model, 0.62, ("neurons",), round_to=n) for n in (step, 1))
+    in_steps, anyhow = (mdc.uniform_policy(model, 0.62, ("neurons",), Space(round_to=n)) for n in (step, 1))
     assert mdc.uniform_policy(model, 0.62, ("neurons",)) == in_steps
     assert (in_steps == anyhow) == (step == 1)
-    space, of_steps = (PolicySpace(model, 0.62, ("neurons",), round_to=n) for n in (None, step))
+    space, of_steps = (PolicySpace(model, 0.62, ("neurons",), Space(round_to=n)) for n in (None, step))
     assert np.array_equal(space.snap(space.high[None] * 0.777), of_steps.snap(of_steps.high[None] * 0.777))
 
 
 def test_round_to_and_minima() -> None:
     model = make()
-    policy = mdc.uniform_policy(model, 0.5, round_to=16, min_heads=2)
+    policy = mdc.uniform_policy(model, 0.5, space=Space(round_to=16, min_heads=2))
     assert all(round(r * 192) % 16 == 0 for r in policy.neurons)
     assert min(policy.heads) >= 0.5
     assert mdc.policy_macs(model, policy) <= 0.5 * mdc.macs(model)
@@ -176,7 +223,7 @@ def test_an_unreachable_budget_says_what_is_reachable() -> None:
     reachable = float(str(error.value).split("cost ")[1].split(" ")[0])
     policy = mdc.uniform_policy(model, reachable + 0.001)
     assert set(policy.heads) == {0.25}
-    no_heads = mdc.uniform_policy(model, reachable - 0.02, min_heads=0, min_neurons=0)
+    no_heads = mdc.uniform_policy(model, reachable - 0.02, space=Space(min_heads=0, min_neurons=0))
     assert min(no_heads.heads) == 0
 
 
@@ -187,6 +234,65 @@ def test_every_stage_and_prefix_combination_stays_under_budget() -> None:
         model = VisionTransformer(**(BASE | {"depth": depth, "reg_tokens": prefix}))
         stages = sorted(rng.sample(range(depth), rng.randint(1, depth)))
         budget = rng.uniform(0.45, 1)
-        policy = mdc.uniform_policy(model, budget, stages=stages)
+        policy = mdc.uniform_policy(model, budget, space=Space(stages=stages))
         assert mdc.policy_macs(model, policy) <= budget * mdc.macs(model)
         assert mdc.policy_macs(model, policy) > (budget - 0.01) * mdc.macs(model)
+
+
+def test_a_uniform_policy_has_one_ratio_for_all() -> None:
+    for options in ({"groups": 2}, {"bounds": {"heads": (0.5, 1)}}, {"token_ratio": "stages"}):
+        with pytest.raises(PolicyError, match=f"space.{next(iter(options))}=.* is for a search"):
+            mdc.uniform_policy(make(), 0.6, space=Space(**options))  # type: ignore[arg-type]
+
+
+def test_without_a_classifier_tokens_stay_unless_they_are_restored() -> None:
+    model = randomised(VisionTransformer(**(BASE | {"num_classes": 0})))
+    assert set(mdc.uniform_policy(model, 0.6).tokens) == {1.0}
+    restored = mdc.uniform_policy(model, 0.6, tokens=TokenOptions(restore=True))
+    assert max(restored.tokens) < 1
+    assert set(mdc.uniform_policy(model, 0.9, ("tokens",)).tokens) != {1.0}  # asked for
+
+
+# --- a cost of one's own ----------------------------------------------------------------------------------------------
+
+
+class WidestMlp(Cost):
+    """Neurons of the widest block, as what limits a device's memory."""
+
+    name = "widest_mlp"
+    rewards_dropping_tokens = False
+
+    def price(self, costs: CostModel, kept: Kept, options: object) -> np.ndarray:
+        return np.asarray(kept.units["neurons"]).max(axis=-1)
+
+
+@pytest.fixture
+def widest_mlp() -> Iterator[None]:
+    register(WidestMlp())
+    yield
+    del costs.COSTS["widest_mlp"]
+
+
+@pytest.mark.usefixtures("widest_mlp")
+def test_a_cost_of_ones_own_limits_uniform_policies_and_the_search() -> None:
+    model = make()
+    policy = mdc.uniform_policy(model, mdc.Budget(widest_mlp=0.5))
+    assert policy.neurons == (0.5,) * 4
+    assert policy.heads == (0.5,) * 4
+    assert set(policy.tokens) == {1.0}
+    budget = mdc.Budget(macs=0.7, widest_mlp=100)
+    assert 95 < max(mdc.uniform_policy(model, budget).neurons) * 192 <= 100
+    scores = mdc.score(model, criterion="random")
+    result = mdc.search(model, scores, lambda slim: 1.0, budget, 6, options=mdc.SearchOptions(progress=False))
+    for trial in result.history:
+        assert max(trial.policy.neurons) * 192 <= 100
+        assert trial.macs <= 0.7 * mdc.macs(model)
+    with pytest.raises(BudgetError, match=r"smallest reachable cost 0\.0052.* of this model"):
+        mdc.uniform_policy(model, mdc.Budget(widest_mlp=0.001))
+    with pytest.raises(BudgetError, match=r"widest_mlp=-1: expected a fraction"):
+        mdc.Budget(widest_mlp=-1)
+
+
+def test_a_cost_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"Budget\(widest_mlp=...\): known limits are latency, macs, params"):
+        mdc.Budget(widest_mlp=0.5)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import BudgetError, CalibrationError, CallbackError, PlanError, UnsupportedModelError
-from lightning_mdc.importance import Scorer
+from lightning_mdc.importance import Calibration, Scorer
 from lightning_mdc.surgery import is_masked
 from tests.processes import two_ranks
 from tests.strangers import Spots, Stranger, loader, network, train_ddp, trainer
@@ -67,7 +67,7 @@ def test_keeping_everything_trains_to_the_same_bits(options: dict[str, Any], tmp
     assert callback.plan is not None
     assert {*callback.plan.policy.heads, *callback.plan.policy.neurons, *callback.plan.policy.tokens} == {1.0}
     assert callback.scores is not None
-    assert callback.scores.images == 64
+    assert callback.scores.images == 80  # all there are
 
 
 def test_masks_are_on_while_the_trainer_runs_and_off_after(tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_the_budgets_policy_is_found_once_a_fit(tmp_path: Path, monkeypatch: pyt
     """A latency budget may have to measure for it: minutes."""
     calls: list[float] = []
 
-    def counted(model: nn.Module, budget: mdc.Budget, **options: Any) -> mdc.Policy:
+    def counted(*args: Any) -> mdc.Policy:
         calls.append(1)
-        return mdc.uniform_policy(model, budget, **options)
+        return mdc.uniform_policy(*args)
 
     monkeypatch.setattr("lightning_mdc.callback.uniform_policy", counted)
     callback = mdc.MultiDimPruneCallback(0.5)
@@ -352,14 +352,14 @@ def test_iterable_data_is_watched_going_by(tmp_path: Path) -> None:
         def __iter__(self) -> Iterator[Any]:
             return iter([Spots()[i] for i in range(80)])
 
-    callback = mdc.MultiDimPruneCallback(0.5, calibration_batches=1)
+    callback = mdc.MultiDimPruneCallback(0.5, calibration=Calibration(images=16))
     fitted(tmp_path, callback, DataLoader(Stream(), batch_size=16), epochs=1)
     # The first batch, as the network saw it before its first step.
     expected = mdc.score(network(), [2 * Spots().images[:16] - 1], progress=False)
     assert callback.scores is not None
     for mine, theirs in zip(callback.scores.neurons, expected.neurons, strict=True):
         torch.testing.assert_close(mine, theirs)
-    longer = mdc.MultiDimPruneCallback(0.5, calibration_images=40)
+    longer = mdc.MultiDimPruneCallback(0.5, calibration=Calibration(images=40))
     fitted(tmp_path, longer, DataLoader(Stream(), batch_size=16), epochs=1)
     assert longer.scores is not None
     assert longer.scores.images == 48
@@ -399,7 +399,7 @@ def test_several_loaders_and_taylor(tmp_path: Path) -> None:
     callback = First(0.5)
     trainer(tmp_path, callback, epochs=1).fit(Two(), {"a": loader(), "b": loader(batch_size=8)})
     assert callback.plan is not None
-    taylor = mdc.MultiDimPruneCallback(0.5, criterion="taylor", calibration_images=40)
+    taylor = mdc.MultiDimPruneCallback(0.5, criterion="taylor", calibration=Calibration(images=40))
     module = fitted(tmp_path, taylor, loader(), epochs=1)
     assert taylor.scores is not None
     assert taylor.scores.images == 32  # whole batches of 16
@@ -418,14 +418,14 @@ def test_two_models_in_one_module(tmp_path: Path) -> None:
     module = Twins()
     with pytest.raises(UnsupportedModelError, match=r"encoder .*other"):
         trainer(tmp_path, mdc.MultiDimPruneCallback(0.5)).fit(module, loader())
-    first, second = (mdc.MultiDimPruneCallback(b, model=path) for b, path in ((0.5, "encoder"), (0.8, "other")))
+    first, second = (mdc.MultiDimPruneCallback(b, submodule=path) for b, path in ((0.5, "encoder"), (0.8, "other")))
     checkpoint = ModelCheckpoint(tmp_path, filename="twins")
     trainer(tmp_path, first, second, checkpoint, epochs=1).fit(module, loader())
     slims = first.slim_model(module), second.slim_model(module)
     assert mdc.macs(slims[0]) < 0.5 * mdc.macs(module.encoder) < mdc.macs(slims[1]) < 0.8 * mdc.macs(module.other)
     path = tmp_path / "twins.ckpt"
-    assert mdc.plan_from_checkpoint(path, model="other") == second.plan
-    with pytest.raises(CallbackError, match="say which with model="):
+    assert mdc.plan_from_checkpoint(path, submodule="other") == second.plan
+    with pytest.raises(CallbackError, match="say which with submodule="):
         mdc.plan_from_checkpoint(path)
 
 
@@ -495,17 +495,42 @@ def test_a_compiled_network_is_pruned(what: str, tmp_path: Path) -> None:
         ({"end": 3}, CallbackError, "end=3 means nothing to schedule='one-shot'"),
         ({"start": None}, CallbackError, "start=None"),
         ({"policy": 0.6}, mdc.errors.PolicyError, "policy=0.6: expected 'uniform'"),
-        ({"model": 5}, CallbackError, "model=5 has the wrong type"),
-        ({"fuse_tokens": "no"}, CallbackError, "fuse_tokens='no'"),
+        ({"submodule": 5}, CallbackError, "submodule=5 has the wrong type"),
+        ({"tokens": "fuse"}, CallbackError, "tokens='fuse'"),
         ({"prediction": 5}, CallbackError, "prediction=5: expected a function"),
-        ({"calibration_batches": 0}, CallbackError, "calibration_batches=0"),
+        ({"calibration": 64}, CallbackError, "calibration=64"),
         ({"dimensions": ("heads", "layers")}, mdc.errors.PolicyError, "layers"),
-        ({"token_score": "random"}, CallbackError, "token_score='random'"),
+        ({"policy": mdc.Policy(), "budget": 0.3}, CallbackError, "budget=0.3 is not looked at: a given policy"),
+        ({"policy": mdc.Policy(), "dimensions": ["tokens"]}, CallbackError, "dimensions=.*leave dimensions out"),
+        ({"policy": mdc.Policy(), "space": mdc.Space(min_heads=7)}, CallbackError, "space=Space"),
+        ({"criterion": "random", "calibration": Calibration()}, CallbackError, "criterion='random' looks at no images"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mdc.MultiDimPruneCallback(**options)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_missing_prediction_is_said_when_fit_begins(tmp_path: Path, streams: bool) -> None:
+    class Objects(Stranger):
+        steps = 0
+
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x)}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.steps += 1
+            return nn.functional.cross_entropy(self(batch[0])["logits"], batch[1])
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter([Spots()[i] for i in range(32)])
+
+    module, data = Objects(), DataLoader(Stream(), batch_size=16) if streams else loader()
+    with pytest.raises(CalibrationError, match=r"the model's output \(dict\).*prediction="):
+        trainer(tmp_path, mdc.MultiDimPruneCallback(0.5, "uniform", "hsic", start=2), epochs=4).fit(module, data)
+    assert module.steps == 0
 
 
 def test_an_unreachable_budget_is_said_before_training(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""What removed units did is given back: maths against numpy, statistics against direct ones, all kinds of models."""
+"""What removed units did is given back: maths against numpy, moments against direct ones, all kinds of models."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 
 import numpy as np
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError, CompensationError, UnsupportedModelError
+from lightning_mdc.importance import Moments
+from lightning_mdc.importance import moments as gathering
+from lightning_mdc.importance.moments import LayerMoments
 from lightning_mdc.importance.ridge import RIDGE
-from lightning_mdc.models import find_sites
-from lightning_mdc.surgery import compensation
-from lightning_mdc.surgery.compensation import Moments, refitted
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.surgery.compensation import refitted
 from tests.kinds import DEPTH, KINDS, images, make
 
 # Their norm over the units makes what is kept of them depend on what is not.
@@ -33,12 +36,18 @@ def plan_for(model: nn.Module, heads: float = 1.0, neurons: float = 1.0, tokens:
     return mdc.make_plan(model, scores, mdc.Policy(heads=heads, neurons=neurons, tokens=tokens))
 
 
+def moments_on(model: nn.Module, batches: list[object]) -> Moments:
+    """As any criterion gathers them."""
+    found = mdc.score(model, batches, "magnitude", dimensions=("heads", "neurons"), moments=True, progress=False)
+    assert found.moments is not None
+    return found.moments
+
+
 def reads(model: nn.Module, site: str, batch: Tensor) -> np.ndarray:
     """What the consumer of ``heads.1`` or ``neurons.2`` is given for `batch`: (images * tokens, channels), float64."""
     dimension, index = site.split(".")
     seen = []
-    consumer = getattr(find_sites(model).blocks[int(index)], dimension).consumer
-    hook = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = consumers(model, dimension)[int(index)].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         model(batch)
     hook.remove()
@@ -46,7 +55,7 @@ def reads(model: nn.Module, site: str, batch: Tensor) -> np.ndarray:
 
 
 def consumers(model: nn.Module, dimension: str) -> list[nn.Linear]:
-    return [getattr(block, dimension).consumer for block in find_sites(model).blocks]
+    return [units.reader for units in find_anatomy(model).units(dimension)]
 
 
 def channels_of(plan: mdc.Plan, dimension: str, block: int, width: int) -> list[int]:
@@ -65,9 +74,9 @@ def problem() -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
     return z, rng.normal(size=(4, 10)), rng.normal(size=4), [0, 2, 3, 7]
 
 
-def moments_of(z: np.ndarray) -> Moments:
+def moments_of(z: np.ndarray) -> LayerMoments:
     mean = z.mean(axis=0)
-    return Moments(torch.tensor(len(z)), torch.tensor(mean), torch.tensor((z - mean).T @ (z - mean)))
+    return LayerMoments(torch.tensor(len(z)), torch.tensor(mean), torch.tensor((z - mean).T @ (z - mean)))
 
 
 def solved(problem, with_bias: bool = True, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray | None]:
@@ -169,14 +178,14 @@ def test_rounding_that_outweighs_the_ridge_is_borne(problem):
     assert error_of(changed, *(each.numpy() for each in new)) < error_of(changed, *folded(changed))
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------
+# --- moments ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_pass_gives_the_moments_of_all_batches():
     model = make("glu").train()
     before = copy.deepcopy(model.state_dict())
     batches = [(images(5, seed=1), torch.zeros(5)), images(3, seed=2)]
-    found = mdc.ActivationStatistics.of(model, batches)
+    found = moments_on(model, batches)
     assert model.training
     assert not [
         hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks
@@ -186,7 +195,7 @@ def test_one_pass_gives_the_moments_of_all_batches():
     model.eval()
     for site in ("heads.0", "heads.3", "neurons.2"):
         dimension, index = site.split(".")
-        moments = getattr(found, dimension)[int(index)]
+        moments = found.layers[dimension][int(index)]
         z = np.concatenate([reads(model, site, images(5, seed=1)), reads(model, site, images(3, seed=2))])
         assert int(moments.rows) == len(z) == 8 * 17
         np.testing.assert_allclose(moments.mean, z.mean(axis=0), rtol=1e-5, atol=1e-6)
@@ -196,7 +205,7 @@ def test_one_pass_gives_the_moments_of_all_batches():
 
 def test_a_batch_of_more_rows_than_are_added_up_at_once_is_counted_whole():
     model, batch = make(), images(256)
-    moments = mdc.ActivationStatistics.of(model, [batch]).neurons[1]
+    moments = moments_on(model, [batch]).layers["neurons"][1]
     z = reads(model, "neurons.1", batch)
     assert int(moments.rows) == len(z) == 256 * 17
     np.testing.assert_allclose(moments.mean, z.mean(axis=0), rtol=1e-5, atol=1e-6)
@@ -207,7 +216,7 @@ def test_a_batch_of_more_rows_than_are_added_up_at_once_is_counted_whole():
 def test_ranks_agree_on_the_moments_of_all_rows(problem, monkeypatch):
     z = problem[0]
     shares = [z[:50], z[:0], z[50:] + 3]
-    meeting, given = threading.Barrier(len(shares)), [None] * len(shares)
+    meeting, given = threading.Barrier(len(shares), timeout=30), [None] * len(shares)
 
     def summed(tensor: Tensor) -> Tensor:
         given[int(threading.current_thread().name)] = tensor
@@ -216,12 +225,15 @@ def test_ranks_agree_on_the_moments_of_all_rows(problem, monkeypatch):
         meeting.wait()
         return total
 
-    monkeypatch.setattr(compensation, "summed", summed)
-    zeros = Moments(torch.tensor(0), torch.zeros(10), torch.zeros(10, 10))
+    monkeypatch.setattr(gathering, "summed", summed)
     found = {}
 
     def work(rank: int) -> None:
-        found[rank] = compensation._over_ranks(moments_of(shares[rank]) if len(shares[rank]) else zeros)
+        own = gathering._Sum(torch.zeros(4, 10).double())
+        if len(shares[rank]):
+            own.add(torch.from_numpy(shares[rank]))
+        own.sum_over_ranks()
+        found[rank] = own.moments()
 
     threads = [threading.Thread(target=work, args=[rank], name=str(rank)) for rank in range(len(shares))]
     for each in threads:
@@ -237,47 +249,90 @@ def test_ranks_agree_on_the_moments_of_all_rows(problem, monkeypatch):
 
 def test_half_precision_models_are_summed_in_fp32():
     model = make().to(torch.bfloat16)
-    found = mdc.ActivationStatistics.of(model, [images()])
+    found = moments_on(model, [images()])
     assert {tensor.dtype for tensor in found.tensors().values()} == {torch.float32, torch.int64}
     plan = plan_for(model, neurons=0.5)
-    slim = mdc.slim(model, plan, compensate="lstsq", statistics=found)
+    slim = mdc.slim(model, plan, compensate="lstsq", moments=found)
     assert {parameter.dtype for parameter in slim.parameters()} == {torch.bfloat16}
     assert slim(images().bfloat16()).isfinite().all()
 
 
 def test_a_file_keeps_them(tmp_path):
-    found = mdc.ActivationStatistics.of(make("swiglu_normed"), [images()])
-    found.save(tmp_path / "statistics.safetensors")
-    again = mdc.ActivationStatistics.load(tmp_path / "statistics.safetensors")
+    found = moments_on(make("swiglu_normed"), [images()])
+    found.save(tmp_path / "moments.safetensors")
+    again = Moments.load(tmp_path / "moments.safetensors")
     assert again.images == found.images == 6
-    assert again.neurons == (None,) * DEPTH  # its norm makes them useless
+    assert [len(layers) for layers in again.layers.values()] == [DEPTH, DEPTH]
     assert again.tensors().keys() == found.tensors().keys()
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in found.tensors().items())
 
 
 def test_a_file_that_holds_none_is_refused(tmp_path):
-    path = tmp_path / "statistics.safetensors"
+    path = tmp_path / "moments.safetensors"
     with pytest.raises(CompensationError, match=r"cannot be read.*gather them again"):
-        mdc.ActivationStatistics.load(path)
+        Moments.load(path)
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(CompensationError, match="no statistics of ours"):
-        mdc.ActivationStatistics.load(path)
-    mdc.ActivationStatistics.of(make(), [images()]).save(path)
+    with pytest.raises(CompensationError, match="no moments of ours"):
+        Moments.load(path)
+    moments_on(make(), [images()]).save(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CompensationError, match="cannot be read"):
-        mdc.ActivationStatistics.load(path)
+        Moments.load(path)
 
 
 def test_what_cannot_be_gathered_is_said():
     model = make()
-    with pytest.raises(CompensationError, match="batches are empty"):
-        mdc.ActivationStatistics.of(model, [])
+    with pytest.raises(CalibrationError, match="needs images"):
+        moments_on(model, [])
     with pytest.raises(CalibrationError, match="expected images"):
-        mdc.ActivationStatistics.of(model, [torch.zeros(3)])
-    with mdc.masked(model, plan_for(model, neurons=0.5)), pytest.raises(CompensationError, match="masks on"):
-        mdc.ActivationStatistics.of(model, [images()])
-    with pytest.raises(CompensationError, match="heads of block 0 are not finite"):
-        mdc.ActivationStatistics.of(model, [images() * float("nan")])
+        moments_on(model, [torch.zeros(3)])
+    with mdc.masked(model, plan_for(model, neurons=0.5)), pytest.raises(CalibrationError, match="masks on"):
+        moments_on(model, [images()])
+    with pytest.raises(CalibrationError, match="heads of block 0 are not finite"):
+        moments_on(model, [images() * float("nan")])
+    with pytest.raises(CalibrationError, match=r"moments=False, but criterion='conditional' is made of them"):
+        mdc.score(model, [images()], moments=False)
+    with pytest.raises(CalibrationError, match="moment_tokens=0"):
+        mdc.score(model, [images()], moment_tokens=0)
+
+
+def test_moments_are_there_where_they_are_needed_or_asked_for():
+    model, batch = make(), images(8)
+    asked = mdc.score(model, [batch], "hsic", moments=True, progress=False)
+    plain = mdc.score(model, [batch], "hsic", progress=False)
+    assert plain.moments is None
+    assert all(torch.equal(a, b) for a, b in zip(asked.neurons, plain.neurons, strict=True))
+    needed = mdc.score(model, [batch], progress=False).moments
+    assert needed.tensors().keys() == asked.moments.tensors().keys()
+    assert all(torch.equal(needed.tensors()[name], tensor) for name, tensor in asked.moments.tensors().items())
+    some = mdc.score(model, [batch], dimensions=("neurons",), progress=False).moments
+    assert some.layers["heads"] == ()
+    with pytest.raises(CompensationError, match="moments are not of the heads"):
+        mdc.slim(model, plan_for(model, heads=0.5), "lstsq", moments=some)
+    mdc.slim(model, plan_for(model, neurons=0.5), "lstsq", moments=some)
+
+
+def test_some_patch_tokens_of_each_image_stand_for_all():
+    """So many rows of each image, those of prefix tokens among them; the same ones whenever it is done again."""
+    model, batch = make("registers"), images(8)  # 5 prefix tokens, 16 patches
+
+    def found(tokens: int | None) -> LayerMoments:
+        options = {"moment_tokens": tokens, "moments": True, "progress": False}
+        return mdc.score(model, [batch[:5], batch[5:]], "magnitude", **options).moments.layers["neurons"][1]
+
+    z = reads(model, "neurons.1", batch).reshape(8, 21, -1)
+    some = found(6)
+    assert int(some.rows) == 8 * (5 + 6)
+    assert torch.equal(some.mean, found(6).mean)
+    means = []
+    for image in range(8):  # of one image alone, what is left of the prefix tokens is a mean of six patches
+        alone = mdc.score(model, [batch[image : image + 1]], "magnitude", moments=True, moment_tokens=1, progress=False)
+        layer = alone.moments.layers["neurons"][1]
+        patch = 6 * layer.mean.numpy() - z[image, :5].sum(axis=0)
+        apart = np.abs(z[image, 5:] - patch).max(axis=1)
+        assert apart.min() < 1e-5 < np.sort(apart)[1]
+        means.append(int(apart.argmin()))
+    assert torch.equal(found(16).scatter, found(None).scatter)
 
 
 # --- slim models ------------------------------------------------------------------------------------------------------
@@ -288,15 +343,15 @@ def test_every_kind_gets_nearer_to_what_its_layers_put_out_or_is_refused(kind):
     model = make(kind)
     batch = images(12)
     plan = plan_for(model, heads=0.5, neurons=0.5)
-    statistics = mdc.ActivationStatistics.of(model, [batch[:5], batch[5:]])
+    moments = moments_on(model, [batch[:5], batch[5:]])
     if kind in NORMED:
         with pytest.raises(
             UnsupportedModelError, match=r"compensate='lstsq'.*blocks\.0\.(attn|mlp).*is taken over the units"
         ):
-            mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
+            mdc.slim(model, plan, compensate="lstsq", moments=moments)
         return
     before = copy.deepcopy(model.state_dict())
-    plain, better = mdc.slim(model, plan), mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
+    plain, better = mdc.slim(model, plan), mdc.slim(model, plan, compensate="lstsq", moments=moments)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())  # the dense one
     assert mdc.macs(better) == mdc.macs(plain)
     assert better.mdc_plan == plain.mdc_plan
@@ -319,29 +374,29 @@ def test_every_kind_gets_nearer_to_what_its_layers_put_out_or_is_refused(kind):
 
 def test_of_a_normed_model_what_has_no_norm_is_compensated():
     model = make("swiglu_normed")
-    statistics = mdc.ActivationStatistics.of(model, [images()])
-    slim = mdc.slim(model, plan_for(model, heads=0.5), compensate="lstsq", statistics=statistics)
+    moments = moments_on(model, [images()])
+    slim = mdc.slim(model, plan_for(model, heads=0.5), compensate="lstsq", moments=moments)
     assert not torch.equal(consumers(slim, "heads")[0].bias, consumers(model, "heads")[0].bias)
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp\.norm \(LayerNorm\) is taken over the units"):
-        mdc.slim(model, plan_for(model, neurons=0.5), compensate="lstsq", statistics=statistics)
+        mdc.slim(model, plan_for(model, neurons=0.5), compensate="lstsq", moments=moments)
 
 
 def test_keeping_everything_leaves_weights_as_they_are():
     model = make()
-    statistics = mdc.ActivationStatistics.of(model, [images()])
-    slim = mdc.slim(model, plan_for(model, tokens=0.5), compensate="lstsq", statistics=statistics)
+    moments = moments_on(model, [images()])
+    slim = mdc.slim(model, plan_for(model, tokens=0.5), compensate="lstsq", moments=moments)
     assert all(torch.equal(slim.state_dict()[key], value) for key, value in model.state_dict().items())
     # So does the closed form where all units are among the kept.
-    layer, moments = consumers(model, "neurons")[0], statistics.neurons[0]
-    weight, bias = refitted(layer.weight, layer.bias, moments, torch.arange(layer.in_features))
+    layer, known = consumers(model, "neurons")[0], moments.layers["neurons"][0]
+    weight, bias = refitted(layer.weight, layer.bias, known, torch.arange(layer.in_features))
     torch.testing.assert_close(weight.float(), layer.weight.detach(), rtol=0, atol=1e-6)
     torch.testing.assert_close(bias.float(), layer.bias.detach(), rtol=0, atol=1e-6)
 
 
 def test_a_part_that_loses_all_units_keeps_their_mean():
     model = make()
-    statistics = mdc.ActivationStatistics.of(model, [images()])
-    slim = mdc.slim(model, plan_for(model, heads=0.0, neurons=0.0), compensate="lstsq", statistics=statistics)
+    moments = moments_on(model, [images()])
+    slim = mdc.slim(model, plan_for(model, heads=0.0, neurons=0.0), compensate="lstsq", moments=moments)
     z = reads(model, "heads.1", images())
     layer = consumers(model, "heads")[1]
     mean = (z @ layer.weight.detach().double().numpy().T).mean(axis=0) + layer.bias.detach().double().numpy()
@@ -359,16 +414,10 @@ def test_a_redundant_neuron_costs_nothing():
     whole = plan_for(model)
     hidden = whole.num_neurons[0]
     kept = tuple(unit for unit in range(hidden) if unit != 1)
-    plan = mdc.Plan(
-        heads=whole.heads,
-        neurons=(kept,) * DEPTH,
-        tokens=whole.tokens,
-        num_heads=whole.num_heads,
-        num_neurons=whole.num_neurons,
-    )
+    plan = dataclasses.replace(whole, kept={**whole.kept, "neurons": (kept,) * DEPTH})
     # Rows have to outnumber the neurons, or least squares knows more than one answer.
-    statistics = mdc.ActivationStatistics.of(model, [images(64)])
-    slim = mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
+    moments = moments_on(model, [images(64)])
+    slim = mdc.slim(model, plan, compensate="lstsq", moments=moments)
     fresh = images(8, seed=5)
     with torch.no_grad():
         apart = (mdc.slim(model, plan)(fresh) - model(fresh)).abs().max()
@@ -378,25 +427,25 @@ def test_a_redundant_neuron_costs_nothing():
 def test_a_slim_model_is_compensated_once_more_and_saved(tmp_path):
     model = make()
     first = mdc.slim(model, plan_for(model, neurons=0.7, tokens=0.6))
-    statistics = mdc.ActivationStatistics.of(first, [images()])
-    second = mdc.slim(first, plan_for(first, neurons=0.5), compensate="lstsq", statistics=statistics)
+    moments = moments_on(first, [images()])
+    second = mdc.slim(first, plan_for(first, neurons=0.5), compensate="lstsq", moments=moments)
     mdc.save(second, tmp_path / "slim")
     assert torch.equal(mdc.load(tmp_path / "slim")(images()), second(images()))
 
 
 def test_what_does_not_fit_is_said():
     model = make()
-    statistics = mdc.ActivationStatistics.of(model, [images()])
+    moments = moments_on(model, [images()])
     plan = plan_for(model, neurons=0.5)
     with pytest.raises(CompensationError, match="compensate='most': expected 'none' or 'lstsq'"):
-        mdc.slim(model, plan, compensate="most", statistics=statistics)
-    with pytest.raises(CompensationError, match=r"statistics=None.*pass statistics=ActivationStatistics\.of"):
+        mdc.slim(model, plan, compensate="most", moments=moments)
+    with pytest.raises(CompensationError, match=r"moments=None.*pass moments=scores\.moments"):
         mdc.slim(model, plan, compensate="lstsq")
     with pytest.raises(CompensationError, match="compensate='none' does not use them"):
-        mdc.slim(model, plan, statistics=statistics)
+        mdc.slim(model, plan, moments=moments)
     narrow = mdc.slim(model, plan)
-    with pytest.raises(CompensationError, match="statistics are of another model"):
-        mdc.slim(narrow, plan_for(narrow, heads=0.5), compensate="lstsq", statistics=statistics)
+    with pytest.raises(CompensationError, match="moments are of another model"):
+        mdc.slim(narrow, plan_for(narrow, heads=0.5), compensate="lstsq", moments=moments)
 
 
 # --- searching --------------------------------------------------------------------------------------------------------
@@ -404,34 +453,30 @@ def test_what_does_not_fit_is_said():
 
 def test_trials_are_judged_with_what_will_be_delivered(tmp_path):
     model = make()
-    statistics = mdc.ActivationStatistics.of(model, [images()])
-    scores = mdc.score(model, [images(16)], "magnitude")
-    seen = []
+    scores = mdc.score(model, [images(16)], "magnitude", moments=True)
+    moments, seen = scores.moments, []
 
     def judge(slim: nn.Module) -> float:
         seen.append(slim)
         return float(len(seen))
 
-    options = {"n_trials": 3, "n_initial_points": 2, "progress": False, "budget": 0.5}
-    result = mdc.search(
-        model, scores, judge, **options, compensate="lstsq", statistics=statistics, state=tmp_path / "state.jsonl"
-    )
+    options = mdc.SearchOptions(journal=tmp_path / "state.jsonl", initial_points=2, progress=False)
+    result = mdc.search(model, scores, judge, 0.5, 3, compensate="lstsq", options=options)
     for slim, trial in zip(seen, result.history, strict=True):
         plan = mdc.make_plan(model, scores, trial.policy)
-        delivered = mdc.slim(model, plan, compensate="lstsq", statistics=statistics)
+        delivered = mdc.slim(model, plan, compensate="lstsq", moments=moments)
         assert torch.equal(slim(images()), delivered(images()))
         assert not torch.equal(slim(images()), mdc.slim(model, plan)(images()))
         assert mdc.macs(slim) == trial.macs <= 0.5 * mdc.macs(model)
     # Values of other models: another search.
     with pytest.raises(mdc.errors.SearchError, match="compensate"):
-        mdc.search(model, scores, judge, **options, state=tmp_path / "state.jsonl")
+        mdc.search(model, scores, judge, 0.5, 3, options=options)
 
 
 def test_a_search_that_cannot_compensate_says_so_before_it_begins():
     model = make("beit3_scale_norms")
-    statistics = mdc.ActivationStatistics.of(model, [images()])
-    scores = mdc.score(model, [images(16)], "magnitude")
-    options = {"n_trials": 2, "progress": False, "budget": 0.9, "compensate": "lstsq", "statistics": statistics}
+    scores = mdc.score(model, [images(16)], "magnitude", moments=True)
+    options = {"compensate": "lstsq", "options": mdc.SearchOptions(progress=False)}
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn\.norm"):
-        mdc.search(model, scores, lambda slim: pytest.fail("a trial was made"), **options)
-    mdc.search(model, scores, lambda slim: 1.0, **options, dimensions=["tokens"])
+        mdc.search(model, scores, lambda slim: pytest.fail("a trial was made"), 0.9, 2, **options)
+    mdc.search(model, scores, lambda slim: 1.0, 0.9, 2, **options, dimensions=["tokens"])

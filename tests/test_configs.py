@@ -99,7 +99,7 @@ def test_a_data_group_brings_its_model_unless_one_is_chosen():
         ("threads=all", "threads='all': expected a whole number of at least 1, or null for one per core"),
         ("distillation.kd_weight=high", "distillation.kd_weight='high': expected float"),
         ("distillation.seeds=[0,x]", "distillation.seeds=[0, 'x']: expected a list of different whole numbers"),
-        ("surgery.fuse_tokens=maybe", "surgery.fuse_tokens='maybe': expected bool"),
+        ("surgery.restore=maybe", "surgery.restore='maybe': expected bool"),
         ("surgery.stages=3", "surgery.stages=3: expected list[int] | null"),
         ("dense.optimizer=adamw", "dense.optimizer='adamw': expected dict[str, Any]"),
         ("dense.grad_checkpointing=later", "dense.grad_checkpointing='later': expected bool"),
@@ -118,7 +118,7 @@ def test_a_wrong_type_or_key_is_refused_in_one_line(override, words):
 def test_words_for_switches_are_switches():
     """`no` is a word to Hydra, and a word is true to Python."""
     assert settings("dense.grad_checkpointing=no")["dense"]["grad_checkpointing"] is False
-    assert settings("surgery.fuse_tokens=off")["surgery"]["fuse_tokens"] is False
+    assert settings("surgery.restore=off")["surgery"]["restore"] is False
 
 
 def test_what_a_group_makes_is_built_by_hydra_or_refused_in_words():

@@ -25,6 +25,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from omegaconf import OmegaConf
 
 import lightning_mdc as mdc
+from lightning_mdc.budget.costs import COSTS
+from lightning_mdc.importance import criteria
+from lightning_mdc.tokens.reduction import REDUCTIONS
 from tests import strangers
 from tests.kinds import POST_NORM, images, make
 from tests.test_configs import settings
@@ -200,7 +203,18 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def prepared(models, tmp_path, monkeypatch) -> dict[str, Any]:
+def registries() -> Iterator[None]:
+    """What a page registers is known to that page alone."""
+    known = (criteria._REGISTRY, REDUCTIONS, COSTS)
+    before = [dict(each) for each in known]
+    yield
+    for each, was in zip(known, before, strict=True):
+        each.clear()
+        each.update(was)
+
+
+@pytest.fixture
+def prepared(models, tmp_path, monkeypatch, registries) -> dict[str, Any]:
     """What the pages take for granted, tiny; everything long is cut short."""
     import timm
 
@@ -211,6 +225,10 @@ def prepared(models, tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.setattr(timm, "create_model", lambda *a, **o: tiny() if o.get("pretrained") else create(*a, **o))
     search = mdc.search
     monkeypatch.setattr(mdc, "search", lambda *args, **options: search(*args, **(options | {"n_trials": 3})))
+    # Of a tiny model's time hardly any can be saved.
+    budget = mdc.Budget
+    generous = {"latency": 0.99}
+    monkeypatch.setattr(mdc, "Budget", lambda **limits: budget(**limits | (generous if "latency" in limits else {})))
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     return {
         "__name__": "docs",
@@ -292,9 +310,10 @@ def with_a_head_of_its_own() -> torch.nn.Module:
     return model
 
 
-def slim() -> torch.nn.Module:
-    model = make("vit")
-    return mdc.slim(model, mdc.make_plan(model, mdc.score(model, [images()], "activation"), mdc.Policy(0.5, 0.5, 0.5)))
+def slim(restore: bool | None = None) -> torch.nn.Module:
+    model, tokens = make("vit"), mdc.TokenOptions(restore=restore)
+    scores = mdc.score(model, [images()], "activation")
+    return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.5), tokens))
 
 
 def under_fsdp() -> None:
@@ -313,7 +332,7 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "cannot lose tokens": lambda: mdc.uniform_policy(POST_NORM(), 0.9, ["tokens"]),
     "shards parameters": under_fsdp,
     "cannot be expressed by constructor arguments": lambda: mdc.save(with_a_head_of_its_own(), "x"),
-    "there is no full feature map to return": lambda: slim().forward_intermediates(images()),
+    "there is no full feature map to return": lambda: slim(restore=False).forward_intermediates(images()),
     "size mismatch for blocks.0.attn.qkv.weight": lambda: make().load_state_dict(slim().state_dict()),
     "has to be given, e.g.": lambda: settings("budget=???"),
 }

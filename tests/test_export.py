@@ -35,7 +35,7 @@ def make(kind: str = "vit", depth: int = 1) -> nn.Module:
 
 def slim_of(model: nn.Module, token_score: str = "attention*dependence") -> nn.Module:
     scores = mdc.score(model, [images(8)], "activation")
-    return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.6), token_score=token_score))
+    return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.6), mdc.TokenOptions(token_score)))
 
 
 def run_onnx(path: Path, batch: Tensor) -> Tensor:
@@ -121,7 +121,9 @@ def test_of_equal_scores_the_first_ones_stay_in_every_program(dtype, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_masks_and_slim_models_agree_on_ties(dtype):
     model = make().to(dtype)
-    plan = mdc.make_plan(model, mdc.score(model.float(), [images(8)]), mdc.Policy(tokens=0.5), token_score="dependence")
+    plan = mdc.make_plan(
+        model, mdc.score(model.float(), [images(8)]), mdc.Policy(tokens=0.5), mdc.TokenOptions("dependence")
+    )
     model.to(dtype)
     tied = tuple(float(value) for value in np.arange(16) % 3)
     plan = replace(plan, tokens=(replace(plan.tokens[0], prior=tied), *plan.tokens[1:]))

@@ -13,9 +13,10 @@ from torch import nn
 import lightning_mdc as mdc
 from lightning_mdc.budget import measure_latency_table, measuring
 from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
-from lightning_mdc.budget.latency import BlockTimes, LatencyTable, Surface, architecture
+from lightning_mdc.budget.latency_table import BlockTimes, HalfTimes, LatencyTable, Surface, architecture
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import Space, TokenOptions
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from tests.kinds import DEPTH, HEADS, KINDS, POST_NORM, images, make
 
@@ -35,14 +36,17 @@ def made_up(model: nn.Module, whole: tuple[tuple[float, float], ...] = ()) -> La
     def surface(units: tuple[int, ...], fixed: float, each: float) -> Surface:
         return Surface(units, tokens, tuple(tuple(fixed + each * n * kept for n in tokens) for kept in units))
 
+    unaligned = surface((1, 95, NEURONS - 1), 2e-4, 2e-6)
     kind = BlockTimes(
-        attention=surface((0, 1, HEADS), 1e-4, 1e-5),
-        mlp=surface((0, 96, NEURONS), 2e-4, 1e-6),
-        unaligned_mlp=surface((1, 95, NEURONS - 1), 2e-4, 2e-6),
+        halves=(
+            HalfTimes("heads", surface((0, 1, HEADS), 1e-4, 1e-5)),
+            HalfTimes("neurons", surface((0, 96, NEURONS), 2e-4, 1e-6), unaligned),
+        ),
         stage=surface((0, HEADS), 3e-4, 1e-6),
     )
     outside = Surface((0,), (2, TOKENS), ((5e-4, 5e-4 + 15e-6),))
-    conditions = {"model": json.loads(json.dumps(architecture(find_sites(model)))), "batch_size": 1}
+    conditions = {"model": json.loads(json.dumps(architecture(find_anatomy(model)))), "batch_size": 1}
+    conditions["tokens"] = {"reduction": "fuse", "restore": True}
     return LatencyTable(conditions, (kind,), (0,) * DEPTH, outside, whole)
 
 
@@ -60,16 +64,17 @@ def by_hand(heads: list[int], neurons: list[int], keep: float) -> float:
 
 
 def test_a_policy_costs_the_sum_of_its_parts_one_by_one_and_all_at_once(model):
-    table, costs = made_up(model), CostModel(find_sites(model))
+    table, costs = made_up(model), CostModel(find_anatomy(model))
     rng = np.random.default_rng(0)
     heads = rng.integers(0, HEADS + 1, (50, DEPTH))
     neurons = rng.integers(1, NEURONS, (50, DEPTH))
     keep = rng.choice([1.0, 0.8, 0.4], 50)
-    together = table.seconds(costs, Kept(heads, neurons, [TokenDrop(2, keep)]))
+    together = table.seconds(costs, Kept({"heads": heads, "neurons": neurons}, [TokenDrop(2, keep)]))
     expected = [by_hand(list(h), list(n), k) for h, n, k in zip(heads, neurons, keep, strict=True)]
     np.testing.assert_allclose(together, expected, rtol=1e-12)
     alone = [
-        float(table.seconds(costs, Kept(h, n, [TokenDrop(2, k)]))) for h, n, k in zip(heads, neurons, keep, strict=True)
+        float(table.seconds(costs, Kept({"heads": h, "neurons": n}, [TokenDrop(2, k)])))
+        for h, n, k in zip(heads, neurons, keep, strict=True)
     ]
     np.testing.assert_allclose(alone, together, rtol=1e-12)
 
@@ -88,7 +93,7 @@ def test_surfaces_pass_through_their_knots_and_never_fall():
 
 
 def test_the_sum_is_corrected_by_whole_models(model):
-    plain, costs, policy = made_up(model), CostModel(find_sites(model)), mdc.Policy(0.25, 0.25)
+    plain, costs, policy = made_up(model), CostModel(find_anatomy(model)), mdc.Policy(0.25, 0.25)
     table = replace(plain, whole=((1e-3, 1.1e-3), (2e-3, 2.4e-3), (4e-3, 4e-3)))
     assert table.of_dense(costs) == pytest.approx(1.1 * plain.of_dense(costs))
     assert table.of_policy(model, policy) == pytest.approx(1.1 * plain.of_policy(model, policy))
@@ -96,10 +101,10 @@ def test_the_sum_is_corrected_by_whole_models(model):
 
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_uniform_policies_meet_a_latency(model, round_to):
-    table, costs = made_up(model), CostModel(find_sites(model))
+    table, costs = made_up(model), CostModel(find_anatomy(model))
     dense = table.of_dense(costs)
     for fraction in (0.95, 0.8, 0.7):
-        policy = mdc.uniform_policy(model, mdc.Budget(latency=fraction, table=table), round_to=round_to)
+        policy = mdc.uniform_policy(model, mdc.Budget(latency=fraction, table=table), space=Space(round_to=round_to))
         share = table.of_policy(model, policy) / dense
         assert fraction - 0.03 < share <= fraction
     absolute = mdc.Budget(latency=f"{0.8 * dense * 1e6:.6f} us", table=table)
@@ -118,6 +123,13 @@ def test_what_cannot_be_reached_is_said_in_the_budgets_own_terms(model):
         mdc.uniform_policy(model, mdc.Budget(latency="10us", table=table))
     with pytest.raises(BudgetError, match="of another model"):
         mdc.uniform_policy(make("glu"), mdc.Budget(latency=0.5, table=table))
+    with pytest.raises(
+        BudgetError, match=r"measured with tokens={'reduction': 'fuse'.*asked for is {'reduction': 'merge'"
+    ):
+        mdc.uniform_policy(model, mdc.Budget(latency=0.5, table=table), tokens=TokenOptions(reduction="merge"))
+    any_size = make("any_size")
+    with pytest.raises(BudgetError, match=r"input_size=\(64, 64\): latency is measured at the model's own"):
+        mdc.uniform_policy(any_size, mdc.Budget(latency=0.5, table=made_up(any_size)), input_size=64)
 
 
 def test_a_search_holds_to_the_latency(model, tmp_path):
@@ -125,39 +137,52 @@ def test_a_search_holds_to_the_latency(model, tmp_path):
     space = PolicySpace(model, mdc.Budget(latency=0.75, table=table))
     points = space.snap(space.low + np.random.default_rng(0).random((100, len(space))) * (space.high - space.low))
     dense = table.of_dense(space.costs)
-    np.testing.assert_allclose(space.latency(points), space.utilisation(points) * 0.75 * dense)
+    np.testing.assert_allclose(space.prices(points)["latency"], space.utilisation(points) * 0.75 * dense)
 
     def worth(small: nn.Module) -> float:
         return float(sum(p.numel() for p in small.parameters()))
 
-    options = {"budget": mdc.Budget(latency=0.75, table=table), "n_initial_points": 4, "progress": False}
-    state = tmp_path / "trials.jsonl"
-    found = mdc.search(model, scores, worth, n_trials=8, state=state, **options)
+    how = mdc.SearchOptions(journal=tmp_path / "trials.jsonl", initial_points=4, progress=False)
+    options = {"budget": mdc.Budget(latency=0.75, table=table), "options": how}
+    found = mdc.search(model, scores, worth, n_trials=8, **options)
     costs = [table.of_policy(model, trial.policy) / dense for trial in found.history]
     assert max(costs) <= 0.75
     assert np.median(costs) > 0.7
-    assert len(mdc.search(model, scores, worth, n_trials=9, state=state, **options).history) == 9  # it goes on
+    assert len(mdc.search(model, scores, worth, n_trials=9, **options).history) == 9  # it goes on
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vit", "swiglu_normed", "attention_pool", "post_norm"])
+def foreign_mlp() -> nn.Module:
+    """All of whose blocks have an MLP that nothing can be cut of."""
+    model = make()
+    for block in model.blocks:
+        block.mlp = nn.Sequential(nn.Linear(48, 192), nn.ReLU(), nn.Linear(192, 48))
+    return model.eval()
+
+
+MAKERS = {"post_norm": lambda: POST_NORM().eval(), "foreign_mlp": foreign_mlp}
+
+
+@pytest.mark.parametrize("kind", ["vit", "swiglu_normed", "attention_pool", "post_norm", "foreign_mlp"])
 def test_any_kind_of_block_is_measured(kind, tmp_path):
-    model = make(kind) if kind != "post_norm" else POST_NORM().eval()
+    model = MAKERS[kind]() if kind in MAKERS else make(kind)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = torch.get_rng_state()
     table = measure_latency_table(model, 2, cache=tmp_path, **ONCE)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    costs = CostModel(find_sites(model))
+    costs = CostModel(find_anatomy(model))
     assert len(table.kinds) == 1
     assert table.kind_of_block == (0,) * DEPTH
     assert (table.kinds[0].stage is None) == (kind == "post_norm")
     assert len(table.whole) == 4
     assert table.whole[0][0] == pytest.approx(float(table.sum_of_parts(costs, costs.everything)))
     # Less is less, and the parts are no small part of the whole: generous, others use this machine too.
-    assert table.of_policy(model, mdc.Policy(0.0, 0.0)) < table.of_dense(costs)
+    nothing = mdc.Policy(**{name: 0.0 for name in find_anatomy(model).dimensions if name != "tokens"})
+    assert table.of_policy(model, nothing) < table.of_dense(costs)
+    assert LatencyTable.from_json(table.to_json()) == table
     assert 0.2 < table.sum_of_parts(costs, costs.everything) / table.of_dense(costs) < 5
 
 
@@ -166,8 +191,9 @@ def test_blocks_of_one_width_share_their_times_and_a_slim_model_has_more(model, 
     slim = mdc.slim(model, mdc.make_plan(model, mdc.score(model, criterion="random"), policy))
     table = measure_latency_table(slim, 2, cache=tmp_path, **ONCE)
     assert table.kind_of_block == (0, 1, 1, 0)
-    assert [kind.attention.units[-1] for kind in table.kinds] == [4, 2]
-    assert table.of_policy(slim, mdc.Policy(0.5, 0.5)) < table.of_dense(CostModel(find_sites(slim)))
+    assert [kind.halves[0].aligned.units[-1] for kind in table.kinds] == [4, 2]
+    assert table.conditions["tokens"] == {"reduction": "fuse", "restore": True}
+    assert table.of_policy(slim, mdc.Policy(0.5, 0.5)) < table.of_dense(CostModel(find_anatomy(slim)))
 
 
 def test_a_table_is_kept_and_a_damaged_one_is_made_anew(model, tmp_path, monkeypatch, caplog):
@@ -192,9 +218,10 @@ def test_a_table_is_kept_and_a_damaged_one_is_made_anew(model, tmp_path, monkeyp
     measure_latency_table(model, 2)
     measure_latency_table(make().double())
     measure_latency_table(make("glu"))
+    measure_latency_table(model, tokens=TokenOptions(reduction="drop"))
     with torch.device("meta"):
         assert measure_latency_table(KINDS["vit"]()) == first
-    assert len(made) == 5
+    assert len(made) == 6
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):
         assert measure_latency_table(model, cache=tmp_path / "file") == first

@@ -1,30 +1,35 @@
 """Finding the vision transformer, and saying clearly what cannot be pruned."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from timm.layers import Attention
 from timm.layers.attention import Attention as TimmAttention
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models import find_model, find_sites
-from tests.kinds import BASE, KINDS, POST_NORM, images, make, randomised
+from lightning_mdc.models import find_anatomy, find_model
+from tests.kinds import BASE, KINDS, POST_NORM, counted_macs, images, make, randomised
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_can_lose_all_three_dimensions(kind: str) -> None:
-    sites = find_sites(make(kind))
-    assert sites.dimensions == ("heads", "neurons", "tokens")
-    assert sites.num_heads == (4,) * 4
-    assert len(set(sites.num_neurons)) == 1
-    assert sites.grid == (4, 4)
+    anatomy = find_anatomy(make(kind))
+    assert anatomy.dimensions == ("heads", "neurons", "tokens")
+    assert anatomy.num_heads == (4,) * 4
+    assert len(set(anatomy.num_neurons)) == 1
+    assert anatomy.grid == (4, 4)
 
 
 def test_prefix_tokens_and_class_rows() -> None:
-    found = {kind: find_sites(make(kind)) for kind in ("vit", "deit_distilled", "registers", "registers_without_class")}
+    found = {
+        kind: find_anatomy(make(kind)) for kind in ("vit", "deit_distilled", "registers", "registers_without_class")
+    }
     assert {kind: (s.num_prefix_tokens, s.class_rows) for kind, s in found.items()} == {
         "vit": (1, (0,)),
         "deit_distilled": (2, (0, 1)),
@@ -56,11 +61,27 @@ def test_unsupported_models_are_named(name: str, module: str) -> None:
     assert "Supported: timm VisionTransformer" in message
 
 
+def test_a_refusal_says_what_is_true_of_the_module() -> None:
+    class Own(VisionTransformer):
+        def forward_features(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return super().forward_features(x.flip(-1))
+
+    with torch.device("meta"):
+        models = [timm.create_model(name) for name in ("naflexvit_base_patch16_gap", "pit_ti_224")]
+    for model in (*models, Own(**BASE)):
+        with pytest.raises(UnsupportedModelError) as error:
+            mdc.macs(model)
+        assert "rotary" not in str(error.value)  # it has no such thing
+        assert "windows" not in str(error.value)
+    assert "Own: its class overrides forward_features of timm's VisionTransformer" in str(error.value)
+
+
 def test_post_norm_loses_heads_and_neurons_only() -> None:
     model = randomised(POST_NORM())
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0 is a post-norm block.*heads, neurons"):
-        mdc.uniform_policy(model, 0.6)
-    policy = mdc.uniform_policy(model, 0.6, ("heads", "neurons"))
+        mdc.uniform_policy(model, 0.8, ("tokens",))
+    policy = mdc.uniform_policy(model, 0.6)
+    assert policy == mdc.uniform_policy(model, 0.6, ("heads", "neurons"))
     scores = mdc.score(model, [images()], progress=False)
     assert scores.tokens == []
     slim = mdc.slim(model, mdc.make_plan(model, scores, policy))
@@ -83,7 +104,7 @@ class _OtherMlp(nn.Module):
 
 def test_an_attention_of_ones_own_leaves_the_neurons() -> None:
     model = randomised(VisionTransformer(**BASE, attn_layer=_ScaledAttention))
-    assert find_sites(model).dimensions == ("neurons",)
+    assert find_anatomy(model).dimensions == ("neurons",)
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn is a .*_ScaledAttention"):
         mdc.uniform_policy(model, 0.8, ("heads",))
     policy = mdc.uniform_policy(model, 0.8, ("neurons",))
@@ -91,9 +112,26 @@ def test_an_attention_of_ones_own_leaves_the_neurons() -> None:
     assert mdc.macs(mdc.slim(model, plan)) == mdc.policy_macs(model, policy)
 
 
-def test_an_mlp_of_ones_own_leaves_the_heads() -> None:
+def test_an_mlp_of_ones_own_leaves_the_heads_and_the_tokens() -> None:
     model = randomised(VisionTransformer(**BASE, mlp_layer=_OtherMlp))
-    assert find_sites(model).dimensions == ("heads",)
+    assert find_anatomy(model).dimensions == ("heads", "tokens")
+
+
+def test_an_odd_block_costs_only_that_block() -> None:
+    model = make()
+    model.blocks[1].mlp = randomised(_OtherMlp(48, 192))
+    model.blocks[2] = randomised(ParallelScalingBlock(48, 4))
+    anatomy = find_anatomy(model)
+    assert anatomy.sizes == {"heads": (4, 4, 0, 4), "neurons": (192, 0, 0, 192)}
+    assert anatomy.no_tokens is not None
+    assert "blocks.2 is a" in anatomy.no_tokens
+    policy = mdc.uniform_policy(model, 0.8, ("heads", "neurons"))
+    scores = mdc.score(model, [images()], progress=False)
+    plan = mdc.make_plan(model, scores, policy)
+    slim = mdc.slim(model, plan, compensate="lstsq", moments=scores.moments)
+    assert counted_macs(slim) == mdc.macs(slim) == mdc.policy_macs(model, policy) <= 0.8 * mdc.macs(model)
+    with mdc.masked(model, mdc.make_plan(model, scores, policy)):
+        assert torch.equal(model(images()), mdc.slim(model, plan)(images()))
 
 
 def test_a_linear_that_computes_something_else_is_not_sliced() -> None:
@@ -103,7 +141,7 @@ def test_a_linear_that_computes_something_else_is_not_sliced() -> None:
 
     model = make()
     model.blocks[2].attn.proj = Doubled(48, 48)
-    assert find_sites(model).dimensions == ("neurons",)
+    assert find_anatomy(model).sizes["heads"] == (4, 4, 0, 4)
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_refused() -> None:
@@ -112,7 +150,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused() -> None:
             return super().forward_features(x.flip(-1))
 
     with pytest.raises(UnsupportedModelError, match="Own"):
-        find_sites(Own(**BASE))
+        find_anatomy(Own(**BASE))
 
 
 def test_the_only_candidate_is_found_anywhere() -> None:
@@ -126,7 +164,7 @@ def test_the_only_candidate_is_found_anywhere() -> None:
 
 def test_several_candidates_are_listed() -> None:
     owner = nn.ModuleDict({"student": make(), "teacher": make("glu")})
-    with pytest.raises(UnsupportedModelError, match=r"student .*teacher .*model='student'"):
+    with pytest.raises(UnsupportedModelError, match=r"student .*teacher .*submodule='student'"):
         find_model(owner)
     assert find_model(owner, "teacher")[1] is owner["teacher"]
     with pytest.raises(UnsupportedModelError, match=r"no submodule 'pupil'.*student, teacher"):
@@ -143,8 +181,40 @@ def test_compiled_models_are_seen_through() -> None:
     assert type(model) is VisionTransformer
     in_place = make()
     in_place.compile(backend="aot_eager")
-    assert find_sites(in_place).model is in_place
+    assert find_anatomy(in_place).model is in_place
     by_block = make()
     by_block.blocks[1] = torch.compile(by_block.blocks[1], backend="aot_eager")
-    assert find_sites(by_block).dimensions == ("heads", "neurons", "tokens")
+    assert find_anatomy(by_block).dimensions == ("heads", "neurons", "tokens")
     assert isinstance(by_block.blocks[0].attn, Attention)
+
+
+def test_the_part_that_is_meant_can_be_said_everywhere(tmp_path: Path) -> None:
+    owner = nn.ModuleDict({"student": make(), "teacher": make("glu")})
+    student, which = owner["student"], {"submodule": "student"}
+    scores = mdc.score(student, [images()], "activation", progress=False)
+    policy = mdc.uniform_policy(owner, 0.6, **which)
+    plan = mdc.make_plan(owner, scores, policy, **which)
+    assert plan == mdc.make_plan(student, scores, policy)
+    assert mdc.plan_macs(owner, plan, **which) == mdc.policy_macs(owner, policy, **which) < mdc.macs(owner, **which)
+    slim = mdc.slim(owner, plan, **which)
+    with mdc.masked(owner, plan, **which):
+        assert torch.equal(student(images()), slim(images()))
+    quietly = mdc.SearchOptions(progress=False)
+    assert mdc.search(owner, scores, lambda slim: 1.0, 0.6, 1, options=quietly, **which).policy == policy
+    mdc.save(owner, tmp_path / "student", **which)
+    assert torch.equal(mdc.load(tmp_path / "student")(images()), student(images()))
+    for missing in (mdc.macs, lambda model: mdc.save(model, tmp_path / "x"), mdc.uniform_policy):
+        with pytest.raises(UnsupportedModelError, match="submodule='student'"):
+            missing(owner)
+
+
+def test_the_table_of_readme_is_what_models_answer() -> None:
+    script = Path(__file__).parent.parent / "docs" / "make_families.py"
+    spec = importlib.util.spec_from_file_location("make_families", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = module.README.read_text()
+    assert module.with_table(readme) == readme, "run: make docs"
+    assert module.with_table(readme.replace("| yes |", "| no |")) == readme, "it is not found"

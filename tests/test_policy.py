@@ -10,7 +10,8 @@ import torch
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import PlanError, PolicyError
-from lightning_mdc.policy import default_stages, keep_count, kept_tokens
+from lightning_mdc.policy import default_stages, keep_count
+from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 from tests.kinds import images, make
 
 
@@ -19,7 +20,10 @@ def test_realised_ratios_are_stable() -> None:
         for k in {0, 1, n // 3, n - 1, n}:
             assert keep_count(n, k / n) == k
     assert keep_count(12, 0.99) == 11
-    assert [kept_tokens(197, r, 1) for r in (0, 0.7, 1)] == [2, 137, 197]
+    kept = [tokens_kept(197, r, 1) for r in (0, 0.7, 1)]
+    assert kept == [2, 137, 197]
+    assert [tokens_after(197, k, "fuse") for k in kept] == [3, 138, 197]
+    assert [tokens_after(197, k, "merge") for k in kept] == [2, 137, 197]
 
 
 def test_default_stages_are_quarters() -> None:
@@ -33,7 +37,7 @@ def test_policy_is_frozen_and_survives_json() -> None:
     assert mdc.Policy.from_json(policy.to_json()) == policy
     assert policy.heads == (0.5, 1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        policy.heads = (1.0,)  # type: ignore[misc]
+        policy.stages = (1,)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("ratio", [1.5, -0.1, float("nan"), True, "0.5", None])
@@ -45,7 +49,7 @@ def test_a_ratio_outside_0_to_1_is_refused(ratio: object) -> None:
 def test_plan_survives_json_and_its_hash_tells_plans_apart() -> None:
     model = make()
     scores = mdc.score(model, [images(8)], progress=False)
-    plan = mdc.make_plan(model, scores, mdc.uniform_policy(model, 0.6), token_score="attention*dependence")
+    plan = mdc.make_plan(model, scores, mdc.uniform_policy(model, 0.6), tokens=mdc.TokenOptions("attention*dependence"))
     again = mdc.Plan.from_json(plan.to_json())
     assert again == plan
     assert again.hash == plan.hash
@@ -101,7 +105,8 @@ def fields() -> dict[str, object]:
         (lambda f: f["tokens"][0].pop("keep"), "a token stage has fields"),
         (lambda f: f["tokens"][0].update(keep=10**400), "keep=1000"),
         (lambda f: f["tokens"][0].update(prior=[0.5], grid=[]), "grid"),
-        (lambda f: f.update(fuse="false"), "fuse='false'"),
+        (lambda f: f.update(reduction=1), "reduction=1"),
+        (lambda f: f.update(restore="false"), "restore='false'"),
     ],
 )
 def test_a_damaged_plan_is_refused_with_the_field(change: object, message: str) -> None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import lightning_mdc as mdc
 from lightning_mdc.app import build, pipeline, steps, sweep
 from lightning_mdc.errors import ConfigError, PolicyError, SearchError
+from lightning_mdc.importance import Moments
 from tests.test_train import ROOT, TINY, script, settings
 
 KEEP = ("policy.keep.heads=[0.5,1]", "policy.keep.neurons=[0.5,0.25]", "policy.keep.tokens=0.7")
@@ -32,15 +33,15 @@ def no_training(monkeypatch):
     monkeypatch.setattr(steps, "train", lambda *_, **__: pytest.fail("trained again"))
 
 
-def test_trials_are_judged_with_compensation_by_statistics_they_share(tmp_path):
+def test_trials_are_judged_with_compensation_by_moments_they_share(tmp_path):
     options = settings(tmp_path, "stage=trial", *KEEP, "surgery.compensate=lstsq")
     value = sweep.trial(options, tmp_path / "0")
     run = sweep.prepared(options)
-    dense, statistics = run.model("dense"), mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
-    assert statistics.images == 32
+    dense, moments = run.model("dense"), Moments.load(run.folder / "moments.safetensors")
+    assert moments.images == 32
     plan = mdc.make_plan(dense, mdc.Scores.load(run.folder / "scores.safetensors"), build.given_policy(options, dense))
     held_out = sweep.build_held_out(run, dense)
-    assert value == held_out(mdc.slim(dense, plan, compensate="lstsq", statistics=statistics))
+    assert value == held_out(mdc.slim(dense, plan, compensate="lstsq", moments=moments))
     assert value != held_out(mdc.slim(dense, plan))
 
 
@@ -108,9 +109,9 @@ def test_a_trial_is_worth_what_its_slim_model_gets_right(runs, tmp_path, no_trai
     run = sweep.prepared(composed)
     policy = mdc.Policy.load(tmp_path / "policy.json")
     scores = mdc.Scores.load(run.folder / "scores.safetensors")
-    statistics = mdc.ActivationStatistics.load(run.folder / "statistics.safetensors")
+    moments = Moments.load(run.folder / "moments.safetensors")
     plan = mdc.make_plan(run.model("dense"), scores, policy)
-    slim = mdc.slim(run.model("dense"), plan, compensate="lstsq", statistics=statistics)
+    slim = mdc.slim(run.model("dense"), plan, compensate="lstsq", moments=moments)
     images, labels = map(torch.cat, zip(*run.data.val_dataloader(), strict=True))
     right = (slim(images).argmax(dim=1) == labels).sum().item()
     assert int(value * len(labels)) == right

@@ -79,7 +79,7 @@ def test_the_page_needs_nothing_else(finished):
 
 def test_no_weights_are_read_to_say_what_the_dense_model_costs(finished):
     dense = RunRecord(finished).dense
-    assert all(parameter.is_meta for parameter in dense.sites.model.parameters())
+    assert all(parameter.is_meta for parameter in dense.anatomy.model.parameters())
     assert dense.of_model() == mdc.macs(mdc.load(finished / "dense"))
 
 
@@ -201,9 +201,7 @@ def test_a_run_killed_in_its_search_shows_what_was_done(tmp_path, monkeypatch, c
     assert not (folder / "report.html").exists()
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert re.search(
-        r"Not finished: dense, score, statistics are done; the search has 2 of 9 trials, the best with 0\.\d+\.", said
-    )
+    assert re.search(r"Not finished: dense, score are done; the search has 2 of 9 trials, the best with 0\.\d+\.", said)
     page = (folder / "report.html").read_text()
     shown = re.findall(r'<figure id="([^"]+)"', page)
     for key in ("search-value", "search-cost", "search-dependence", "importance-heads", "importance-neurons"):

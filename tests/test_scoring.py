@@ -1,7 +1,7 @@
 """Scoring as a whole: what it leaves behind (nothing), how batches are cut, the baselines, files."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError
-from lightning_mdc.importance import Scorer, as_criterion
-from lightning_mdc.models import find_sites
+from lightning_mdc.importance import Calibration, Criterion, Scorer, UnitGroup, as_criterion, criteria, register
+from lightning_mdc.models import find_anatomy
 from tests.kinds import CLASSES, images, make
 
 RAW = mdc.HSIC(hsic_weight=1, activation_weight=0)
@@ -107,10 +107,10 @@ def test_memory_is_bounded_by_looking_twice(criterion: str, monkeypatch: pytest.
 
     def scored() -> mdc.Scores:
         calls.clear()
-        scorer = Scorer(find_sites(model), as_criterion(criterion))
+        scorer = Scorer(find_anatomy(model), as_criterion(criterion))
         with scorer.watching():
             for batch in batches:
-                scorer.update(lambda batch=batch: model(batch).softmax(-1))
+                scorer.update(lambda batch=batch: model(batch), len(batch))
         return scorer.scores()
 
     at_once = scored()
@@ -203,3 +203,99 @@ def test_a_broken_model_is_not_scored_in_silence() -> None:
         model.blocks[0].mlp.fc1.bias[3] = float("nan")
     with pytest.raises(CalibrationError, match="not finite"):
         mdc.score(model, [images(8)], progress=False)
+
+
+# --- what a criterion needs, and what it does not ---------------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """A model around the transformer that puts out no logits."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.backbone, self.output = make(), output
+
+    def forward(self, x: Tensor) -> object:
+        self.backbone(x)
+        return self.output
+
+
+@pytest.mark.parametrize("output", [None, {"boxes": torch.zeros(1)}, torch.zeros(3, 7)])
+def test_no_output_is_looked_at_unless_it_is_needed(output: object) -> None:
+    model, batch, units = Features(output), images(3), ("heads", "neurons")
+    for criterion in ("conditional", "activation"):
+        found = mdc.score(model, [batch], criterion, dimensions=units, progress=False)
+        wanted = mdc.score(model.backbone, [batch], criterion, dimensions=units, progress=False)
+        assert (found.images, found.tokens) == (3, [])
+        assert all(torch.equal(*pair) for pair in zip(found.neurons, wanted.neurons, strict=True))
+    mdc.score(model, [batch], "activation", progress=False)  # nor for tokens
+
+
+def test_batches_of_one_image_do_unless_dependence_on_the_prediction_is_estimated() -> None:
+    model, batch = make(), images(6)
+    ones = list(batch.split(1))
+    for criterion, dimensions in (("activation", None), ("conditional", ("heads", "neurons"))):
+        alone = mdc.score(model, ones, criterion, dimensions=dimensions, progress=False)
+        together = mdc.score(model, [batch], criterion, dimensions=dimensions, progress=False)
+        assert alone.images == 6
+        # Not neurons by `conditional`: there are more of them than rows, so that the order is one of many.
+        for dimension in ("heads", "neurons") if criterion == "activation" else ("heads",):
+            for mine, theirs in zip(alone.units(dimension), together.units(dimension), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for criterion in ("hsic", "conditional"):
+        with pytest.raises(CalibrationError, match=f"a batch of 1 images: criterion='{criterion}' needs at least 4"):
+            mdc.score(model, ones, criterion, progress=False)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    before = dict(criteria._REGISTRY)
+    yield
+    criteria._REGISTRY.clear()
+    criteria._REGISTRY.update(before)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_criterion_of_ones_own() -> None:
+    @register
+    class Variance(Criterion):
+        """Variance of a neuron over images and tokens."""
+
+        name = "variance"
+        dimensions = ("neurons",)
+
+        def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+            z = activations.flatten(0, 1)[..., 0].double()
+            return {"sum": z.sum(dim=0), "squares": z.square().sum(dim=0), "rows": torch.tensor(float(len(z)))}
+
+        def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+            return sums["squares"] / sums["rows"] - (sums["sum"] / sums["rows"]).square()
+
+    model, batches = make(), [images(5, seed=1), images(2, seed=2)]
+    scores = mdc.score(model, batches, "variance", moments=True, progress=False)
+    assert (scores.criterion, scores.heads, scores.tokens, scores.stages) == ("variance", [], [], ())
+    for found, layer in zip(scores.neurons, scores.moments.layers["neurons"], strict=True):
+        torch.testing.assert_close(found, layer.covariance().diagonal().float(), rtol=1e-4, atol=1e-6)
+    assert mdc.make_plan(model, scores, mdc.Policy(neurons=0.5)).neurons[0]
+    with pytest.raises(CalibrationError, match="criterion='variance' scores neurons only"):
+        mdc.score(model, batches, "variance", dimensions=("heads", "neurons"))
+
+
+def test_a_block_without_units_has_empty_scores() -> None:
+    """A block with a foreign MLP keeps its place in the lists."""
+    model = make()
+    model.blocks[2].mlp = nn.Sequential(nn.Linear(48, 60), nn.GELU(), nn.Linear(60, 48))
+    for criterion in ("conditional", "magnitude"):
+        scores = mdc.score(model, [images(8)], criterion, progress=False)
+        assert [len(each) for each in scores.neurons] == [192, 192, 0, 192]
+        assert [len(each) for each in scores.heads] == [4] * 4
+    plan = mdc.make_plan(model, mdc.score(model, [images(8)], progress=False), mdc.Policy(neurons=0.5))
+    assert [len(each) for each in plan.neurons] == [96, 96, 0, 96]
+
+
+def test_calibration_checks_its_numbers() -> None:
+    assert Calibration() == Calibration(images=512, judging=512, batch_size=None)
+    for wrong in ({"images": 0}, {"judging": 1.5}, {"batch_size": -1}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(CalibrationError, match=f"{name}={value}: expected a whole number of at least 1"):
+            Calibration(**wrong)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,17 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 import lightning_mdc as mdc
-from lightning_mdc.errors import BudgetError, CalibrationError, PolicyError, SearchError
+from lightning_mdc.errors import (
+    BudgetError,
+    CalibrationError,
+    CompensationError,
+    PlanError,
+    PolicyError,
+    SearchError,
+)
 from lightning_mdc.gp_ei.study import read_study
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import Space, TokenOptions
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.surgery import plan_of
 from tests import search_program
@@ -49,8 +58,17 @@ def worth(slim: nn.Module) -> float:
     return float(np.sqrt(kept).sum())
 
 
+RUN = [field.name for field in fields(mdc.SearchOptions)]
+SPACE = [field.name for field in fields(Space)]
+
+
 def quick(model, scores, evaluate=worth, **options):
-    return mdc.search(model, scores, evaluate, **({"n_trials": 5, "n_initial_points": 3, "progress": False} | options))
+    """A short search; options of the space and of how it is run by their names."""
+    options = {"n_trials": 5, "initial_points": 3, "progress": False} | options
+    values = {"options": (mdc.SearchOptions, RUN), "space": (Space, SPACE)}
+    for argument, (kind, names) in values.items():
+        options[argument] = kind(**{name: options.pop(name) for name in names if name in options})
+    return mdc.search(model, scores, evaluate, **options)
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -85,6 +103,26 @@ def test_every_trial_is_a_slim_model_on_the_budget(model, scores):
     assert len({json.dumps(plan.to_json()) for _, plan in seen}) == len(seen)
 
 
+def test_tokens_that_are_dropped_are_priced_as_dropped(model, scores):
+    """As many of them go on as the plan says; with none in their place a trial may be dearer by a token or two."""
+    seen, tokens = [], TokenOptions("dependence", "drop")
+    result = quick(model, scores, lambda slim: seen.append(mdc.macs(slim)) or worth(slim), budget=0.5, tokens=tokens)
+    for trial, macs in zip(result.history, seen, strict=True):
+        assert trial.macs == macs == mdc.policy_macs(model, trial.policy, tokens) <= 0.5 * mdc.macs(model)
+        assert trial.cost == pytest.approx(macs / (0.5 * mdc.macs(model)))
+    assert max(result.history[0].policy.tokens) < 1
+
+
+def test_images_of_another_size_are_priced_as_they_are():
+    model = make("any_size")
+    scores, seen = mdc.score(model, criterion="random"), []
+    both = torch.nn.ModuleDict({"eye": model, "ear": make()})
+    result = quick(both, scores, lambda slim: seen.append(slim) or worth(slim), input_size=64, submodule="eye")
+    for trial, slim in zip(result.history, seen, strict=True):
+        assert trial.macs == mdc.macs(slim, 64) == mdc.plan_macs(model, plan_of(slim), 64) <= 0.6 * mdc.macs(model, 64)
+    assert len({trial.policy.tokens for trial in result.history}) > 1
+
+
 def test_it_leaves_model_random_states_and_disk_alone(model, scores, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -109,7 +147,7 @@ def test_options_reach_the_trials(model, scores):
 
 def test_it_begins_with_the_uniform_policies_of_all_and_of_fewer_dimensions(model, scores):
     """So that what is found is never worse than what any one dimension gives."""
-    result = quick(model, scores, budget=0.8, n_trials=8, n_initial_points=7)
+    result = quick(model, scores, budget=0.8, n_trials=8, initial_points=7)
     begun = [trial.policy for trial in result.history]
     some = [("heads", "neurons", "tokens"), ("heads", "neurons"), ("heads", "tokens"), ("neurons", "tokens")]
     wanted = [mdc.uniform_policy(model, 0.8, names) for names in (*some, ("heads",), ("neurons",), ("tokens",))]
@@ -123,7 +161,7 @@ def test_it_begins_with_the_uniform_policies_of_all_and_of_fewer_dimensions(mode
 
 def test_it_finds_better_than_it_started_with(model, scores):
     options = {"dimensions": ("heads", "neurons"), "budget": 0.7}  # `worth` does not see tokens
-    result = quick(model, scores, n_trials=25, n_initial_points=8, **options)
+    result = quick(model, scores, n_trials=25, initial_points=8, **options)
     initial = [trial.value for trial in result.history[:8]]
     assert result.value > max(initial)
 
@@ -163,8 +201,8 @@ def test_nan_and_errors_are_failed_trials_and_the_search_goes_on(model, scores):
 
 def test_a_mistake_in_evaluate_is_shown_as_it_is(model, scores, tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
-        quick(model, scores, fails_at({0}, raises), state=tmp_path / "trials.jsonl")
-    assert [t.status for t in quick(model, scores, state=tmp_path / "trials.jsonl").history] == ["done"] * 5
+        quick(model, scores, fails_at({0}, raises), journal=tmp_path / "trials.jsonl")
+    assert [t.status for t in quick(model, scores, journal=tmp_path / "trials.jsonl").history] == ["done"] * 5
 
 
 def test_no_number_is_refused_and_nothing_is_lost(model, scores, tmp_path):
@@ -172,8 +210,8 @@ def test_no_number_is_refused_and_nothing_is_lost(model, scores, tmp_path):
     for answer in ("0.9", None, True, torch.zeros(2), [0.5]):
         failing = fails_at({0 if state.exists() else 2}, lambda answer=answer: answer)
         with pytest.raises(SearchError, match="for trial 2; it has to return a number"):
-            quick(model, scores, failing, state=state)
-    assert history(quick(model, scores, state=state)) == history(quick(model, scores))
+            quick(model, scores, failing, journal=state)
+    assert history(quick(model, scores, journal=state)) == history(quick(model, scores))
 
 
 def test_numbers_of_other_libraries_are_numbers(model, scores):
@@ -198,10 +236,16 @@ def test_if_no_trial_works_it_says_so(model, scores):
         ({"bounds": {"neurons": (0.9, 0.1)}}, SearchError, "the smaller first"),
         ({"bounds": {"wings": (0, 1)}}, SearchError, "wings"),
         ({"groups": 9}, SearchError, "4 blocks"),
-        ({"token_ratio": "all"}, SearchError, "token_ratio='all'"),
+        ({"token_ratio": "all"}, PolicyError, "token_ratio='all'"),
         ({"dimensions": ["wings"]}, PolicyError, "wings"),
         ({"warm_start": "nowhere"}, SearchError, "nowhere"),
-        ({"token_score": "dependence", "scores": None}, SearchError, "scores=None"),
+        ({"tokens": TokenOptions("dependence"), "scores": None}, SearchError, "scores=None"),
+        (
+            {"tokens": TokenOptions(reduction="shrink")},
+            PlanError,
+            "reduction='shrink' is unknown; known are drop, fuse",
+        ),
+        ({"compensate": "hope"}, CompensationError, "compensate='hope'"),
     ],
 )
 def test_wrong_arguments(options, kind, words, model, scores):
@@ -232,7 +276,7 @@ def test_interrupted_and_resumed_is_as_if_it_had_not_been(stopped_at, uninterrup
     def interrupt():
         raise KeyboardInterrupt
 
-    options = {"n_trials": 8, "state": tmp_path / "trials.jsonl"}
+    options = {"n_trials": 8, "journal": tmp_path / "trials.jsonl"}
     with pytest.raises(KeyboardInterrupt):
         quick(model, scores, fails_at({stopped_at}, interrupt, noisy), **options)
     asked = []
@@ -243,17 +287,17 @@ def test_interrupted_and_resumed_is_as_if_it_had_not_been(stopped_at, uninterrup
 
 def test_a_finished_search_goes_on_with_more_trials(model, scores, tmp_path):
     state = tmp_path / "trials.jsonl"
-    quick(model, scores, n_trials=4, state=state)
-    assert history(quick(model, scores, n_trials=8, state=state)) == history(quick(model, scores, n_trials=8))
-    again = quick(model, scores, lambda slim: pytest.fail("tried again"), n_trials=8, state=state)
+    quick(model, scores, n_trials=4, journal=state)
+    assert history(quick(model, scores, n_trials=8, journal=state)) == history(quick(model, scores, n_trials=8))
+    again = quick(model, scores, lambda slim: pytest.fail("tried again"), n_trials=8, journal=state)
     assert len(again.history) == 8
 
 
 def test_a_search_of_another_budget_is_not_gone_on_with_but_can_be_learnt_from(model, scores, tmp_path):
     state = tmp_path / "trials.jsonl"
-    earlier = quick(model, scores, n_trials=10, state=state)
+    earlier = quick(model, scores, n_trials=10, journal=state)
     with pytest.raises(SearchError, match=r"another search: about.budget.macs was 0.6, now 0.5"):
-        quick(model, scores, budget=0.5, state=state)
+        quick(model, scores, budget=0.5, journal=state)
     warm = quick(model, scores, budget=0.5, n_trials=8, warm_start=state)
     assert all(trial.macs <= 0.5 * mdc.macs(model) for trial in warm.history)
     assert len(warm.history) == 8
@@ -371,7 +415,7 @@ def test_the_top1_of_every_trial_is_kept_with_the_metrics_name(model, scores, tm
     x, y = pictures(50)
     state = tmp_path / "trials.jsonl"
     judge = HeldOut([(x, y)], "kl", dense=model)
-    result = quick(model, scores, judge, n_trials=4, state=state)
+    result = quick(model, scores, judge, n_trials=4, journal=state)
     for trial in result.history:
         with torch.no_grad():
             logits = mdc.slim(model, mdc.make_plan(model, scores, trial.policy))(x)
@@ -381,7 +425,7 @@ def test_the_top1_of_every_trial_is_kept_with_the_metrics_name(model, scores, tm
         right = (model(x).argmax(1) == y).double().mean().item()
     assert study.metadata == {"metric": "kl", "dense": {"value": 0.0, "accuracy": right, "kl": 0.0}}
     assert [trial.facts["accuracy"] for trial in study.trials] == [trial.accuracy for trial in result.history]
-    again = quick(model, scores, judge, n_trials=5, state=state).history
+    again = quick(model, scores, judge, n_trials=5, journal=state).history
     assert [trial.accuracy for trial in again[:4]] == [trial.accuracy for trial in result.history]
     assert state.read_text().count('"metadata"') == 1
     assert quick(model, scores, judge.__call__, n_trials=1).history[0].accuracy is None  # any function
@@ -407,6 +451,13 @@ def test_ties_in_accuracy_go_to_the_more_certain():
     judge = HeldOut([(torch.zeros(10, 1), torch.tensor([0] * 6 + [1] * 4))])
     assert judge(Certain(2.0)) > judge(Certain(0.5)) + 1e-4
     assert [judge.judge(Certain(by)).facts["accuracy"] for by in (2.0, 0.5)] == [0.6, 0.6]
+
+
+def test_a_dense_model_with_masks_on_is_none():
+    model = make()
+    plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5))
+    with mdc.masked(model, plan), pytest.raises(SearchError, match=r"has masks on.*remove_masks"):
+        HeldOut([pictures(12)], dense=model)
 
 
 def test_it_leaves_the_mode_of_the_model_alone(model):
@@ -440,4 +491,4 @@ def test_deit_small_is_priced_by_the_thousands():
     points = space.snap(space.from_unit(np.random.default_rng(0).random((10_000, len(space)))))
     at_once = space.macs(points)
     for i in range(0, 10_000, 999):
-        assert at_once[i] == mdc.policy_macs(find_sites(space.sites.model).model, space.policy(points[i]))
+        assert at_once[i] == mdc.policy_macs(find_anatomy(space.anatomy.model).model, space.policy(points[i]))

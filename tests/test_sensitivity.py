@@ -12,6 +12,7 @@ from lightning_mdc.app import pipeline
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.errors import ConfigError, SearchError
 from lightning_mdc.figures.sensitivity import sensitivity_figure, sensitivity_map
+from lightning_mdc.policy import TokenOptions
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity, measure_sensitivity
 from tests.kinds import CLASSES, DEPTH, HEADS, POST_NORM, images, make, randomised
@@ -65,6 +66,17 @@ def test_cuts_are_those_of_a_policy_that_cuts_only_this_block(model, scores, lab
         assert cut.kl == pytest.approx((p * (p.log() - log_q)).sum(1).mean().item(), rel=1e-3, abs=1e-6)
         assert cut.cost == mdc.macs(small) / mdc.macs(model)
     assert len({cut.kl for cut in whole.cuts}) > 20  # no two cuts are the same model
+
+
+def test_token_options_and_levels_that_nobody_gives(model, scores, judge):
+    tokens = TokenOptions(reduction="drop")
+    found = measure_sensitivity(model, scores, judge, levels={"heads": (), "tokens": (0.5,)}, stages=[1], tokens=tokens)
+    assert [cut.keep for cut in found.curve("heads", 2)] == [1]
+    assert [round(cut.keep * 192) for cut in found.curve("neurons", 2)] == [192, 144, 96, 48, 19, 0]
+    policy = mdc.Policy(tokens=8 / 17, stages=[1])
+    plan = mdc.make_plan(model, scores, policy, tokens)
+    assert found.blocks("tokens") == (1,)
+    assert found.curve("tokens", 1)[1].cost == mdc.macs(mdc.slim(model, plan)) / mdc.macs(model)
 
 
 def test_killed_and_resumed_it_is_what_it_would_have_been(model, scores, judge, whole, tmp_path, monkeypatch):
@@ -175,7 +187,7 @@ def test_the_stage_is_asked_for_by_name_and_goes_on(tmp_path, monkeypatch):
     expected = (folder / "sensitivity.csv").read_bytes()
     assert b"\ntokens,2," in expected
     assert "sensitivity" not in pipeline.select(settings(tmp_path))
-    assert pipeline.select(settings(tmp_path, "stage=[all,sensitivity]"))[3:5] == ("sensitivity", "search")
+    assert pipeline.select(settings(tmp_path, "stage=[all,sensitivity]"))[2:4] == ("sensitivity", "search")
 
     judged, calls = HeldOut.judge, []
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,37 +11,22 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import PlanError, UnsupportedModelError
+from lightning_mdc.policy import TokenStage
 from lightning_mdc.surgery import apply_masks, is_masked, remove_masks
-from lightning_mdc.tokens.selection import best_and_rest, regroup, resample_prior
-from tests.kinds import KINDS, POST_NORM, everyday, images, make, randomised
+from lightning_mdc.tokens import Evidence, Reduction, register
+from lightning_mdc.tokens.block import restored
+from lightning_mdc.tokens.reduction import REDUCTIONS, rows
+from lightning_mdc.tokens.selection import TokenSelection, resample_prior
+from tests.kinds import KINDS, counted_macs, everyday, images, make, randomised
 
 
-def planned(model: nn.Module, policy: mdc.Policy | None = None, **options: object) -> mdc.Plan:
+def planned(model: nn.Module, policy: mdc.Policy | None = None, **options: Any) -> mdc.Plan:
     scores = mdc.score(model, [images(8)], "activation", progress=False)  # which units is not the point
-    return mdc.make_plan(model, scores, policy or mdc.Policy(0.5, 0.4, 0.6), **options)  # type: ignore[arg-type]
+    return mdc.make_plan(model, scores, policy or mdc.Policy(0.5, 0.4, 0.6), mdc.TokenOptions(**options))
 
 
 def agree(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
-    return bool((a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())))
-
-
-@pytest.mark.parametrize("token_score", ["attention", "dependence", "attention*dependence"])
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_masked_equals_slim(kind: str, token_score: str) -> None:
-    model, x = make(kind), images()
-    before, keys = model(x), list(model.state_dict())
-    plan = planned(model, token_score=token_score)
-    slim = mdc.slim(model, plan)
-    with mdc.masked(model, plan) as masked_model:
-        assert masked_model is model
-        masked = model(x)
-        assert list(model.state_dict()) == keys
-        assert not agree(masked, before, 1e-3)  # else the comparison below says nothing
-    assert agree(masked, slim(x))
-    assert torch.equal(model(x), before)
-    assert list(slim.state_dict()) == keys
-    assert type(slim) is type(model)
+    return bool((a - b).detach().abs().max() <= tolerance * max(1.0, float(b.detach().abs().max())))
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit_distilled", "average_pool", "beit3_scale_norms", "swiglu_normed"])
@@ -49,7 +35,7 @@ def test_blocks_without_heads_or_neurons(kind: str) -> None:
     model, x = make(kind), images()
     policy = mdc.Policy(heads=[0, 1, 0.5, 0], neurons=[0.5, 0, 1, 0], tokens=[0.8, 0.7, 0.5])
     for token_score in ("attention", "dependence"):
-        plan = planned(model, policy, token_score=token_score)
+        plan = planned(model, policy, score=token_score)
         slim = mdc.slim(model, plan)
         assert slim.blocks[0].attn.qkv.weight.shape == (0, 48)
         assert slim.blocks[3].mlp.fc2.weight.shape == (48, 0)
@@ -63,15 +49,7 @@ def test_a_headless_first_stage_uses_the_prior() -> None:
     assert headless_first.tokens[0].prior is not None
     assert headless_first.tokens[1].prior is None
     headless_later = planned(model, mdc.Policy(heads=[1, 1, 0, 1], tokens=0.5))
-    assert [stage.prior for stage in headless_later.tokens] == [None] * 3
-
-
-@torch.no_grad()
-def test_post_norm_masked_equals_slim() -> None:
-    model, x = randomised(POST_NORM()), images()
-    plan = mdc.make_plan(model, mdc.score(model, [x], progress=False), mdc.Policy(0.5, 0.4))
-    with mdc.masked(model, plan):
-        assert agree(model(x), mdc.slim(model, plan)(x))
+    assert [stage.prior is None for stage in headless_later.tokens] == [True, False, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,16 +70,6 @@ def test_keeping_everything_changes_no_bit(kind: str, fused: bool) -> None:
     for stage in stages:
         slim.blocks[stage.block].select.stage = type(stage)(stage.block, 1.0)
     assert torch.equal(slim(x), expected)
-
-
-@torch.no_grad()
-def test_token_stages_keep_the_prefix_and_the_best_and_fuse_the_rest() -> None:
-    x = torch.arange(2 * 6 * 1, dtype=torch.float32).reshape(2, 6, 1)
-    scores = torch.tensor([[0.1, 0.5, 0.2, 0.9], [0.9, 0.1, 0.8, 0.2]])
-    best, rest = best_and_rest(scores, 2)
-    kept = regroup(x, best, rest, num_prefix_tokens=2, fuse=True)
-    assert kept[..., 0].tolist() == [[0, 1, 3, 5, 3.0], [6, 7, 8, 10, 10.0]]  # order kept; mean of 2 and 4, of 9 and 11
-    assert torch.equal(regroup(x, best, rest, 2, fuse=False), kept[:, :-1])
 
 
 @torch.no_grad()
@@ -132,9 +100,11 @@ def test_priors_are_resampled_to_other_grids() -> None:
     with pytest.raises(PlanError, match="3x4 patches cannot be resampled to 13"):
         resample_prior(prior, (3, 4), 13)
     model = make("any_size")
-    plan = planned(model, token_score="attention*dependence")
+    plan = planned(model, score="attention*dependence")
     with torch.no_grad(), mdc.masked(model, plan):
         assert agree(model(images(2, 64)), mdc.slim(model, plan)(images(2, 64)))
+        with pytest.raises(PlanError, match=r"64x16 have 8x2 patches, but the token prior is for a grid like 4x4"):
+            model(images(1, 64)[..., :16])  # sixteen positions as well
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------
@@ -188,53 +158,6 @@ def test_copies_of_a_masked_model_stand_on_their_own() -> None:
     assert torch.equal(copied(x), dense)
 
 
-def test_gradients_flow_to_what_is_kept_and_only_there() -> None:
-    model, x = make(), images()
-    plan = planned(model)
-    with mdc.masked(model, plan):
-        model(x).square().sum().backward()
-    dropped = sorted(set(range(192)) - set(plan.neurons[2]))
-    assert model.blocks[2].mlp.fc1.weight.grad[dropped].abs().max() == 0
-    assert model.blocks[2].mlp.fc1.weight.grad[list(plan.neurons[2])].abs().min() > 0
-    slim = mdc.slim(model, plan)
-    slim(x).square().sum().backward()
-    kept = model.blocks[2].mlp.fc1.weight.grad[list(plan.neurons[2])]
-    torch.testing.assert_close(slim.blocks[2].mlp.fc1.weight.grad, kept, rtol=1e-3, atol=1e-5)
-    assert slim.patch_embed.proj.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("kind", ["vit", "gated" if "gated" in KINDS else "glu", "beit3_scale_norms"])
-def test_training_masks_weights_and_comes_to_the_same(kind: str) -> None:
-    model, x = make(kind), images()
-    plan, weights = planned(model), [block.mlp.fc2.weight for block in model.blocks]
-    keys = list(model.state_dict())
-
-    def gradients(net: nn.Module, network: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        net.zero_grad()
-        network(x).square().sum().backward()
-        return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-    with mdc.masked(model, plan):
-        in_training = model(x)
-        with torch.no_grad():
-            assert torch.equal(in_training, model(x))  # there activations are masked
-        got = gradients(model, model)
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            model.blocks[0].mlp.fc2(x)
-        assert list(model.state_dict()) == keys
-    assert all(block.mlp.fc2.weight is weight for block, weight in zip(model.blocks, weights, strict=True))
-
-    def activations_masked(x: Tensor) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch, mdc.masked(model, plan):
-            patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            return model(x)
-
-    expected = gradients(model, activations_masked)
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
-
-
 @torch.no_grad()
 def test_slimming_a_slim_model_again() -> None:
     model, x = make(), images()
@@ -277,7 +200,7 @@ COMPILED_KINDS = everyday("deit_distilled", "vit", "average_pool", "rms_norms")
 @torch.no_grad()
 def test_slim_models_compile_whole_and_export(kind: str) -> None:
     model, x = shallow(kind), images()
-    slim = mdc.slim(model, planned(model, token_score="attention*dependence"))
+    slim = mdc.slim(model, planned(model, score="attention*dependence"))
     eager = slim(x)
     assert agree(torch.compile(slim, fullgraph=True, backend="aot_eager")(x), eager, 1e-4)
     exported = torch.export.export(slim, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)).module()
@@ -358,36 +281,6 @@ def test_masks_leave_other_peoples_compiled_code_alone() -> None:
     assert len(compilations) == 1
 
 
-@torch.no_grad()
-def test_masks_on_a_compiled_model_make_the_compiler_forget_once() -> None:
-    model, x = shallow(), images()
-    plan = planned(model)
-    other, compilations = counted(lambda y: (y.sin() + 1).square())
-    other(x)
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(x)
-    with mdc.masked(compiled, plan):
-        compiled(x)
-        other(x)
-    compiled(x)
-    other(x)
-    assert len(compilations) == 2  # before, and within
-
-
-@pytest.mark.parametrize("setting", [True, False])
-def test_torchs_setting_comes_back_as_the_user_had_it(setting: bool) -> None:
-    first, second = make(), make("glu")
-    config = torch._dynamo.config
-    with config.patch(skip_nnmodule_hook_guards=setting):
-        with mdc.masked(first, planned(first)):
-            apply_masks(second, planned(second))
-        assert not config.skip_nnmodule_hook_guards  # the second is still masked
-        remove_masks(second)
-        assert config.skip_nnmodule_hook_guards == setting
-        with mdc.masked(first, planned(first, mdc.Policy())):  # masks nothing
-            assert config.skip_nnmodule_hook_guards == setting
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_masks_take_effect_in_a_compiled_parent() -> None:
@@ -416,16 +309,6 @@ def test_what_was_first_compiled_under_masks_is_compiled_again_without() -> None
     assert agree(compiled(x), dense)
 
 
-@torch.no_grad()
-def test_without_gradients_what_is_masked_may_be_infinite() -> None:
-    model = make()
-    plan = planned(model, mdc.Policy(neurons=0.5))
-    dropped = next(i for i in range(192) if i not in plan.neurons[1])
-    model.blocks[1].mlp.fc1.bias[dropped] = float("inf")
-    with mdc.masked(model, plan):
-        assert agree(model(images()), mdc.slim(model, plan)(images()))
-
-
 def test_autocast_and_gradient_checkpointing() -> None:
     model, x = make(), images()
     plan = planned(model)
@@ -446,18 +329,22 @@ def test_autocast_and_gradient_checkpointing() -> None:
         torch.testing.assert_close(gradient(True, model), gradient(False, model))
 
 
-def test_feature_maps_after_a_drop_are_refused() -> None:
+@pytest.mark.parametrize("reduction", ["fuse", "drop", "merge"])
+@torch.no_grad()
+def test_features_between_blocks_are_refused_or_restored(reduction: str) -> None:
     model, x = make(), images(2)
-    plan = planned(model)
+    plan = planned(model, reduction=reduction, restore=False)
     slim = mdc.slim(model, plan)
     for broken in (slim, copy.deepcopy(slim), pickle.loads(pickle.dumps(slim))):
         with pytest.raises(UnsupportedModelError, match="output_fmt='NLC'"):
             broken.forward_intermediates(x)
-        assert [y.shape[1] for y in broken.forward_intermediates(x, output_fmt="NLC")[1]] == [16, 10, 6, 4]
+        lengths = [y.shape[1] for y in broken.forward_intermediates(x, output_fmt="NLC")[1]]
+        assert lengths[0] == 16
+        assert lengths[3] < lengths[2] < lengths[1] < 16
     fewer_heads = planned(slim, mdc.Policy(heads=0.5))
     with mdc.masked(slim, fewer_heads):
         pass
-    for still in (slim, mdc.slim(slim, fewer_heads)):  # masks that came and went took no guard along
+    for still in (slim, mdc.slim(slim, fewer_heads)):  # masks that came and went took nothing along
         with pytest.raises(UnsupportedModelError, match="output_fmt='NLC'"):
             still.forward_intermediates(x)
     with mdc.masked(model, plan), pytest.raises(UnsupportedModelError, match="NCHW"):
@@ -465,3 +352,110 @@ def test_feature_maps_after_a_drop_are_refused() -> None:
     assert model.forward_intermediates(x)[1][0].shape == (2, 48, 4, 4)
     with pytest.raises(UnsupportedModelError, match="attn_mask"):
         slim(x, attn_mask=torch.zeros(17, 17))
+    restored = mdc.slim(model, planned(model, reduction=reduction, restore=True))
+    last, maps = restored.forward_intermediates(x)
+    assert [y.shape for y in maps] == [(2, 48, 4, 4)] * 4
+    assert torch.equal(last, restored.forward_features(x))
+    torch.testing.assert_close(restored.norm(maps[3].flatten(2).transpose(1, 2)), last[:, 1:], rtol=0, atol=1e-5)
+    assert agree(restored(x), slim(x))
+
+
+# --- what becomes of tokens, against loops ----------------------------------------------------------------------------
+
+
+def selected(
+    x: Tensor, stages: list[TokenStage], reduction: str, evidence: Evidence, prefix: int = 1
+) -> tuple[Any, ...]:
+    """x (batch, tokens, dim) through stages one after another, restored at the end, and what each put out."""
+    prefix, carried, seen = 1, None, []
+    for stage in stages:
+        select = TokenSelection(stage, prefix, (0,), reduction, keeps_last=True)
+        kept = evidence._replace(q=evidence.q[:, :, : x.shape[1]], k=evidence.k[:, :, : x.shape[1]])
+        x, carried = select(x, kept, carried)
+        seen.append(x)
+    return restored(x, carried, prefix), *seen
+
+
+def test_dropped_positions_come_back_as_they_were_and_fused_ones_as_their_token() -> None:
+    x = torch.arange(2 * 7, dtype=torch.float32).reshape(2, 7, 1)
+    nothing = Evidence(torch.zeros(2, 0, 7, 1), torch.zeros(2, 0, 7, 1), 1.0)
+    first = TokenStage(0, 5 / 7, "dependence", (0.1, 0.5, 0.2, 0.9, 0.8, 0.7), (2, 3))  # 0 and 2 leave
+    dropped, left = selected(x, [first], "drop", nothing)
+    assert left[0, :, 0].tolist() == [0, 2, 4, 5, 6]
+    assert torch.equal(dropped, x)
+    fused, left = selected(x, [first], "fuse", nothing)
+    assert left[0, :, 0].tolist() == [0, 2, 4, 5, 6, 2]  # the mean of 1 and 3
+    assert fused[0, :, 0].tolist() == [0, 2, 2, 2, 4, 5, 6]
+    # At a second stage the fused token has the mean prior of its two positions, 0.15, and leaves with position 1.
+    second = TokenStage(1, 4 / 6, "dependence", first.prior, first.grid)
+    both, _, left = selected(x, [first, second], "fuse", nothing)
+    assert left[0, :, 0].tolist() == [0, 4, 5, 6, 2]
+    assert both[0, :, 0].tolist() == [0, 2, 2, 2, 4, 5, 6]
+
+
+def test_merged_tokens_are_means_by_size_over_the_positions_they_stand_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, q, k = (torch.randn(3, *shape, generator=generator) for shape in ((9, 4), (2, 9, 5), (2, 9, 5)))
+    prior = tuple(torch.rand(8, generator=generator).tolist())
+    stages = [TokenStage(0, 6 / 9, "dependence", prior, (2, 4)), TokenStage(1, 4 / 6, "dependence", prior, (2, 4))]
+    restored_, first, second = selected(x, stages, "merge", Evidence(q, k, 1.0))
+    for image in range(3):
+        groups = [[position] for position in range(8)]  # of positions, by token
+        for count, out in ((5, first), (3, second)):
+            means = [sum(prior[p] for p in group) / len(group) for group in groups]
+            order = sorted(range(len(groups)), key=lambda token: -means[token])
+            kept, leaving = sorted(order[:count]), order[count:]
+            keys = k[image, :, 1 : 1 + len(groups)].mean(dim=0)
+            keys = keys / keys.norm(dim=-1, keepdim=True)
+            merged = [list(groups[token]) for token in kept]
+            for token in leaving:
+                alike = [float(keys[token] @ keys[other]) for other in kept]
+                merged[alike.index(max(alike))] += groups[token]
+            groups = merged
+            expected = torch.stack([x[image, 1:][group].mean(dim=0) for group in groups])
+            torch.testing.assert_close(out[image, 1:], expected, rtol=0, atol=1e-5)
+        for token, group in enumerate(groups):
+            assert torch.equal(restored_[image, 1:][group], second[image, 1 + token].expand(len(group), -1))
+
+
+@torch.no_grad()
+def test_attention_proportional_to_size_is_attention_to_every_position() -> None:
+    """Tokens that were alike before they were merged get the attention that all of them would have got."""
+    model = make()
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    x = images(2)[:, :, :8, :8].tile(1, 1, 4, 4)  # sixteen equal patches
+    plan = planned(model, mdc.Policy(tokens=[0.3, 1, 1]), reduction="merge-proportional")
+    assert agree(mdc.slim(model, plan)(x), model(x))
+    assert not agree(mdc.slim(model, planned(model, mdc.Policy(tokens=[0.3, 1, 1]), reduction="merge"))(x), model(x))
+
+
+def test_an_unknown_reduction_is_told() -> None:
+    with pytest.raises(PlanError, match="reduction='mix' is unknown; known are drop, fuse, merge"):
+        planned(make(), reduction="mix")
+
+
+def test_a_reduction_of_ones_own() -> None:
+    class KeepSecond(Reduction):
+        """The first of those that leave goes on, all others are gone."""
+
+        name, extra, drops = "keep-second", 1, True
+
+        def forward(self, tokens: Tensor, kept: Tensor, leaving: Tensor, sizes: Any, evidence: Evidence) -> Any:
+            goes_on = torch.cat([kept, leaving[:, :1]], dim=1)
+            order = torch.cat([goes_on, leaving[:, 1:]], dim=1)
+            there = torch.arange(order.shape[1]).expand_as(order)
+            there = torch.where(there < goes_on.shape[1], there, -1)
+            return rows(tokens, goes_on), torch.zeros_like(order).scatter(1, order, there)
+
+    register(KeepSecond)
+    try:
+        model, x = make(), images()
+        plan = planned(model, reduction="keep-second", restore=True)
+        slim = mdc.slim(model, plan)
+        with mdc.masked(model, plan):
+            assert agree(model(x), slim(x))
+        assert slim.forward_features(x).shape == (6, 17, 48)
+        assert mdc.plan_macs(model, plan) == mdc.macs(slim) == counted_macs(slim)
+    finally:
+        del REDUCTIONS["keep-second"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 from lightning_mdc.models.t2t_vit import T2TViT, TokensToToken, performer_attention, sinusoid
 from lightning_mdc.policy import default_stages
 from tests.kinds import counted_macs, everyday
@@ -214,9 +214,9 @@ def test_every_size_is_registered_and_costs_what_is_counted(name: str) -> None:
     assert mdc.macs(model) == counted_macs(model, 224, 224)
     if name == "t2t_vit_14":
         assert mdc.macs(model) == 4783468544
-    sites = find_sites(model)
-    assert isinstance(sites.family, T2TViT)
-    assert sites.dimensions == ("heads", "neurons", "tokens")
+    anatomy = find_anatomy(model)
+    assert isinstance(anatomy.family, T2TViT)
+    assert anatomy.dimensions == ("heads", "neurons", "tokens")
     settings = timm.data.resolve_model_data_config(model)
     assert (settings["crop_pct"], settings["interpolation"], settings["mean"][0]) == (0.9, "bicubic", 0.485)
 
@@ -333,7 +333,7 @@ def test_images_of_another_size() -> None:
     assert not model.pos_embed.requires_grad
     torch.testing.assert_close(model(images(2, 32, 96)), any_size(images(2, 32, 96)))
     assert mdc.macs(model) == counted_macs(model, 32, 96) == counted_macs(any_size, 32, 96)
-    assert find_sites(model).grid == (2, 6)
+    assert find_anatomy(model).grid == (2, 6)
 
 
 def test_features_come_as_from_timms_own_models() -> None:
@@ -341,7 +341,7 @@ def test_features_come_as_from_timms_own_models() -> None:
     assert [tuple(x.shape) for x in features(images(2))] == [(2, 48, 4, 4)] * 2
     assert features.feature_info.reduction() == [16, 16]
     grey = timm.create_model("t2t_vit_14", in_chans=1, **SMALL)
-    assert find_sites(grey).input_size == (1, SIZE, SIZE)
+    assert find_anatomy(grey).input_size == (1, SIZE, SIZE)
     _, (first, *_) = grey.forward_intermediates(images(2)[:, :1])
     assert first.shape == (2, 48, 4, 4)
 

@@ -118,7 +118,7 @@ def test_scoring_and_searching_draw_only_where_asked(monkeypatch):
     model = make()
     scores = mdc.score(model, [images(8)], "activation", progress=False)
     held_out = HeldOut([(images(20), torch.zeros(20))])
-    mdc.search(model, scores, held_out, n_trials=1, progress=False)
+    mdc.search(model, scores, held_out, n_trials=1, options=mdc.SearchOptions(progress=False))
     assert not drawn
     mdc.score(model, [images(8)], "activation")
     mdc.search(model, scores, held_out, n_trials=1)
@@ -160,7 +160,7 @@ def test_a_run_through_a_pipe_is_plain_and_its_log_has_every_line(tmp_path):
     assert [line[28:] for line in logged] == lines
     for stage in ("dense", "score", "search"):
         assert len([line for line in lines if re.match(rf"{stage}: +done in [\d.]+ s: \w", line)]) == 1
-    assert lines[-3] == f"all of it is in {folder}: dense, scores.safetensors, statistics.safetensors, policy.json"
+    assert lines[-3] == f"all of it is in {folder}: dense, scores.safetensors, policy.json"
     assert lines[-2] == "go on with slim, distill, test, report:"
     typed = shlex.split(lines[-1])
     assert typed == ["python", str(ROOT / "train.py"), *TINY, f"resume={folder}"]

@@ -12,7 +12,7 @@ from torch import nn
 import lightning_mdc as mdc
 from lightning_mdc.artifact import check_savable
 from lightning_mdc.importance import Scores
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 from tests import timm_names
 
 ROWS = {name: row for name, row in timm_names.read().items() if timm.is_model(name)}  # an older timm has not all
@@ -41,25 +41,25 @@ KINDS = (
 @pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
 def test_a_name_is_pruned_in_its_dimensions_and_comes_back(name: str, tmp_path: Path) -> None:
     row, model = ROWS[name], timm_names.create(name, weight_init="skip")
-    sites = find_sites(model)
-    assert set(row["dimensions"].split()) <= set(sites.dimensions)
+    anatomy = find_anatomy(model)
+    assert set(row["dimensions"].split()) <= set(anatomy.dimensions)
     assert mdc.macs(model) == int(row["macs"])
     again = rebuilt(model)
     assert shapes(again) == shapes(model)
-    scores = Scores(*([torch.rand(n) for n in sizes] for sizes in (sites.num_heads, sites.num_neurons)), [])
-    plan = mdc.make_plan(model, scores, mdc.Policy(**dict.fromkeys(sites.dimensions, 0.5)))
+    scores = Scores(*([torch.rand(n) for n in sizes] for sizes in (anatomy.num_heads, anatomy.num_neurons)), [])
+    plan = mdc.make_plan(model, scores, mdc.Policy(**dict.fromkeys(anatomy.dimensions, 0.5)))
     slim = mdc.slim(model, plan)
     assert shapes(mdc.slim(again, plan)) == shapes(slim) != shapes(model)
     check_savable(slim, tmp_path / "m")
 
 
 def rebuilt(model: nn.Module) -> nn.Module:
-    sites = find_sites(model)
-    described = sites.family.describe(model, {"heads": sites.num_heads, "neurons": sites.num_neurons})
+    anatomy = find_anatomy(model)
+    described = anatomy.family.describe(model, anatomy.sizes)
     spec = json.loads(json.dumps(described))
-    sites.family.check_spec(spec, model.state_dict())
+    anatomy.family.check_spec(spec, model.state_dict())
     with torch.device("meta"):
-        return sites.family.build(spec)
+        return anatomy.family.build(spec)
 
 
 def shapes(model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,9 @@ KINDS = ["vit", "deit_distilled", "registers", "registers_without_class", "avera
 
 def slim_of(model: nn.Module, x: Tensor, **options) -> nn.Module:
     scores = mdc.score(model, [x], "activation", progress=False)
-    return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(heads=0.5, tokens=[0.7, 0.6, 0.8]), **options))
+    return mdc.slim(
+        model, mdc.make_plan(model, scores, mdc.Policy(heads=0.5, tokens=[0.7, 0.6, 0.8]), mdc.TokenOptions(**options))
+    )
 
 
 def kept_by_looking(slim: nn.Module, x: Tensor, num_patches: int) -> list[Tensor]:
@@ -43,11 +45,11 @@ def kept_by_looking(slim: nn.Module, x: Tensor, num_patches: int) -> list[Tensor
     return [(patches[:, :, None] == tokens[:, None]).all(dim=-1).any(dim=-1) for tokens in seen[1:]]
 
 
-@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("reduction", ["fuse", "drop"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_survivors_are_the_patches_that_the_model_kept(kind: str, fuse: bool) -> None:
+def test_survivors_are_the_patches_that_the_model_kept(kind: str, reduction: str) -> None:
     x = images(8)
-    slim = slim_of(make(kind), x, fuse_tokens=fuse)
+    slim = slim_of(make(kind), x, reduction=reduction)
     expected = kept_by_looking(slim, x, 16)
     logits, survivors = surviving_patches(slim, x)
     assert torch.equal(logits, slim(x))
@@ -60,7 +62,7 @@ def test_survivors_are_the_patches_that_the_model_kept(kind: str, fuse: bool) ->
 
 def test_survivors_under_a_prior_and_of_a_t2t_vit() -> None:
     x = images(8)
-    slim = slim_of(make("vit"), x, token_score="attention*dependence")
+    slim = slim_of(make("vit"), x, score="attention*dependence")
     truth = kept_by_looking(slim, x, 16)
     assert torch.equal(surviving_patches(slim, x)[1], torch.stack(truth, dim=1))
     x = images(8, 64)

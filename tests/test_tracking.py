@@ -382,7 +382,7 @@ def test_what_is_shown_once_is_not_shown_again_but_the_summary(tmp_path, recorde
     pipeline.run(watched(tmp_path, "stage=[dense,score,search,slim]"))
     assert [item.name for item in shown(recorder, Model)] == ["dense", "slim"]
     assert len(shown(recorder, Numbers)) == 3
-    assert len(shown(recorder, Picture)) == 5
+    assert len(shown(recorder, Picture)) == 4
     first = {key: value for item in shown(recorder, Summary) for key, value in item.values.items()}
     assert set(first) == {"budget", "search/best", "macs_ratio"}
     recorder.calls.clear()

@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_mdc as mdc
 from lightning_mdc.app.data import DigitsDataModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
-from lightning_mdc.errors import BudgetError, CalibrationError, DistillationError, MdcError, SearchError
+from lightning_mdc.errors import (
+    BudgetError,
+    CalibrationError,
+    DistillationError,
+    MdcError,
+    PlanError,
+    PolicyError,
+    SearchError,
+)
 from lightning_mdc.surgery import masked
 from lightning_mdc.surgery.masks import is_masked
 from tests.kinds import CLASSES, make
@@ -72,8 +80,8 @@ def test_loss_is_that_of_the_dense_and_the_slim_models(kind: str) -> None:
     module = sharing(model, temperature=2.0, shared_weight=0.7, label_smoothing=0.1, seed=3)
     images, labels = labelled()
     smallest, drawn = module.smallest_plan, module.plan(0)
-    assert smallest.drops_tokens
-    assert drawn.drops_tokens
+    assert smallest.leaving
+    assert drawn.leaving
     dense = model(images).double()
     log_p = (dense / 2).log_softmax(dim=1)
     log_q = [(mdc.slim(model, plan)(images).double() / 2).log_softmax(dim=1) for plan in (smallest, drawn)]
@@ -193,7 +201,7 @@ def fit(model: nn.Module, loss: Any, steps: int) -> None:
 
 
 def test_a_step_trains_the_largest_the_smallest_and_a_random_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, on, seen = sharing(make(), 0.6, min_heads=2, seed=3), [], []
+    module, on, seen = sharing(make(), 0.6, space=mdc.Space(min_heads=2), seed=3), [], []
 
     @contextmanager
     def noted(model: nn.Module, plan: mdc.Plan) -> Iterator[None]:
@@ -210,7 +218,7 @@ def test_a_step_trains_the_largest_the_smallest_and_a_random_policy(monkeypatch:
     assert seen[::3] == [None] * 3  # the dense model, on the labels
     smallest, drawn = seen[1], seen[2::3]
     assert seen[1::3] == [smallest] * 3
-    assert drawn == [sharing(make(), 0.6, min_heads=2, seed=3).plan(step) for step in range(3)]
+    assert drawn == [sharing(make(), 0.6, space=mdc.Space(min_heads=2), seed=3).plan(step) for step in range(3)]
     assert len(set(drawn)) == 3
     assert [len(kept) for kept in smallest.heads] == [2] * len(smallest.heads)
     for plan in drawn:  # no unit fewer than the smallest in any block
@@ -221,7 +229,13 @@ def test_a_step_trains_the_largest_the_smallest_and_a_random_policy(monkeypatch:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"groups": 2}, {"token_ratio": "stages"}, {"dimensions": ["neurons"]}, {"round_to": 8, "min_heads": 2}],
+    [
+        {},
+        {"space": mdc.Space(groups=2)},
+        {"space": mdc.Space(token_ratio="stages")},
+        {"dimensions": ["neurons"]},
+        {"space": mdc.Space(round_to=8, min_heads=2)},
+    ],
     ids=str,
 )
 def test_policies_meet_the_budget(options: dict[str, Any]) -> None:
@@ -232,8 +246,8 @@ def test_policies_meet_the_budget(options: dict[str, Any]) -> None:
     assert np.median(costs) > 0.58
     plan = module.plan(7)
     assert mdc.plan_macs(model, plan) == mdc.policy_macs(model, module.policy(7))
-    assert all(len(kept) >= options.get("min_heads", 1) for kept in plan.heads)
-    assert all(len(kept) % options.get("round_to", 1) == 0 for kept in plan.neurons)
+    assert all(len(kept) >= module.space.space.min_heads for kept in plan.heads)
+    assert all(len(kept) % (module.space.space.round_to or 1) == 0 for kept in plan.neurons)
 
 
 def test_no_policy_could_keep_another_neuron() -> None:
@@ -322,11 +336,11 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_checkpoint_loads_with_model_and_scores_given_again(tmp_path: Path) -> None:
     model = make()
     options = {
-        "min_heads": 2,
+        "space": mdc.Space(min_heads=2, token_ratio="stages", groups={"heads": 2}, bounds={"neurons": (0.25, 1.0)}),
+        "tokens": mdc.TokenOptions(reduction="merge"),
         "shared_weight": 0.5,
         "temperature": 3.0,
         "label_smoothing": 0.1,
-        "token_ratio": "stages",
     }
     module = sharing(model, mdc.Budget(macs=0.5, params=0.9), seed=4, **options)
     run = trainer(tmp_path, fast_dev_run=True)
@@ -338,6 +352,7 @@ def test_checkpoint_loads_with_model_and_scores_given_again(tmp_path: Path) -> N
     again = WeightSharingModule.load_from_checkpoint(path, model=make(seed=9), scores=random_scores(model))
     for name in ("seed", "shared_weight", "temperature", "label_smoothing"):
         assert getattr(again, name) == getattr(module, name)
+    assert again.space.space == module.space.space
     assert again.plan(11) == module.plan(11)
     torch.testing.assert_close(again(pictures()), module(pictures()))
 
@@ -406,8 +421,9 @@ def train_ddp(rank: int, root: Path) -> None:
         ({"shared_weight": float("nan")}, DistillationError, "shared_weight=nan"),
         ({"temperature": 0}, DistillationError, "temperature=0"),
         ({"budget": 0.01}, BudgetError, "budget=0.01"),
-        ({"token_ratio": "one"}, SearchError, "token_ratio='one'"),
-        ({"token_score": "best"}, MdcError, "token_score='best'"),
+        ({"space": {"groups": 9}}, SearchError, "groups"),
+        ({"space": {"token_ratio": "one"}}, PolicyError, "token_ratio='one'"),
+        ({"tokens": {"score": "best"}}, PlanError, "score='best'"),
         ({"scores": "random"}, CalibrationError, "scores='random'"),
         ({"scores": mdc.Scores([], [], [])}, CalibrationError, "scores.heads does not fit"),
     ],

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 from tests.kinds import counted_macs
 
 FILE = Path(__file__).with_suffix(".csv")
@@ -38,7 +38,7 @@ def main() -> None:
     for name in timm.list_models():
         model = create(name)
         try:
-            dimensions = find_sites(model).dimensions
+            dimensions = find_anatomy(model).dimensions
         except UnsupportedModelError:
             continue
         rows.append((name, " ".join(dimensions), counted_macs(model, *model.patch_embed.img_size)))

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightning_mdc.app.data import ImageDataModule
-from lightning_mdc.app.settings import Settings
+from lightning_mdc.app.settings import Settings, policy_space, token_options
 from lightning_mdc.app.tracking import Tracker
 from lightning_mdc.app.trainer import REFUSALS, training_device
 from lightning_mdc.artifact import load
@@ -29,8 +29,8 @@ from lightning_mdc.budget.uniform import uniform_policy
 from lightning_mdc.errors import ConfigError, MdcError
 from lightning_mdc.gp_ei.study import observations
 from lightning_mdc.importance import Criterion
-from lightning_mdc.models import find_sites
-from lightning_mdc.policy import DIMENSIONS, Policy, check_dimensions
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import DIMENSIONS, TOKENS, UNIT_DIMENSIONS, Policy, check_dimensions
 from lightning_mdc.policy_search.held_out import HeldOut, gathered
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery.compensation import check_compensable
@@ -186,20 +186,13 @@ def build_budget(settings: Settings) -> Budget:
 
     Raises:
         BudgetError: see `Budget`.
-        ConfigError: a limit of another name.
     """
     budget = settings["budget"]
     if not isinstance(budget, Mapping):
         return as_budget(budget)
-    try:
-        limits = Budget(**budget)
-    except TypeError as error:
-        raise ConfigError(
-            f"budget={budget!r}: expected a fraction, or limits named macs, params or latency (with batch_size, device "
-            "or table)"
-        ) from error
-    measures_here = limits.latency is not None and limits.table is None and limits.device is None
-    return replace(limits, device=str(training_device(settings))) if measures_here else limits
+    limits = Budget(**{str(name): limit for name, limit in budget.items()})
+    measures_here = "latency" in limits.limits and not {"table", "device"} & set(limits.options)
+    return limits.replaced(device=str(training_device(settings))) if measures_here else limits
 
 
 def given_policy(settings: Settings, model: nn.Module) -> Policy | None:
@@ -221,7 +214,7 @@ def given_policy(settings: Settings, model: nn.Module) -> Policy | None:
         raise ConfigError(f"{both} both give a policy; give one of them")
     if options["file"] is not None:
         policy = Policy.load(options["file"])
-        find_sites(model).counts(policy)
+        find_anatomy(model).counts(policy)
         return policy
     if keep:
         space = keep_space(settings, model, keep, 1.0)
@@ -229,10 +222,7 @@ def given_policy(settings: Settings, model: nn.Module) -> Policy | None:
         return space.policy(space.snap(space.point(keep_params(keep), anywhere=True)[None])[0])
     if options["kind"] == "searched":
         return None
-    names = ("dimensions", "min_heads", "min_neurons", "round_to")
-    return uniform_policy(
-        model, build_budget(settings), stages=settings["surgery"]["stages"], **{name: options[name] for name in names}
-    )
+    return uniform_policy(model, build_budget(settings), **{**search_space(settings), "space": policy_space(settings)})
 
 
 def keep_space(settings: Settings, model: nn.Module, keep: Mapping[str, Any], budget: float | Budget) -> PolicySpace:
@@ -242,24 +232,20 @@ def keep_space(settings: Settings, model: nn.Module, keep: Mapping[str, Any], bu
         SearchError: too many ratios, or an unknown dimension.
     """
     counts = {name: len(ratios) if isinstance(ratios, list) else 1 for name, ratios in keep.items()}
-    return PolicySpace(
-        model,
-        budget,
-        check_dimensions(keep),
+    space = replace(
+        policy_space(settings),
         bounds=dict.fromkeys(keep, (0.0, 1.0)),
-        groups={name: counts[name] for name in ("heads", "neurons") if name in keep},
-        token_ratio="stages" if isinstance(keep.get("tokens"), list) else "shared",
-        stages=settings["surgery"]["stages"],
-        **{name: settings["policy"][name] for name in ("min_heads", "min_neurons", "round_to")},
-        fuse_tokens=settings["surgery"]["fuse_tokens"],
+        groups={name: counts[name] for name in UNIT_DIMENSIONS if name in keep},
+        token_ratio="stages" if isinstance(keep.get(TOKENS), list) else "shared",
     )
+    return PolicySpace(model, budget, check_dimensions(keep), space, token_options(settings))
 
 
 def keep_params(keep: Mapping[str, Any]) -> dict[str, Any]:
     """``{"heads": [0.5, 1], "tokens": 0.8}`` by the names of `keep_space`: ``heads.0``, ``heads.1``, ``tokens``."""
     params: dict[str, Any] = {}
     for name, ratios in keep.items():
-        if name == "tokens" and not isinstance(ratios, list):
+        if name == TOKENS and not isinstance(ratios, list):
             params[name] = ratios
         else:
             each = ratios if isinstance(ratios, list) else [ratios]
@@ -267,13 +253,13 @@ def keep_params(keep: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
-def space_options(settings: Settings) -> dict[str, Any]:
-    """What of the settings says which policies there are: keyword arguments of `PolicySpace`."""
-    policy, search = settings["policy"], settings["search"]
+def search_space(settings: Settings) -> dict[str, Any]:
+    """What of the settings says which policies there are to search: keyword arguments of `PolicySpace`."""
+    of_a_search = {name: settings["search"][name] for name in ("bounds", "groups", "token_ratio")}
     return {
-        **{name: policy[name] for name in ("dimensions", "min_heads", "min_neurons", "round_to")},
-        **{name: search[name] for name in ("bounds", "groups", "token_ratio")},
-        "stages": settings["surgery"]["stages"],
+        "dimensions": settings["policy"]["dimensions"],
+        "space": policy_space(settings, **of_a_search),
+        "tokens": token_options(settings),
     }
 
 
@@ -283,9 +269,7 @@ def check_search(settings: Settings, model: nn.Module) -> None:
     Raises:
         ConfigError, SearchError, BudgetError: what is wrong.
     """
-    space = PolicySpace(
-        model, build_budget(settings), fuse_tokens=settings["surgery"]["fuse_tokens"], **space_options(settings)
-    )
+    space = PolicySpace(model, build_budget(settings), **search_space(settings))
     observations(settings["search"]["warm_start"], space, "maximize")
 
 
@@ -295,14 +279,14 @@ def check_compensation(settings: Settings, model: nn.Module, policy: Policy | No
     Raises:
         UnsupportedModelError: names the module in the way.
     """
-    sites, wanted = find_sites(model), settings["policy"]["dimensions"]
-    for name in ("heads", "neurons"):
+    anatomy, wanted = find_anatomy(model), settings["policy"]["dimensions"]
+    for units in anatomy.all_units:
         if policy is None:
-            pruned = name in (sites.dimensions if wanted is None else wanted)
+            pruned = units.dimension in (anatomy.dimensions if wanted is None else wanted)
         else:
-            pruned = any(ratio < 1 for ratio in getattr(policy, name))
-        for block in sites.blocks if pruned else ():
-            check_compensable(getattr(block, name), settings["surgery"]["compensate"])
+            pruned = any(ratio < 1 for ratio in policy.ratios[units.dimension])
+        if pruned:
+            check_compensable(units, settings["surgery"]["compensate"])
 
 
 def build_held_out(options: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:

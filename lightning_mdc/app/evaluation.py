@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_mdc.app.report.outcomes import FIRST, LEAST_CHANGED, MOST_CHANGED, Examples, Outcomes
 from lightning_mdc.distributed import gather
 from lightning_mdc.figures.tokens import Example
-from lightning_mdc.models import evaluating, find_sites
+from lightning_mdc.models import evaluating, find_anatomy
 from lightning_mdc.progress import bar
 from lightning_mdc.tokens.surviving_patches import surviving_patches
 
@@ -93,9 +93,9 @@ def examples(
             break
     kinds = ((MOST_CHANGED, most), (FIRST, first), (LEAST_CHANGED, least))
     items = tuple(replace(example, why=why) for why, kind in kinds for example in kind)
-    sites = find_sites(slim)
-    blocks = tuple(stage.block for stage in sites.stages)
-    return Examples(items, slim_artifact, sites.grid_of(size), blocks, tuple(class_names), looked_at)
+    anatomy = find_anatomy(slim)
+    blocks = tuple(stage.block for stage in anatomy.stages)
+    return Examples(items, slim_artifact, anatomy.grid_of(size), blocks, tuple(class_names), looked_at)
 
 
 def _compared(dense: nn.Module, slim: nn.Module, images: Tensor, labels: Any, pixels: np.ndarray) -> list[Example]:

@@ -25,6 +25,9 @@ from lightning_mdc.app.trainer import check_training, ignores_clipping, processe
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.files import write_text
+from lightning_mdc.importance import Needs
+from lightning_mdc.policy import DIMENSIONS
+from lightning_mdc.tokens.reduction import reduction_class
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +141,13 @@ def _take_from_cache(run: Run, name: str) -> bool:
     cache = Run(run.settings, RunFolder(cache_folder(run.settings, run.fingerprints)), run.fingerprints)
     if not cache.is_done(name):
         return False
-    source, target = cache.output(name), run.output(name)
     _begin(run, name)
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    else:
-        shutil.copyfile(source, target)
+    for output in STEPS[name].outputs:
+        source, target = cache.folder / output.path, run.folder / output.path
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
     run.folder.finish(name, run.fingerprints[name], settings=relevant(run.settings, name), cached=True)
     return True
 
@@ -197,8 +201,6 @@ def select(settings: build.Settings) -> tuple[str, ...]:
         unknown = [name for name in names if name not in STEPS]
         if unknown:
             raise ConfigError(f"{key}={unknown[0]!r} is no step; the steps are {', '.join(STEPS)}, and all")
-    if "search" in chosen and "statistics" not in off:
-        chosen.append("statistics")  # nothing to look at, so nobody names it; but trials need it
     for name in off:
         switch = STEPS[name].switch
         if name in chosen and switch is not None:
@@ -216,13 +218,14 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
         MdcError: what would have been raised then.
     """
     criterion, batch_size = build.build_criterion(settings), settings["calibration"]["batch_size"]
-    if batch_size < criterion.min_batch:
+    least = Needs.all_of(criterion.needs(dimension) for dimension in DIMENSIONS).images
+    if batch_size < least:
         raise ConfigError(
-            f"calibration.batch_size={batch_size}: importance={criterion.name} needs batches of at least "
-            f"{criterion.min_batch} images"
+            f"calibration.batch_size={batch_size}: importance={criterion.name} needs batches of at least {least} images"
         )
     build.build_budget(settings)
     build.build_trackers(settings)
+    reduction_class(settings["surgery"]["reduction"])
     _check_sharding(settings, selected)
     run = Run(settings, RunFolder(Path()))
     _ = run.device

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.policy import TOKEN_SCORES
+from lightning_mdc.policy import TOKEN_SCORES, Space, TokenOptions
 from lightning_mdc.policy_search.held_out import METRICS
 from lightning_mdc.surgery import COMPENSATIONS
 
@@ -56,6 +56,18 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flat(value, f"{key}.")
         else:
             yield key, value
+
+
+def policy_space(settings: Settings, **of_a_search: Any) -> Space:
+    """Where the settings let policies lie."""
+    options = {name: settings["policy"][name] for name in ("min_heads", "min_neurons", "round_to")}
+    return Space(**options, stages=settings["surgery"]["stages"], **of_a_search)
+
+
+def token_options(settings: Settings) -> TokenOptions:
+    """What the settings say happens at a token stage."""
+    surgery = settings["surgery"]
+    return TokenOptions(surgery["token_score"], surgery["reduction"], surgery["restore"])
 
 
 def _refused(key: str, cfg: DictConfig) -> ConfigError:
@@ -199,7 +211,8 @@ class _Model:
 @dataclass(kw_only=True)
 class _Surgery:
     token_score: str = _one_of(*TOKEN_SCORES)
-    fuse_tokens: bool
+    reduction: str
+    restore: bool | None
     stages: list[int] | None
     compensate: str = _one_of(*COMPENSATIONS)
 

@@ -99,7 +99,7 @@ _READING = tuple(
     for key in ("num_workers", "pin_memory", "prefetch_factor", "persistent_workers", "max_corrupt_images")
 )
 # How tokens leave. Compensation is no part of it: it changes neither masks nor what each cut alone shows.
-_TOKENS = ("surgery.token_score", "surgery.fuse_tokens", "surgery.stages")
+_TOKENS = tuple(f"surgery.{key}" for key in ("token_score", "reduction", "restore", "stages"))
 # Which policies there are.
 _SPACE = (
     *("seed", "budget", *_TOKENS),
@@ -118,28 +118,25 @@ _STEPS = (
     ),
     Step(
         "score",
-        (Output("scores.safetensors", "importance of every head, neuron and token position"),),
+        (
+            Output("scores.safetensors", "importance of every head, neuron and token position"),
+            Output("moments.safetensors", "how units go together, for `surgery.compensate`"),
+        ),
         needs=("dense",),
         settings=("seed", "importance", "calibration", "surgery.stages"),
         shared_by_trials=True,
     ),
     Step(
         "share",
-        (Output("shared/", "the dense model after weight sharing"),),
+        (
+            Output("shared/", "the dense model after weight sharing"),
+            Output("shared-moments.safetensors", "how its units go together, for `surgery.compensate`"),
+        ),
         needs=("dense", "score"),
         settings=("sharing", *_SPACE),
         trains="sharing",
         shared_by_trials=True,
         switch=Switch("sharing.epochs", 0, "give some, e.g. sharing.epochs=5"),
-    ),
-    # Reads no scores, but needs the same ones: what trials share lies in one folder, which the last of them names.
-    Step(
-        "statistics",
-        (Output("statistics.safetensors", "activations of the calibration images, for `surgery.compensate`"),),
-        needs=("dense", "score", "share"),
-        settings=("seed", "calibration"),
-        shared_by_trials=True,
-        switch=Switch("surgery.compensate", "none", "choose one, e.g. surgery.compensate=lstsq"),
     ),
     Step(
         "sensitivity",
@@ -154,13 +151,13 @@ _STEPS = (
             Output("policy.json", "how much each block keeps"),
             Output("search/", "every policy that was tried", grows=True),
         ),
-        needs=("dense", "score", "share", "statistics"),
+        needs=("dense", "score", "share"),
         settings=("seed", "budget", "policy", "search", "surgery"),
     ),
     Step(
         "slim",
         (Output("slim/", "the slim model before finetuning"), Output("plan.json", "which units each block keeps")),
-        needs=("dense", "score", "share", "statistics", "search"),
+        needs=("dense", "score", "share", "search"),
         settings=("surgery",),
         uses_data=False,
         on_all_ranks=False,

@@ -32,6 +32,7 @@ from lightning_mdc.app.report import results as reporting
 from lightning_mdc.app.report.outcomes import Outcomes
 from lightning_mdc.app.report.write import write_report
 from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder
+from lightning_mdc.app.settings import token_options
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.tracking import Trackers
 from lightning_mdc.app.trainer import build_module, build_trainer, module_options, shards_parameters, training_device
@@ -45,11 +46,10 @@ from lightning_mdc.errors import DataError
 from lightning_mdc.figures.numbers import scaled
 from lightning_mdc.figures.search_items import trial_numbers
 from lightning_mdc.files import write_text
-from lightning_mdc.importance import Scores
+from lightning_mdc.importance import Moments, Scores
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy
-from lightning_mdc.policy_search.driver import SearchResult
+from lightning_mdc.policy_search.driver import SearchOptions, SearchResult
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
-from lightning_mdc.surgery import ActivationStatistics
 
 log = logging.getLogger(__name__)
 
@@ -101,18 +101,10 @@ class Run:
     def scores(self) -> Scores:
         return Scores.load(self.output("score"))
 
-    @property
-    def token_options(self) -> dict[str, Any]:
-        """How tokens leave, as keyword arguments."""
-        return {name: self.settings["surgery"][name] for name in ("token_score", "fuse_tokens")}
-
     @cached_property
-    def compensation(self) -> dict[str, Any]:
-        """How `slim` makes up for removed units, as keyword arguments."""
-        if STEPS["statistics"].is_off(self.settings):
-            return {}
-        statistics = ActivationStatistics.load(self.output("statistics"))
-        return {"compensate": self.settings["surgery"]["compensate"], "statistics": statistics}
+    def moments(self) -> Moments:
+        """Those of the weights that are pruned."""
+        return Moments.load(self.folder / _moments_of(self.weights))
 
     @property
     def judging_fingerprints(self) -> dict[str, str]:
@@ -123,8 +115,15 @@ class Run:
 
 def pruned(run: Run, model: nn.Module, policy: Policy) -> tuple[Plan, nn.Module]:
     """(plan, slim model) that a policy comes to, with the scores and the compensation of the run."""
-    plan = mdc.make_plan(model, run.scores, policy, **run.token_options)
-    return plan, mdc.slim(model, plan, **run.compensation)
+    plan = mdc.make_plan(model, run.scores, policy, token_options(run.settings))
+    compensate = run.settings["surgery"]["compensate"]
+    moments = None if compensate == "none" else run.moments
+    return plan, mdc.slim(model, plan, compensate=compensate, moments=moments)
+
+
+def _moments_of(weights: str) -> str:
+    """Name of the file of moments beside an artifact that can be pruned."""
+    return "moments.safetensors" if weights == "dense" else f"{weights}-moments.safetensors"
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -142,10 +141,12 @@ def dense(run: Run) -> str:
 
 
 def score(run: Run) -> str:
-    """Score heads, neurons and token positions; leaves ``scores.safetensors``."""
+    """Score heads, neurons and token positions; leaves ``scores.safetensors`` and ``moments.safetensors``."""
     model = run.model("dense").to(run.device)
     criterion, stages = build.build_criterion(run.settings), run.settings["surgery"]["stages"]
-    scores = mdc.score(model, calibration_batches(run), criterion, stages=stages, over_ranks=True)
+    scores = mdc.score(model, calibration_batches(run), criterion, stages=stages, moments=True, over_ranks=True)
+    assert scores.moments is not None  # asked for
+    on_first_rank(partial(scores.moments.save, run.folder / _moments_of("dense")))
     on_first_rank(partial(scores.save, run.output("score")))
     return f"{criterion.name} over {scores.images} images"
 
@@ -153,26 +154,21 @@ def score(run: Run) -> str:
 def share(run: Run) -> str:
     """Train the dense weights under many policies at once, which the search then tells apart; leaves ``shared/``."""
     options = run.settings["sharing"]
-    budget, space = build.build_budget(run.settings), build.space_options(run.settings)
     module = WeightSharingModule(
         run.model("dense"),
         run.scores,
-        budget,
+        build.build_budget(run.settings),
+        **build.search_space(run.settings),
         **module_options(options),
-        **space,
-        **run.token_options,
         seed=run.settings["seed"],
     )
     train(run, options, module, "shared", run.fingerprints["share"])
+    # Policies were trained by the dense model's scores, but what makes up for units has to know the new weights.
+    model = run.model("shared").to(run.device)
+    moments = mdc.score(model, calibration_batches(run), "magnitude", moments=True, over_ranks=True).moments
+    assert moments is not None  # asked for
+    on_first_rank(partial(moments.save, run.folder / _moments_of("shared")))
     return f"{options['epochs']} epochs of weight sharing"
-
-
-def statistics(run: Run) -> str:
-    """Gather what compensation has to know of the weights that are pruned; leaves ``statistics.safetensors``."""
-    model = run.model(run.weights).to(run.device)
-    activations = ActivationStatistics.of(model, calibration_batches(run), over_ranks=True)
-    on_first_rank(partial(activations.save, run.output("statistics")))
-    return f"activations of {activations.images} images"
 
 
 def sensitivity(run: Run) -> str:
@@ -194,8 +190,8 @@ def sensitivity(run: Run) -> str:
         held_out,
         levels={name: options[name] for name in DIMENSIONS},
         stages=surgery["stages"],
+        tokens=token_options(run.settings),
         state=state,
-        **run.token_options,
     )
     on_first_rank(partial(measured.save, run.output("sensitivity")))
     worst = max(measured.cuts, key=lambda cut: cut.kl)
@@ -212,7 +208,7 @@ def search(run: Run) -> str:
     if policy is None:
         policy = search_for_policy(run, model).policy
     on_first_rank(partial(write_text, run.output("search"), policy.to_json()))
-    ratios = (f"{name} {np.mean(getattr(policy, name)):.2f}" for name in DIMENSIONS)
+    ratios = (f"{name} {np.mean(policy.ratios[name]):.2f}" for name in DIMENSIONS)
     return f"mean keep ratios: {', '.join(ratios)}"
 
 
@@ -291,8 +287,7 @@ def report(run: Run) -> str:
 
 # What runs a step, by its name.
 ACTIONS: Mapping[str, Callable[[Run], str]] = {
-    action.__name__: action
-    for action in (dense, score, share, statistics, sensitivity, search, slim, distill, test, report)
+    action.__name__: action for action in (dense, score, share, sensitivity, search, slim, distill, test, report)
 }
 
 
@@ -360,28 +355,29 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     trial_settings = {k: v for k, v in relevant(run.settings, "search").items() if k != "search.n_trials"}
     trial_settings["search.warm_start"] = options["warm_start"]  # what was in it then is in the file of the trials
     upstream = run.judging_fingerprints
-    if not STEPS["statistics"].is_off(run.settings):
-        upstream["statistics"] = run.fingerprints["statistics"]
     state = run.folder / "search" / f"trials-{fingerprint_of(trial_settings, upstream)[:12]}.jsonl"
     # There may be others, of other budgets: whoever reads the folder has to know which one this is.
     on_first_rank(partial(write_text, run.folder / CURRENT_STUDY, state.name))
     if state.exists():
         log.info("  going on from %s", state)
     held_out = build.build_held_out(options, held_out_batches(run), model, run.device)
+    compensate = run.settings["surgery"]["compensate"]
+    scores = run.scores if compensate == "none" else run.scores.with_moments(run.moments)
     result = mdc.search(
         model,
-        run.scores,
+        scores,
         held_out,
         build.build_budget(run.settings),
         n_trials=options["n_trials"],
         seed=run.settings["seed"],
-        n_initial_points=options["n_initial_points"],
-        warm_start=options["warm_start"],
-        state=state,
-        on_trial=lambda trial, best: run.trackers.show(lambda: [trial_numbers(trial, best)]),
-        **build.space_options(run.settings),
-        **run.token_options,
-        **run.compensation,
+        **build.search_space(run.settings),
+        compensate=compensate,
+        options=SearchOptions(
+            journal=state,
+            warm_start=options["warm_start"],
+            initial_points=options["n_initial_points"],
+            on_trial=lambda trial, best: run.trackers.show(lambda: [trial_numbers(trial, best)]),
+        ),
     )
     first, best = result.history[0], result.best
     if first.value is not None and first.policy == result.space.uniform:

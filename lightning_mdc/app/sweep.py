@@ -26,7 +26,7 @@ from torch import nn
 from lightning_mdc.app import build, pipeline, terminal, tracking
 from lightning_mdc.app.fingerprints import fingerprint_of, fingerprints
 from lightning_mdc.app.run_folder import RunFolder
-from lightning_mdc.app.settings import plain
+from lightning_mdc.app.settings import plain, token_options
 from lightning_mdc.app.steps import Run, held_out_batches, pruned
 from lightning_mdc.app.tracking import RunInfo, Trackers
 from lightning_mdc.app.tracking.contents import sweep_items, trial_items
@@ -39,7 +39,7 @@ from lightning_mdc.figures.plan import policy_figure
 from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import replacing, write_text
 from lightning_mdc.gp_ei.study import read_study
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import DIMENSIONS, Policy
 from lightning_mdc.policy_search.driver import starting_points
 from lightning_mdc.policy_search.held_out import HeldOut, gathered
@@ -165,8 +165,8 @@ def _items(
     settings: build.Settings, model: nn.Module, slim_model: nn.Module, policy: Policy, value: float
 ) -> Iterator[Item]:
     """What of the trial is put on dashboards."""
-    pricing = Pricing(CostModel(find_sites(model)), build.build_budget(settings))
-    cost = pricing.utilisation(policy, fuse=settings["surgery"]["fuse_tokens"])
+    tokens = token_options(settings)
+    cost = Pricing(CostModel(find_anatomy(model)), build.build_budget(settings), tokens).utilisation(policy)
     options = {**settings["policy"], "kind": "uniform", "file": None, "keep": {}}
     uniform = build.given_policy({**settings, "policy": options}, model)
     assert uniform is not None  # of this kind it is

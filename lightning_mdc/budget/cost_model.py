@@ -1,23 +1,20 @@
-"""What the costs of a vision transformer are computed from: its units per block, and the tokens that flow through it.
-
-`CostModel` puts the closed forms of `macs` and `params` together; `latency` adds up what was measured.
-"""
+"""What costs of a vision transformer are computed from: its units per block, and the tokens that flow through it."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.macs import BlockMacs, attention_macs, mlp_macs, token_score_macs
-from lightning_mdc.budget.params import num_params, params_per_unit, weights_per_unit
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.models import Sites, UnitSite, find_sites
-from lightning_mdc.policy import Plan, Policy
+from lightning_mdc.models import Anatomy
+from lightning_mdc.policy import Plan, Policy, TokenOptions
+from lightning_mdc.tokens.flow import tokens_after, tokens_kept
+from lightning_mdc.tokens.reduction import reduction_class
 
 InputSize = int | Sequence[int]
 
@@ -37,15 +34,15 @@ class Kept:
     priced at once.
 
     Attributes:
-        heads, neurons: how many, (..., blocks); may be fractional (a solver's relaxation).
+        units: by dimension how many, (..., blocks); may be fractional (a solver's relaxation). All of what is missing.
         drops: where tokens leave, beside the token stages that are built in.
-        fuse: whether tokens that leave are averaged into one that stays.
+        reduction, restore: as of a `Plan`.
     """
 
-    heads: Any
-    neurons: Any
+    units: Mapping[str, Any] = field(default_factory=dict)
     drops: Sequence[TokenDrop] = ()
-    fuse: bool = True
+    reduction: str = "fuse"
+    restore: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,109 +50,155 @@ class BlockTokens:
     """How many tokens one block sees: arrays, or numbers, one per policy.
 
     Attributes:
-        attention: that reach its attention.
-        mlp: that reach its MLP, the fused token included.
-        dropped: whether any leave in between; plain False where there is no token stage.
-        scored: False when a prior alone decides which.
+        before: that reach its attention.
+        stay: of these, that go on as themselves; None where there is no token stage.
+        after: that reach its MLP, those that the reduction makes included.
+        scored: False when a prior alone decides which stay.
     """
 
-    attention: Any
-    mlp: Any
-    dropped: Any
-    scored: bool
+    before: Any
+    stay: Any
+    after: Any
+    scored: bool = False
+
+
+@dataclass(frozen=True)
+class BlockMacs:
+    """Where the MACs of one image go.
+
+    Attributes:
+        attention: of the half of each block before its token point, token scores and reduction included, (blocks,).
+        mlp: of the half after it, (blocks,).
+        outside: of patch embedding, head, and whatever else is outside the blocks.
+    """
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    outside: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.attention) + sum(self.mlp) + self.outside
 
 
 class CostModel:
-    """Prices what is kept of one model at one input size: (..., blocks) counts give (...) costs."""
+    """Prices what is kept of one model at one input size: (..., blocks) counts give (...) costs.
 
-    def __init__(self, sites: Sites, input_size: tuple[int, int] | None = None) -> None:
-        size = sites.input_size[1:] if input_size is None else input_size
-        grid = sites.grid_of(size)
-        self.sites = sites
-        self.size = size
-        self.num_prefix = sites.num_prefix_tokens
-        self.num_tokens = grid[0] * grid[1] + sites.num_prefix_tokens
-        self.num_rows = len(sites.class_rows)
-        heads, neurons = [b.heads for b in sites.blocks], [b.neurons for b in sites.blocks]
-        self.heads = _each(heads, lambda site: site.num_units)
-        self.neurons = _each(neurons, lambda site: site.num_units)
-        self.head_dims = _each(heads, lambda site: site.unit_width)
-        # Weights of the Linear layers per unit = MACs per token and unit.
-        self.head_weights, self.neuron_weights = _each(heads, weights_per_unit), _each(neurons, weights_per_unit)
-        self.head_params, self.neuron_params = _each(heads, params_per_unit), _each(neurons, params_per_unit)
-        prunable = int(self.head_params @ self.heads + self.neuron_params @ self.neurons)
-        self.fixed_params = num_params(sites.model) - prunable
-        self.built_in = [_drop(stage, None) for stage in sites.stages]  # of a model that is already slim
+    Attributes:
+        num_tokens, num_prefix: that reach the first block, and the prefix tokens of them.
+        sizes: by dimension, units per block, int (blocks,): 0 where a block cannot lose any. Those the model can lose.
+        everything: the model as it is, token stages that are built in included.
+    """
 
-    def tokens_left(self, num_tokens: Any, keep: Any) -> Any:
-        """Tokens that go on (fused one not counted) of `num_tokens` at ratio `keep`; whole counts stay whole."""
-        return np.minimum(num_tokens, np.maximum(np.floor(num_tokens * keep + 1e-6), self.num_prefix + 1))
+    def __init__(self, anatomy: Anatomy, input_size: tuple[int, int] | None = None) -> None:
+        size = anatomy.input_size[1:] if input_size is None else input_size
+        grid = anatomy.grid_of(size)
+        self.anatomy, self.size = anatomy, size
+        self.num_prefix = anatomy.num_prefix_tokens
+        self.num_tokens = grid[0] * grid[1] + self.num_prefix
+        self.sizes = {name: np.array(sizes, dtype=np.int64) for name, sizes in anatomy.sizes.items() if sizes}
+        self._params = {name: _each(anatomy, name, "params") for name in self.sizes}
+        self._fixed_params = num_params(anatomy.model) - sum(int(self._params[d] @ n) for d, n in self.sizes.items())
+        # By the tokens at the end, of which a reduction may make more; one number if they do not matter.
+        self._outside = anatomy.fixed_macs(size, np.arange(2 * self.num_tokens))
+        self._built_in = [_drop(stage) for stage in anatomy.stages]
+        self.everything = Kept(self.sizes)
+        if (plan := anatomy.built_in) is not None:
+            self.everything = Kept(self.sizes, (), plan.reduction, plan.restore)
+
+    # --- what it costs ------------------------------------------------------------------------------------------------
 
     def macs(self, kept: Kept) -> Any:
-        """MACs of one image, (...)."""
+        """MACs of one image, (...).
+
+        With N tokens, width D, a = heads * head_dim, m neurons a block has ``N D 3a + 2 N^2 a + N a D + 2 N D m`` of
+        them; its family knows. In a token stage the MLP sees the tokens that are left, and the score row adds ``N a``
+        (``N^2 a`` for mean attention received). LayerNorm, softmax, activations and biases are not counted, which is
+        how `torch.utils.flop_counter.FlopCounterMode` counts.
+        """
         attention, mlp, outside = self._parts(kept)
         return sum(attention) + sum(mlp) + outside
 
     def _parts(self, kept: Kept) -> tuple[list[Any], list[Any], Any]:
-        """MACs of each block's attention (token scores included) and MLP, and of all outside the blocks, (...) each."""
-        heads, neurons = np.asarray(kept.heads), np.asarray(kept.neurons)
+        """MACs of each block's halves, and of all outside the blocks, (...) each."""
         flow = self.flow(kept)
-        attention, mlp = [], []
-        for block, tokens in enumerate(flow):
-            of_block = tokens.attention, heads[..., block], self.head_dims[block]
-            spent = attention_macs(*of_block, self.head_weights[block])
-            if tokens.dropped is not False:
-                spent = spent + np.where(tokens.dropped & tokens.scored, token_score_macs(*of_block, self.num_rows), 0)
-            attention.append(spent)
-            mlp.append(mlp_macs(tokens.mlp, neurons[..., block], self.neuron_weights[block]))
-        return attention, mlp, self.sites.fixed_macs(self.size, flow[-1].mlp)
+        counts = {name: np.asarray(kept.units.get(name, sizes)) for name, sizes in self.sizes.items()}
+        halves: tuple[list[Any], list[Any]] = ([], [])
+        for index, (block, tokens) in enumerate(zip(self.anatomy.blocks, flow, strict=True)):
+            seen = (tokens.before, tokens.after)
+            spent = [0 if rest is None else rest(seen[half]) for half, rest in enumerate(block.rest)]
+            for name, units in block.units.items():
+                half = units.after_point
+                spent[half] = spent[half] + units.macs(counts[name][..., index], seen[half])
+            if tokens.stay is not None:
+                spent[0] = spent[0] + self._stage_macs(index, tokens, counts, kept.reduction)
+            for of_all, macs in zip(halves, spent, strict=True):
+                of_all.append(macs)
+        at_end = self.num_tokens if kept.restore else flow[-1].after
+        outside = self._outside[np.asarray(at_end, dtype=np.int64)] if np.ndim(self._outside) else self._outside
+        return *halves, outside
+
+    def _stage_macs(self, index: int, tokens: BlockTokens, counts: Mapping[str, np.ndarray], reduction: str) -> Any:
+        """MACs of scoring the tokens and of reducing those that leave."""
+        point = self.anatomy.blocks[index].point
+        assert point is not None  # Anatomy.check has refused other models
+        scoring: Any = point.attention.count
+        if point.attention.dimension in self.anatomy.blocks[index].units:
+            scoring = counts[point.attention.dimension][..., index]
+        seen, width = tokens.before, point.attention.width
+        rows = len(self.anatomy.class_rows) or seen
+        scores = rows * seen * scoring * width if tokens.scored else 0
+        keys = np.where(np.greater(scoring, 0), width, self.anatomy.dim)
+        reduced = reduction_class(reduction).macs(tokens.stay - self.num_prefix, seen - tokens.stay, keys)
+        return np.where(np.less(tokens.stay, seen), scores + reduced, 0)
 
     def flow(self, kept: Kept) -> list[BlockTokens]:
         """The tokens that each block sees."""
-        by_block = {drop.block: drop for drop in (*kept.drops, *self.built_in)}
-        tokens: Any = np.asarray(self.num_tokens, dtype=np.float64)
+        by_block = {drop.block: drop for drop in (*kept.drops, *self._built_in)}
+        tokens: Any = np.float64(self.num_tokens)
         blocks = []
-        for block in range(self.sites.depth):
-            before, drop = tokens, by_block.get(block)
-            dropped: Any = False
-            if drop is not None:
-                left = self.tokens_left(tokens, drop.keep)
-                dropped = left < tokens
-                tokens = np.where(dropped, left + kept.fuse, tokens)
-            blocks.append(BlockTokens(before, tokens, dropped, drop is not None and drop.scored))
+        for block in range(self.anatomy.depth):
+            drop = by_block.get(block)
+            if drop is None:
+                blocks.append(BlockTokens(tokens, None, tokens))
+                continue
+            stay = tokens_kept(tokens, drop.keep, self.num_prefix)
+            after = tokens_after(tokens, stay, kept.reduction)
+            blocks.append(BlockTokens(tokens, stay, after, drop.scored))
+            tokens = after
         return blocks
 
     def params(self, kept: Kept) -> Any:
         """Parameters, (...)."""
-        prunable = np.asarray(kept.heads) @ self.head_params + np.asarray(kept.neurons) @ self.neuron_params
-        return self.fixed_params + prunable
+        counts = {name: np.asarray(kept.units.get(name, sizes)) for name, sizes in self.sizes.items()}
+        return self._fixed_params + sum(counts[name] @ each for name, each in self._params.items())
 
-    # --- what is kept ---------------------------------------------------------------------------------------------
+    # --- what is kept -------------------------------------------------------------------------------------------------
 
-    @property
-    def everything(self) -> Kept:
-        """The model as it is."""
-        return Kept(self.heads, self.neurons, fuse=self.sites.fuse)
+    def kept(self, units: Mapping[str, Any], stages: Sequence[int], ratios: Any, tokens: TokenOptions) -> Kept:
+        """What is kept with so many `units`, and `ratios` (..., stages) of the tokens that reach each stage."""
+        drops = [
+            TokenDrop(block, ratios[..., number], tokens.score != "dependence") for number, block in enumerate(stages)
+        ]
+        reduction, restore = tokens.reduction, self.anatomy.restores(tokens.restore)
+        if self._built_in:
+            reduction, restore = self.everything.reduction, self.everything.restore
+        return Kept(units, drops, reduction, restore)
 
-    def kept_by(self, policy: Policy) -> Kept:
+    def kept_by(self, policy: Policy, tokens: TokenOptions | None = None) -> Kept:
         """What the slim model of `policy` keeps.
 
         Raises:
             PolicyError: the policy does not fit the model.
         """
-        counts = self.sites.counts(policy)
-        drops = [TokenDrop(block, keep) for block, keep in zip(counts.stages, counts.tokens, strict=True)]
-        return self._kept(counts.heads, counts.neurons, drops, self.sites.fuse)
+        counts = self.anatomy.counts(policy)
+        return self.kept(counts.units, counts.stages, counts.tokens, TokenOptions() if tokens is None else tokens)
 
     def kept_by_plan(self, plan: Plan) -> Kept:
         """What the slim model of `plan` keeps."""
-        drops = [_drop(stage, len(plan.heads[stage.block]) if plan.heads else None) for stage in plan.tokens]
-        heads, neurons = [len(kept) for kept in plan.heads], [len(kept) for kept in plan.neurons]
-        return self._kept(heads, neurons, drops, self.sites.fuse if self.built_in else plan.fuse)
-
-    def _kept(self, heads: Any, neurons: Any, drops: list[TokenDrop], fuse: bool) -> Kept:
-        # A dimension that cannot be cut has no counts; it keeps what it has.
-        return Kept(heads if len(heads) else self.heads, neurons if len(neurons) else self.neurons, drops, fuse)
+        units = {name: [len(indices) for indices in kept] for name, kept in plan.kept.items() if kept}
+        tokens = self.everything if self._built_in else plan
+        return Kept(units, [_drop(stage) for stage in plan.leaving], tokens.reduction, tokens.restore)
 
     def of_model(self) -> int:
         """MACs of the model as it is, built-in token stages included."""
@@ -171,47 +214,18 @@ class CostModel:
         return BlockMacs(tuple(map(int, attention)), tuple(map(int, mlp)), int(outside))
 
 
-def _drop(stage: Any, num_heads: int | None) -> TokenDrop:
-    return TokenDrop(stage.block, stage.keep, scored=stage.score != "dependence" or num_heads == 0)
+def _drop(stage: Any) -> TokenDrop:
+    return TokenDrop(stage.block, stage.keep, scored=stage.score != "dependence")
 
 
-def _each(sites: Sequence[UnitSite | None], value: Callable[[UnitSite], int]) -> np.ndarray:
-    return np.array([0 if site is None else value(site) for site in sites], dtype=np.int64)
+def _each(anatomy: Anatomy, dimension: str, attribute: str) -> np.ndarray:
+    found = [0 if units is None else getattr(units, attribute) for units in anatomy.units(dimension)]
+    return np.array(found, dtype=np.int64)
 
 
-def macs(model: nn.Module, input_size: InputSize | None = None) -> int:
-    """Multiply-accumulates of one image through `model` (dense or slim), the whole model counted.
-
-    Equals ``FlopCounterMode().get_total_flops() / 2`` in eval mode. `input_size` is a side, (height, width) or
-    (channels, height, width) in pixels; None means the model's own.
-
-    Raises:
-        UnsupportedModelError: no adapter knows the model, or it cannot take that input size.
-    """
-    return CostModel(find_sites(model), image_size(input_size)).of_model()
-
-
-def policy_macs(model: nn.Module, policy: Policy, input_size: InputSize | None = None) -> int:
-    """MACs of the slim model that `policy` makes of `model`, without making it.
-
-    Token scores are taken as by attention, the default; see `plan_macs` for a plan that says otherwise.
-
-    Raises:
-        PolicyError: the policy does not fit the model.
-    """
-    costs = CostModel(find_sites(model), image_size(input_size))
-    return int(costs.macs(costs.kept_by(policy)))
-
-
-def plan_macs(model: nn.Module, plan: Plan, input_size: InputSize | None = None) -> int:
-    """MACs of the slim model that `plan` makes of the dense `model`, without making it.
-
-    Raises:
-        PlanError: the plan is for another model.
-    """
-    sites = find_sites(model)
-    sites.check(plan)
-    return CostModel(sites, image_size(input_size)).of_plan(plan)
+def num_params(model: nn.Module) -> int:
+    """Parameters of any module."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def image_size(input_size: Any) -> tuple[int, int] | None:

@@ -1,22 +1,18 @@
-"""What a slim model may cost: limits of MACs, parameters and latency."""
+"""What a slim model may cost: limits of MACs, parameters, latency, or a registered cost of one's own."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_mdc.budget.latency import LatencyTable
-from lightning_mdc.errors import BudgetError, as_number, check_whole
-
-_DURATION = re.compile(r"\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(s|ms|us|µs)\s*", re.IGNORECASE | re.ASCII)
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+from lightning_mdc.budget.costs import COSTS
+from lightning_mdc.budget.latency_table import LatencyTable
+from lightning_mdc.errors import BudgetError, as_number
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Budget:
     """What the slim model may cost. Several limits hold together.
 
@@ -31,85 +27,67 @@ class Budget:
         device: where to measure latency; None: where the model is.
         table: a `LatencyTable`, its file, or what was read of its JSON, to take latency from instead of measuring it
             here: from the device the model will run on, say.
+        others: limits of costs that were registered, by name, and their options.
+
+    Attributes:
+        limits: by the name of the cost, what was given.
+        options: what else was given, by name.
 
     Raises:
-        BudgetError: no limit, or one that is not positive and finite; or something that latency alone has and no
-            latency.
+        BudgetError: no limit, or one that is not positive and finite; or something that one cost alone has and no limit
+            of it.
     """
 
-    macs: float | None = None
-    params: float | None = None
-    latency: float | str | None = None
-    batch_size: int | None = None
-    device: str | None = None
-    table: LatencyTable | Mapping[str, Any] | str | Path | None = field(default=None, compare=False)
+    limits: Mapping[str, float | str]
+    options: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        if self.macs is None and self.params is None and self.latency is None:
-            raise BudgetError("Budget() limits nothing; give macs=, params= or latency=")
-        for name in ("macs", "params"):
-            limit = getattr(self, name)
-            if limit is None:
-                continue
-            number = as_number(limit)
-            if number is None or not 0 < number < math.inf:
-                raise BudgetError(
-                    f"{name}={limit!r:.80}: expected a fraction of dense in (0, 1] or an absolute number like 1.84e9"
-                )
-            object.__setattr__(self, name, number)  # a tensor's value, say
-        self._check_latency()
-
-    def _check_latency(self) -> None:
-        given = {name: getattr(self, name) for name in ("batch_size", "device", "table")}
+    def __init__(
+        self,
+        macs: float | None = None,
+        params: float | None = None,
+        latency: float | str | None = None,
+        batch_size: int | None = None,
+        device: str | None = None,
+        table: LatencyTable | Mapping[str, Any] | str | Path | None = None,
+        **others: Any,
+    ) -> None:
+        given: dict[str, Any] = {"macs": macs, "params": params, "latency": latency}
+        given |= {"batch_size": batch_size, "device": device, "table": table, **others}
         given = {name: value for name, value in given.items() if value is not None}
-        if self.latency is None:
-            if given:
-                name, value = next(iter(given.items()))
-                raise BudgetError(f"{name}={value!r:.80}: is for a limit of latency, and there is none; give latency=")
-            return
-        if isinstance(self.latency, str):
-            if not 0 < _seconds(self.latency) < math.inf:
-                raise BudgetError(
-                    f"latency={self.latency!r:.80}: expected a time per image such as '1.8ms', '250us' or '0.1s', or a "
-                    "fraction of dense in (0, 1]"
-                )
-        else:
-            number = as_number(self.latency)
-            if number is None or not 0 < number <= 1:
-                raise BudgetError(
-                    f"latency={self.latency!r:.80}: a plain number is a fraction of dense in (0, 1]; for a time per "
-                    "image give its unit, latency='1.8ms'"
-                )
-            object.__setattr__(self, "latency", number)
-        check_whole("batch_size", self.batch_size, 1, BudgetError, or_none="the default")
-        if self.table is not None and len(given) > 1:
-            name, value = next(iter(given.items()))
-            raise BudgetError(f"{name}={value!r}: a table says itself what it is of; give {name}= or table=")
+        owners = {option: name for name, cost in COSTS.items() for option in cost.options}
+        if unknown := sorted(set(given) - {*COSTS, *owners}):
+            raise BudgetError(f"Budget({unknown[0]}=...): known limits are {', '.join(COSTS)}")
+        options = {name: value for name, value in given.items() if name in owners}
+        for name, value in options.items():
+            if (owner := owners[name]) not in given:
+                raise BudgetError(f"{name}={value!r:.80}: is for a limit of {owner}, and there is none; give {owner}=")
+        if len(options) == len(given):
+            raise BudgetError(f"Budget() limits nothing; give {'=, '.join(COSTS)}=")
+        limits = {
+            name: cost.checked(given[name], {option: options[option] for option in cost.options if option in options})
+            for name, cost in COSTS.items()
+            if name in given
+        }
+        object.__setattr__(self, "limits", limits)
+        object.__setattr__(self, "options", options)
+
+    def replaced(self, **changes: Any) -> Budget:
+        """This budget with other limits or options; None takes one away."""
+        return Budget(**{**self.limits, **self.options, **changes})
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was given by name, JSON-ready; all but what latency and the like are taken from, a table."""
+        sources = {name for cost in COSTS.values() for name, counts in cost.options.items() if not counts}
+        return {name: value for name, value in {**self.limits, **self.options}.items() if name not in sources}
 
     def __repr__(self) -> str:
         return f"Budget({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
 
-    def as_dict(self) -> dict[str, float | str | int]:
-        """What was given by name, JSON-ready; all but the table."""
-        given = {name: getattr(self, name) for name in ("macs", "params", "latency", "batch_size", "device")}
-        return {name: value for name, value in given.items() if value is not None}
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Budget) and self.as_dict() == other.as_dict()
 
-    def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
-        """Absolute limits by name, of what `dense` knows: MACs, parameters, seconds per image."""
-        limits = {}
-        for name, whole in dense.items():
-            limit = getattr(self, name)
-            if isinstance(limit, str):
-                limits[name] = _seconds(limit)
-            elif limit is not None:
-                limits[name] = limit * whole if limit <= 1 else float(limit)
-        return limits
-
-
-def _seconds(text: str) -> float:
-    """Of a duration such as ``"1.8ms"``; NaN if it is none."""
-    match = _DURATION.fullmatch(text)
-    return math.nan if match is None else float(match[1]) * _SECONDS[match[2].lower()]
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.as_dict().items())))
 
 
 def as_budget(budget: float | Budget) -> Budget:

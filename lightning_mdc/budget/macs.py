@@ -1,48 +1,65 @@
-"""Multiply-accumulates of one block in closed form, given its numbers of heads, neurons and tokens.
-
-With N tokens, width D, a = heads * head_dim, m neurons: ``N D 3a + 2 N^2 a + N a D + 2 N D m`` MACs (DESIGN: "FLOPs" in
-this literature are MACs). A gate or a GLU adds its own Linear. In a token stage the MLP sees the tokens that are left,
-and the score row adds N a (N^2 a for mean attention received). LayerNorm, softmax, activations and biases are not
-counted, which is how `torch.utils.flop_counter.FlopCounterMode` counts.
-
-Numbers may be arrays that broadcast against each other, so that thousands of policies are priced at once.
-"""
+"""Multiply-accumulates ("FLOPs" in this literature): as a cost, and of models, policies and plans."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 
-def attention_macs(tokens: Any, heads: Any, head_dim: int, weights_per_head: int) -> Any:
-    """Of the projections of all heads, and of the two products of every token with every other."""
-    return tokens * heads * weights_per_head + 2 * tokens * tokens * heads * head_dim
-
-
-def token_score_macs(tokens: Any, heads: Any, head_dim: int, num_rows: int) -> Any:
-    """Of the attention that `num_rows` class or distillation tokens pay to all; 0 rows: that all pay to all."""
-    return (num_rows or tokens) * tokens * heads * head_dim
+from lightning_mdc.budget.cost_model import CostModel, InputSize, Kept, image_size
+from lightning_mdc.budget.costs import Cost, register
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import Plan, Policy, TokenOptions
 
 
-def mlp_macs(tokens: Any, neurons: Any, weights_per_neuron: int) -> Any:
-    """Of the Linear layers of an MLP."""
-    return tokens * neurons * weights_per_neuron
+class Macs(Cost):
+    """MACs of one image."""
+
+    name = "macs"
+
+    def price(self, costs: CostModel, kept: Kept, options: Mapping[str, Any]) -> Any:
+        return costs.macs(kept)
 
 
-@dataclass(frozen=True)
-class BlockMacs:
-    """Where the MACs of one image go.
+register(Macs())
 
-    Attributes:
-        attention: of each block's attention and token scores, (blocks,).
-        mlp: of each block's MLP, (blocks,).
-        outside: of patch embedding, head, and whatever else is outside the blocks.
+
+def macs(model: nn.Module, input_size: InputSize | None = None, submodule: str | None = None) -> int:
+    """Multiply-accumulates of one image through `model` (dense or slim), the whole vision transformer counted.
+
+    Equals ``FlopCounterMode().get_total_flops() / 2`` in eval mode. `input_size` is a side, (height, width) or
+    (channels, height, width) in pixels; None means the model's own. `submodule`: see `find_anatomy`. Masks cost nothing
+    and save nothing: with them on, a model counts as without.
+
+    Raises:
+        UnsupportedModelError: no family knows the model, or it cannot take that input size.
     """
+    return CostModel(find_anatomy(model, submodule), image_size(input_size)).of_model()
 
-    attention: tuple[int, ...]
-    mlp: tuple[int, ...]
-    outside: int
 
-    @property
-    def total(self) -> int:
-        return sum(self.attention) + sum(self.mlp) + self.outside
+def policy_macs(
+    model: nn.Module,
+    policy: Policy,
+    tokens: TokenOptions | None = None,
+    input_size: InputSize | None = None,
+    submodule: str | None = None,
+) -> int:
+    """MACs of the slim model that `policy` makes of `model`, without making it. See `macs`.
+
+    Raises:
+        PolicyError: the policy does not fit the model.
+    """
+    costs = CostModel(find_anatomy(model, submodule), image_size(input_size))
+    return int(costs.macs(costs.kept_by(policy, tokens)))
+
+
+def plan_macs(model: nn.Module, plan: Plan, input_size: InputSize | None = None, submodule: str | None = None) -> int:
+    """MACs of the slim model that `plan` makes of the dense `model`, without making it. See `macs`.
+
+    Raises:
+        PlanError: the plan is for another model.
+    """
+    anatomy = find_anatomy(model, submodule)
+    anatomy.check(plan)
+    return CostModel(anatomy, image_size(input_size)).of_plan(plan)

@@ -1,7 +1,7 @@
 """Measures a `LatencyTable`: slim copies of a model's blocks are timed on the device it is for.
 
 Blocks are timed where they stand: behind each other, each on what the one before put out, and with clocks at the seams
-of attention and MLP. A part that is run by itself again and again finds its weights and its input in the cache and is
+of their halves. A part that is run by itself again and again finds its weights and its input in the cache and is
 faster than it will ever be in a model.
 """
 
@@ -29,17 +29,27 @@ from filelock import FileLock
 from torch import nn
 
 from lightning_mdc.budget.cost_model import CostModel
-from lightning_mdc.budget.latency import ALIGNMENT, BlockTimes, LatencyTable, Surface, architecture, block_kinds
+from lightning_mdc.budget.latency_table import (
+    ALIGNMENT,
+    BlockTimes,
+    HalfTimes,
+    LatencyTable,
+    Surface,
+    architecture,
+    block_kinds,
+    token_conditions,
+)
 from lightning_mdc.budget.timing import blank_images, settled_memory
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import BudgetError, check_number, check_whole
-from lightning_mdc.models import BlockSite, Sites, find_sites
-from lightning_mdc.policy import Plan, Policy, TokenStage
+from lightning_mdc.models import Anatomy, Block, Units, find_anatomy
+from lightning_mdc.models.swapping import cut_units, original_class
+from lightning_mdc.policy import TOKENS, Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.surgery.cutting import cut_units
-from lightning_mdc.surgery.slim import plain_copy, slim
-from lightning_mdc.tokens.selection import TokenSelection
+from lightning_mdc.surgery.slim import plain_copy, slim, stage_tokens
+from lightning_mdc.tokens.block import StagedBlock
+from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +57,8 @@ log = logging.getLogger(__name__)
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100
 # What a token stage costs hardly depends on how many it keeps.
 _STAGE_KEEP = 0.5
+# What is outside the blocks is timed with all tokens at the end, and with so few.
+_FEW = 0.25
 # Keep ratios, of all dimensions alike, of the whole models that sums of parts are corrected by.
 _WHOLE_MODELS = (1.0, 0.8, 0.6, 0.4)
 
@@ -55,10 +67,12 @@ def measure_latency_table(
     model: nn.Module,
     batch_size: int = 1,
     *,
+    tokens: TokenOptions | None = None,
     device: str | torch.device | None = None,
     cache: str | Path | None = None,
     seconds: float = 30.0,
     progress: bool = True,
+    submodule: str | None = None,
 ) -> LatencyTable:
     """The latency table of `model`, measured now or read from the cache.
 
@@ -68,10 +82,12 @@ def measure_latency_table(
     Args:
         model: the dense model (or a module that holds it); unchanged, and it need have no weights (meta device).
         batch_size: images per forward pass.
+        tokens: what happens at token stages; None: ``TokenOptions()``.
         device: where to measure; None: where the model is.
         cache: folder of tables; None: ``lightning_mdc/latency`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         seconds: how long to measure, about.
         progress: show a progress bar where there is a terminal.
+        submodule: of the vision transformer in `model`; see `find_anatomy`.
 
     Raises:
         BudgetError: `batch_size` or `seconds` is no positive number, or `device` none that is here.
@@ -80,12 +96,12 @@ def measure_latency_table(
     def read_or_measured() -> LatencyTable:
         check_whole("batch_size", batch_size, 1, BudgetError)
         check_number("seconds", seconds, "how long to measure", BudgetError, above=0)
-        sites = find_sites(model)
-        on = _device_of(sites, device)
-        conditions = _conditions(sites, batch_size, on)
+        anatomy = find_anatomy(model, submodule)
+        on = _device_of(anatomy, device)
+        conditions = _conditions(anatomy, batch_size, on, tokens)
         name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
         path = (_cache_folder() if cache is None else Path(cache)) / f"{name}.json"
-        measure = partial(_measured_table, model, on, conditions, seconds, progress)
+        measure = partial(_measured_table, anatomy.model, on, conditions, seconds, progress)
         with ExitStack() as stack:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +131,12 @@ def _measured_table(
     model: nn.Module, device: torch.device, conditions: dict[str, Any], seconds: float, progress: bool
 ) -> LatencyTable:
     """Time the parts of `model` on `device`, for about so many seconds."""
-    batch_size = conditions["batch_size"]
+    batch_size, tokens = conditions["batch_size"], TokenOptions(**(conditions["tokens"] or {}))
     watch = _Stopwatch(device, batch_size)
-    kinds, kind_of_block = block_kinds(find_sites(model))
-    blocks = [_Blocks(model, index, watch) for _, index in kinds]
-    outside, whole = _OutsideBlocks(model, watch), _WholeModels(model, watch)
+    dense = _copy_on(model, device)
+    kinds, kind_of_block = block_kinds(find_anatomy(dense))
+    blocks = [_Blocks(dense, index, tokens, watch) for _, index in kinds]
+    outside, whole = _OutsideBlocks(dense, tokens, watch), _WholeModels(dense, tokens, watch)
     passes: list[Callable[[], None]] = [
         *(run for kind in blocks for run in kind.passes),
         *outside.passes,
@@ -142,8 +159,8 @@ def _measured_table(
     return replace(parts, whole=whole.against(parts))
 
 
-def _device_of(sites: Sites, device: str | torch.device | None) -> torch.device:
-    own = next(sites.model.parameters()).device
+def _device_of(anatomy: Anatomy, device: str | torch.device | None) -> torch.device:
+    own = next(anatomy.model.parameters()).device
     try:
         wanted = own if device is None else torch.device(device)
         if wanted.type == "cuda" and not torch.cuda.is_available():
@@ -153,16 +170,17 @@ def _device_of(sites: Sites, device: str | torch.device | None) -> torch.device:
     return torch.device("cpu") if wanted.type == "meta" else wanted
 
 
-def _conditions(sites: Sites, batch_size: int, device: torch.device) -> dict[str, Any]:
+def _conditions(anatomy: Anatomy, batch_size: int, device: torch.device, tokens: TokenOptions | None) -> dict[str, Any]:
     """What the times depend on, JSON-ready."""
     on_gpu = device.type == "cuda"
     conditions = {
-        "model": architecture(sites),
-        "modules": sorted({type(module).__name__ for block in sites.blocks for module in block.module.modules()}),
+        "model": architecture(anatomy),
+        "tokens": token_conditions(anatomy, tokens),
+        "modules": sorted({type(module).__name__ for block in anatomy.blocks for module in block.module.modules()}),
         "batch_size": batch_size,
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": None if on_gpu else torch.get_num_threads(),
-        "dtype": str(next(sites.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(anatomy.model.parameters()).dtype).removeprefix("torch."),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
         "timm": timm.__version__,
@@ -188,18 +206,17 @@ def _cache_folder() -> Path:
 # --- knots ------------------------------------------------------------------------------------------------------------
 
 
-def head_knots(num_heads: int) -> list[int]:
-    """All numbers of a few heads, quarters of many; without heads and with all of them at the ends."""
-    if num_heads <= 4:
-        return list(range(num_heads + 1))
-    return sorted({0, 1, *(num_heads * i // 4 for i in (1, 2, 3)), num_heads})
-
-
-def neuron_knots(num_neurons: int) -> tuple[list[int], list[int]]:
-    """Numbers of neurons that are multiples of `ALIGNMENT` (and the whole width), and numbers that are none."""
-    quarters = [num_neurons * i // 4 // ALIGNMENT * ALIGNMENT for i in (1, 2, 3)]
-    aligned = sorted({0, num_neurons // 8 // ALIGNMENT * ALIGNMENT, *quarters, num_neurons})
-    odd = sorted({min(1, num_neurons), *(q + 3 for q in quarters if q + 3 < num_neurons - 1), max(num_neurons - 1, 0)})
+def unit_knots(units: Units | None) -> tuple[list[int], list[int]]:
+    """Numbers of units to time. Of units that are channels, multiples of `ALIGNMENT` (and all), and others."""
+    if units is None:
+        return [0], []
+    count = units.count
+    if units.width > 1:  # all numbers of a few, quarters of many; without them and with all of them at the ends
+        few = count <= 4
+        return (list(range(count + 1)) if few else sorted({0, 1, *(count * i // 4 for i in (1, 2, 3)), count})), []
+    quarters = [count * i // 4 // ALIGNMENT * ALIGNMENT for i in (1, 2, 3)]
+    aligned = sorted({0, count // 8 // ALIGNMENT * ALIGNMENT, *quarters, count})
+    odd = sorted({min(1, count), *(q + 3 for q in quarters if q + 3 < count - 1), max(count - 1, 0)})
     return aligned, odd
 
 
@@ -215,8 +232,8 @@ class _Stopwatch:
     """Marks points of time, on the device's own clock where it runs on behind our back, and keeps what is in between.
 
     Attributes:
-        readings: seconds per image of each part, by a name such as ``("mlp", 0, 96, 17)``: in the kind of block that
-            block 0 is of, 96 neurons and 17 tokens.
+        readings: seconds per image of each part, by a name such as ``("half", 1, 0, 96, 17)``: the second half of the
+            kind of block that block 0 is of, 96 units and 17 tokens.
     """
 
     def __init__(self, device: torch.device, batch_size: int) -> None:
@@ -263,21 +280,22 @@ class _Stopwatch:
 # --- what is timed ----------------------------------------------------------------------------------------------------
 
 
-def first_units(sites: Sites, policy: Policy) -> Plan:
+def first_units(anatomy: Anatomy, policy: Policy, tokens: TokenOptions | None = None) -> Plan:
     """A plan of `policy` for timing, which does not depend on which units stay: the first ones."""
-    counts = sites.counts(policy)
+    counts = anatomy.counts(policy)
+    tokens = TokenOptions() if tokens is None else tokens
     return Plan(
-        heads=tuple(tuple(range(int(count))) for count in counts.heads),
-        neurons=tuple(tuple(range(int(count))) for count in counts.neurons),
+        kept={name: tuple(tuple(range(int(n))) for n in counts.units.get(name, ())) for name in anatomy.sizes},
+        sizes=anatomy.sizes,
         tokens=tuple(TokenStage(b, float(keep)) for b, keep in zip(counts.stages, counts.tokens, strict=True)),
-        num_heads=sites.num_heads,
-        num_neurons=sites.num_neurons,
+        reduction=tokens.reduction,
+        restore=anatomy.restores(tokens.restore),
     )
 
 
 def _copy_on(model: nn.Module, device: torch.device) -> nn.Module:
     """A plain copy, in eval mode, with weights even where the model has none (on the meta device)."""
-    copied = plain_copy(find_sites(model).model)
+    copied = plain_copy(find_anatomy(model).model)
     copied = copied.eval().requires_grad_(False)
     if next(copied.parameters()).device.type != "meta":
         return copied.to(device)
@@ -290,126 +308,128 @@ def _copy_on(model: nn.Module, device: torch.device) -> nn.Module:
     return copied
 
 
-def _with_blocks(model: nn.Module, index: int, count: int) -> Sites:
-    """Sites of `model` with `count` copies of block `index` for blocks, none with a token stage built in."""
-    sites = find_sites(model)
-    if sites.blocks[index].stage is not None:
-        _put_stage(sites, index, 1.0, sites.fuse)
-    block = sites.container.get_submodule(str(index))
-    sites.container._modules.clear()
-    for number in range(count):
-        sites.container.add_module(str(number), copy.deepcopy(block))
-    return find_sites(model)
+def _without_stage(block: Block) -> Block:
+    """`block`, which is changed, as if no tokens left in it or before it."""
+    block.module.__class__ = original_class(block.module)
+    return replace(block, stage=None)
 
 
-def _can_drop(sites: Sites) -> bool:
-    """Whether tokens may leave, or do already."""
-    return "tokens" not in sites.reasons or bool(sites.stages)
+def _staged(anatomy: Anatomy, blocks: Sequence[Block], keep: float, tokens: TokenOptions) -> Anatomy:
+    """A model's outside around `blocks`, which are changed: in each, the share `keep` of its tokens goes on."""
+    staged = replace(anatomy, blocks=tuple(blocks), reader=None, no_tokens=None)
+    policy = Policy(tokens=[keep] * len(blocks), stages=range(len(blocks)))
+    stage_tokens(staged, first_units(staged, policy, tokens))
+    return staged
 
 
 class _Blocks:
     """Blocks of one kind, that of block `index`, cut to all widths of interest, with clocks at their seams."""
 
-    def __init__(self, model: nn.Module, index: int, watch: _Stopwatch) -> None:
-        sites = find_sites(model)
-        site, costs = sites.blocks[index], CostModel(sites)
-        can_drop = _can_drop(sites)
+    def __init__(self, model: nn.Module, index: int, tokens: TokenOptions, watch: _Stopwatch) -> None:
+        anatomy = find_anatomy(model)
+        costs = CostModel(anatomy)
+        can_drop = TOKENS not in anatomy.reasons or bool(anatomy.stages)
+        original = anatomy.blocks[index]
         self.index, self.watch = index, watch
-        self.heads = head_knots(site.heads.num_units) if site.heads else [0]
-        self.aligned, self.odd = neuron_knots(site.neurons.num_units) if site.neurons else ([0], [0])
+        # The units of either half that are timed; of several dimensions in one half the first.
+        self.units = [next((u for u in original.units.values() if u.after_point == half), None) for half in (0, 1)]
+        self.knots = [unit_knots(units) for units in self.units]
         self.tokens = token_knots(costs.num_tokens, costs.num_prefix + 1) if can_drop else [costs.num_tokens]
-        neurons = [*self.aligned, *self.odd]
-        count = max(len(neurons), len(self.heads))
-        self.chain = _with_blocks(_copy_on(model, watch.device), index, count)
-        # Which width each block of the chain has; of heads and neurons each knot comes up at least once.
-        self.cuts = [(self.heads[i % len(self.heads)], neurons[i % len(neurons)]) for i in range(count)]
-        _cut(self.chain, self.cuts)
-        self.stages: Sites | None = None
+        every = [[*aligned, *odd] for aligned, odd in self.knots]
+        count = max(map(len, every))
+        # Which width each half of each block of the chain has; each knot comes up at least once.
+        self.widths = [[knots[i % len(knots)] for knots in every] for i in range(count)]
+        self.chain = [self._cut(original, widths) for widths in self.widths]
+        self.stages: Sequence[Block] = ()
         if can_drop:
-            self.stages = _with_blocks(_copy_on(model, watch.device), index, len(self.heads))
-            _cut(self.stages, [(heads, None) for heads in self.heads])
-            for number in range(len(self.heads)):
-                _put_stage(self.stages, number, _STAGE_KEEP, self.stages.fuse)
-        parameter = next(self.chain.model.parameters())
+            blocks = [self._cut(original, [kept]) for kept in every[0]]
+            # Each as the first stage of a model: it asks for nothing that happened before.
+            self.stages = [_staged(anatomy, [block], _STAGE_KEEP, tokens).blocks[0] for block in blocks]
+        parameter = next(anatomy.model.parameters())
         self.inputs = {
-            n: torch.randn(watch.batch_size, n, sites.dim, device=parameter.device, dtype=parameter.dtype)
+            n: torch.randn(watch.batch_size, n, anatomy.dim, device=parameter.device, dtype=parameter.dtype)
             for n in self.tokens
         }
+
+    def _cut(self, original: Block, widths: Sequence[int]) -> Block:
+        """A copy with so many units in the first half, and the second if that is said."""
+        block = _without_stage(copy.deepcopy(original))
+        for units, kept in zip(self.units, widths, strict=False):
+            if units is not None:
+                cut_units(block.units[units.dimension], tuple(range(kept)))
+        return block
 
     @property
     def passes(self) -> list[Callable[[], None]]:
         """What to run once in each round. Not kept: it would hold the copies until the next collection of garbage."""
-        timed = (self._time_chain,) if self.stages is None else (self._time_chain, self._time_stages)
+        timed = (self._time_chain, self._time_stages) if self.stages else (self._time_chain,)
         return [partial(time, n) for time in timed for n in self.tokens]
 
     def _time_chain(self, num_tokens: int) -> None:
         x, watch = self.inputs[num_tokens], self.watch
-        with watch.at_calls(*filter(None, map(_start_of_mlp, self.chain.blocks))) as seams:
+        with watch.at_calls(*(block.second_half for block in self.chain if block.second_half is not None)) as seams:
             watch.wait()
             marks = [watch.mark()]
-            for block in self.chain.blocks:
+            for block in self.chain:
                 x = block.module(x)
                 marks.append(watch.mark())
             watch.wait()
-        seams = seams or marks[1:]  # no MLP that anything is known of: all of a block counts as its attention
-        for (heads, neurons), start, seam, end in zip(self.cuts, marks, seams, marks[1:], strict=False):
-            watch.readings["attention", self.index, heads, num_tokens].append(watch.between(start, seam))
-            watch.readings["mlp", self.index, neurons, num_tokens].append(watch.between(seam, end))
+        seams = seams or marks[1:]  # no seam that anything is known of: all of a block counts as its first half
+        for widths, start, seam, end in zip(self.widths, marks, seams, marks[1:], strict=False):
+            for half, seconds in enumerate((watch.between(start, seam), watch.between(seam, end))):
+                watch.readings["half", half, self.index, widths[half], num_tokens].append(seconds)
 
     def _time_stages(self, num_tokens: int) -> None:
-        assert self.stages is not None
-        for heads, block in zip(self.heads, self.stages.container.children(), strict=True):
-            select = next(module for module in block.modules() if isinstance(module, TokenSelection))
-            with self.watch.at_calls(select, ends=True) as marks:
-                block(self.inputs[num_tokens])
+        for kept, block in zip([*self.knots[0][0], *self.knots[0][1]], self.stages, strict=True):
+            assert isinstance(block.module, StagedBlock) and block.module.role.select is not None
+            with self.watch.at_calls(block.module.role.select, ends=True) as marks:
+                block.module(self.inputs[num_tokens])
                 self.watch.wait()
-            self.watch.readings["stage", self.index, heads, num_tokens].append(self.watch.between(*marks))
+            self.watch.readings["stage", self.index, kept, num_tokens].append(self.watch.between(*marks))
 
     def times(self) -> BlockTimes:
         """What this kind of block takes: medians of the readings."""
         surface = partial(self.watch.surface, tokens=self.tokens)
-        return BlockTimes(
-            attention=surface(("attention", self.index), self.heads),
-            mlp=surface(("mlp", self.index), self.aligned),
-            unaligned_mlp=surface(("mlp", self.index), self.odd),
-            stage=surface(("stage", self.index), self.heads) if self.stages is not None else None,
-        )
+
+        def half(number: int) -> HalfTimes:
+            units, (aligned, odd) = self.units[number], self.knots[number]
+            part = ("half", number, self.index)
+            dimension = None if units is None else units.dimension
+            return HalfTimes(dimension, surface(part, aligned), surface(part, odd) if odd else None)
+
+        knots = sorted({*self.knots[0][0], *self.knots[0][1]})
+        return BlockTimes((half(0), half(1)), surface(("stage", self.index), knots) if self.stages else None)
 
 
-def _cut(sites: Sites, widths: Sequence[tuple[int, int | None]]) -> None:
-    """Leave each block so many heads and neurons; None: all of them."""
-    for block, (heads, neurons) in zip(sites.blocks, widths, strict=True):
-        for site, kept in ((block.heads, heads), (block.neurons, neurons)):
-            if site is not None and kept is not None:
-                cut_units(site, tuple(range(kept)))
+class _Skipped(nn.Module):
+    """In place of a block."""
 
-
-def _put_stage(sites: Sites, block: int, keep: float, fuse: bool) -> None:
-    """Make `block` a token stage that lets the share `keep` of its tokens go on."""
-    new = sites.family.token_stage_block(sites, block, TokenStage(block, keep), fuse)
-    sites.container._modules[str(block)] = new
-
-
-def _start_of_mlp(block: BlockSite) -> nn.Module | None:
-    """The module whose call ends a block's attention half and begins its MLP half."""
-    if block.tokens is not None:
-        return block.tokens.residual_norm
-    return None if block.neurons is None else block.neurons.owner
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
 
 
 class _OutsideBlocks:
     """The model with one block only: what comes before it and after it, by how many tokens it leaves."""
 
-    def __init__(self, model: nn.Module, watch: _Stopwatch) -> None:
+    def __init__(self, model: nn.Module, tokens: TokenOptions, watch: _Stopwatch) -> None:
         self.watch = watch
-        sites = find_sites(model)
-        costs = CostModel(sites)
-        self.models = {costs.num_tokens: _with_blocks(_copy_on(model, watch.device), 0, 1)}
-        left = int(costs.tokens_left(costs.num_tokens, 0.25))
-        if _can_drop(sites) and left < costs.num_tokens:
-            self.models[left + 1] = _with_blocks(_copy_on(model, watch.device), 0, 1)
-            _put_stage(self.models[left + 1], 0, 0.25, True)
-        self.images = blank_images(self.models[costs.num_tokens].model, watch.batch_size, sites.input_size)
+        anatomy, costs = find_anatomy(model), CostModel(find_anatomy(model))
+        everything = costs.num_tokens
+        self.models = {everything: self._alone(model)}
+        if TOKENS not in anatomy.reasons or anatomy.stages:
+            stay = tokens_kept(everything, _FEW, costs.num_prefix)
+            left = int(tokens_after(everything, stay, tokens.reduction))
+            if left < everything:
+                self.models[left] = self._alone(model)
+                _staged(self.models[left], self.models[left].blocks, _FEW, tokens)
+        self.images = blank_images(model, watch.batch_size, anatomy.input_size)
+
+    def _alone(self, model: nn.Module) -> Anatomy:
+        """Of a copy of the model that runs its last block only, in which no tokens leave."""
+        anatomy = find_anatomy(copy.deepcopy(model))
+        for block in anatomy.blocks[:-1]:
+            anatomy.model.set_submodule(block.name, _Skipped())
+        return replace(anatomy, blocks=(_without_stage(anatomy.blocks[-1]),))
 
     @property
     def passes(self) -> list[Callable[[], None]]:
@@ -417,12 +437,12 @@ class _OutsideBlocks:
         return [partial(self._time, left) for left in self.models]
 
     def _time(self, left: int) -> None:
-        sites, watch = self.models[left], self.watch
-        (block,) = sites.container.children()
+        anatomy, watch = self.models[left], self.watch
+        block = anatomy.blocks[0].module
         with watch.at_calls(block, ends=True) as marks:
             watch.wait()
             start = watch.mark()
-            sites.model(self.images)
+            anatomy.model(self.images)
             end = watch.mark()
             watch.wait()
         watch.readings["outside", 0, left].append(watch.between(start, marks[0]) + watch.between(marks[1], end))
@@ -435,13 +455,12 @@ class _OutsideBlocks:
 class _WholeModels:
     """The model in one piece: as it is, and slim."""
 
-    def __init__(self, model: nn.Module, watch: _Stopwatch) -> None:
-        self.watch = watch
-        self.dense = _copy_on(model, watch.device)
-        sites = find_sites(self.dense)
-        self.policies = [Policy(**dict.fromkeys(sites.dimensions, keep)) for keep in _WHOLE_MODELS]  # type: ignore[arg-type]
-        self.models = [slim(self.dense, first_units(sites, policy)) for policy in self.policies]
-        self.images = blank_images(self.dense, watch.batch_size, sites.input_size)
+    def __init__(self, dense: nn.Module, tokens: TokenOptions, watch: _Stopwatch) -> None:
+        self.watch, self.dense, self.tokens = watch, dense, tokens
+        anatomy = find_anatomy(dense)
+        self.policies = [Policy(**dict.fromkeys(anatomy.dimensions, keep)) for keep in _WHOLE_MODELS]  # type: ignore[arg-type]
+        self.models = [slim(dense, first_units(anatomy, policy, tokens)) for policy in self.policies]
+        self.images = blank_images(self.dense, watch.batch_size, anatomy.input_size)
 
     @property
     def passes(self) -> list[Callable[[], None]]:
@@ -460,8 +479,8 @@ class _WholeModels:
 
     def against(self, table: LatencyTable) -> tuple[tuple[float, float], ...]:
         """(sum of parts, the median of what was timed) of each model, in seconds per image, dense first."""
-        costs = CostModel(find_sites(self.dense))
-        sums = [float(table.sum_of_parts(costs, costs.kept_by(policy))) for policy in self.policies]
+        costs = CostModel(find_anatomy(self.dense))
+        sums = [float(table.sum_of_parts(costs, costs.kept_by(policy, self.tokens))) for policy in self.policies]
         pairs = tuple((parts, self.watch.median("whole", number)) for number, parts in enumerate(sums))
         log.info(
             "  latency table: dense takes %.4g ms per image; of whole models, dense first, sums of parts are off by %s",

@@ -1,25 +1,22 @@
-"""Parameters: of any module by counting, and in closed form what one head or neuron brings along."""
+"""Parameters as a cost."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
 
-from lightning_mdc.models import UnitSite
-
-
-def num_params(model: nn.Module) -> int:
-    """Parameters of any module."""
-    return sum(p.numel() for p in model.parameters())
+from lightning_mdc.budget.cost_model import CostModel, Kept
+from lightning_mdc.budget.costs import Cost, register
 
 
-def params_per_unit(site: UnitSite) -> int:
-    """Parameters that leave with one unit of `site`: weights, biases, and its share of a norm that spans the units."""
-    biases = sum(producer.copies for producer in site.producers if producer.linear.bias is not None)
-    norm = 0 if site.norm is None else sum(1 for _ in site.norm.parameters())
-    return weights_per_unit(site) + site.unit_width * (biases + norm)
+class Params(Cost):
+    """Parameters of the vision transformer."""
+
+    name = "params"
+    rewards_dropping_tokens = False
+
+    def price(self, costs: CostModel, kept: Kept, options: Mapping[str, Any]) -> Any:
+        return costs.params(kept)
 
 
-def weights_per_unit(site: UnitSite) -> int:
-    """Weights of the Linear layers that one unit of `site` has, which are its MACs per token as well."""
-    rows = sum(producer.copies * producer.linear.in_features for producer in site.producers)
-    return site.unit_width * (rows + site.consumer.out_features)
+register(Params())

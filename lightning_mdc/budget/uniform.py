@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import nn
 
-from lightning_mdc.budget.cost_model import CostModel, Kept, TokenDrop
-from lightning_mdc.budget.latency import ALIGNMENT
+from lightning_mdc.budget.cost_model import CostModel, InputSize, image_size
+from lightning_mdc.budget.costs import COSTS
+from lightning_mdc.budget.grid import Counts, Grid
 from lightning_mdc.budget.limits import Budget, as_budget
 from lightning_mdc.budget.pricing import Pricing
-from lightning_mdc.errors import BudgetError, check_whole
-from lightning_mdc.models import find_sites
-from lightning_mdc.policy import DIMENSIONS, Policy, Ratios, default_stages, kept_tokens
+from lightning_mdc.errors import BudgetError, PolicyError
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, Space, TokenOptions
 
 
 def uniform_policy(
     model: nn.Module,
     budget: float | Budget = 0.6,
     dimensions: Iterable[str] | None = None,
+    space: Space | None = None,
+    tokens: TokenOptions | None = None,
     *,
-    min_heads: int = 1,
-    min_neurons: int = 1,
-    round_to: int | None = None,
-    stages: Sequence[int] | None = None,
+    input_size: InputSize | None = None,
+    submodule: str | None = None,
 ) -> Policy:
     """The policy that takes the same share of every dimension and just meets the budget.
 
@@ -37,71 +37,37 @@ def uniform_policy(
     Args:
         model: a supported vision transformer, or a module that holds one.
         budget: fraction of the dense MACs in (0, 1], or a `Budget`.
-        dimensions: what may be pruned; None means all three.
-        min_heads, min_neurons: the fewest a block keeps.
-        round_to: neurons are kept in multiples of it, because odd widths are slower than their MACs say; None: of 8
-            if all blocks have at least 512 neurons, else of 1.
-        stages: blocks where tokens leave; None means quarters of the depth.
+        dimensions: what may be pruned; None: all the model can lose, tokens where a classifier is known or they are
+            restored.
+        space: the fewest units, multiples of them, and token stages; None: ``Space()``.
+        tokens: what happens at a token stage; None: ``TokenOptions()``.
+        input_size: in pixels, see `macs`; None: the model's own.
+        submodule: of the vision transformer in `model`; see `find_anatomy`.
 
     Raises:
         BudgetError: the budget cannot be reached; the message says what can.
+        PolicyError: `space` says what a uniform policy has none of, or stages that the model has not.
         UnsupportedModelError: the model cannot lose units of a dimension asked for.
     """
-    sites = find_sites(model)
-    names = sites.require(dimensions)
-    for name, value in (("min_heads", min_heads), ("min_neurons", min_neurons)):
-        check_whole(name, value, 0, BudgetError)
-    if stages is not None:
-        sites.counts(Policy(stages=stages))  # refuses blocks the model does not have
-    costs = CostModel(sites)
-    step = neuron_step(costs, round_to)
-    # Neurons move in groups of `step`; a block's last, incomplete group is kept only by keeping them all.
-    whole = -(-min_neurons // step) * step
-    solver = _Solver(
-        costs,
-        Pricing(costs, as_budget(budget)),
-        names,
-        default_stages(sites.depth) if stages is None else tuple(stages),
-        step,
-        least_heads=np.minimum(costs.heads, min_heads) if "heads" in names else costs.heads,
-        least_neurons=np.minimum(costs.neurons, whole) if "neurons" in names else costs.neurons,
-    )
+    anatomy = find_anatomy(model, submodule)
+    space = Space() if space is None else space
+    for name in ("groups", "bounds", "token_ratio"):
+        if getattr(space, name) != getattr(Space, name):
+            raise PolicyError(
+                f"space.{name}={getattr(space, name)!r:.80} is for a search; a uniform policy has one ratio for all"
+            )
+    costs = CostModel(anatomy, image_size(input_size))
+    pricing = Pricing(costs, as_budget(budget), tokens)
+    default = anatomy.default_dimensions(pricing.tokens.restore)
+    return uniform_counts(pricing, anatomy.require(default if dimensions is None else dimensions), space)
+
+
+def uniform_counts(pricing: Pricing, dimensions: Sequence[str], space: Space) -> Policy:
+    """`uniform_policy` of a model whose prices are known."""
+    solver = _Solver(Grid(pricing.costs, dimensions, space, pricing.tokens), pricing, dimensions)
     solver.check_reachable()
-    heads, neurons, kept = solver.solve()
-    return realised(costs, heads, neurons, solver.token_ratios(kept), stages)
-
-
-def neuron_step(costs: CostModel, round_to: int | None) -> int:
-    """Neurons are kept in multiples of it: `round_to`, or for None what is fast and still a fine step.
-
-    Raises:
-        BudgetError: `round_to` is no positive whole number.
-    """
-    if round_to is None:
-        # In a narrow block so many at a time would be too coarse.
-        return ALIGNMENT if costs.neurons.min() >= 512 else 1
-    check_whole("round_to", round_to, 1, BudgetError)
-    return round_to
-
-
-def realised(
-    costs: CostModel, heads: np.ndarray, neurons: np.ndarray, tokens: Sequence[float], stages: Sequence[int] | None
-) -> Policy:
-    """The policy that keeps so many heads and neurons, (blocks,) each, and `tokens` of what reaches each stage.
-
-    What the model cannot lose, or has none of, is kept at 1.
-    """
-
-    def ratios(name: str, kept: np.ndarray, sizes: np.ndarray) -> Ratios:
-        return 1.0 if name in reasons else np.where(sizes > 0, kept / np.maximum(sizes, 1), 1.0).tolist()
-
-    reasons = costs.sites.reasons
-    return Policy(
-        heads=ratios("heads", heads, costs.heads),
-        neurons=ratios("neurons", neurons, costs.neurons),
-        tokens=1.0 if "tokens" in reasons else tokens or 1.0,
-        stages=stages,
-    )
+    units, stay = solver.solve()
+    return solver.grid.policy(units, solver.grid.ratios(stay))
 
 
 def _spread(total: int, least: np.ndarray, most: np.ndarray) -> np.ndarray:
@@ -131,120 +97,101 @@ def _largest(low: int, high: int, feasible: Callable[[int], bool]) -> int | None
 
 @dataclass
 class _Solver:
-    """Tries counts against the cost model. Counts are (heads, neurons) per block and tokens left per stage."""
+    """Tries counts against the cost model: units per block by dimension, and tokens that stay per stage."""
 
-    costs: CostModel
+    grid: Grid
     pricing: Pricing
-    dimensions: tuple[str, ...]
-    stages: tuple[int, ...]
-    step: int
-    least_heads: np.ndarray
-    least_neurons: np.ndarray
+    dimensions: Sequence[str]
     tightest: str = ""
 
     @property
     def drops_tokens(self) -> bool:
         """Where dropping tokens saves nothing it would only hurt."""
-        return "tokens" in self.dimensions and self.pricing.rewards_dropping_tokens
+        return TOKENS in self.dimensions and self.pricing.rewards_dropping_tokens
 
-    def utilisation(self, heads: Any, neurons: Any, kept: list[int] | float) -> float:
-        """Cost / budget under the tightest limit: feasible up to 1. `kept` may be one ratio for all stages."""
-        ratios = self.token_ratios(kept) if isinstance(kept, list) else [kept] * len(self.stages)
-        drops = [TokenDrop(block, keep) for block, keep in zip(self.stages, ratios, strict=True)]
-        shares = self.pricing.utilisations(Kept(heads, neurons, drops, self.costs.sites.fuse))
+    def utilisation(self, units: Counts, stay: list[int] | float) -> float:
+        """Cost / budget under the tightest limit: feasible up to 1. `stay` may be one ratio for all stages."""
+        ratios = self.grid.ratios(stay) if isinstance(stay, list) else np.full(len(self.grid.stages), stay)
+        shares = self.pricing.utilisations(self.grid.kept(units, ratios))
         self.tightest = max(shares, key=lambda name: float(shares[name]))
         return float(shares[self.tightest])
 
-    def token_ratios(self, kept: list[int]) -> list[float]:
-        """Whole tokens left per stage as ratios of what reaches the stage, e.g. 137 of 197, then 96 of 138."""
-        return [count / tokens for count, tokens in zip(kept, self._reaching(kept), strict=False)]
-
-    def _reaching(self, kept: list[int]) -> list[int]:
-        """Tokens that reach each stage, and what is behind the last one."""
-        tokens = [self.costs.num_tokens]
-        for count in kept:
-            tokens.append(count + 1 if count < tokens[-1] else tokens[-1])
-        return tokens
-
     def check_reachable(self) -> None:
-        smallest = self.utilisation(self.least_heads, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
+        least, fewest = self.grid.least, 0.0 if self.drops_tokens else 1.0
+        smallest = self.utilisation(least, fewest)
         if smallest <= 1:
             return
         in_words = partial(self.pricing.in_words, self.tightest)
         remedies = ["raise budget"]
-        if "heads" in self.dimensions and self.least_heads.any():
-            headless = self.utilisation(self.least_heads * 0, self.least_neurons, 0.0 if self.drops_tokens else 1.0)
-            remedies.append(f"pass min_heads=0 (reaches {in_words(headless)})")
+        for name in self.dimensions:
+            if name in self.grid.sizes and name not in self.grid.fine and least[name].any():
+                without = self.utilisation({**least, name: least[name] * 0}, fewest)
+                remedies.append(f"pass Space(min_{name}=0) (reaches {in_words(without)})")
         if len(self.dimensions) < len(DIMENSIONS):
             remedies.append("allow more dimensions")
-        if "latency" in self.pricing.limits:
-            remedies.append("measure with a larger batch_size, where starting operations takes less of the time")
+        remedies += [COSTS[name].remedy for name in self.pricing.limits if COSTS[name].remedy]
+        units = ", ".join(f"{counts.min()} {name.removesuffix('s')}(s)" for name, counts in least.items())
         raise BudgetError(
             f"budget={self.pricing.fraction or self.pricing.budget} is below the smallest reachable cost "
-            f"{in_words(smallest)} of this model ({self.least_heads.min()} head(s), {self.least_neurons.min()} "
-            f"neuron(s) per block{', one patch token' if self.drops_tokens else ''}); {' or '.join(remedies)}"
+            f"{in_words(smallest)} of this model ({units} per block"
+            f"{', one patch token' if self.drops_tokens else ''}); {' or '.join(remedies)}"
         )
 
-    def solve(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        ratio = self._relaxed_ratio()
-        full = self.costs.heads.sum()
-        heads = np.maximum(self.least_heads, np.rint(self.costs.heads * ratio).astype(np.int64))
-        kept = self._kept(ratio)
-        least = self.least_neurons
-        if self.utilisation(heads, least, kept) > 1:  # rounding up took more than the neurons can give back
-            fewer = self._most_heads(int(heads.sum()), least, kept)
-            heads = self.least_heads if fewer is None else fewer
-        if self.utilisation(heads, least, kept) > 1:
-            parts = _largest(0, 4096, lambda part: self.utilisation(heads, least, self._kept(ratio * part / 4096)) <= 1)
-            kept = self._kept(ratio * (parts or 0) / 4096)
-        neurons = self._most_neurons(heads, kept)
-        if (neurons == self.costs.neurons).all():  # rounding down left more than the neurons can take
-            more = self._most_heads(int(full), neurons, kept)
-            heads = heads if more is None or more.sum() < heads.sum() else more
-            kept = self._most_tokens(heads, neurons, kept)
-        return heads, neurons, kept
+    def solve(self) -> tuple[Counts, list[int]]:
+        grid, ratio = self.grid, self._relaxed_ratio()
+        coarse = [name for name in grid.sizes if name not in grid.fine]
+        units = dict(grid.least)
+        for name in coarse:
+            units[name] = np.maximum(units[name], np.rint(grid.sizes[name] * ratio).astype(np.int64))
+        stay = self._stay(ratio)
+        for name in coarse:
+            if self.utilisation(units, stay) > 1:  # rounding up took more than the fine units can give back
+                units[name] = self._most_units(name, int(units[name].sum()), units, stay)
+        if self.utilisation(units, stay) > 1:
+            parts = _largest(0, 4096, lambda part: self.utilisation(units, self._stay(ratio * part / 4096)) <= 1)
+            stay = self._stay(ratio * (parts or 0) / 4096)
+        for name in grid.fine:
+            units[name] = self._most_units(name, None, units, stay)
+        if all((units[name] == grid.sizes[name]).all() for name in grid.fine):  # rounding down left more than they take
+            for name in coarse:
+                more = self._most_units(name, None, units, stay)
+                units[name] = more if more.sum() >= units[name].sum() else units[name]
+            stay = self._most_tokens(units, stay)
+        return units, stay
 
     def _relaxed_ratio(self) -> float:
         def feasible(part: int) -> bool:
             ratio = part / 65536
-            heads = np.maximum(self.least_heads, self.costs.heads * ratio)
-            neurons = np.maximum(self.least_neurons, self.costs.neurons * ratio)
-            return self.utilisation(heads, neurons, ratio if self.drops_tokens else 1.0) <= 1
+            units = {name: np.maximum(self.grid.least[name], sizes * ratio) for name, sizes in self.grid.sizes.items()}
+            return self.utilisation(units, ratio if self.drops_tokens else 1.0) <= 1
 
         return 1.0 if feasible(65536) else (_largest(0, 65535, feasible) or 0) / 65536
 
-    def _kept(self, ratio: float) -> list[int]:
-        kept: list[int] = []
-        for _ in self.stages:
-            tokens = self._reaching(kept)[-1]
-            kept.append(kept_tokens(tokens, ratio, self.costs.num_prefix) if self.drops_tokens else tokens)
-        return kept
+    def _stay(self, ratio: float) -> list[int]:
+        ratios = np.full(len(self.grid.stages), ratio if self.drops_tokens else 1.0)
+        return [int(count) for count in self.grid.tokens(ratios)[1]]
 
-    def _most_heads(self, most: int, neurons: np.ndarray, kept: list[int]) -> np.ndarray | None:
-        def spread(total: int) -> np.ndarray:
-            return _spread(total, self.least_heads, self.costs.heads)
+    def _most_units(self, name: str, total: int | None, units: Counts, stay: list[int]) -> np.ndarray:
+        """The most units of a dimension beside the other ones of `units`: up to `total`; the fewest if none fit."""
+        step, sizes, fewest = self.grid.step[name], self.grid.sizes[name], self.grid.least[name]
+        least, most = fewest // step, -(-sizes // step)
 
-        total = _largest(int(self.least_heads.sum()), most, lambda t: self.utilisation(spread(t), neurons, kept) <= 1)
-        return None if total is None else spread(total)
+        def spread(groups: int) -> np.ndarray:
+            return np.maximum(np.minimum(_spread(groups, least, most) * step, sizes), fewest)
 
-    def _most_neurons(self, heads: np.ndarray, kept: list[int]) -> np.ndarray:
-        least, most = self.least_neurons // self.step, -(-self.costs.neurons // self.step)
+        def feasible(groups: int) -> bool:
+            return self.utilisation({**units, name: spread(groups)}, stay) <= 1
 
-        def spread(total: int) -> np.ndarray:
-            groups = np.minimum(_spread(total, least, most) * self.step, self.costs.neurons)
-            return np.maximum(groups, self.least_neurons)
+        found = _largest(int(least.sum()), int(most.sum()) if total is None else total, feasible)
+        return fewest if found is None else spread(found)
 
-        total = _largest(int(least.sum()), int(most.sum()), lambda t: self.utilisation(heads, spread(t), kept) <= 1)
-        return self.least_neurons if total is None else spread(total)
+    def _most_tokens(self, units: Counts, stay: list[int]) -> list[int]:
+        for stage in reversed(range(len(stay) if self.drops_tokens else 0)):
 
-    def _most_tokens(self, heads: np.ndarray, neurons: np.ndarray, kept: list[int]) -> list[int]:
-        for stage in reversed(range(len(kept) if self.drops_tokens else 0)):
-
-            def with_count(count: int, stage: int = stage, others: list[int] = kept) -> list[int]:
+            def with_count(count: int, stage: int = stage, others: list[int] = stay) -> list[int]:
                 return [*others[:stage], count, *others[stage + 1 :]]
 
-            # Keeping all but one saves nothing: the fused token takes its place.
-            most = self._reaching(kept)[stage] - 2
-            best = _largest(kept[stage], most, lambda c: self.utilisation(heads, neurons, with_count(c)) <= 1)
-            kept = kept if best is None else with_count(best)
-        return kept
+            most = self.grid.reaching(stay)[stage] - 1 - self.grid.extra  # keeping more saves nothing
+            best = _largest(stay[stage], most, lambda c: self.utilisation(units, with_count(c)) <= 1)
+            stay = stay if best is None else with_count(best)
+        return stay

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lightning_mdc.distillation.losses import hidden_state_loss
 from lightning_mdc.errors import DistillationError, UnsupportedModelError
-from lightning_mdc.models import Sites, find_sites, hide_hooks, show_hooks
+from lightning_mdc.models import Anatomy, find_anatomy
+from lightning_mdc.models.swapping import seen_by_compilers
+from lightning_mdc.policy import UNIT_DIMENSIONS
 
 
 class HiddenStates:
@@ -57,40 +59,39 @@ class HiddenStates:
 
 @contextmanager
 def hidden_states(student: nn.Module, teacher: nn.Module) -> Iterator[HiddenStates]:
-    """Both networks have hooks inside, and none after. To be entered before the first compiled forward pass.
+    """Both networks have hooks inside, which compiled code sees, and none after.
 
-    Compared are the blocks in which the student still has heads or neurons; see `comparable`.
+    Compared are the blocks in which the student still has units; see `comparable`.
     """
     of_student, of_teacher = comparable(student, teacher)
     caught = HiddenStates(of_student.num_prefix_tokens)
-    with ExitStack() as stack:
-        stack.callback(hide_hooks, student)  # when the hooks are gone
-        stack.callback(hide_hooks, teacher)
-        for sites, states in ((of_student, caught.student), (of_teacher, caught.teacher)):
-            for index in kept_blocks(of_student):
-                hook = partial(caught.keep, states, index)
-                stack.callback(sites.blocks[index].module.register_forward_hook(hook).remove)
-        show_hooks(student, compiled=True)  # if not yet, then after this, or in a wrapper that is not given here
-        show_hooks(teacher, compiled=False)  # whose code the same reset has thrown away
+    watched = [
+        (anatomy.blocks[index].module, partial(caught.keep, states, index))
+        for anatomy, states in ((of_student, caught.student), (of_teacher, caught.teacher))
+        for index in kept_blocks(of_student)
+    ]
+    with seen_by_compilers([block for block, _ in watched]), ExitStack() as stack:
+        for block, hook in watched:
+            stack.callback(block.register_forward_hook(hook).remove)
         yield caught
 
 
-def kept_blocks(sites: Sites) -> list[int]:
-    """Blocks that still have heads or neurons."""
+def kept_blocks(anatomy: Anatomy) -> list[int]:
+    """Blocks that still have units, or never had any that could leave."""
     return [
         index
-        for index, block in enumerate(sites.blocks)
-        if any(site is None or site.num_units for site in (block.heads, block.neurons))
+        for index, block in enumerate(anatomy.blocks)
+        if len(block.units) < len(UNIT_DIMENSIONS) or any(units.count for units in block.units.values())
     ]
 
 
-def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Sites, Sites]:
-    """The sites of student and teacher, if their hidden states can be compared block by block; else a
+def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Anatomy, Anatomy]:
+    """The anatomy of student and teacher, if their hidden states can be compared block by block; else a
     `DistillationError` says why not."""
     both = []
     for name, network in (("student", student), ("teacher", teacher)):
         try:
-            both.append(find_sites(network))
+            both.append(find_anatomy(network))
         except UnsupportedModelError as error:
             raise DistillationError(
                 f"hidden_weight > 0 compares blocks, but {name}={type(network).__name__} has none that are known:"

@@ -9,7 +9,8 @@ largest says. All others lie in between, and gain from both ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
@@ -24,8 +25,8 @@ from lightning_mdc.errors import DistillationError, check_number, check_whole
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.importance import Scores
 from lightning_mdc.models import is_compiled
-from lightning_mdc.policy import Plan, Policy
-from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
+from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
+from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery import masked
 from lightning_mdc.surgery.plan import make_plan
 
@@ -64,15 +65,8 @@ class WeightSharingModule(DistillationModule):
         budget: float | Budget | Mapping[str, Any] = 0.6,
         *,
         dimensions: Iterable[str] | None = None,
-        bounds: Bounds | None = None,
-        groups: Groups = None,
-        token_ratio: str = "shared",
-        min_heads: int = 1,
-        min_neurons: int = 1,
-        round_to: int | None = None,
-        stages: Sequence[int] | None = None,
-        token_score: str = "attention",
-        fuse_tokens: bool = True,
+        space: Space | Mapping[str, Any] | None = None,
+        tokens: TokenOptions | Mapping[str, Any] | None = None,
         seed: int = 0,
         shared_weight: float = 1.0,
         temperature: float = 1.0,
@@ -83,9 +77,8 @@ class WeightSharingModule(DistillationModule):
             model: the dense model, images (n, in_chans, H, W) -> logits (n, classes).
             scores: of its units; they say which ones a policy keeps, from the first step to the last.
             budget: as in `search`, or the limits of a `Budget` by name.
-            dimensions, bounds, groups, token_ratio, min_heads, min_neurons, round_to, stages: see `PolicySpace`. Take
-                those of the search: policies outside them are never asked for.
-            token_score, fuse_tokens: see `make_plan`.
+            dimensions, space, tokens: see `PolicySpace`; the last two also as arguments by name. Take those of the
+                search: policies outside them are never asked for.
             seed: of the random policies.
             shared_weight: factor of *shared* in the loss, at least 0.
             temperature: of *shared*, see `soft_distillation_loss`.
@@ -108,34 +101,27 @@ class WeightSharingModule(DistillationModule):
         # Not by super(): Lightning would find the model and the scores in this call, and keep them in checkpoints.
         DistillationModule.__init__(self, model, None, temperature=temperature, **training)
         _check_masks_can_train(self)
-        options: dict[str, Any] = {
-            "dimensions": None if dimensions is None else list(dimensions),
-            "bounds": bounds,
-            "groups": groups,
-            "token_ratio": token_ratio,
-            "min_heads": min_heads,
-            "min_neurons": min_neurons,
-            "round_to": round_to,
-            "stages": stages,
-            "fuse_tokens": fuse_tokens,
-        }
-        self.space = PolicySpace(model, Budget(**budget) if isinstance(budget, Mapping) else budget, **options)
+        dimensions = None if dimensions is None else list(dimensions)
+        limits = Budget(**budget) if isinstance(budget, Mapping) else budget
+        space = Space(**space) if isinstance(space, Mapping) else space
+        tokens = TokenOptions(**tokens) if isinstance(tokens, Mapping) else tokens
+        self.space = PolicySpace(model, limits, dimensions, space, tokens)
         self.scores = scores
         self.seed = seed
         self.shared_weight = shared_weight
-        self._plan_options: dict[str, Any] = {"token_score": token_score, "fuse_tokens": fuse_tokens}
         self._project = Projection(self.space, self.space.constraint)
         self._drawn: tuple[int, np.ndarray] | None = None
         # It needs the scores of every unit that may go.
-        self.smallest_plan = make_plan(model, scores, self.space.policy(self.space.low), **self._plan_options)
+        self.smallest_plan = make_plan(model, scores, self.space.policy(self.space.low), self.space.tokens)
 
-        limits: dict[str, Any] = self.space.budget.as_dict()
-        if isinstance(table := self.space.budget.table, LatencyTable):  # another machine has other latencies
-            limits["table"] = json.loads(table.to_json())
-        own = {"budget": limits, "seed": seed, "shared_weight": shared_weight}
+        in_force: dict[str, Any] = self.space.budget.as_dict()
+        if isinstance(table := self.space.budget.options.get("table"), LatencyTable):  # another machine has others
+            in_force["table"] = json.loads(table.to_json())
+        own = {"budget": in_force, "seed": seed, "shared_weight": shared_weight, "dimensions": dimensions}
+        own |= {"space": None if space is None else asdict(space), "tokens": asdict(self.space.tokens)}
         for name in _OF_A_TEACHER:
             self.hparams.pop(name, None)
-        self.save_hyperparameters({**own, **options, "token_score": token_score})
+        self.save_hyperparameters(own)
 
     def policy(self, step: int) -> Policy:
         """The random policy that update number `step` trains."""
@@ -148,7 +134,7 @@ class WeightSharingModule(DistillationModule):
 
     def plan(self, step: int) -> Plan:
         """What of the model the random policy of update number `step` keeps."""
-        return make_plan(self.student, self.scores, self.policy(step), **self._plan_options)
+        return make_plan(self.student, self.scores, self.policy(step), self.space.tokens)
 
     def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The scalars ``task``, ``shared`` and ``loss``; see `DistillationModule.loss_parts`."""
@@ -173,7 +159,7 @@ class WeightSharingModule(DistillationModule):
 
 
 def _check_masks_can_train(sharing: DistillationModule) -> None:
-    """Refuse a model that masks cannot train: they are hooks, there in a forward pass only, others in every step."""
+    """Refuse a model that masks cannot train: they are there in a forward pass only, others in every step."""
     student = sharing.student
     name = type(student).__name__
     if sharing.compile_options is not False or is_compiled(student):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,20 +17,29 @@ if TYPE_CHECKING:
 _MAP = "viridis"
 # More columns than a picture has pixels for are averaged.
 _COLUMNS = 400
+# More units than this are too narrow for crosses.
+_MOST_CROSSES = 40
 
 
-def heads_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | None) -> Figure:
-    """Block x head: each head's importance, scaled to [0, 1] within its block; a cross on those that are removed.
+def units_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | None, unit: str) -> Figure:
+    """Importance of each `unit` ("head") of each block, scaled to [0, 1] within its block, and which are removed: a map
+    of all, or where they are many a row of ranks.
 
     Args:
-        scores: per block, (heads,).
+        scores: per block, (units,).
         kept: per block, indices; None before there is a plan.
     """
+    few = max(len(block) for block in scores) <= _MOST_CROSSES
+    return (_all_units if few else _ranked_units)(scores, kept, unit)
+
+
+def _all_units(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | None, unit: str) -> Figure:
+    """Block x unit, with a cross on those that are removed."""
     most = max(len(block) for block in scores)
     image = np.full((len(scores), most), np.nan)
     for row, block in enumerate(scores):
         image[row, : len(block)] = _to_unit(block)
-    figure, panel = _block_map(image, "head", (-0.5, most - 0.5))
+    figure, panel = _block_map(image, unit, (-0.5, most - 0.5))
     for row, units in enumerate(kept or ()):
         gone = sorted(set(range(len(scores[row]))) - set(units))
         panel.plot(gone, [row] * len(gone), "x", color=PAPER, ms=6, mew=2.6)
@@ -39,13 +48,8 @@ def heads_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | N
     return figure
 
 
-def neurons_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | None) -> Figure:
-    """Block x neuron, the most important first: importance scaled to [0, 1] within its block; a line where it is cut.
-
-    Args:
-        scores: per block, (neurons,).
-        kept: per block, indices; None before there is a plan.
-    """
+def _ranked_units(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] | None, unit: str) -> Figure:
+    """Block x unit, the most important first, with a line where it is cut."""
     most = max(len(block) for block in scores)
     columns = min(most, _COLUMNS)
     image = np.full((len(scores), columns), np.nan)
@@ -53,7 +57,7 @@ def neurons_figure(scores: Sequence[np.ndarray], kept: Sequence[Sequence[int]] |
         width = max(1, round(columns * len(block) / most))
         parts = np.array_split(np.sort(_to_unit(block))[::-1], min(width, len(block)))
         image[row, :width] = _stretched([part.mean() for part in parts], width)
-    figure, panel = _block_map(image, "neurons, ranked", (0, most))
+    figure, panel = _block_map(image, f"{unit}s, ranked", (0, most))
     for row, units in enumerate(kept or ()):
         if len(units) < len(scores[row]):
             for colour, wide in ((PAPER, 4.0), (RED, 2.0)):
@@ -78,7 +82,7 @@ def tokens_figure(scores: Sequence[np.ndarray], blocks: Sequence[int], grid: tup
     return figure
 
 
-def histograms_figure(scores: dict[str, Sequence[np.ndarray]]) -> Figure:
+def histograms_figure(scores: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     """How importance is spread, one panel per dimension: all units, scaled to [0, 1] within their block or stage."""
     shown = {name: blocks for name, blocks in scores.items() if blocks}
     figure, panels = new_figure(WIDTH, 1.9, 1, len(shown))

@@ -10,15 +10,14 @@ import numpy as np
 
 from lightning_mdc.figures import style
 from lightning_mdc.figures.numbers import scaled
-from lightning_mdc.figures.style import BLUE, COLOURS, INK, ORANGE, PALE, legend_above, new_figure, plain
-from lightning_mdc.policy import DIMENSIONS, Plan, Policy, default_stages, kept_tokens
+from lightning_mdc.figures.style import BLUE, COLOURS, INK, LABELS, ORANGE, PALE, legend_above, new_figure, plain
+from lightning_mdc.policy import DIMENSIONS, TOKENS, Plan, Policy, default_stages
+from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_mdc.budget.macs import BlockMacs
-
-_LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens in the MLP"}
+    from lightning_mdc.budget.cost_model import BlockMacs
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,14 @@ def kept_by_block(plan: Plan, num_tokens: int, num_prefix_tokens: int) -> tuple[
         num_tokens: of the dense model, prefix tokens counted.
         num_prefix_tokens: of these, the ones that always stay.
     """
-    keep = {stage.block: stage.keep for stage in plan.tokens}
+    keep = {stage.block: stage.keep for stage in plan.leaving}
     tokens, counts = num_tokens, []
     for block in range(plan.depth):
-        left = kept_tokens(tokens, keep.get(block, 1.0), num_prefix_tokens)
-        if left < tokens:
-            tokens = left + plan.fuse
+        left = tokens_kept(tokens, keep.get(block, 1.0), num_prefix_tokens)
+        tokens = int(tokens_after(tokens, left, plan.reduction))
         counts.append(tokens)
-    found = (
-        Kept("heads", tuple(len(kept) for kept in plan.heads), plan.num_heads),
-        Kept("neurons", tuple(len(kept) for kept in plan.neurons), plan.num_neurons),
-        Kept("tokens", tuple(counts), (num_tokens,) * plan.depth),
-    )
-    return tuple(units for units in found if units.dense)
+    units = [Kept(name, tuple(map(len, plan.kept[name])), sizes) for name, sizes in plan.sizes.items() if sizes]
+    return *units, Kept(TOKENS, tuple(counts), (num_tokens,) * plan.depth)
 
 
 def kept_figure(units: tuple[Kept, ...]) -> Figure:
@@ -65,7 +59,7 @@ def kept_figure(units: tuple[Kept, ...]) -> Figure:
         panel.set_ylabel(dimension)
         panel.set_ylim(0, max(dense) * 1.2)
         style.few_ticks(panel.yaxis, 4, integer=True)
-        plain(panel, f"{sum(kept) / max(sum(dense), 1):.0%} of {_LABELS[dimension]}")
+        plain(panel, f"{sum(kept) / max(sum(dense), 1):.0%} of {LABELS[dimension]}")
         legend_above(panel)
     panels[-1].set_xlabel("block")
     style.few_ticks(panels[-1].xaxis, integer=True)
@@ -75,25 +69,25 @@ def kept_figure(units: tuple[Kept, ...]) -> Figure:
 def policy_figure(policy: Policy, uniform: Policy | None, title: str = "") -> Figure:
     """Keep ratios per block (per token stage for tokens) of a policy, as bars, with the uniform policy's as a line."""
     both = [p for p in (policy, uniform) if p is not None]
-    names = [name for name in DIMENSIONS if any(r < 1 for p in both for r in getattr(p, name))]
+    names = [name for name in DIMENSIONS if any(r < 1 for p in both for r in p.ratios[name])]
     names = names or list(DIMENSIONS)
-    depth = max(len(getattr(policy, name)) for name in names)
+    depth = max(len(policy.ratios[name]) for name in names)
     figure, panels = new_figure(style.width_of_blocks(depth), 1.6 * len(names) + 0.6, len(names))
     for panel, name in zip(panels, names, strict=True):
-        ratios = np.asarray(getattr(policy, name))
+        ratios = np.asarray(policy.ratios[name])
         numbers = np.arange(len(ratios))
         panel.bar(numbers, np.ones(len(ratios)), width=0.8, color=PALE)
         panel.bar(numbers, ratios, width=0.8, color=COLOURS[name], label="this policy")
         if uniform is not None:
-            even = np.broadcast_to(np.asarray(getattr(uniform, name)), ratios.shape)
+            even = np.broadcast_to(np.asarray(uniform.ratios[name]), ratios.shape)
             for number, ratio in enumerate(even):
                 label = "uniform" if number == 0 else None
                 panel.plot([number - 0.4, number + 0.4], [ratio, ratio], color=INK, linewidth=1.6, label=label)
         stages = policy.stages or default_stages(depth)
-        blocks = stages if name == "tokens" and len(stages) == len(ratios) else numbers
+        blocks = stages if name == TOKENS and len(stages) == len(ratios) else numbers
         panel.set_xticks(numbers, [str(block) for block in blocks])
-        panel.set_xlabel("token stage after the attention of block" if name == "tokens" else "block")
-        plain(panel, f"{_LABELS[name] if name != 'tokens' else 'tokens'} kept")
+        panel.set_xlabel("token stage after the attention of block" if name == TOKENS else "block")
+        plain(panel, f"{LABELS[name]} kept")
         panel.set_ylim(0, 1.02)
         panel.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         legend_above(panel)
@@ -139,7 +133,7 @@ def kept_overview_figure(runs: Sequence[tuple[str, tuple[Kept, ...]]]) -> Figure
             if units.dimension == dimension
         }
         at = np.fromiter(fractions, dtype=float) + 0.27 * (number - 1)
-        panel.bar(at, list(fractions.values()), 0.25, color=COLOURS[dimension], label=_LABELS[dimension])
+        panel.bar(at, list(fractions.values()), 0.25, color=COLOURS[dimension], label=LABELS[dimension])
     panel.set_xticks(range(len(runs)), [style.named(name, 40) for name, _ in runs], rotation=20, ha="right")
     panel.set_ylim(0, 1.15)
     panel.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_mdc.figures.style import GRAY, INK, WIDTH, colour_bar, new_figure, percent_ticks, plain, text_figure
+from lightning_mdc.figures.style import (
+    GRAY,
+    INK,
+    LABELS,
+    WIDTH,
+    colour_bar,
+    new_figure,
+    percent_ticks,
+    plain,
+    text_figure,
+)
 from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
 
 if TYPE_CHECKING:
@@ -17,8 +27,6 @@ if TYPE_CHECKING:
 _NOT_YET, _NOTHING_YET = "#f2f2f2", "no cut has been tried yet"
 # On a map's colours, which are the same on a light page and on a dark one; the theme's would not be read there.
 _ON_PALE, _ON_DARK = "#1c1c1c", "#fdfdfd"
-# Tokens leave at a token stage, and all blocks after it have fewer.
-_LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens after a stage"}
 _WORDS = {"accuracy": "top-1", "kl": "KL to dense (nats)"}
 # Below this KL two curves differ by noise; above it they are drawn by orders of magnitude.
 _SMALL_KL = 0.01
@@ -82,7 +90,7 @@ def sensitivity_map(sensitivity: Sensitivity) -> Figure:
         panel.set_xticks(range(len(columns)), [f"{column} %" for column in columns])
         panel.set_yticks(range(len(lost)), [str(block) for block in sensitivity.blocks(name)])
         panel.set_ylabel("block")
-        plain(panel, f"{_LABELS[name]} kept")
+        plain(panel, f"{LABELS[name]} kept")
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
     colour_bar(panels, ScalarMappable(norm, colours), "top-1 lost (percentage points)")
@@ -109,7 +117,7 @@ def _depth_bar(panels: list[Axes], colours: ListedColormap) -> None:
 
 def _finish(panel: Axes, name: str, measure: str) -> None:
     panel.set_ylabel(_WORDS[measure])
-    plain(panel, _LABELS[name])
+    plain(panel, LABELS[name])
     panel.set_xticks([1, 0.75, 0.5, 0.25, 0], ["100 %", "75 %", "50 %", "25 %", "0 %"])
     if measure == "kl":
         panel.set_yscale("symlog", linthresh=_SMALL_KL)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 INK, GRAY, PALE, PAPER = "#333333", "#b8b8b8", "#e3e3e3", "#ffffff"
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 COLOURS = {"heads": BLUE, "neurons": ORANGE, "tokens": GREEN}
+LABELS = {"heads": "attention heads", "neurons": "MLP neurons", "tokens": "tokens"}
 # A picture is as wide as a column of the page, which a phone shows whole; only many blocks need more.
 WIDTH = 4.8
 

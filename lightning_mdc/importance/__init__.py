@@ -1,16 +1,22 @@
-"""How much does each unit matter? `hsic` is the maths, `criteria` the choices, `scoring` runs them over a model."""
+"""How much does each unit matter? `criteria` are the choices, `moments` what some rest on, `scoring` runs them."""
 
+from lightning_mdc.importance.calibration import Calibration
 from lightning_mdc.importance.conditional import ConditionalDependence
-from lightning_mdc.importance.criteria import HSIC, Criterion, UnitGroup, as_criterion, register
+from lightning_mdc.importance.criteria import HSIC, Criterion, Needs, Taylor, UnitGroup, as_criterion, register
+from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.importance.scoring import Scorer, as_prediction, score
 
 __all__ = [
     "HSIC",
+    "Calibration",
     "ConditionalDependence",
     "Criterion",
+    "Moments",
+    "Needs",
     "Scorer",
     "Scores",
+    "Taylor",
     "UnitGroup",
     "as_criterion",
     "as_prediction",

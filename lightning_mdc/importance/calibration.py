@@ -1,8 +1,9 @@
-"""An own, seeded look at somebody's training data, which leaves their loaders as they were."""
+"""How many images are looked at, and an own, seeded look at training data, which leaves its loaders as they were."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,30 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
-from lightning_mdc.errors import CalibrationError
+from lightning_mdc.errors import CalibrationError, check_whole
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images that a model is looked at with, before anything leaves.
+
+    Args:
+        images: that units are scored on.
+        judging: that policies are judged on; none of those above.
+        batch_size: images in a batch; None: as the loader has it.
+
+    Raises:
+        CalibrationError: a number below 1.
+    """
+
+    images: int = 512
+    judging: int = 512
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("images", self.images, 1, CalibrationError)
+        check_whole("judging", self.judging, 1, CalibrationError)
+        check_whole("batch_size", self.batch_size, 1, CalibrationError, or_none="that of the loader")
 
 
 def is_map_style(loaders: Any) -> bool:
@@ -27,9 +51,9 @@ class CalibrationBatches(Sequence[Any]):
     `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return; a batch has the same structure.
     """
 
-    def __init__(self, loaders: Any, batches: int, images: int | None, seed: int) -> None:
+    def __init__(self, loaders: Any, calibration: Calibration, seed: int) -> None:
         self._leaves, self._structure = tree_flatten(loaders)
-        self._indices = [_sample(leaf, batches, images, seed) for leaf in self._leaves]
+        self._indices = [_sample(leaf, calibration, seed) for leaf in self._leaves]
 
     def __len__(self) -> int:
         return min(map(len, self._indices))
@@ -50,25 +74,20 @@ class CalibrationBatches(Sequence[Any]):
         return tree_unflatten(parts, self._structure)
 
 
-def _sample(loader: DataLoader[Any], batches: int, images: int | None, seed: int) -> list[list[int]]:
-    """Indices of equal-sized batches, drawn without replacement."""
+def _sample(loader: DataLoader[Any], calibration: Calibration, seed: int) -> list[list[int]]:
+    """Indices of equal-sized batches, drawn without replacement: of as many images as whole batches have."""
     total = len(loader.dataset)  # type: ignore[arg-type]
     if not total:
         raise CalibrationError("the training data set is empty: there is nothing to score on")
-    if loader.batch_sampler is None:  # the data set yields whole batches itself
-        if images is not None:
-            raise CalibrationError(
-                f"calibration_images={images}: this loader's data set yields whole batches (batch_size=None), "
-                "whose images cannot be counted beforehand; use calibration_batches"
-            )
-        size = 1
-    else:
-        size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 32
-    wanted = batches * size if images is None else images
     # A sampler over some indices splits the data set: the others are not for training.
     pool = list(loader.sampler.indices) if isinstance(loader.sampler, SubsetRandomSampler) else range(total)
-    size, wanted = min(size, len(pool), wanted), min(wanted, len(pool))
     order = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
+    size, wanted = calibration.batch_size, calibration.images
+    if loader.batch_sampler is None:  # the data set yields whole batches itself, of as many images as the first has
+        size, wanted = 1, -(-wanted // (num_images(loader.dataset[order[0]]) or 1))
+    elif size is None:
+        size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 32
+    size, wanted = min(size, len(pool), wanted), min(wanted, len(pool))
     return [order[start : start + size] for start in range(0, wanted - size + 1, size)]
 
 

@@ -20,12 +20,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_mdc.importance.criteria import HSIC, Criterion, UnitGroup, register
+from lightning_mdc.importance.criteria import HSIC, Criterion, Needs, UnitGroup, register
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.models import unit_channels
+from lightning_mdc.policy import UNIT_DIMENSIONS
 
-# Units among which those that leave are chosen before all others are updated: enough for large matrix products.
-_CANDIDATES = 64
+# Channels that leave before all others are updated at once: enough for large matrix products.
+_AT_ONCE = 64
+# Share of channels that have left at which matrices are copied without them.
+_GONE = 0.25
 
 
 @register
@@ -34,39 +37,32 @@ class ConditionalDependence(Criterion):
 
     A score is the share of the output's variance that is lost once this unit has left, and all with lower scores before
     it, while the others are refitted (as ``compensate="lstsq"`` does); 1 for the last. Token positions score as by raw
-    `HSIC`. No labels, no gradients.
-
-    Its sums are second moments of the channels, 4 bytes x channels² per layer: 453 MB for the neurons of DeiT-B.
+    `HSIC`. For heads and neurons it looks at moments of the channels alone (`Moments` says how much memory they take):
+    no prediction, labels or gradients.
     """
 
     name = "conditional"
-    needs_equal_batches, min_batch = HSIC.needs_equal_batches, HSIC.min_batch  # for the tokens
 
     def __init__(self) -> None:
         self._of_tokens = HSIC(hsic_weight=1.0, activation_weight=0.0)
 
-    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
-        if dimension == "tokens":
-            return self._of_tokens.observe(dimension, activations, group)
-        z = activations.flatten(2).flatten(0, 1)  # (images * tokens, channels)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return z.T @ z, z.sum(dim=0), z.new_tensor(len(z))
+    def needs(self, dimension: str) -> Needs:
+        return Needs(moments=True) if dimension in UNIT_DIMENSIONS else self._of_tokens.needs(dimension)
 
-    def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
-        if dimension == "tokens":
-            return self._of_tokens.contract(dimension, seen, prediction)
-        return dict(zip(("products", "sum", "rows"), seen, strict=True))
+    def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+        return {} if group.units else self._of_tokens.observe(activations, group)
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
-        if dimension == "tokens":
-            return self._of_tokens.finish(dimension, sums, group)
-        assert group.site is not None  # that of tokens only is None
-        products, total, rows = sums["products"], sums["sum"], sums["rows"]
-        if products.device.type not in ("cpu", "cuda"):  # where float64 is not to be had
-            products, total, rows = products.cpu(), total.cpu(), rows.cpu()
-        mean = total.double() / rows
-        covariance = products.double() / rows - torch.outer(mean, mean)
-        return lost_by_elimination(covariance, group.site.consumer.weight.detach().to(covariance), group.num_units)
+    def contract(self, seen: Mapping[str, Tensor], prediction: Tensor, group: UnitGroup) -> Mapping[str, Tensor]:
+        return self._of_tokens.contract(seen, prediction, group)
+
+    def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+        if group.units is None:
+            return self._of_tokens.finish(sums, group)
+        assert group.moments is not None  # they are needed
+        weight, moments = group.units.reader.weight.detach(), group.moments
+        if weight.device.type not in ("cpu", "cuda"):  # where float64 is not to be had
+            weight, moments = weight.cpu(), moments.to("cpu")
+        return lost_by_elimination(moments.covariance(), weight.double(), group.count)
 
 
 def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int) -> Tensor:
@@ -81,52 +77,78 @@ def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int) -> T
         (units,), in (0, 1], or all 0 if nothing varies. Sorted, it is what leaving so many units costs at least.
     """
     losses = covariance.new_zeros(num_units)
-    noise = RIDGE * float(covariance.diagonal().mean())
+    noise = RIDGE * float(covariance.diagonal().mean()) if num_units else 0.0
     if not noise > 0:
         return losses
-    width = len(covariance) // num_units
-    units = torch.arange(num_units, device=covariance.device)  # those that are left
     precision = torch.cholesky_inverse(ridge_cholesky(covariance, noise))
-    total = 0.0
-    while len(units):
-        ranked = _loss(precision, weight, width).sort(stable=True)
-        candidates = ranked.indices[:_CANDIDATES]
-        # Only the candidates are updated, until the best of them costs more than the best of the others did before.
-        # That one may cost less by now, if it served to cancel a unit that left. With 48 outputs or more no order was
-        # seen to change by that; with 8, up to 10 of 128 units did, which cost less than 0.3 % of the variance.
-        limit = float(ranked.values[_CANDIDATES]) if len(units) > _CANDIDATES else float("inf")
-        leaving: list[int] = []
-        near = unit_channels(candidates, width)
-        small_precision, small_weight = precision[near][:, near], weight[:, near]
-        while candidates.numel():
-            loss = _loss(small_precision, small_weight, width)
-            best = int(loss.argmin())
-            if leaving and float(loss[best]) > limit:
-                break
-            total += max(float(loss[best]), 0.0)
-            losses[units[candidates[best]]] = total
-            leaving.append(int(candidates[best]))
-            rest = torch.arange(len(candidates), device=units.device) != best
-            small_precision, small_weight = _without(small_precision, small_weight, ~rest, width)
-            candidates = candidates[rest]
-        gone = torch.zeros(len(units), dtype=torch.bool, device=units.device)
-        gone[leaving] = True
-        precision, weight = _without(precision, weight, gone, width)
-        units = units[~gone]
+    eliminated = _channels if num_units == len(covariance) else _units
+    order, costs = eliminated(precision, weight, num_units)
+    losses[order] = costs.clamp_min(0).cumsum(0)
+    total = float(losses.max())
     return losses / total if total > 0 else losses
 
 
-def _loss(precision: Tensor, weight: Tensor, width: int) -> Tensor:
-    """Variance of the output that each unit alone explains: ``tr(W_u P_uu^-1 W_u^T)``, (units,)."""
-    units = len(precision) // width
-    own = precision.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    of_unit = weight.view(-1, units, width).permute(1, 2, 0)  # (units, width, out)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(own), of_unit, upper=False).square().sum(dim=(1, 2))
+def _units(precision: Tensor, weight: Tensor, num_units: int) -> tuple[Tensor, Tensor]:
+    """(units in the order they leave, variance that each costs then), one unit after another."""
+    width = len(precision) // num_units
+    left, order, costs = list(range(num_units)), [], []
+    while left:
+        # Variance of the output that each unit alone explains, tr(W_u P_uu^-1 W_u^T).
+        own = precision.view(len(left), width, len(left), width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        of_unit = weight.view(-1, len(left), width).permute(1, 2, 0)  # (units, width, out)
+        factor = torch.linalg.cholesky(own)
+        loss = torch.linalg.solve_triangular(factor, of_unit, upper=False).square().sum(dim=(1, 2))
+        best = int(loss.argmin())
+        costs.append(loss[best])
+        order.append(left.pop(best))
+        stays = torch.arange(len(loss), device=loss.device) != best
+        kept, out = (unit_channels(which.nonzero()[:, 0], width) for which in (stays, ~stays))
+        taken_over = torch.cholesky_solve(precision[out][:, kept], factor[best])
+        precision = precision[kept][:, kept] - precision[kept][:, out] @ taken_over
+        weight = weight[:, kept] - weight[:, out] @ taken_over
+    return torch.tensor(order, device=weight.device), torch.stack(costs)
 
 
-def _without(precision: Tensor, weight: Tensor, gone: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Precision and refitted weight of the channels that are left, when the units `gone` (units,) are not there."""
-    left, out = (unit_channels(which.nonzero()[:, 0], width) for which in (~gone, gone))
-    shared = precision[out][:, left]
-    taken_over = torch.linalg.solve(precision[out][:, out], shared)
-    return precision[left][:, left] - shared.T @ taken_over, weight[:, left] - weight[:, out] @ taken_over
+def _channels(precision: Tensor, weight: Tensor, num_units: int) -> tuple[Tensor, Tensor]:
+    """`_units` where each has one channel: ``|W_u|^2 / P_uu``. The same order, much sooner.
+
+    Of W it keeps the Gram matrix ``G = W^T W``. When channels leave, what changes in P and G is of low rank: it is kept
+    as rows, with which the diagonals, and from them all losses, are brought up to date at once, and the rest of the
+    matrices for `_AT_ONCE` channels together.
+    """
+    gram = weight.T @ weight
+    channels = torch.arange(num_units, device=weight.device)
+    left, order, costs = num_units, [], []
+    gone = torch.zeros(num_units, dtype=torch.bool, device=weight.device)
+    while left:
+        count = min(_AT_ONCE, left)
+        variance, norms = precision.diagonal().clone().masked_fill_(gone, 1), gram.diagonal().clone()
+        never = torch.zeros_like(variance).masked_fill_(gone, float("inf"))
+        # When channel u leaves, P loses a a^T with a = P_u / sqrt(P_uu), and W loses c a^T with c = W_u / sqrt(P_uu),
+        # so G loses a b^T + b a^T with b = G_u / sqrt(P_uu) - a |c|^2 / 2.
+        a, b = precision.new_empty(2, count, len(channels))
+        leaving = []
+        for done in range(count):
+            loss = (norms / variance).add_(never)
+            best = int(loss.argmin())
+            of_a, of_b = a[:done, best], b[:done, best]
+            row = torch.sub(precision[best], of_a @ a[:done], out=a[done])
+            gram_row = torch.sub(gram[best], of_b @ a[:done] + of_a @ b[:done], out=b[done])
+            own = row[best].clone()
+            gram_row.sub_(row * (gram_row[best] / own / 2)).div_(own.sqrt())
+            row.div_(own.sqrt())
+            variance.addcmul_(row, row, value=-1)
+            norms.addcmul_(row, gram_row, value=-2)
+            variance[best], never[best] = 1, float("inf")
+            costs.append(loss[best])
+            leaving.append(best)
+        order.append(channels[leaving])
+        gone[leaving] = True
+        left -= count
+        if len(channels) - left >= _GONE * len(channels):
+            kept = (~gone).nonzero()[:, 0]
+            precision, gram = (each.index_select(0, kept).index_select(1, kept) for each in (precision, gram))
+            a, b, channels, gone = a[:, kept], b[:, kept], channels[kept], gone[kept]
+        precision.addmm_(a.T, a, alpha=-1)
+        gram.addmm_(torch.cat([a, b]).T, torch.cat([b, a]), alpha=-1)
+    return torch.cat(order), torch.stack(costs)

@@ -1,14 +1,15 @@
 """Criteria: how much does each unit matter? To add one, write a class and decorate it with `register`.
 
-A criterion sees activations in `observe` while the model runs (keep only what is needed: memory counts here) and the
-prediction in `contract`, which gives sums to add up over batches and ranks. `finish` turns the sums into scores.
+A criterion says what it sums over batches, in `observe`, and what it makes of the sums, in `finish`. Where it compares
+units with the model's prediction, `observe` keeps what is needed until that is known (little: memory counts here), and
+`contract` makes the sums of it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from lightning_mdc.errors import CalibrationError, check_number
 from lightning_mdc.importance import hsic as hsic_maths
+from lightning_mdc.importance.moments import LayerMoments
 from lightning_mdc.importance.scores import min_max
-from lightning_mdc.models import UnitSite
+from lightning_mdc.models import Units
+from lightning_mdc.policy import DIMENSIONS
 
 # Neurons or token positions looked at at a time. It bounds the copy of their activations: 13 MB for 256 neurons, 16
 # images and 197 tokens.
@@ -29,17 +32,47 @@ MIN_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class UnitGroup:
-    """Units that are scored together: one block's heads or neurons, or one stage's token positions.
+class Needs:
+    """What a criterion needs to score units of one dimension.
 
     Attributes:
-        name: where they are in the model, e.g. ``blocks.3.mlp``.
-        site: of the heads or neurons; None for token positions.
+        images: how many in a batch at least; 0: no images at all.
+        equal_batches: whether all batches have to have the same number of images.
+        prediction: whether it looks at the model's prediction.
+        gradients: whether at gradients of the loss, for which there have to be labels as well.
+        moments: whether at first and second moments of what layers read from units.
     """
 
+    images: int = 1
+    equal_batches: bool = False
+    prediction: bool = False
+    gradients: bool = False
+    moments: bool = False
+
+    @classmethod
+    def all_of(cls, needs: Iterable[Needs]) -> Needs:
+        """What is needed to meet all of them."""
+        together = [vars(each).values() for each in needs]
+        return cls(*(max(values) for values in zip(*together, strict=True)))
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that are scored together: those of one block, or one token stage's positions.
+
+    Attributes:
+        dimension: what they are, of `policy.DIMENSIONS`.
+        name: where they are in the model, e.g. ``blocks.3.mlp``.
+        count: how many there are.
+        units: what the anatomy knows of them; None for token positions.
+        moments: in `Criterion.finish`, of what reads the units, where they are needed.
+    """
+
+    dimension: str
     name: str
-    num_units: int
-    site: UnitSite | None
+    count: int
+    units: Units | None = None
+    moments: LayerMoments | None = None
 
 
 class Criterion(ABC):
@@ -47,25 +80,27 @@ class Criterion(ABC):
 
     Activations have shape (images, tokens, units, channels): heads with head_dim channels, neurons with one, and for
     the token dimension the value vectors of the patch positions, (images, 1, positions, channels). They need not be
-    contiguous in memory.
+    contiguous in memory. A criterion that needs gradients is given the change of the loss instead, (images, units): the
+    gradient of a gate of ones on the unit.
     """
 
     name: ClassVar[str]
-    needs_images: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = False  # of the loss, so labels as well
-    needs_equal_batches: ClassVar[bool] = False
-    min_batch: ClassVar[int] = 1
+    dimensions: ClassVar[tuple[str, ...]] = DIMENSIONS  # that it can score
 
-    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
-        """What to remember of one forward pass until the prediction is known."""
-        raise NotImplementedError
+    def needs(self, dimension: str) -> Needs:
+        """What it has to be given for this dimension."""
+        return Needs()
 
-    def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
-        """Sums over this batch, of any shape, always the same. prediction: (images, classes)."""
-        raise NotImplementedError
+    def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+        """Sums over this batch, of any shape, always the same; or what `contract` makes them of."""
+        return {}
+
+    def contract(self, seen: Mapping[str, Tensor], prediction: Tensor, group: UnitGroup) -> Mapping[str, Tensor]:
+        """Where the prediction is needed: the sums, from what was observed. prediction: (images, classes)."""
+        return seen
 
     @abstractmethod
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+    def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         """Scores (units,) from sums over all batches; ``sums["batches"]`` and ``sums["images"]`` are counts."""
 
 
@@ -107,8 +142,6 @@ class HSIC(Criterion):
     """
 
     name = "hsic"
-    needs_equal_batches = True  # the estimate depends on the number of images
-    min_batch = MIN_IMAGES
 
     def __init__(
         self, hsic_weight: float = 0.1, activation_weight: float = 0.9, redundancy_weight: float = 0.1
@@ -121,28 +154,31 @@ class HSIC(Criterion):
         self.hsic_weight, self.activation_weight = hsic_weight, activation_weight
         self.redundancy_weight = redundancy_weight
 
-    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
-        if dimension == "heads":
-            return (_grams(activations.mean(dim=-1, dtype=torch.float32).permute(2, 0, 1)),)  # of (heads, n, tokens)
-        if dimension == "tokens":
-            return (_grams(activations[:, 0].transpose(0, 1)),)  # of (positions, n, channels)
-        grams = _grams(activations[..., 0].permute(2, 0, 1))  # of (neurons, n, tokens)
-        return (grams, _magnitude(activations)) if self.activation_weight else (grams,)
+    def needs(self, dimension: str) -> Needs:
+        return Needs(images=MIN_IMAGES, equal_batches=True, prediction=True)  # the estimate depends on their number
 
-    def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
-        grams = seen[0]
+    def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+        if group.units is None:
+            return {"grams": _grams(activations[:, 0].transpose(0, 1))}  # of (positions, n, channels)
+        if group.units.width > 1:  # (heads, n, tokens)
+            return {"grams": _grams(activations.mean(dim=-1, dtype=torch.float32).permute(2, 0, 1))}
+        grams = {"grams": _grams(activations[..., 0].permute(2, 0, 1))}  # of (neurons, n, tokens)
+        return grams | ({"magnitude": _magnitude(activations)} if self.activation_weight else {})
+
+    def contract(self, seen: Mapping[str, Tensor], prediction: Tensor, group: UnitGroup) -> Mapping[str, Tensor]:
+        grams = seen["grams"]
         relevance = hsic_maths.dependence(grams, hsic_maths.linear_weights(prediction.to(grams.dtype)))
-        if dimension == "heads":
+        if group.units is None:
+            return {"hsic": min_max(relevance) if self.activation_weight else relevance}
+        if group.units.width > 1:
             pairs = hsic_maths.pairwise_dependence(grams)
             others = (pairs.sum(dim=1) - pairs.diagonal()) / max(len(grams) - 1, 1)
             return {"hsic": relevance - self.redundancy_weight * others}
-        if dimension == "tokens" and self.activation_weight:
-            return {"hsic": min_max(relevance)}
-        return {"hsic": relevance} | ({"magnitude": seen[1]} if len(seen) > 1 else {})
+        return {"hsic": relevance} | {name: value for name, value in seen.items() if name == "magnitude"}
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+    def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         mean = sums["hsic"] / sums["batches"]
-        if dimension != "neurons":
+        if group.units is None or group.units.width > 1:
             return mean
         if not self.activation_weight:
             return self.hsic_weight * mean
@@ -155,13 +191,10 @@ class Activation(Criterion):
 
     name = "activation"
 
-    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
-        return (_magnitude(activations),)
+    def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+        return {"magnitude": _magnitude(activations)}
 
-    def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
-        return {"magnitude": seen[0]}
-
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+    def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         return sums["magnitude"] / sums["images"]
 
 
@@ -169,20 +202,18 @@ class Activation(Criterion):
 class Taylor(Criterion):
     """First-order change of the loss if the unit were removed, ``|sum activation * gradient|`` per image, averaged.
 
-    Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019). Here `observe` is given that sum,
-    (images, units): the gradient of a gate of ones on the unit.
+    Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019).
     """
 
     name = "taylor"
-    needs_gradients = True
 
-    def observe(self, dimension: str, activations: Tensor, group: UnitGroup) -> tuple[Tensor, ...]:
-        return (activations.float().abs().sum(dim=0),)
+    def needs(self, dimension: str) -> Needs:
+        return Needs(prediction=True, gradients=True)
 
-    def contract(self, dimension: str, seen: tuple[Tensor, ...], prediction: Tensor) -> dict[str, Tensor]:
-        return {"change": seen[0]}
+    def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+        return {"change": activations.float().abs().sum(dim=0)}
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+    def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         return sums["change"] / sums["images"]
 
 
@@ -191,17 +222,18 @@ class Magnitude(Criterion):
     """L2 norm of all weights of a unit. Needs no images; weights know nothing of positions, so tokens all score 1."""
 
     name = "magnitude"
-    needs_images = False
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
-        site, units = group.site, group.num_units
-        if site is None:
-            return torch.ones(units)
-        squares = site.consumer.weight.detach().float().square().sum(dim=0).view(units, -1).sum(dim=1)
-        width = units * site.unit_width
-        for producer in site.producers:
-            rows = producer.linear.weight.detach().float().square().sum(dim=1)
-            squares = squares + rows.view(producer.copies, width).sum(dim=0).view(units, -1).sum(dim=1)
+    def needs(self, dimension: str) -> Needs:
+        return Needs(images=0)
+
+    def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+        if group.units is None:
+            return torch.ones(group.count)
+        squares = torch.zeros(group.count)
+        for part in group.units.slices:
+            if part.name in part.module._parameters and part.tensor.ndim > 1:  # weights; no biases, no norms
+                of_entry = part.tensor.detach().float().square().movedim(part.dim, 0).flatten(1).sum(dim=1)
+                squares = squares + of_entry.view(part.groups, group.count, -1).sum(dim=(0, 2)).cpu()
         return squares.sqrt()
 
 
@@ -210,16 +242,18 @@ class Random(Criterion):
     """Random scores, the same for the same seed: what any criterion has to beat."""
 
     name = "random"
-    needs_images = False
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def finish(self, dimension: str, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
+    def needs(self, dimension: str) -> Needs:
+        return Needs(images=0)
+
+    def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         # One stream per group, so that scores do not depend on what else is scored.
         digest = hashlib.sha256(f"{self.seed} {group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        return torch.rand(group.num_units, generator=generator)
+        return torch.rand(group.count, generator=generator)
 
 
 def _magnitude(activations: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,34 +15,61 @@ from torch import Tensor
 
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.files import replacing
-from lightning_mdc.policy import DIMENSIONS
+from lightning_mdc.importance.moments import Moments
+from lightning_mdc.policy import DIMENSIONS, ByDimension
 
 _FORMAT = "lightning_mdc.scores.1"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Scores:
     """Importance per unit, higher = keep. fp32 on the CPU.
 
     Attributes:
-        heads: per block, (heads,); empty if not scored.
-        neurons: per block, (neurons,); empty if not scored.
-        tokens: per token stage, (patch positions,) in row-major order; empty if not scored.
+        values: by dimension, those of `units`; `heads`, `neurons` and `tokens` are views of it.
         stages: the blocks of the token stages.
         criterion: name of what made them.
         images: how many images they rest on.
+        moments: of what the layers that read units are given, if gathered on the way; not in a file of scores.
     """
 
-    heads: list[Tensor]
-    neurons: list[Tensor]
-    tokens: list[Tensor]
-    stages: tuple[int, ...] = ()
-    criterion: str = ""
-    images: int = 0
+    values: Mapping[str, list[Tensor]]
+    stages: tuple[int, ...]
+    criterion: str
+    images: int
+    moments: Moments | None
+
+    def __init__(
+        self,
+        heads: list[Tensor],
+        neurons: list[Tensor],
+        tokens: list[Tensor],
+        stages: tuple[int, ...] = (),
+        criterion: str = "",
+        images: int = 0,
+        moments: Moments | None = None,
+    ) -> None:
+        values = ByDimension(dict(zip(DIMENSIONS, (heads, neurons, tokens), strict=True)))
+        rest = {"stages": stages, "criterion": criterion, "images": images, "moments": moments}
+        for name, value in {"values": values, **rest}.items():
+            object.__setattr__(self, name, value)
+
+    heads = property(lambda self: self.units("heads"), doc="Per block, (heads,).")
+    neurons = property(lambda self: self.units("neurons"), doc="Per block, (neurons,).")
+    tokens = property(lambda self: self.units("tokens"), doc="Per token stage, (patch positions,), row by row.")
+
+    def units(self, dimension: str) -> list[Tensor]:
+        """Per block (or token stage), (units,): empty tensors where a block has none, no tensors if not scored."""
+        return self.values[dimension]
+
+    def with_moments(self, moments: Moments) -> Scores:
+        """The same scores with moments that were kept apart."""
+        values: dict[str, Any] = dict(self.values)
+        return Scores(**values, stages=self.stages, criterion=self.criterion, images=self.images, moments=moments)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, e.g. ``heads.3``."""
-        return {f"{d}.{i}": t for d in DIMENSIONS for i, t in enumerate(getattr(self, d))}
+        return {f"{d}.{i}": t for d in DIMENSIONS for i, t in enumerate(self.units(d))}
 
     def facts(self) -> dict[str, str]:
         """What is not a tensor, as text."""
@@ -65,12 +94,12 @@ class Scores:
         missing = {"criterion", "images", "stages"} - set(facts)
         if missing:
             raise CalibrationError(f"scores lack {sorted(missing)}: the file is damaged; score again")
-        lists = {
+        values: dict[str, Any] = {
             d: [tensors[f"{d}.{i}"] for i in range(sum(name.startswith(f"{d}.") for name in tensors))]
             for d in DIMENSIONS
         }
         return cls(
-            **lists,
+            **values,
             stages=tuple(json.loads(facts["stages"])),
             criterion=facts["criterion"],
             images=int(facts["images"]),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import length_hint
 from typing import Any
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mdc.distributed import gather, on_every_rank, summed
-from lightning_mdc.errors import CalibrationError
-from lightning_mdc.importance.criteria import Criterion, UnitGroup, as_criterion
+from lightning_mdc.errors import CalibrationError, check_whole
+from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
+from lightning_mdc.importance.moments import MomentSums
 from lightning_mdc.importance.scores import Scores
-from lightning_mdc.models import Sites, check_unmasked, evaluating, find_sites, probing
-from lightning_mdc.policy import Policy, default_stages
+from lightning_mdc.models import Anatomy, Units, check_unmasked, evaluating, find_anatomy, probing
+from lightning_mdc.models.anatomy import Channels
+from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 
@@ -35,6 +37,9 @@ def score(
     dimensions: Iterable[str] | None = None,
     stages: Sequence[int] | None = None,
     prediction: Callable[[Any], Tensor] | None = None,
+    moments: bool | None = None,
+    moment_tokens: int | None = None,
+    submodule: str | None = None,
     progress: bool = True,
     over_ranks: bool = False,
 ) -> Scores:
@@ -45,10 +50,16 @@ def score(
             whatever device it is.
         batches: what a DataLoader yields, ``(images, labels)`` or ``images``. Read once.
         criterion: ``"conditional"``, ``"hsic"``, ``"taylor"``, ``"activation"``, ``"magnitude"``, ``"random"``, a name
-            of your own (see `criteria.register`), or an instance.
-        dimensions: None means all that the model can lose.
+            of your own (see `register`), or an instance.
+        dimensions: None means all that the model can lose, without tokens if no classifier is known.
         stages: blocks of the token stages; None means quarters of the depth.
-        prediction: turns the model's output into probabilities (images, classes); None means softmax.
+        prediction: turns the model's output into probabilities (images, classes); None means softmax. The output is
+            only looked at if the criterion needs it for one of the `dimensions`.
+        moments: whether to gather on the way what ``slim(compensate="lstsq")`` has to know; see `Moments`. None: if
+            the criterion needs it.
+        moment_tokens: how many patch tokens of an image, drawn by a fixed seed, moments are of; None means all. The
+            matrix products for all take about half as long as the forward pass.
+        submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
         progress: show a bar (on a terminal).
         over_ranks: in a distributed run, every rank gives its own share of the batches, or none; the scores are of all
             of them and the same on all ranks, which all have to call this.
@@ -58,28 +69,25 @@ def score(
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; names the
             module in the way.
     """
-    criterion = as_criterion(criterion)
-    sites = find_sites(model)
+    anatomy = find_anatomy(model, submodule)
     if not isinstance(batches, Iterable):
         raise CalibrationError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
-    scorer = Scorer(sites, criterion, dimensions, stages)
+    scorer = Scorer(
+        anatomy, as_criterion(criterion), dimensions, stages, prediction, moments=moments, moment_tokens=moment_tokens
+    )
 
     def observe() -> None:
         shown = bar("Scoring", length_hint(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
-            for images, labels in _as_tensors(batches, criterion):
-                scorer.update(partial(_predict, model, on_device_of(sites, images), prediction), labels)
+            for images, labels in _as_tensors(batches, scorer.needs):
+                scorer.update(partial(model, on_device_of(anatomy, images)), len(images), labels)
                 advance()
 
-    if criterion.needs_images:
+    if scorer.needs.images:
         on_every_rank(observe) if over_ranks else observe()  # before ranks exchange sums, all know who failed
     if over_ranks:
         scorer.sum_over_ranks()
     return scorer.scores()
-
-
-def _predict(model: nn.Module, images: Tensor, prediction: Callable[[Any], Tensor] | None) -> Tensor:
-    return as_prediction(model(images), prediction)
 
 
 class Scorer:
@@ -88,39 +96,69 @@ class Scorer:
     Every entry of `sums` is a plain sum over batches, so that ranks can share them out.
 
     Args:
-        sites: of the model, which has no masks on.
+        anatomy: of the model, which has no masks on.
         criterion: what is summed up.
-        dimensions, stages: see `score`.
+        dimensions, stages, prediction, moments, moment_tokens: see `score`.
+
+    Attributes:
+        needs: what there has to be for all of the dimensions together.
 
     Raises:
-        CalibrationError: the model has masks on, or stages that are not in it.
+        CalibrationError: the model has masks on, stages that are not in it, or options that do not go together.
         UnsupportedModelError: it cannot lose units of one of the `dimensions`.
     """
 
     def __init__(
         self,
-        sites: Sites,
+        anatomy: Anatomy,
         criterion: Criterion,
         dimensions: Iterable[str] | None = None,
         stages: Sequence[int] | None = None,
+        prediction: Callable[[Any], Tensor] | None = None,
+        *,
+        moments: bool | None = None,
+        moment_tokens: int | None = None,
     ) -> None:
         check_unmasked(
-            sites.model,
+            anatomy.model,
             CalibrationError,
             "units that are left out would score as if they did nothing",
             "score it before masks are put on, or after they are taken off",
         )
-        self.sites, self.criterion = sites, criterion
-        self.dimensions = sites.dimensions if dimensions is None else sites.require(dimensions)
+        self.anatomy, self.criterion, self.prediction = anatomy, criterion, prediction
+        self.dimensions = _dimensions(anatomy, criterion, dimensions)
         # As a policy's stages are: increasing, and in the model.
-        self.stages = default_stages(sites.depth) if stages is None else Policy(stages=stages).stages or ()
-        if self.stages and self.stages[-1] >= sites.depth:
-            raise CalibrationError(f"stages={list(self.stages)}: {sites.name} has only {sites.depth} blocks")
-        device = next(sites.model.parameters()).device
+        self.stages = default_stages(anatomy.depth) if stages is None else Policy(stages=stages).stages or ()
+        if self.stages and self.stages[-1] >= anatomy.depth:
+            raise CalibrationError(f"stages={list(self.stages)}: {anatomy.name} has only {anatomy.depth} blocks")
+        check_whole("moment_tokens", moment_tokens, 1, CalibrationError, or_none="all")
+        needs = Needs.all_of(criterion.needs(dimension) for dimension in self.dimensions)
+        if needs.moments and moments is False:
+            raise CalibrationError(
+                f"moments=False, but criterion={criterion.name!r} is made of them; leave it out, or choose another "
+                "criterion"
+            )
+        self.needs = Needs.all_of([needs, Needs(images=1, moments=True)]) if moments else needs
+        self._moments = MomentSums(anatomy, self.dimensions if self.needs.moments else (), moment_tokens)
+        device = next(anatomy.model.parameters()).device
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
         self.groups = dict(self._groups())
         self._pass = _Pass()
         self._two_passes = False
+
+    def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
+        for dimension in self.dimensions:
+            if dimension == TOKENS:
+                positions = self.anatomy.grid[0] * self.anatomy.grid[1]
+                for stage, block in enumerate(self.stages):
+                    yield f"{dimension}.{stage}", UnitGroup(dimension, f"{self._name(block)}.{dimension}", positions)
+                continue
+            for block, units in enumerate(self.anatomy.units(dimension)):
+                if units is not None:
+                    yield f"{dimension}.{block}", UnitGroup(dimension, units.name, units.count, units)
+
+    def _name(self, block: int) -> str:
+        return self.anatomy.blocks[block].name
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -133,63 +171,72 @@ class Scorer:
 
     def _probes(self) -> Iterator[tuple[Callable[[Any], Any], Callable[..., Any]]]:
         for name, group in self.groups.items():
-            if group.site is not None:
-                yield group.site.consumer.register_forward_pre_hook, partial(self._see_units, name, group.num_units)
+            if group.units is not None:
+                yield group.units.reader.register_forward_pre_hook, partial(self._see_units, name, group.units)
             else:
-                attention = self.sites.blocks[self.stages[int(name.split(".")[1])]].attention
-                assert attention is not None  # every block has one where tokens may leave
-                yield attention.qkv.register_forward_hook, partial(self._see_values, name)
+                point = self.anatomy.blocks[self.stages[int(name.split(".")[1])]].point
+                assert point is not None  # every block has one where tokens may leave
+                values = point.values
+                yield values.module.register_forward_hook, partial(self._see_values, name, values)
 
-    def update(self, predict: Callable[[], Tensor], labels: Tensor | None = None) -> None:
-        """Add one batch. `predict` runs the model and returns probabilities (images, classes).
+    def update(self, run: Callable[[], Any], images: int, labels: Tensor | None = None) -> None:
+        """Add one batch. `run` runs the model on so many `images` and returns its output.
 
         Raises:
-            CalibrationError: too few images, or labels are needed and missing.
+            CalibrationError: too few images, or labels or a prediction are needed and missing.
         """
-        images = self._see_gradients(predict, labels) if self.criterion.needs_gradients else self._see_pass(predict)
+        if images < self.needs.images:
+            raise CalibrationError(
+                f"a batch of {images} images: criterion={self.criterion.name!r} needs at least {self.needs.images} in "
+                "each; raise the batch size"
+            )
+        with torch.set_grad_enabled(self.needs.gradients):
+            self._pass = _Pass(overflowed=self._two_passes)
+            output = run()
+            if self.needs.prediction or self.needs.gradients:
+                self._judge(as_prediction(output, self.prediction), run, labels)
         self.sums["batches"] += 1
         self.sums["images"] += images
 
-    def _see_pass(self, predict: Callable[[], Tensor]) -> int:
+    def _judge(self, prediction: Tensor, run: Callable[[], Any], labels: Tensor | None) -> None:
+        """Add what waits for the prediction."""
+        if self.needs.gradients:
+            gradients = self._gradients(prediction, labels)
         with torch.no_grad():
-            self._pass = _Pass(remembers=not self._two_passes)
-            prediction = self._checked(predict())
-            if self._pass.overflowed or self._two_passes:
+            if self.needs.gradients:
+                for name, change in gradients.items():
+                    self._add(name, self.criterion.observe(change.flatten(1), self.groups[name]), prediction)
+            if self._pass.overflowed:
                 # Too much to remember until the prediction is known: now that it is, look again.
                 self._two_passes = True
                 self._pass = _Pass(prediction=prediction)
-                predict()
+                run()
             for name, seen in self._pass.seen.items():
                 self._add(name, seen, prediction)
-        return len(prediction)
 
-    def _see_gradients(self, predict: Callable[[], Tensor], labels: Tensor | None) -> int:
+    def _gradients(self, prediction: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """Of the loss, by group, with regard to its gate."""
         if labels is None:
             raise CalibrationError(
                 f"criterion={self.criterion.name!r} needs labels: give batches of (images, labels), labels (images,)"
             )
-        with torch.enable_grad():
-            self._pass = _Pass(gates={})
-            prediction = self._checked(predict())
-            if labels.is_floating_point() or labels.shape != prediction.shape[:1]:
-                raise CalibrationError(
-                    f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: criterion={self.criterion.name!r} "
-                    f"needs one class number for each of the {len(prediction)} images (no one-hot, no mixup)"
-                )
-            labels = labels.long()
-            if int(labels.min()) < 0 or int(labels.max()) >= prediction.shape[1]:
-                raise CalibrationError(
-                    f"labels {int(labels.min())} to {int(labels.max())}: the model has {prediction.shape[1]} classes"
-                )
-            assert self._pass.gates is not None
-            loss = F.nll_loss(prediction.clamp_min(1e-12).log(), labels.to(prediction.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, list(self._pass.gates.values()), allow_unused=True)
-        with torch.no_grad():
-            for (name, gate), gradient in zip(self._pass.gates.items(), gradients, strict=True):
-                change = torch.zeros_like(gate) if gradient is None else gradient
-                seen = self.criterion.observe(_dimension(name), change.flatten(1), self.groups[name])
-                self._add(name, seen, prediction.detach())
-        return len(prediction)
+        if labels.is_floating_point() or labels.shape != prediction.shape[:1]:
+            raise CalibrationError(
+                f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: criterion={self.criterion.name!r} "
+                f"needs one class number for each of the {len(prediction)} images (no one-hot, no mixup)"
+            )
+        labels = labels.long()
+        if int(labels.min()) < 0 or int(labels.max()) >= prediction.shape[1]:
+            raise CalibrationError(
+                f"labels {int(labels.min())} to {int(labels.max())}: the model has {prediction.shape[1]} classes"
+            )
+        gates = self._pass.gates
+        loss = F.nll_loss(prediction.clamp_min(1e-12).log(), labels.to(prediction.device), reduction="sum")
+        found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(gate) if gradient is None else gradient
+            for (name, gate), gradient in zip(gates.items(), found, strict=True)
+        }
 
     def sum_over_ranks(self) -> None:
         """From here on `sums` are those of all ranks; one that saw no batch adds nothing."""
@@ -199,6 +246,7 @@ class Scorer:
         for name, (shape, dtype) in sorted(known.items()):
             value = self.sums.get(name)
             self.sums[name] = summed(torch.zeros(shape, dtype=dtype, device=device) if value is None else value)
+        self._moments.sum_over_ranks()
 
     def scores(self) -> Scores:
         """Scores from the sums so far, on the CPU.
@@ -206,95 +254,103 @@ class Scorer:
         Raises:
             CalibrationError: no batch was seen, or scores are NaN.
         """
-        if self.criterion.needs_images and self.sums["batches"] == 0:
+        if self.needs.images and self.sums["batches"] == 0:
             raise CalibrationError(
                 f"criterion={self.criterion.name!r} needs images, but no usable batch was given; pass batches of at "
-                f"least {self.criterion.min_batch} images, e.g. a DataLoader"
+                f"least {self.needs.images} images, e.g. a DataLoader"
             )
-        lists: dict[str, list[Tensor]] = {"heads": [], "neurons": [], "tokens": []}
+        blocks = {d: len(self.stages if d == TOKENS else self.anatomy.units(d)) for d in self.dimensions}
+        values: dict[str, Any] = {d: [torch.zeros(0) for _ in range(blocks.get(d, 0))] for d in DIMENSIONS}
         for name, group in self.groups.items():
             sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
             counts = {key: self.sums[key] for key in ("batches", "images")}
-            result = self.criterion.finish(_dimension(name), sums | counts, group).detach().float().cpu()
+            if self.needs.moments and group.units is not None:
+                group = replace(group, moments=self._moments.of(group.units))
+            result = self.criterion.finish(sums | counts, group).detach().float().cpu()
             if not result.isfinite().all():
                 raise CalibrationError(
                     f"scores {name} are not finite: the model gives NaN or infinity on the calibration images; check "
                     "its weights and the images' range"
                 )
-            lists[_dimension(name)].append(result)
-        stages = self.stages if "tokens" in self.dimensions else ()
-        return Scores(**lists, stages=stages, criterion=self.criterion.name, images=int(self.sums["images"].item()))
-
-    def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
-        for dimension in self.dimensions:
-            if dimension == "tokens":
-                positions = self.sites.grid[0] * self.sites.grid[1]
-                for stage, block in enumerate(self.stages):
-                    yield f"tokens.{stage}", UnitGroup(f"{self.sites.blocks[block].name}.tokens", positions, None)
-                continue
-            for index, site in enumerate(self.sites.units(dimension)):
-                yield f"{dimension}.{index}", UnitGroup(site.name, site.num_units, site)
+            values[group.dimension][int(name.split(".")[1])] = result
+        images = int(self.sums["images"].item())
+        stages = self.stages if TOKENS in self.dimensions else ()
+        moments = self._moments.moments(images) if self.needs.moments else None
+        return Scores(**values, stages=stages, criterion=self.criterion.name, images=images, moments=moments)
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 
-    def _see_units(self, name: str, num_units: int, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         (x,) = args  # (images, tokens, channels)
-        gated = self._see(name, x.unflatten(-1, (num_units, -1)))
+        if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
+            with torch.no_grad(), _exactly(x):
+                self._moments.add(units, x)
+        gated = self._see(name, x.unflatten(-1, (units.count, units.width)))
         return None if gated is None else (gated.flatten(-2),)
 
-    def _see_values(self, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        prefix, width = self.sites.num_prefix_tokens, output.shape[-1] // 3
-        gated = self._see(name, output[:, None, prefix:, 2 * width :])
+    def _see_values(self, name: str, at: Channels, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        prefix = self.anatomy.num_prefix_tokens
+        gated = self._see(name, output[:, None, prefix:, at.start : at.stop])
         if gated is None:
             return None
-        values = torch.cat([output[:, :prefix, 2 * width :], gated[:, 0]], dim=1)
-        return torch.cat([output[..., : 2 * width], values], dim=-1)
+        values = torch.cat([output[:, :prefix, at.start : at.stop], gated[:, 0]], dim=1)
+        return torch.cat([output[..., : at.start], values, output[..., at.stop :]], dim=-1)
 
     def _see(self, name: str, activations: Tensor) -> Tensor | None:
         """Take note of (images, tokens, units, channels); returns them gated when gradients are wanted."""
-        if self._pass.gates is not None:
+        group, now = self.groups[name], self._pass
+        needs = self.criterion.needs(group.dimension)
+        if needs.gradients:
+            if now.prediction is not None:
+                return None
             images, _, units, _ = activations.shape
-            gate = activations.new_ones((images, 1, units, 1), requires_grad=True)
-            self._pass.gates[name] = gate
-            return activations * gate
-        if self._pass.prediction is None and (not self._pass.remembers or self._pass.overflowed):
-            return None
-        with torch.autocast(activations.device.type, enabled=False), full_precision():
-            seen = self.criterion.observe(_dimension(name), activations, self.groups[name])
-        if self._pass.prediction is not None:
-            self._add(name, seen, self._pass.prediction)
+            now.gates[name] = activations.new_ones((images, 1, units, 1), requires_grad=True)
+            return activations * now.gates[name]
+        waits = needs.prediction and now.prediction is None
+        if now.overflowed if waits else (now.prediction is not None and not needs.prediction):
+            return None  # to be seen in the second pass, or seen in the first
+        with torch.no_grad(), _exactly(activations):
+            seen = self.criterion.observe(activations, group)
+        if waits:
+            now.remember(name, seen)
         else:
-            self._pass.remember(name, seen)
+            self._add(name, seen, now.prediction)
         return None
 
-    def _add(self, name: str, seen: tuple[Tensor, ...], prediction: Tensor) -> None:
-        with torch.autocast(prediction.device.type, enabled=False), full_precision():
-            for key, value in self.criterion.contract(_dimension(name), seen, prediction).items():
-                total = self.sums.get(f"{name}.{key}")
-                self.sums[f"{name}.{key}"] = value if total is None else total + value
+    def _add(self, name: str, seen: Mapping[str, Tensor], prediction: Tensor | None) -> None:
+        """Add sums; without a prediction the criterion needs none for them."""
+        if prediction is not None:
+            with _exactly(prediction):
+                seen = self.criterion.contract(seen, prediction, self.groups[name])
+        for key, value in seen.items():
+            total = self.sums.get(f"{name}.{key}")
+            self.sums[f"{name}.{key}"] = value if total is None else total + value
 
-    def _checked(self, prediction: Tensor) -> Tensor:
-        if len(prediction) < self.criterion.min_batch:
-            raise CalibrationError(
-                f"a batch of {len(prediction)} images: criterion={self.criterion.name!r} needs at least "
-                f"{self.criterion.min_batch} in each; raise the batch size"
-            )
-        return prediction
+
+def _dimensions(anatomy: Anatomy, criterion: Criterion, dimensions: Iterable[str] | None) -> tuple[str, ...]:
+    """What is scored: what is asked for, or what the model can lose and the criterion can score."""
+    wanted = anatomy.default_dimensions() if dimensions is None else anatomy.require(dimensions)
+    found = tuple(dimension for dimension in wanted if dimension in criterion.dimensions)
+    if not found or (dimensions is not None and found != wanted):
+        raise CalibrationError(
+            f"dimensions={dimensions!r}: criterion={criterion.name!r} scores {', '.join(criterion.dimensions)} only; "
+            f"ask for those of {anatomy.name}'s {', '.join(wanted)}, or choose another criterion"
+        )
+    return found
 
 
 @dataclass
 class _Pass:
     """What one forward pass has seen so far."""
 
-    remembers: bool = True
     prediction: Tensor | None = None  # known from a pass before: contract at once, remember nothing
-    gates: dict[str, Tensor] | None = None
-    seen: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    overflowed: bool = False
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    overflowed: bool = False  # nothing (more) is remembered: there will be a second pass
 
-    def remember(self, name: str, seen: tuple[Tensor, ...]) -> None:
+    def remember(self, name: str, seen: dict[str, Tensor]) -> None:
         self.seen[name] = seen
-        if sum(t.nbytes for tensors in self.seen.values() for t in tensors) > _MEMORY_LIMIT:
+        if sum(t.nbytes for tensors in self.seen.values() for t in tensors.values()) > _MEMORY_LIMIT:
             self.seen.clear()
             self.overflowed = True
 
@@ -321,24 +377,21 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Inside, matmuls of fp32 are of fp32."""
+def _exactly(tensor: Tensor) -> Iterator[None]:
+    """Inside, nothing is cast, and matmuls of fp32 are of fp32."""
     # TF32 has three digits; a Gram matrix of close samples would have none left.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(tensor.device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _dimension(name: str) -> str:
-    return name.split(".", 1)[0]
-
-
-def on_device_of(sites: Sites, images: Tensor) -> Tensor:
+def on_device_of(anatomy: Anatomy, images: Tensor) -> Tensor:
     """The images where the model is, in its precision."""
-    parameter = next(sites.model.parameters())
+    parameter = next(anatomy.model.parameters())
     return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
 
 
@@ -357,14 +410,14 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     return parts[0], labels
 
 
-def _as_tensors(batches: Iterable[Any], criterion: Criterion) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _as_tensors(batches: Iterable[Any], needs: Needs) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The batches, cut and joined to the size of the first where the criterion compares like with like.
 
     The biased HSIC depends on the number of images (0.048 at 8, 0.005 at 64 for independent data). A remainder under
     half the size is dropped.
     """
     pairs = (split_batch(batch) for batch in batches)
-    if not criterion.needs_equal_batches:
+    if not needs.equal_batches:
         yield from pairs
         return
     size = 0
@@ -381,5 +434,5 @@ def _as_tensors(batches: Iterable[Any], criterion: Criterion) -> Iterator[tuple[
         while len(images) >= size:
             yield images[:size], None if labels is None else labels[:size]
             images, labels = images[size:], None if labels is None else labels[size:]
-    if images is not None and len(images) > 0 and 2 * len(images) >= size and len(images) >= criterion.min_batch:
+    if images is not None and len(images) > 0 and 2 * len(images) >= size and len(images) >= needs.images:
         yield images, labels

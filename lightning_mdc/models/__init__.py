@@ -1,82 +1,90 @@
-"""Where are the heads, the neurons and the tokens? One adapter file per model family; everybody else asks here."""
+"""What is a vision transformer made of? One file per model family answers; everybody else asks here."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 from torch import nn
 
 from lightning_mdc.errors import UnsupportedModelError
-from lightning_mdc.models.compiled import hide_hooks, is_compiled, probing, show_hooks, unwrap
-from lightning_mdc.models.masking import MaskHook, check_unmasked, is_masked
+from lightning_mdc.models.anatomy import Anatomy, Block, Counts, Family, Units, unit_channels
+from lightning_mdc.models.compiled import is_compiled, probing, unwrap
 from lightning_mdc.models.modes import evaluating
-from lightning_mdc.models.sites import (
-    BlockSite,
-    Counts,
-    Family,
-    Sites,
-    UnitSite,
-    unit_channels,
-)
+from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 __all__ = [
     "FAMILIES",
-    "BlockSite",
+    "Anatomy",
+    "Block",
     "Counts",
     "Family",
-    "MaskHook",
-    "Sites",
-    "UnitSite",
+    "Units",
     "check_unmasked",
     "evaluating",
+    "find_anatomy",
     "find_model",
-    "find_sites",
-    "hide_hooks",
     "is_compiled",
     "is_masked",
     "probing",
-    "show_hooks",
+    "register",
     "unit_channels",
     "unwrap",
 ]
 
-FAMILIES: tuple[Family, ...] = (T2TViT(), TimmVisionTransformer())  # the first to accept a model has it
+FAMILIES: list[Family] = []  # the first to accept a model has it
+F = TypeVar("F", bound=Family)
 
 
-def find_sites(model: nn.Module, path: str | None = None) -> Sites:
-    """The sites of the one vision transformer in `model` (itself, or anywhere inside).
+def register(family: F) -> F:
+    """Make a family known, ahead of those that are: its models are found in everything that takes a model.
+
+    One of the same name takes the place of the one that is there.
+    """
+    FAMILIES[:] = [family, *(other for other in FAMILIES if other.name != family.name)]
+    return family
+
+
+register(TimmVisionTransformer())
+register(T2TViT())
+
+
+def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:
+    """The anatomy of the one vision transformer in `model` (itself, or anywhere inside); with masks on, without them.
 
     Raises:
-        UnsupportedModelError: there is none, there are several and `path` does not say which, or none of its units
+        UnsupportedModelError: there is none, there are several and `submodule` does not say which, or none of its units
             can leave.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"model={model!r:.80}: expected a torch.nn.Module that is or holds a vision transformer"
         )
-    _, transformer = find_model(model, path)
-    sites = next(family for family in FAMILIES if family.accepts(transformer)).sites(transformer)
-    if not sites.dimensions:
-        reason = next(iter(sites.reasons.values()))
-        raise UnsupportedModelError(f"{sites.name}: {reason}. Dimensions that do work: none. {_supported()}")
-    return sites
+    _, transformer = find_model(model, submodule)
+    with unmasked_classes(transformer):
+        anatomy = next(family for family in FAMILIES if family.accepts(transformer)).anatomy(transformer)
+    if not anatomy.dimensions:
+        reason = next(iter(anatomy.reasons.values()))
+        raise UnsupportedModelError(f"{anatomy.name}: {reason}. Dimensions that do work: none. {_supported()}")
+    return anatomy
 
 
-def find_model(module: nn.Module, path: str | None = None) -> tuple[str, nn.Module]:
+def find_model(module: nn.Module, submodule: str | None = None) -> tuple[str, nn.Module]:
     """(attribute path, vision transformer) inside `module`; the path is ``""`` for the module itself.
 
     Compiled modules are seen through: the path names the attribute as its owner knows it, the model is the original.
     """
-    if path is not None:
-        return path, _at(module, path)
+    if submodule is not None:
+        return submodule, _at(module, submodule)
     candidates = _candidates(module)
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
         listed = ", ".join(f"{p or '(itself)'} ({type(m).__name__})" for p, m in candidates)
         raise UnsupportedModelError(
-            f"model=None, but {type(module).__name__} holds {len(candidates)} vision transformers: {listed}; "
-            f"say which, e.g. model={candidates[0][0]!r}"
+            f"submodule=None, but {type(module).__name__} holds {len(candidates)} vision transformers: {listed}; "
+            f"say which, e.g. submodule={candidates[0][0]!r}"
         )
     raise UnsupportedModelError(f"{_complaint(module)} {_supported()}")
 
@@ -106,27 +114,32 @@ def _at(module: nn.Module, path: str) -> nn.Module:
         child = current._modules.get(step)
         if child is None:
             raise UnsupportedModelError(
-                f"model={path!r}: {type(current).__name__} has no submodule {step!r}; it has "
+                f"submodule={path!r}: {type(current).__name__} has no submodule {step!r}; it has "
                 f"{', '.join(current._modules) or 'none'}"
             )
         current = unwrap(child)
     if not any(family.accepts(current) for family in FAMILIES):
-        raise UnsupportedModelError(f"model={path!r}: {_complaint(current)} {_supported()}")
+        raise UnsupportedModelError(f"submodule={path!r}: {_complaint(current)} {_supported()}")
     return current
 
 
 def _complaint(module: nn.Module) -> str:
-    """What is wrong with `module`, naming its first attention or block, for a message."""
-    owner, reason = type(module).__name__, ""
+    """Why nothing in `module` is supported: what a family says of the part that looks like its own, or the first part
+    that looks like a transformer's."""
+    owner = type(module).__name__
+    for name, child in module.named_modules():
+        for family in FAMILIES:
+            if (reason := family.refusal(unwrap(child))) is not None:
+                where = f"{name} ({type(child).__name__})" if name else owner
+                return f"{where}: {reason}. Dimensions that do work: none."
     for name, child in module.named_modules():
         kind = type(child).__name__
         if name and ("Attention" in kind or "Block" in kind):
-            reason = (
-                f": {name} is a {type(child).__module__}.{kind} inside a {owner}, which no adapter knows (rotary or "
-                "relative positions, windows and fused blocks tie units together)"
+            return (
+                f"{owner} holds no supported vision transformer: {name} is a {type(child).__module__}.{kind} inside a "
+                f"{owner}, which no family knows. Dimensions that do work: none."
             )
-            break
-    return f"{owner} holds no supported vision transformer{reason}. Dimensions that do work: none."
+    return f"{owner} holds no supported vision transformer. Dimensions that do work: none."
 
 
 def _supported() -> str:

@@ -9,30 +9,49 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from timm import layers
 from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.models._manipulate import checkpoint as timm_checkpoint
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from torch import nn
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_mdc.errors import UnsupportedModelError
+from lightning_mdc.errors import PlanError, UnsupportedModelError
+from lightning_mdc.models.anatomy import (
+    Anatomy,
+    Block,
+    Channels,
+    Family,
+    Size,
+    TokenPoint,
+    Units,
+    affine_of,
+    columns_of,
+    rows_of,
+)
 from lightning_mdc.models.compiled import unwrap
-from lightning_mdc.models.sites import AttentionSite, BlockSite, Producer, Sites, TokenSite, UnitSite
-from lightning_mdc.models.timm_block import TokenStageBlock
+from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
-from lightning_mdc.policy import TokenStage
+from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
+from lightning_mdc.tokens.block import restored, stage_of, step, through
+from lightning_mdc.tokens.reduction import Evidence
+from lightning_mdc.tokens.selection import grid_like
 
 _WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 _PARTS: dict[str, tuple[type, ...]] = {"attn": (layers.Attention,), "mlp": tuple(MLPS.values())}  # of a block
 
 
-class TimmVisionTransformer:
-    """Adapter for `timm.models.vision_transformer.VisionTransformer`."""
+class TimmVisionTransformer(Family):
+    """The family of `timm.models.vision_transformer.VisionTransformer`."""
 
     name = "timm_vit"
     description = (
@@ -44,38 +63,34 @@ class TimmVisionTransformer:
         """Whether this is a VisionTransformer whose forward is timm's own."""
         return _computes_as(module, (VisionTransformer, VisionTransformerDistilled), _WHOLE_MODEL_METHODS)
 
-    def sites(self, model: Any) -> Sites:
-        reasons: dict[str, str] = {}
-        blocks = tuple(_block_site(f"blocks.{i}", unwrap(b), reasons) for i, b in enumerate(model.blocks))
-        if getattr(model.attn_pool, "pos_embed", None) is not None:
-            reasons.setdefault("tokens", "attn_pool (AttentionPoolLatent) adds a position to every token it pools")
-        stages = [block for block in blocks if block.stage is not None]
-        if stages:
-            reasons["tokens"] = (
-                f"{stages[0].name} already drops tokens: this model is slim; prune tokens of the dense one"
-            )
-        distilled = isinstance(model, VisionTransformerDistilled)
+    def refusal(self, module: nn.Module) -> str | None:
+        """The method of its own that makes a VisionTransformer another model."""
+        if not isinstance(module, VisionTransformer):
+            return None
+        own = [name for name in _WHOLE_MODEL_METHODS if _own_method(module, name)]
+        return f"its class overrides {', '.join(own)} of timm's VisionTransformer" if own else None
+
+    def anatomy(self, model: Any) -> Anatomy:
+        blocks = tuple(_block(index, unwrap(block), model.embed_dim) for index, block in enumerate(model.blocks))
         height, width = model.patch_embed.img_size
-        return Sites(
+        distilled = isinstance(model, VisionTransformerDistilled)
+        return Anatomy(
             model=model,
-            name=type(model).__name__,
+            name=original_class(model).__name__,
             family=self,
             blocks=blocks,
-            container=model.blocks,
             dim=model.embed_dim,
             num_prefix_tokens=model.num_prefix_tokens,
             class_rows=((0, 1) if distilled else (0,)) if model.global_pool == "token" else (),
             grid=tuple(model.patch_embed.grid_size),
             input_size=(in_chans(model), height, width),
-            fuse=cast(TokenStageBlock, stages[0].module).select.fuse if stages else True,
-            drops_patches_at_random=not isinstance(model.patch_drop, nn.Identity),
-            reasons=reasons,
             grid_of=partial(_grid_of, model),
             fixed_macs=partial(_fixed_macs, model, self.embedding_macs),
+            reader=TimmReader,
+            no_tokens=_no_tokens(model, blocks),
+            classifies=not isinstance(model.head, nn.Identity),
+            drops_patches_at_random=not isinstance(model.patch_drop, nn.Identity),
         )
-
-    def token_stage_block(self, sites: Sites, index: int, stage: TokenStage, fuse: bool) -> nn.Module:
-        return TokenStageBlock(sites.blocks[index].module, stage, sites.num_prefix_tokens, sites.class_rows, fuse)
 
     def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
         """MACs of the patch embedding for images of that (height, width)."""
@@ -83,7 +98,7 @@ class TimmVisionTransformer:
         if type(embed) is PatchEmbed:
             height, width = _grid_of(model, size)
             return height * width * embed.proj.weight.numel()
-        return _counted_macs(embed, (1, in_chans(model), *size), "patch_embed")
+        return counted_macs(embed, (1, in_chans(model), *size), "patch_embed")
 
     def describe(self, model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return describe(model, sizes)
@@ -95,11 +110,16 @@ class TimmVisionTransformer:
         return build(spec)
 
 
+def _own_method(module: nn.Module, name: str) -> bool:
+    kinds = (VisionTransformer, VisionTransformerDistilled)
+    return all(getattr(original_class(module), name, None) is not getattr(kind, name, None) for kind in kinds)
+
+
 def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
     """Whether the module is of one of `kinds` and has its `methods`, none of its own."""
     return any(
         isinstance(module, kind)
-        and all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
+        and all(getattr(original_class(module), name, None) is getattr(kind, name, None) for name in methods)
         for kind in kinds
     )
 
@@ -114,79 +134,140 @@ def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     )
 
 
-# --- where things are -------------------------------------------------------------------------------------------------
+# --- what a block is made of ------------------------------------------------------------------------------------------
 
 
-def _block_site(name: str, block: Any, reasons: dict[str, str]) -> BlockSite:
-    stage = block.select.stage if isinstance(block, TokenStageBlock) else None
-    pre_norm = stage is not None or _computes_as(block, (Block,))
-    post_norm = _computes_as(block, (ResPostBlock,))
-    if not pre_norm and not post_norm:
+def _block(index: int, block: Any, dim: int) -> Block:
+    name = f"blocks.{index}"
+    kind = next((kind for kind in (TimmBlock, ResPostBlock) if _computes_as(block, (kind,))), None)
+    if kind is None:
         reason = (
             f"{name} is a {qualified_name(block)}, neither timm's Block nor ResPostBlock (parallel, fused or its own)"
         )
-        for dimension in ("heads", "neurons", "tokens"):
-            reasons.setdefault(dimension, reason)
-        return BlockSite(name, block, None, None, None, None, None)
-    heads, attention = _head_site(f"{name}.attn", block.attn, reasons)
-    neurons = _neuron_site(f"{name}.mlp", block.mlp, reasons)
-    if post_norm:
-        reasons.setdefault("tokens", f"{name} is a post-norm block ({qualified_name(block)}); tokens need pre-norm")
-    elif attention is None:
-        reasons.setdefault("tokens", reasons["heads"])
-    tokens = TokenSite(residual_norm=block.norm2, mlp_out=block.drop_path2) if pre_norm else None
-    return BlockSite(name, block, heads, neurons, attention, tokens, stage)
+        rest = CountedMacs(block, dim, name)
+        return Block(name, block, {}, dict.fromkeys(UNIT_DIMENSIONS, reason), rest=(rest, None))
+    heads, why_no_heads = _heads(index, f"{name}.attn", block.attn)
+    neurons, why_no_neurons = _neurons(index, f"{name}.mlp", block.mlp)
+    found = {"heads": heads, "neurons": neurons}
+    reasons = {"heads": why_no_heads, "neurons": why_no_neurons}
+    point = None
+    if kind is TimmBlock and _is_plain(block.attn, _PARTS["attn"]):
+        attention = heads or _attention_units(index, f"{name}.attn", block.attn)
+        channels = block.attn.qkv.out_features
+        point = TokenPoint(TimmHalves, attention, Channels(block.attn.qkv, channels * 2 // 3, channels))
+    return Block(
+        name,
+        block,
+        {dimension: units for dimension, units in found.items() if units is not None},
+        {dimension: reason for dimension, reason in reasons.items() if reason is not None},
+        point,
+        stage_of(block),
+        _rest(name, block, found, dim),
+        second_half=block.norm2 if kind is TimmBlock else block.mlp,
+    )
 
 
-def _head_site(name: str, attn: Any, reasons: dict[str, str]) -> tuple[UnitSite, AttentionSite] | tuple[None, None]:
+def _rest(name: str, block: Any, found: Mapping[str, Units | None], dim: int) -> tuple[Any, Any]:
+    """MACs of attention and MLP by the tokens they see, where no units stand for them."""
+    attention: Callable[[Any], Any] | None = None
+    if found["heads"] is None:
+        if _is_plain(block.attn, _PARTS["attn"]):
+            units = _attention_units(0, name, block.attn)
+            attention = partial(units.macs, units.count)
+        else:
+            attention = CountedMacs(block.attn, dim, f"{name}.attn")
+    return attention, None if found["neurons"] else CountedMacs(block.mlp, dim, f"{name}.mlp")
+
+
+def _heads(index: int, name: str, attn: Any) -> tuple[Units, None] | tuple[None, str]:
     if not _is_plain(attn, _PARTS["attn"]):
-        reasons.setdefault(
-            "heads",
-            f"{name} is a {qualified_name(attn)}, not timm.layers.Attention with its own forward and Linear layers",
-        )
-        return None, None
-    gate = getattr(attn, "gate", None)  # newer timm only
-    heads = UnitSite(
+        return None, f"{name} is a {qualified_name(attn)}, not timm.layers.Attention with its own forward and Linears"
+    if (reason := _unknown_norm(f"{name}.norm", attn.norm)) is not None:
+        return None, reason
+    return _attention_units(index, name, attn), None
+
+
+def _attention_units(index: int, name: str, attn: Any) -> Units:
+    width, gate = attn.head_dim, getattr(attn, "gate", None)  # newer timm only
+    parts = [rows_of(attn.qkv, 3, width), columns_of(attn.proj, width)]
+    if gate is not None:
+        parts.append(rows_of(gate, width=width))
+    if not isinstance(attn.norm, nn.Identity):
+        parts.append(affine_of(attn.norm, width))
+    weights = sum(layer.weight.numel() for layer in (attn.qkv, attn.proj, gate) if layer is not None)
+    per_head = weights // attn.num_heads if attn.num_heads else 0
+    return Units(
+        dimension="heads",
+        block=index,
         name=name,
-        num_units=attn.num_heads,
-        unit_width=attn.head_dim,
-        producers=(Producer(attn.qkv, copies=3),) + (() if gate is None else (Producer(gate),)),
-        norm=_spanning_norm(f"{name}.norm", attn.norm, "heads", reasons),
-        consumer=attn.proj,
-        owner=attn,
-        size_attributes={"num_heads": 1, "attn_dim": attn.head_dim},
+        count=attn.num_heads,
+        width=width,
+        slices=tuple(part for slices, _ in parts for part in slices),
+        sizes=(
+            *(size for _, sizes in parts for size in sizes),
+            Size(attn, "num_heads", lambda kept: kept),
+            Size(attn, "attn_dim", lambda kept: kept * width),
+        ),
+        reader=attn.proj,
+        macs=lambda heads, tokens: tokens * heads * per_head + 2 * tokens * tokens * heads * width,
+        norm=_spanning(f"{name}.norm", attn.norm),
     )
-    return heads, AttentionSite(qkv=attn.qkv, q_norm=attn.q_norm, k_norm=attn.k_norm, scale=attn.scale)
 
 
-def _neuron_site(name: str, mlp: Any, reasons: dict[str, str]) -> UnitSite | None:
+def _neurons(index: int, name: str, mlp: Any) -> tuple[Units, None] | tuple[None, str]:
     if not _is_plain(mlp, _PARTS["mlp"]):
-        reason = f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears"
-        reasons.setdefault("neurons", reason)
-        reasons.setdefault("tokens", f"{reason}: its cost with fewer tokens is not known")
-        return None
-    if isinstance(mlp, layers.SwiGLU):
-        producers: tuple[Producer, ...] = (Producer(mlp.fc1_g), Producer(mlp.fc1_x))
-    else:
-        producers = (Producer(mlp.fc1, copies=2 if isinstance(mlp, layers.GluMlp) else 1),)
-    return UnitSite(
+        return (
+            None,
+            f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears",
+        )
+    if (reason := _unknown_norm(f"{name}.norm", mlp.norm)) is not None:
+        return None, reason
+    makers = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, layers.SwiGLU) else [mlp.fc1]
+    parts = [rows_of(maker, 2 if isinstance(mlp, layers.GluMlp) else 1) for maker in makers]
+    parts.append(columns_of(mlp.fc2))
+    if not isinstance(mlp.norm, nn.Identity):
+        parts.append(affine_of(mlp.norm))
+    count = mlp.fc2.in_features
+    weights = sum(layer.weight.numel() for layer in (*makers, mlp.fc2)) // max(count, 1)
+    units = Units(
+        dimension="neurons",
+        block=index,
         name=name,
-        num_units=mlp.fc2.in_features,
-        unit_width=1,
-        producers=producers,
-        norm=_spanning_norm(f"{name}.norm", mlp.norm, "neurons", reasons),
-        consumer=mlp.fc2,
-        owner=mlp,
-        size_attributes={},
+        count=count,
+        width=1,
+        slices=tuple(part for slices, _ in parts for part in slices),
+        sizes=tuple(size for _, sizes in parts for size in sizes),
+        reader=mlp.fc2,
+        macs=lambda neurons, tokens: tokens * neurons * weights,
+        after_point=True,
+        norm=_spanning(f"{name}.norm", mlp.norm),
     )
+    return units, None
 
 
-def _spanning_norm(name: str, norm: nn.Module, dimension: str, reasons: dict[str, str]) -> nn.Module | None:
-    if isinstance(norm, nn.Identity):
+def _spanning(name: str, norm: nn.Module) -> str | None:
+    return None if isinstance(norm, nn.Identity) else f"{name} ({type(norm).__name__})"
+
+
+def _unknown_norm(name: str, norm: nn.Module) -> str | None:
+    if isinstance(norm, nn.Identity) or original_class(norm) in NORMS.values():
         return None
-    if type(norm) not in NORMS.values():
-        reasons.setdefault(dimension, f"{name} is a {qualified_name(norm)}; known norms are {', '.join(NORMS)}")
-    return norm
+    return f"{name} is a {qualified_name(norm)}; known norms are {', '.join(NORMS)}"
+
+
+def _no_tokens(model: Any, blocks: tuple[Block, ...]) -> str | None:
+    """Why tokens cannot leave; None if they can."""
+    for block in blocks:
+        if block.stage is not None:
+            return f"{block.name} already drops tokens: this model is slim; prune tokens of the dense one"
+    for block in blocks:
+        if block.point is None:
+            if _computes_as(block.module, (ResPostBlock,)):
+                return f"{block.name} is a post-norm block ({qualified_name(block.module)}); tokens need pre-norm"
+            return next(iter(block.reasons.values()))
+    if getattr(model.attn_pool, "pos_embed", None) is not None:
+        return "attn_pool (AttentionPoolLatent) adds a position to every token it pools"
+    return None
 
 
 # --- what it costs outside the blocks ---------------------------------------------------------------------------------
@@ -216,25 +297,17 @@ def _fixed_macs(
     num_tokens: Any,
 ) -> Any:
     """MACs of patch embedding, pooling and classifier; `num_tokens` (int or array) reach the pooling."""
-    height, width = _grid_of(model, size)
     dim = model.embed_dim
-    sequence = (1, height * width + model.num_prefix_tokens, dim)
     total: Any = embedding_macs(model, size)
     if model.attn_pool is not None:
         pooled = num_tokens if model.pool_include_prefix else num_tokens - model.num_prefix_tokens
         total = total + _pool_macs(model.attn_pool, pooled, dim)
-    for i, block in enumerate(model.blocks):
-        # A part no site stands for is priced as it is; tokens cannot leave such a model, so its length is known.
-        for part, known in _PARTS.items():
-            child = getattr(unwrap(block), part, None)
-            if child is not None and not _is_plain(child, known):
-                total = total + _counted_macs(child, sequence, f"blocks.{i}.{part}")
     heads = [model.head, model.head_dist] if isinstance(model, VisionTransformerDistilled) else [model.head]
     for head in heads:
         if isinstance(head, nn.Linear):
             total = total + head.weight.numel() * (1 if model.global_pool else num_tokens)
         elif not isinstance(head, nn.Identity):
-            total = total + _counted_macs(head, (1, dim), "head")
+            total = total + counted_macs(head, (1, dim), "head")
     return total
 
 
@@ -252,7 +325,7 @@ def _pool_macs(pool: nn.Module, num_tokens: Any, dim: int) -> Any:
     )
 
 
-def _counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
+def counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
     """MACs of a part without a formula of its own (a hybrid's CNN stem, a custom head), counted on the meta device."""
     try:
         stand_in = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
@@ -264,3 +337,132 @@ def _counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
             f"{name} is a {qualified_name(module)}, whose cost cannot be counted: {error}"
         ) from error
     return counter.get_total_flops() // 2
+
+
+class CountedMacs:
+    """MACs of a part without a formula of its own by how many tokens it sees, counted on the meta device."""
+
+    # Per part, since anatomies come and go: by number of tokens.
+    _known: ClassVar[WeakKeyDictionary[nn.Module, dict[int, int]]] = WeakKeyDictionary()
+
+    def __init__(self, module: nn.Module, dim: int, name: str) -> None:
+        self._module, self._dim, self._name = module, dim, name
+
+    def __call__(self, tokens: Any) -> Any:
+        values, places = np.unique(tokens, return_inverse=True)
+        return np.array([self._of(int(value)) for value in values])[places].reshape(np.shape(tokens))
+
+    def _of(self, tokens: int) -> int:
+        known = self._known.setdefault(self._module, {})
+        if tokens not in known:
+            known[tokens] = counted_macs(self._module, (1, tokens, self._dim), self._name)
+        return known[tokens]
+
+
+# --- where tokens leave -----------------------------------------------------------------------------------------------
+
+
+class TimmHalves:
+    """Mixin: timm's pre-norm Block in two halves, which compute operation by operation what its forward does."""
+
+    # The children are timm's; to the type checker they are anything.
+    norm1: Any
+    attn: Any
+    ls1: Any
+    drop_path1: Any
+    norm2: Any
+    mlp: Any
+    ls2: Any
+    drop_path2: Any
+
+    def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Evidence]:
+        # What timm's Attention does, with q and k handed out: they are needed for the scores, and the fused kernel
+        # hides its map. (b, n, 3 * h * d) -> three of (b, h, n, d)
+        attn, normed = self.attn, self.norm1(x)
+        batch, num_tokens, _ = normed.shape
+        qkv = attn.qkv(normed).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if attn.fused_attn:
+            dropout = attn.attn_drop.p if attn.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        else:
+            logits = (q * attn.scale) @ k.transpose(-2, -1)
+            y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
+        y = attn.norm(y.transpose(1, 2).reshape(batch, num_tokens, attn.attn_dim))
+        gate = getattr(attn, "gate", None)
+        if gate is not None:
+            y = y * gate(normed).sigmoid()
+        y = attn.proj_drop(attn.proj(y))
+        return x + self.drop_path1(self.ls1(y)), Evidence(q, k, attn.scale)
+
+    def finish(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return result
+
+
+class TimmReader:
+    """Mixin: a VisionTransformer inside which tokens leave, and what is read between its blocks."""
+
+    patch_embed: Any
+    _pos_embed: Any
+    patch_drop: Any
+    norm_pre: Any
+    blocks: Any
+    norm: Any
+    num_prefix_tokens: int
+    grad_checkpointing: bool
+    plan: Plan
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """As timm's; if the plan restores them, every position has a token again.
+
+        Raises:
+            PlanError: a prior over positions is for a grid of another shape than these images have.
+            UnsupportedModelError: an attention mask is given; it would not fit the tokens that are left.
+        """
+        self._check(x, attn_mask, is_causal)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        checkpoint = timm_checkpoint if self.grad_checkpointing else None
+        x = through(self.blocks, x, self.num_prefix_tokens, self.plan.restore, checkpoint)
+        features: Tensor = self.norm(x)
+        return features
+
+    def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if attn_mask is not None or is_causal:
+            raise UnsupportedModelError(
+                "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit "
+                "its later blocks; call it without, or prune with tokens=1.0"
+            )
+        for prior_grid in {stage.grid for stage in self.plan.leaving if stage.grid is not None}:
+            height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+            if grid_like(prior_grid, height * width) != (height, width):
+                raise PlanError(
+                    f"images of {x.shape[-2]}x{x.shape[-1]} have {height}x{width} patches, but the token prior is for "
+                    f"a grid like {prior_grid[0]}x{prior_grid[1]}; use images of that shape, or score='attention'"
+                )
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As timm's; if the plan restores them, every position has a token in what each block gives.
+
+        Raises:
+            UnsupportedModelError: maps are asked for, and positions are not restored.
+        """
+        output_fmt = args[5] if len(args) > 5 else kwargs.get("output_fmt", "NCHW")
+        if output_fmt == "NCHW" and not self.plan.restore:
+            raise UnsupportedModelError(
+                "forward_intermediates(output_fmt='NCHW'): tokens leave inside this model, so there is no full feature "
+                "map to return; ask for output_fmt='NLC', prune with TokenOptions(restore=True), or with tokens=1.0"
+            )
+        self._check(x, kwargs.get("attn_mask"), kwargs.get("is_causal", False))
+        way: list[Any] = [None, None]  # tokens behind the last block, and what travels beside them
+
+        def read(block: nn.Module, x: Tensor, **options: Any) -> Tensor:
+            way[:] = x, carried = step(block, x if way[0] is None else way[0], way[1])
+            return restored(x, carried, self.num_prefix_tokens) if self.plan.restore else x
+
+        # timm's own method, on a stand-in whose blocks show what may be read.
+        stand_in = copy.copy(self)
+        vars(stand_in)["blocks"] = [partial(read, block) for block in self.blocks]
+        vars(stand_in)["grad_checkpointing"] = False  # it would call blocks twice
+        return super(TimmReader, stand_in).forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]

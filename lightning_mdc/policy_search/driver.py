@@ -6,8 +6,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_mdc.budget import Budget, LatencyTable
+from lightning_mdc.budget import Budget, InputSize, LatencyTable
 from lightning_mdc.distributed import failures_of, is_first, on_every_rank, on_first_rank
 from lightning_mdc.errors import SearchError, as_number, check_whole
 from lightning_mdc.gp_ei.process import GpEi
@@ -24,12 +24,12 @@ from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.gp_ei.study import Study, observations
 from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
-from lightning_mdc.policy import Policy
+from lightning_mdc.policy import Policy, Space, TokenOptions
 from lightning_mdc.policy_search.held_out import HeldOut, Judgement
-from lightning_mdc.policy_search.policy_space import Bounds, Groups, PolicySpace
+from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
-from lightning_mdc.surgery import ActivationStatistics, slim
+from lightning_mdc.surgery import slim
 from lightning_mdc.surgery.compensation import check_compensable, check_compensation
 from lightning_mdc.surgery.plan import make_plan
 
@@ -67,6 +67,26 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class SearchOptions:
+    """How a search is run, which policies there are apart.
+
+    Attributes:
+        journal: file to keep the search in; if it is there, the search goes on from it.
+        warm_start: the `journal` of an earlier search over the same axes, for another budget say.
+        initial_points, xi: see `GpEi`.
+        progress: show a progress bar where there is a terminal.
+        on_trial: called with every trial that is over and the best value so far; on rank 0 alone.
+    """
+
+    journal: str | Path | None = None
+    warm_start: str | Path | None = None
+    initial_points: int = 10
+    xi: float = 0.0
+    progress: bool = True
+    on_trial: Callable[[StudyTrial, float | None], None] | None = None
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """How a search ended.
 
@@ -97,31 +117,20 @@ def search(
     budget: float | Budget = 0.6,
     n_trials: int = 60,
     seed: int = 0,
-    *,
     dimensions: Iterable[str] | None = None,
-    bounds: Bounds | None = None,
-    groups: Groups = None,
-    token_ratio: str = "shared",
-    min_heads: int = 1,
-    min_neurons: int = 1,
-    round_to: int | None = None,
-    stages: Sequence[int] | None = None,
-    token_score: str = "attention",
-    fuse_tokens: bool = True,
+    space: Space | None = None,
+    tokens: TokenOptions | None = None,
     compensate: str = "none",
-    statistics: ActivationStatistics | None = None,
-    n_initial_points: int = 10,
-    xi: float = 0.0,
-    state: str | Path | None = None,
-    warm_start: str | Path | None = None,
-    progress: bool = True,
-    on_trial: Callable[[StudyTrial, float | None], None] | None = None,
+    options: SearchOptions | None = None,
+    *,
+    input_size: InputSize | None = None,
+    submodule: str | None = None,
 ) -> SearchResult:
     """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
 
     Every trial meets the budget in whole units. The first one is the uniform policy; then come the uniform policies of
     fewer dimensions that reach the budget, such as neurons alone, so that no single dimension is overlooked; up to
-    `n_initial_points` the next ones are random, then a Gaussian process and expected improvement choose. In a
+    `initial_points` the next ones are random, then a Gaussian process and expected improvement choose. In a
     distributed run rank 0 chooses and all ranks follow.
 
     Args:
@@ -131,21 +140,16 @@ def search(
             gradients, how good it is; higher is better. It has to do so on held-out *training* images: see `HeldOut`,
             which is one. In a distributed run all ranks call it; the value of rank 0 counts.
         budget: fraction of the dense MACs in (0, 1], or a `Budget`.
-        n_trials: how many in all, those of an earlier run in `state` counted.
+        n_trials: how many in all, those of an earlier run in the journal counted.
         seed: of the search; `evaluate` runs under a seed of its own per trial, so that a resumed search equals an
             uninterrupted one.
-        dimensions, bounds, groups, token_ratio, min_heads, min_neurons, round_to, stages: see `PolicySpace`.
-        token_score, fuse_tokens: see `make_plan`.
-        compensate, statistics: see `slim`; trials are then judged with what they will be delivered with.
-        n_initial_points, xi: see `GpEi`.
-        state: file to keep the search in; if it is there, the search goes on from it.
-        warm_start: the `state` file of an earlier search over the same axes, for another budget say.
-        progress: show a progress bar where there is a terminal.
-        on_trial: called with every trial that is over and the best value so far; on rank 0 alone.
+        dimensions, space, tokens, input_size, submodule: see `PolicySpace`.
+        compensate: see `slim`; by ``scores.moments``. Trials are then judged with what they will be delivered with.
+        options: how to run it; None: ``SearchOptions()``.
 
     Raises:
-        SearchError: `evaluate` gives no number, every trial fails, or the state belongs to another search. What had
-            been found by then is in `state`.
+        SearchError: `evaluate` gives no number, every trial fails, or the journal belongs to another search. What had
+            been found by then is in it.
         BudgetError: the budget cannot be reached.
         CompensationError, UnsupportedModelError: what may be pruned cannot be compensated for, see `slim`.
         RankError: another process of a distributed run failed; its own error is raised there.
@@ -155,84 +159,70 @@ def search(
         raise SearchError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
     if not callable(evaluate):
         raise SearchError(f"evaluate={evaluate!r:.80}: expected a function of a slim model that returns a number")
-    space = PolicySpace(
-        model,
-        budget,
-        dimensions,
-        bounds=bounds,
-        groups=groups,
-        token_ratio=token_ratio,
-        min_heads=min_heads,
-        min_neurons=min_neurons,
-        round_to=round_to,
-        stages=stages,
-        fuse_tokens=fuse_tokens,
-    )
-    _check_compensation(space, compensate, statistics)
+    options = SearchOptions() if options is None else options
+    policies = PolicySpace(model, budget, dimensions, space, tokens, input_size=input_size, submodule=submodule)
+    _check_compensation(policies, scores, compensate)
     process = GpEi(
-        space,
-        space.constraint,
+        policies,
+        policies.constraint,
         seed=seed,
-        n_initial_points=n_initial_points,
-        first=starting_points(space),
-        prior=on_first_rank(partial(observations, warm_start, space, "maximize", state)),
-        xi=xi,
+        n_initial_points=options.initial_points,
+        first=starting_points(policies),
+        prior=on_first_rank(partial(observations, options.warm_start, policies, "maximize", options.journal)),
+        xi=options.xi,
     )
-    about = {
-        **_about(space, scores, compensate, statistics),
-        "xi": float(xi),
-        "token_score": token_score,
-        "fuse_tokens": fuse_tokens,
-    }
+    about = {**_about(policies, scores, compensate), "xi": float(options.xi)}
+    moments = None if compensate == "none" else scores.moments
 
     def slim_of(policy: Policy) -> nn.Module:
-        plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
-        return slim(model, plan, compensate=compensate, statistics=statistics).eval()
+        dense, size = policies.anatomy.model, policies.costs.size
+        plan = make_plan(dense, scores, policy, policies.tokens, input_size=size)
+        return slim(dense, plan, compensate, moments=moments).eval()
 
-    study = _SharedStudy(process, state, about)
+    study = _SharedStudy(process, options.journal, about)
     try:
         if isinstance(evaluate, HeldOut) and _judges(evaluate):
-            _note_dense(study, evaluate, space.sites.model)
-        trials = _run(study, partial(_judged, space, slim_of, evaluate, seed), n_trials, progress, on_trial)
+            _note_dense(study, evaluate, policies.anatomy.model)
+        trials = _run(study, partial(_judged, policies, slim_of, evaluate, seed), n_trials, options)
     finally:
         study.close()
     if not is_first():
         for trial in trials:
-            process.tell(space.point(trial.params)[None], [trial.value])
-    return _result(space, process, trials)
+            process.tell(policies.point(trial.params)[None], [trial.value])
+    return _result(policies, process, trials)
 
 
 # --- before the first trial -------------------------------------------------------------------------------------------
 
 
-def _check_compensation(space: PolicySpace, compensate: str, statistics: ActivationStatistics | None) -> None:
-    check_compensation(space.sites, compensate, statistics)
-    for dimension in ("heads", "neurons"):
-        for block in space.sites.blocks if dimension in space.dimensions else ():
-            check_compensable(getattr(block, dimension), compensate)
+def _check_compensation(space: PolicySpace, scores: Scores, compensate: str) -> None:
+    check_compensation(space.anatomy, compensate, None if compensate == "none" else scores.moments)
+    for dimension in space.dimensions:
+        for units in space.anatomy.units(dimension):
+            if units is not None:
+                check_compensable(units, compensate)
 
 
-def _about(
-    space: PolicySpace, scores: Scores, compensate: str, statistics: ActivationStatistics | None
-) -> dict[str, Any]:
+def _about(space: PolicySpace, scores: Scores, compensate: str) -> dict[str, Any]:
     """What makes two searches over the same axes the same."""
     about = {
         "budget": space.budget.as_dict(),
         "dense_macs": space.dense_macs,
-        "stages": list(space.stage_blocks),
+        "stages": list(space.grid.stages),
+        "tokens": asdict(space.tokens),
         "scores": _digest_of(scores.tensors(), scores.criterion),
     }
-    if isinstance(table := space.budget.table, LatencyTable):
+    if isinstance(table := space.budget.options.get("table"), LatencyTable):
         about["latency_of"] = {
             name: table.conditions.get(name) for name in ("device", "threads", "dtype", "batch_size")
         }
-    if statistics is not None:
-        about |= {"compensate": compensate, "statistics": _digest_of(statistics.tensors())}
+    if compensate != "none" and scores.moments is not None:
+        about |= {"compensate": compensate, "moments": _digest_of(scores.moments.tensors())}
     return about
 
 
 def _digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
-    """Short hash: with other scores, or statistics, the same policy gives another model."""
+    """Short hash: with other scores, or moments, the same policy gives another model."""
     sha = hashlib.sha256(name.encode())
     for key, tensor in sorted(tensors.items()):
         sha.update(key.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
@@ -307,22 +297,21 @@ def _run(
     study: _SharedStudy,
     judged: Callable[[StudyTrial, float | None], dict[str, Any]],
     n_trials: int,
-    progress: bool,
-    on_trial: Callable[[StudyTrial, float | None], None] | None,
+    options: SearchOptions,
 ) -> tuple[StudyTrial, ...]:
     """Trials until there are `n_trials`, or no more policies; returns all."""
     standing = partial(_standing, n_trials=n_trials)
     now = study.ask(standing)
     before, begun = now.finished, time.perf_counter()
-    with bar("Searching", n_trials, completed=before, shown=progress) as advance, isolated_rng():
+    with bar("Searching", n_trials, completed=before, shown=options.progress) as advance, isolated_rng():
         while (trial := now.next) is not None:
             started = time.perf_counter()
             outcome = judged(trial, now.best)
             seconds = time.perf_counter() - started
             trial = study.ask(partial(Study.finish, number=trial.number, seconds=round(seconds, 4), **outcome))
             now = study.ask(standing)
-            if on_trial is not None:
-                on_first_rank(partial(on_trial, trial, now.best))
+            if options.on_trial is not None:
+                on_first_rank(partial(options.on_trial, trial, now.best))
             log.debug("  trial %d: value %s in %.2f s", trial.number, _shown(trial.value), seconds)
             advance(f"value {_shown(trial.value)}, best {_shown(now.best)}, cost {trial.cost:.2%} of budget")
             if is_first() and (now.finished % max(1, n_trials // 6) == 0 or now.finished == n_trials):
@@ -369,8 +358,7 @@ def _judged(
             raise
         log.warning("  trial %d failed: %s", trial.number, failures[0])
         return {"value": None, "note": str(failures[0])}
-    costs = {"macs": space.macs(point[None]), "latency": space.latency(point[None])}
-    priced = {name: float(cost[0]) for name, cost in costs.items() if cost is not None}
+    priced = {name: float(cost[0]) for name, cost in space.prices(point[None]).items()}
     return {"value": judgement.value, "facts": {**judgement.facts, **priced}}
 
 

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_mdc.distributed import gather, on_every_rank, rank, world_size
 from lightning_mdc.errors import SearchError, check_whole
-from lightning_mdc.models import evaluating
+from lightning_mdc.models import check_unmasked, evaluating
 
 METRICS = ("accuracy", "loss", "kl")
 
@@ -52,7 +52,7 @@ class HeldOut:
         seed: of the order.
 
     Raises:
-        SearchError: no images, no labels where they are needed, or an unknown metric.
+        SearchError: no images, no labels where they are needed, an unknown metric, or a dense model with masks on.
     """
 
     def __init__(
@@ -73,6 +73,9 @@ class HeldOut:
         check_whole("batch_size", batch_size, 1, SearchError)
         if name == "kl" and dense is None:
             raise SearchError("metric='kl' compares with the dense model; pass dense=")
+        if dense is not None:
+            consequence = "policies would be compared with the pruned model"
+            check_unmasked(dense, SearchError, consequence, "take the masks off, by remove_masks(model)")
         check_whole("max_images", max_images, 1, SearchError, or_none="all")
         images, labels = gathered(batches, max_images)
         if labels is None and name != "kl":

@@ -18,22 +18,21 @@ from lightning_mdc.distributed import on_every_rank, on_first_rank
 from lightning_mdc.errors import SearchError
 from lightning_mdc.files import csv_text, write_text
 from lightning_mdc.importance import Scores
-from lightning_mdc.models import Sites, find_sites
-from lightning_mdc.policy import DIMENSIONS, Policy, default_stages, keep_count, kept_tokens
+from lightning_mdc.models import Anatomy, find_anatomy
+from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, TokenOptions, keep_count
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.progress import bar
 from lightning_mdc.surgery import slim
 from lightning_mdc.surgery.plan import make_plan
+from lightning_mdc.tokens.flow import tokens_kept
 
 log = logging.getLogger(__name__)
 
-# Keep ratios to try; where there are at most eight heads, every number of them.
-LEVELS: Mapping[str, Sequence[float] | None] = {
-    "heads": None,
-    "neurons": (0.75, 0.5, 0.25, 0.1, 0.0),
-    "tokens": (0.9, 0.7, 0.5, 0.3, 0.1, 0.0),
-}
-_MOST_HEAD_COUNTS = 8
+# Keep ratios to try of units that are channels, and of tokens. Of wider units every number is, or so many where there
+# are more.
+_LEVELS = (0.75, 0.5, 0.25, 0.1, 0.0)
+_TOKEN_LEVELS = (0.9, 0.7, 0.5, 0.3, 0.1, 0.0)
+_MOST_COUNTS = 8
 
 Key = tuple[str, int, float]
 
@@ -43,7 +42,7 @@ class Cut:
     """One dimension of one block cut, all else whole.
 
     Attributes:
-        dimension: ``"heads"``, ``"neurons"`` or ``"tokens"``.
+        dimension: of `policy.DIMENSIONS`.
         block: for tokens, the block of the token stage.
         keep: realised keep ratio; 1 is the dense model.
         accuracy: top-1 on the held-out images, a fraction.
@@ -118,12 +117,12 @@ def measure_sensitivity(
     scores: Scores,
     held_out: HeldOut,
     *,
-    levels: Mapping[str, Sequence[float] | None] = LEVELS,
+    levels: Mapping[str, Sequence[float] | None] | None = None,
     stages: Sequence[int] | None = None,
-    token_score: str = "attention",
-    fuse_tokens: bool = True,
+    tokens: TokenOptions | None = None,
     state: Path | None = None,
     progress: bool = True,
+    submodule: str | None = None,
 ) -> Sensitivity:
     """Cut each dimension of each block (for tokens, each stage) alone, step by step, and judge what is left.
 
@@ -133,28 +132,31 @@ def measure_sensitivity(
         model: the dense model (or a module that holds it); unchanged.
         scores: from `score`.
         held_out: of labelled images, with ``dense=model``.
-        levels: keep ratios to try per dimension; None: every number of heads, or eight steps where there are more.
+        levels: keep ratios to try per dimension; None, also of one: every number of heads, or eight steps where there
+            are more, and some ratios of neurons and tokens.
         stages: blocks of the token stages; None means quarters of the depth.
-        token_score, fuse_tokens: see `make_plan`.
+        tokens: what happens at a token stage; None: ``TokenOptions()``.
         state: CSV file for the cuts made so far; those that are there already are not made again. It has to be of
             this model, these scores and these images.
         progress: show a progress bar where there is a terminal.
+        submodule: of the vision transformer in `model`; see `find_anatomy`.
 
     Raises:
         SearchError: `held_out` does not tell both accuracy and KL.
     """
-    sites = find_sites(model)
-    costs = CostModel(sites)
-    wanted = list(_cuts(sites, costs.num_tokens, levels, default_stages(sites.depth) if stages is None else stages))
+    anatomy = find_anatomy(model, submodule)
+    costs = CostModel(anatomy)
+    blocks = anatomy.check_stages(None if stages is None else tuple(stages))
+    wanted = list(_cuts(anatomy, costs.num_tokens, {} if levels is None else levels, blocks))
     known = on_first_rank(partial(_known, state))
     done = sum(key in known for key, _ in wanted)
     # All curves begin at the same model, which is judged once.
     whole = next((cut for cut in known.values() if cut.keep == 1), None)
 
     def cut_model(policy: Policy) -> tuple[nn.Module, float]:
-        plan = make_plan(model, scores, policy, token_score=token_score, fuse_tokens=fuse_tokens)
+        plan = make_plan(anatomy.model, scores, policy, tokens)
         with torch.no_grad():
-            return slim(model, plan).eval(), costs.of_plan(plan) / costs.of_model()
+            return slim(anatomy.model, plan).eval(), costs.of_plan(plan) / costs.of_model()
 
     def judged(key: Key, policy: Policy) -> Cut:
         small, cost = on_every_rank(partial(cut_model, policy))
@@ -195,25 +197,27 @@ def _known(state: Path | None) -> dict[Key, Cut]:
 
 
 def _cuts(
-    sites: Sites, num_tokens: int, levels: Mapping[str, Sequence[float] | None], stages: Sequence[int]
+    anatomy: Anatomy, num_tokens: int, levels: Mapping[str, Sequence[float] | None], stages: Sequence[int]
 ) -> Iterator[tuple[Key, Policy]]:
     """((dimension, block, realised keep ratio), policy) of every cut, each curve from whole to nothing."""
-    blocks = {"heads": range(sites.depth), "neurons": range(sites.depth), "tokens": stages}
-    for dimension in sites.dimensions:
-        for index, block in enumerate(blocks[dimension]):
-            ratios = levels[dimension]
-            if dimension == "tokens":
-                kept = {kept_tokens(num_tokens, ratio, sites.num_prefix_tokens) for ratio in ratios or ()}
-                units = num_tokens
+    for dimension in anatomy.dimensions:
+        blocks = stages if dimension == TOKENS else range(anatomy.depth)
+        for index, block in enumerate(blocks):
+            units = anatomy.blocks[block].units.get(dimension)
+            size = num_tokens if dimension == TOKENS else 0 if units is None else units.count
+            if not size:  # there is nothing to cut
+                continue
+            ratios = levels.get(dimension)
+            if ratios is None and units is not None and units.width > 1:
+                ratios = np.linspace(1, 0, min(size, _MOST_COUNTS) + 1).tolist()
+            if ratios is None:
+                ratios = _TOKEN_LEVELS if dimension == TOKENS else _LEVELS
+            if dimension == TOKENS:
+                kept = {int(tokens_kept(size, ratio, anatomy.num_prefix_tokens)) for ratio in ratios}
             else:
-                units = getattr(sites, f"num_{dimension}")[block]
-                steps = min(units, _MOST_HEAD_COUNTS)
-                if not units:  # of a slim model: there is nothing to cut
-                    continue
-                even = np.linspace(units, 0, steps + 1).round().astype(int).tolist()
-                kept = set(even) if ratios is None else {keep_count(units, ratio) for ratio in ratios}
-            for count in sorted({units, *kept}, reverse=True):
-                alone = [1.0] * len(blocks[dimension])
-                alone[index] = count / units
-                policy = Policy(**{dimension: alone}, stages=tuple(stages) if dimension == "tokens" else None)
-                yield (dimension, block, count / units), policy
+                kept = {keep_count(size, ratio) for ratio in ratios}
+            for count in sorted({size, *kept}, reverse=True):
+                alone = [1.0] * len(blocks)
+                alone[index] = count / size
+                policy = Policy(**{dimension: alone}, stages=tuple(stages) if dimension == TOKENS else None)
+                yield (dimension, block, count / size), policy

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from lightning_mdc.errors import CalibrationError, PlanError, check_one_of
+from lightning_mdc.errors import CalibrationError, PlanError
 from lightning_mdc.importance.scores import Scores, min_max
-from lightning_mdc.models import Counts, Sites, find_sites
-from lightning_mdc.policy import TOKEN_SCORES, Plan, Policy, TokenStage, kept_tokens
+from lightning_mdc.models import Anatomy, Counts, find_anatomy
+from lightning_mdc.policy import Plan, Policy, TokenOptions, TokenStage
+from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 
 
 def make_plan(
     model: nn.Module,
     scores: Scores,
     policy: Policy,
+    tokens: TokenOptions | None = None,
     *,
-    token_score: str = "attention",
-    fuse_tokens: bool = True,
+    input_size: tuple[int, int] | None = None,
+    submodule: str | None = None,
 ) -> Plan:
     """The plan that keeps each block's best-scored units; ties go to the lower index.
 
@@ -26,33 +29,34 @@ def make_plan(
         model: the dense model (or a module that holds it) that was scored.
         scores: from `score`; a dimension that `policy` does not prune may be missing.
         policy: keep ratios.
-        token_score: what ranks tokens at run time: ``"attention"``, ``"dependence"`` or ``"attention*dependence"``.
-            Dependence is a prior over positions, so it acts at the first stage that drops tokens; later stages no
-            longer know positions and use attention.
-        fuse_tokens: average dropped tokens into one that stays.
+        tokens: what happens at a token stage; None: ``TokenOptions()``.
+        input_size: (height, width) in pixels at which tokens are kept in whole numbers; None: the model's own.
+        submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
 
     Raises:
         PolicyError: the policy does not fit the model.
         CalibrationError: scores are missing or of another model.
-        PlanError: an unknown `token_score`.
+        PlanError: a reduction that is not known, or priors where positions are not.
     """
-    check_one_of("token_score", token_score, TOKEN_SCORES, PlanError)
     if not isinstance(scores, Scores):
         raise CalibrationError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
-    sites = find_sites(model)
-    counts = sites.counts(policy)
+    anatomy = find_anatomy(model, submodule)
+    counts = anatomy.counts(policy)
+    options = TokenOptions() if tokens is None else tokens
     return Plan(
-        heads=_best(sites.num_heads, counts.heads, scores.heads, "heads"),
-        neurons=_best(sites.num_neurons, counts.neurons, scores.neurons, "neurons"),
-        tokens=_token_stages(sites, counts, scores, token_score),
-        num_heads=sites.num_heads,
-        num_neurons=sites.num_neurons,
-        fuse=fuse_tokens,
+        kept={
+            name: _best(name, sizes, counts.units.get(name, ()), scores.units(name))
+            for name, sizes in anatomy.sizes.items()
+        },
+        sizes=anatomy.sizes,
+        tokens=_token_stages(anatomy, counts, scores, options, input_size),
+        reduction=options.reduction,
+        restore=anatomy.restores(options.restore),
     )
 
 
 def _best(
-    sizes: tuple[int, ...], counts: np.ndarray, scores: list[Tensor], dimension: str
+    dimension: str, sizes: tuple[int, ...], counts: Iterable[int], scores: list[Tensor]
 ) -> tuple[tuple[int, ...], ...]:
     kept = []
     for block, (size, count) in enumerate(zip(sizes, counts, strict=True)):
@@ -70,44 +74,48 @@ def _best(
     return tuple(kept)
 
 
-def _token_stages(sites: Sites, counts: Counts, scores: Scores, token_score: str) -> tuple[TokenStage, ...]:
+def _token_stages(
+    anatomy: Anatomy, counts: Counts, scores: Scores, options: TokenOptions, input_size: tuple[int, int] | None
+) -> tuple[TokenStage, ...]:
     stages = []
-    tokens = sites.grid[0] * sites.grid[1] + sites.num_prefix_tokens
-    positions_known = True
+    height, width = anatomy.grid if input_size is None else anatomy.grid_of(input_size)
+    tokens = height * width + anatomy.num_prefix_tokens
     for block, ratio in zip(counts.stages, counts.tokens, strict=True):
-        kept = kept_tokens(tokens, float(ratio), sites.num_prefix_tokens)
+        kept = int(tokens_kept(tokens, float(ratio), anatomy.num_prefix_tokens))
         if kept == tokens:
             stages.append(TokenStage(block, 1.0))
             continue
-        headless = counts.heads.size > 0 and counts.heads[block] == 0
+        point = anatomy.blocks[block].point
+        assert point is not None  # every block has one where tokens may leave
+        scoring = counts.units.get(point.attention.dimension)
         prior = None
-        if positions_known and (token_score != "attention" or headless):
-            prior = _prior(sites, scores, block, required=token_score != "attention")
+        if options.score != "attention" or (scoring is not None and scoring[block] == 0):
+            prior = _prior(anatomy, scores, block, required=options.score != "attention")
         stages.append(
             TokenStage(
                 block,
                 keep=kept / tokens,
-                score="attention" if prior is None else token_score,
+                score="attention" if prior is None else options.score,
                 prior=prior,
-                grid=None if prior is None else sites.grid,
+                grid=None if prior is None else anatomy.grid,
             )
         )
-        tokens, positions_known = kept + 1, False
+        tokens = int(tokens_after(tokens, kept, options.reduction))
     return tuple(stages)
 
 
-def _prior(sites: Sites, scores: Scores, block: int, *, required: bool) -> tuple[float, ...] | None:
-    positions = sites.grid[0] * sites.grid[1]
-    if sites.drops_patches_at_random and required:
+def _prior(anatomy: Anatomy, scores: Scores, block: int, *, required: bool) -> tuple[float, ...] | None:
+    positions = anatomy.grid[0] * anatomy.grid[1]
+    if anatomy.drops_patches_at_random and required:
         raise PlanError(
-            f"token_score: {sites.name} drops patches at random in training, so a position is not where it was; use "
-            "token_score='attention', or patch_drop_rate=0"
+            f"token score: {anatomy.name} drops patches at random in training, so a position is not where it was; use "
+            "TokenOptions(score='attention'), or patch_drop_rate=0"
         )
     prior = scores.tokens[scores.stages.index(block)] if block in scores.stages else None
-    if prior is None or prior.shape != (positions,) or sites.drops_patches_at_random:
+    if prior is None or prior.shape != (positions,) or anatomy.drops_patches_at_random:
         if required:
             raise CalibrationError(
-                f"token_score needs scores.tokens for the stage at block {block} with {positions} positions; score "
+                f"token score needs scores.tokens for the stage at block {block} with {positions} positions; score "
                 "this model with the policy's stages"
             )
         return None

@@ -7,16 +7,22 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_mdc.models import Sites, find_sites, unwrap
-from lightning_mdc.policy import Plan
-from lightning_mdc.surgery.compensation import ActivationStatistics, check_compensation, refit_consumer
-from lightning_mdc.surgery.cutting import cut_units
-from lightning_mdc.surgery.intermediates import guard_intermediates
-from lightning_mdc.surgery.masks import remove_masks
+from lightning_mdc.importance.moments import Moments
+from lightning_mdc.models import Anatomy, find_anatomy, unwrap
+from lightning_mdc.models.swapping import cut_units, unmask, with_mixins
+from lightning_mdc.policy import ByDimension, Plan
+from lightning_mdc.surgery.compensation import check_compensation, refit_reader
+from lightning_mdc.surgery.token_stages import roles
+from lightning_mdc.tokens.block import StagedBlock
 
 
 def slim(
-    model: nn.Module, plan: Plan, *, compensate: str = "none", statistics: ActivationStatistics | None = None
+    model: nn.Module,
+    plan: Plan,
+    compensate: str = "none",
+    *,
+    moments: Moments | None = None,
+    submodule: str | None = None,
 ) -> nn.Module:
     """A physically smaller copy of the vision transformer in `model`, as `plan` says; the dense one is unchanged.
 
@@ -29,37 +35,50 @@ def slim(
         compensate: ``"none"`` slices the weights. ``"lstsq"`` also refits, by least squares, each layer that reads
             heads or neurons: from the kept ones it then puts out what it put out from all, as nearly as it can. That
             costs nothing at run time.
-        statistics: of `model`; needed by ``"lstsq"``.
+        moments: of `model`, for ``"lstsq"``: `moments` of scores.
+        submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
 
     Raises:
         PlanError: the plan is for another model.
-        CompensationError: `compensate` is unknown, or the statistics are missing or of another model.
+        CompensationError: `compensate` is unknown, or the moments are missing or of another model.
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; or a norm over
             the units stands in the way of compensation.
     """
-    dense = find_sites(model)
+    dense = find_anatomy(model, submodule)
     dense.check(plan)
-    check_compensation(dense, compensate, statistics)
+    check_compensation(dense, compensate, moments)
     copied = plain_copy(dense.model)
-    sites = find_sites(copied)
-    for dimension in ("heads", "neurons"):
-        for index, (site, kept) in enumerate(zip(sites.units(dimension), getattr(plan, dimension), strict=True)):
-            if statistics is not None:
-                refit_consumer(site, kept, getattr(statistics, dimension)[index])
-            cut_units(site, kept)
-    for stage in plan.tokens:
-        if stage.keep < 1:
-            new = sites.family.token_stage_block(sites, stage.block, stage, plan.fuse)
-            setattr(sites.container, str(stage.block), new)
-    if plan.drops_tokens:
-        guard_intermediates(copied)
+    anatomy = find_anatomy(copied)
+    for units in anatomy.all_units:
+        kept = plan.kept[units.dimension][units.block]
+        if moments is not None:
+            refit_reader(units, kept, moments)
+        cut_units(units, kept)
+    stage_tokens(anatomy, plan)
     copied.mdc_plan = _since_dense(dense, plan)  # type: ignore[assignment]
     return copied
 
 
+def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
+    """Build the token stages of `plan` into the model, in place."""
+    staged = roles(anatomy, plan)
+    for index, role in staged.items():
+        block = anatomy.blocks[index]
+        assert block.point is not None  # Anatomy.check has refused other models
+        with_mixins(block.module, StagedBlock, block.point.halves)
+        vars(block.module)["role"] = role
+        if role.select is not None:
+            device = next(block.module.parameters()).device
+            # Where there are no weights yet, what comes from the plan is there all the same.
+            block.module.add_module("select", role.select if device.type == "meta" else role.select.to(device))
+    if staged and anatomy.reader is not None:  # None: of blocks alone, which are timed
+        with_mixins(anatomy.model, anatomy.reader)
+        vars(anatomy.model)["plan"] = plan
+
+
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan a slim model was made with, relative to its dense origin; None for a dense model."""
-    plan = getattr(find_sites(model).model, "mdc_plan", None)
+    plan = getattr(find_anatomy(model).model, "mdc_plan", None)
     return plan if isinstance(plan, Plan) else None
 
 
@@ -70,19 +89,24 @@ def plain_copy(model: nn.Module) -> nn.Module:
         for name, child in list(parent.named_children()):
             if unwrap(child) is not child:  # a block compiled by itself
                 setattr(parent, name, unwrap(child))
-    remove_masks(copied)
+    unmask(copied)
     return copied
 
 
-def _since_dense(sites: Sites, plan: Plan) -> Plan:
-    """`plan` with indices of the dense model, where `sites` is already slim."""
-    before = getattr(sites.model, "mdc_plan", None)
+def _since_dense(anatomy: Anatomy, plan: Plan) -> Plan:
+    """`plan` with indices of the dense model, where that of `anatomy` is already slim."""
+    before = getattr(anatomy.model, "mdc_plan", None)
     if not isinstance(before, Plan):
         return plan
-
-    def compose(first: tuple[tuple[int, ...], ...], then: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(a[i] for i in b) for a, b in zip(first, then, strict=True))
-
-    dropping = before if before.drops_tokens else plan  # not both: Sites.check has refused that
-    heads, neurons = compose(before.heads, plan.heads), compose(before.neurons, plan.neurons)
-    return replace(before, heads=heads, neurons=neurons, tokens=dropping.tokens, fuse=dropping.fuse)
+    kept = {
+        dimension: tuple(tuple(a[i] for i in b) for a, b in zip(before.kept[dimension], then, strict=True))
+        for dimension, then in plan.kept.items()
+    }
+    dropping = before if before.leaving else plan  # not both: Anatomy.check has refused that
+    return replace(
+        before,
+        kept=ByDimension(kept),
+        tokens=dropping.tokens,
+        reduction=dropping.reduction,
+        restore=dropping.restore,
+    )

@@ -1,75 +1,128 @@
-"""What happens at a token stage: score the tokens, keep the best, fuse the rest.
+"""Which tokens stay at a token stage.
 
 After Hou & Kung (arXiv 2201.00043, section 3): tokens are ranked by the class token's attention; dependence enters as a
-prior over positions. Token dropping between a block's attention and its MLP, with one fused token, follows EViT
-(Liang et al., arXiv 2202.07800).
+prior over positions. Token dropping between a block's attention and its MLP follows EViT (Liang et al., arXiv
+2202.07800).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError
-from lightning_mdc.policy import TokenStage, kept_tokens
+from lightning_mdc.policy import TokenStage
+from lightning_mdc.tokens.flow import tokens_kept
+from lightning_mdc.tokens.reduction import Evidence, reduction_class, rows
+
+
+class Carried(NamedTuple):
+    """What travels beside the tokens from the first token stage on. Tokens are counted after the prefix tokens.
+
+    Attributes:
+        places: the token that each position of the input is in now, int64 (batch, positions); -1: it was dropped.
+        last: the value that each position had when it was dropped, (batch, positions, dim); None: nobody asks.
+    """
+
+    places: Tensor
+    last: Tensor | None
+
+    def sizes(self, num_tokens: int) -> Tensor:
+        """How many positions each token stands for: int64 (batch, tokens)."""
+        return self.sums(torch.ones_like(self.places), num_tokens)
+
+    def sums(self, values: Tensor, num_tokens: int) -> Tensor:
+        """Sum of `values` (batch, positions) over the positions of each token: (batch, tokens)."""
+        nowhere_first = values.new_zeros(values.shape[0], num_tokens + 1)
+        return nowhere_first.scatter_add(1, self.places + 1, values)[:, 1:]
 
 
 class TokenSelection(nn.Module):
-    """A token stage: it scores the tokens, keeps the best and fuses the rest. Slim blocks and masks both run it.
+    """A token stage: it scores the tokens, keeps the best and reduces the rest. Slim blocks and masks both run it.
 
     A module of its own, so that a hook can watch which tokens it keeps.
     """
 
     prior: Tensor | None
 
-    def __init__(self, stage: TokenStage, num_prefix_tokens: int, class_rows: tuple[int, ...], fuse: bool) -> None:
+    def __init__(
+        self, stage: TokenStage, num_prefix_tokens: int, class_rows: tuple[int, ...], reduction: str, keeps_last: bool
+    ) -> None:
         super().__init__()
         self.stage = stage
         self.num_prefix_tokens = num_prefix_tokens
         self.class_rows = class_rows
-        self.fuse = fuse
+        self.keeps_last = keeps_last
+        self.reduce = reduction_class(reduction)()
         # From the plan, not from the weights: the state_dict keeps the dense model's keys.
         prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device="cpu")
         self.register_buffer("prior", prior, persistent=False)
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """The tokens that go on, as `regroup` makes them; `x` itself if nothing is to drop.
+    def forward(self, x: Tensor, evidence: Evidence, carried: Carried | None) -> tuple[Tensor, Carried | None]:
+        """The tokens that go on, and what travels beside them; `x` itself if nothing is to leave.
 
-        x: (batch, tokens, dim), the residual stream between attention and MLP. q, k: (batch, heads, tokens, head_dim)
-        of that attention, for the heads that are kept (there may be none). scale: of its logits.
+        x: (batch, tokens, dim), the residual stream between attention and MLP.
         """
-        split = self.split(x, q, k, scale)
-        return x if split is None else regroup(x, *split, self.num_prefix_tokens, self.fuse)
+        split = self.split(x, evidence, carried)
+        if split is None:
+            return x, carried
+        prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        if carried is None:  # every position still is a token of its own
+            places = torch.arange(tokens.shape[1], device=x.device).expand(x.shape[0], -1)
+            carried = Carried(places, torch.zeros_like(tokens) if self.keeps_last else None)
+        sizes = carried.sizes(tokens.shape[1]) if self.reduce.counts_sizes else None
+        reduced, moved = self.reduce(tokens, *split, sizes, evidence)
+        return torch.cat([prefix, reduced], dim=1), self._moved(carried, tokens, moved)
 
-    def split(self, x: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-        """Which patches stay, (batch, kept) in their old order, and which go; None if nothing is to drop.
+    def _moved(self, carried: Carried, tokens: Tensor, moved: Tensor) -> Carried:
+        there = carried.places >= 0
+        before = carried.places.clamp_min(0)
+        places = torch.where(there, moved.gather(1, before), -1)
+        last = carried.last
+        if last is not None:
+            leaves = there & (places < 0)
+            last = torch.where(leaves[:, :, None], rows(tokens, before), last)
+        return Carried(places, last)
+
+    def split(self, x: Tensor, evidence: Evidence, carried: Carried | None) -> tuple[Tensor, Tensor] | None:
+        """Which tokens stay, (batch, kept) in their order, and which leave; None if none is to leave.
 
         Indices count the tokens after the prefix. Arguments as of `forward`.
         """
         num_tokens, num_prefix_tokens = x.shape[1], self.num_prefix_tokens
-        num_kept = kept_tokens(num_tokens, self.stage.keep, num_prefix_tokens)
+        num_kept = int(tokens_kept(num_tokens, self.stage.keep, num_prefix_tokens))
         if num_kept == num_tokens:
             return None
-        prior = self.prior
-        if prior is not None:
-            assert self.stage.grid is not None  # TokenStage checks it
-            prior = resample_prior(prior.to(x.device), self.stage.grid, num_tokens - num_prefix_tokens)
-            prior = prior[None].expand(x.shape[0], -1)
-        if prior is not None and (self.stage.score == "dependence" or q.shape[1] == 0):
-            scores = prior
-        elif q.shape[1] == 0:
+        prior = self._prior(x, carried)
+        has_heads = evidence.q.shape[1] > 0
+        if prior is not None and (self.stage.score == "dependence" or not has_heads):
+            scores = prior.expand(x.shape[0], -1)
+        elif not has_heads:
             scores = x.detach()[:, num_prefix_tokens:].abs().mean(dim=-1)
         else:
-            scores = attention_scores(q, k, scale, self.class_rows)[:, num_prefix_tokens:]
+            scores = attention_scores(evidence, self.class_rows)[:, num_prefix_tokens:]
             if prior is not None and self.stage.score == "attention*dependence":
                 scores = scores * prior
         return best_and_rest(scores, num_kept - num_prefix_tokens)
 
+    def _prior(self, x: Tensor, carried: Carried | None) -> Tensor | None:
+        """The prior of each token, (batch or 1, tokens): the mean over the positions that it stands for."""
+        if self.prior is None:
+            return None
+        assert self.stage.grid is not None  # TokenStage checks it
+        num_tokens = x.shape[1] - self.num_prefix_tokens
+        positions = num_tokens if carried is None else carried.places.shape[1]
+        prior = resample_prior(self.prior.to(x.device), self.stage.grid, positions)
+        if carried is None:
+            return prior[None]
+        return carried.sums(prior.expand_as(carried.places), num_tokens) / carried.sizes(num_tokens)
+
     def extra_repr(self) -> str:
-        return f"keep={self.stage.keep:.4g}, score={self.stage.score}, fuse={self.fuse}"
+        return f"keep={self.stage.keep:.4g}, score={self.stage.score}, reduction={self.reduce.name}"
 
 
 def best_and_rest(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
@@ -79,27 +132,16 @@ def best_and_rest(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
     return order[:, :num_best].sort(dim=1).values, order[:, num_best:]
 
 
-def regroup(x: Tensor, best: Tensor, rest: Tensor, num_prefix_tokens: int, fuse: bool) -> Tensor:
-    """The prefix tokens, the `best` others, and (if `fuse`) the mean of the `rest`: (batch, kept + fuse, dim).
-
-    x: (batch, tokens, dim); best, rest: indices (batch, n) among the tokens after the prefix.
-    """
-    parts = [x[:, :num_prefix_tokens], _rows(x, num_prefix_tokens + best)]
-    if fuse:
-        parts.append(_rows(x, num_prefix_tokens + rest).mean(dim=1, keepdim=True))
-    return torch.cat(parts, dim=1)
-
-
-def attention_scores(q: Tensor, k: Tensor, scale: float, class_rows: tuple[int, ...]) -> Tensor:
+def attention_scores(evidence: Evidence, class_rows: tuple[int, ...]) -> Tensor:
     """Attention each token gets, averaged over heads: from the class rows, or from all rows if there are none.
 
-    q, k: (batch, heads, tokens, head_dim), heads >= 1. Returns (batch, tokens), fp32 or wider, without gradient.
-    Costs ``rows * tokens * heads * head_dim`` MACs on top of the (fused) attention, which hides its map.
+    There is at least one head. Returns (batch, tokens), fp32 or wider, without gradient. Costs
+    ``rows * tokens * heads * head_dim`` MACs on top of the (fused) attention, which hides its map.
     """
-    q, k = q.detach(), k.detach()
+    q, k = evidence.q.detach(), evidence.k.detach()
     if class_rows:
         q = q[:, :, : len(class_rows)]  # class rows come first in every supported model
-    logits = (q * scale) @ k.transpose(-2, -1)  # (batch, heads, rows, tokens)
+    logits = (q * evidence.scale) @ k.transpose(-2, -1)  # (batch, heads, rows, tokens)
     return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(dim=(1, 2))
 
 
@@ -111,19 +153,21 @@ def resample_prior(prior: Tensor, grid: tuple[int, int], num_positions: int) -> 
     """
     if prior.numel() == num_positions:
         return prior
+    image, size = prior.reshape(1, 1, *grid), grid_like(grid, num_positions)
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False).flatten()
+
+
+def grid_like(grid: tuple[int, int], num_positions: int) -> tuple[int, int]:
+    """The grid of the shape of `grid` that has so many positions.
+
+    Raises:
+        PlanError: there is none.
+    """
     height = round(math.sqrt(num_positions * grid[0] / grid[1]))
     width = num_positions // max(height, 1)
     if height * width != num_positions:
         raise PlanError(
             f"a token prior of {grid[0]}x{grid[1]} patches cannot be resampled to {num_positions} positions; "
-            "use images of the same aspect ratio, or token_score='attention'"
+            "use images of the same aspect ratio, or score='attention'"
         )
-    image = prior.reshape(1, 1, *grid)
-    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False).flatten()
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    # `gather` would look up an index for every channel: on a CPU it takes three times as long, in training too.
-    batch, num_tokens, _ = x.shape
-    rows = torch.arange(batch, device=x.device)[:, None] * num_tokens + index
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
+    return height, width

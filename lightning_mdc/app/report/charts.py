@@ -14,6 +14,7 @@ from lightning_mdc.app.report import result_figures
 from lightning_mdc.app.report.outcomes import FIRST, LEAST_CHANGED, MOST_CHANGED
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.result_figures import Point
+from lightning_mdc.app.settings import policy_space, token_options
 from lightning_mdc.budget import Budget
 from lightning_mdc.budget.uniform import uniform_policy
 from lightning_mdc.errors import MdcError
@@ -27,7 +28,7 @@ from lightning_mdc.figures.style import save_figure
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.gp_ei.study import StudyFile
-from lightning_mdc.policy import Policy
+from lightning_mdc.policy import DIMENSIONS, TOKENS, UNIT_DIMENSIONS, Policy
 
 log = logging.getLogger(__name__)
 
@@ -256,36 +257,30 @@ def _importance(record: RunRecord) -> Iterator[Chart]:
     scores, plan, dense = record.scores, record.plan, record.dense
     if scores is None:
         return
-    heads, neurons, tokens = ([t.double().numpy() for t in getattr(scores, d)] for d in ("heads", "neurons", "tokens"))
+    arrays = {name: [t.double().numpy() for t in scores.units(name)] for name in DIMENSIONS}
+    tokens = arrays[TOKENS]
     how = f"By {scores.criterion}, over {scores.images} images." if scores.images else f"By {scores.criterion}."
-    cross, line = "; a cross is a head that was removed", "; what is right of the line was removed"
-    removed = ("", "") if plan is None else (cross, line)
-    if heads:
-        yield Chart(
-            "importance/heads",
-            "Heads",
-            f"{how} Scaled within each block{removed[0]}.",
-            importance_figures.heads_figure(heads, plan.heads if plan else None),
-        )
-    if neurons:
-        yield Chart(
-            "importance/neurons",
-            "Neurons",
-            f"{how} The most important of each block on the left{removed[1]}.",
-            importance_figures.neurons_figure(neurons, plan.neurons if plan else None),
-        )
-    if tokens and dense is not None and len(tokens[0]) == np.prod(dense.sites.grid):
+    removed = "" if plan is None else "; a cross is one that was removed, or they are ranked and cut at the line"
+    for name in UNIT_DIMENSIONS:
+        if arrays[name]:
+            yield Chart(
+                f"importance/{name}",
+                name.capitalize(),
+                f"{how} Scaled within each block{removed}.",
+                importance_figures.units_figure(arrays[name], plan.kept[name] if plan else None, name.rstrip("s")),
+            )
+    if tokens and dense is not None and len(tokens[0]) == np.prod(dense.anatomy.grid):
         yield Chart(
             "importance/tokens",
             "Token positions",
             f"{how} Which tokens leave is decided image by image, unless surgery.token_score asks for these maps.",
-            importance_figures.tokens_figure(tokens, scores.stages, dense.sites.grid),
+            importance_figures.tokens_figure(tokens, scores.stages, dense.anatomy.grid),
         )
     yield Chart(
         "importance/histograms",
         "How it is spread",
         "Many units near 0 can go; where all are alike, none stands out.",
-        importance_figures.histograms_figure({"heads": heads, "neurons": neurons, "tokens": tokens}),
+        importance_figures.histograms_figure(arrays),
     )
 
 
@@ -331,9 +326,9 @@ def _uniform(record: RunRecord) -> Policy | None:
     if policy is None or dense is None or study is None:
         return None
     budget = study.header["about"].get("budget")
-    names = ("dimensions", "min_heads", "min_neurons", "round_to")
-    options = {name: record.settings.get("policy", {}).get(name) for name in names}
-    options = {name: value for name, value in options.items() if value is not None}
     if not isinstance(budget, dict) or budget.get("latency") is not None:  # nothing is measured for a picture
         return None
-    return uniform_policy(dense.sites.model, Budget(**budget), stages=policy.stages, **options)
+    settings = record.settings
+    space = replace(policy_space(settings), stages=policy.stages)
+    dimensions = settings["policy"]["dimensions"]
+    return uniform_policy(dense.anatomy.model, Budget(**budget), dimensions, space, token_options(settings))

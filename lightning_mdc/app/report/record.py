@@ -19,7 +19,7 @@ from lightning_mdc.errors import ConfigError, MdcError
 from lightning_mdc.files import read_json
 from lightning_mdc.gp_ei.study import StudyFile, read_study
 from lightning_mdc.importance import Scores
-from lightning_mdc.models import find_sites
+from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import Plan, Policy
 from lightning_mdc.policy_search.sensitivity import Sensitivity
 
@@ -79,7 +79,7 @@ class RunRecord:
     @cached_property
     def dense(self) -> CostModel | None:
         """The dense model's anatomy and what its parts cost."""
-        return self._of("dense", "dense", lambda path: CostModel(find_sites(load_skeleton(path))))
+        return self._of("dense", "dense", lambda path: CostModel(find_anatomy(load_skeleton(path))))
 
     @cached_property
     def scores(self) -> Scores | None:

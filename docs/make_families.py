@@ -1,0 +1,97 @@
+"""Writes README's table of what can be pruned, by asking models of each row: ``make docs``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import nn
+
+from lightning_mdc.errors import UnsupportedModelError
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import DIMENSIONS, TOKENS
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+class OwnAttention(Attention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(2 * x)
+
+
+class OwnMlp(nn.Module):
+    def __init__(self, in_features: int, **options: object) -> None:
+        super().__init__()
+        self.layer = nn.Linear(in_features, in_features)
+
+
+def vit(**options: object) -> Callable[[], nn.Module]:
+    return lambda: VisionTransformer(depth=2, embed_dim=64, num_heads=2, **options)  # type: ignore[arg-type]
+
+
+# What a row says, and the models that it is true of: names of timm, or what makes one.
+ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
+    (
+        "timm's ViT, DeiT (distilled too), DeiT-III, DINOv2, SigLIP, CLIP; register tokens, q/k norm, gated attention, "
+        "GLU and SwiGLU MLPs, CNN stems",
+        (
+            *("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224"),
+            *("vit_small_patch14_dinov2", "vit_base_patch16_siglip_224", "vit_base_patch16_clip_224"),
+            *("vit_small_patch14_reg4_dinov2", "vit_small_r26_s32_224", "vit_giant_patch14_dinov2"),
+        ),
+    ),
+    ('T2T-ViT, ours: `timm.create_model("t2t_vit_14")` after `import lightning_mdc.models`', ("t2t_vit_14",)),
+    ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
+    ("post-norm blocks", (vit(block_fn=ResPostBlock),)),
+    (
+        "differential attention, a block with an attention of its own",
+        ("vit_dlittle_patch16_reg1_gap_256", vit(attn_layer=OwnAttention)),
+    ),
+    (
+        "rotary or relative positions, windows, parallel or fused blocks",
+        (
+            *("eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"),
+            *("swin_tiny_patch4_window7_224", "vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
+        ),
+    ),
+)
+
+
+def answers(model: str | Callable[[], nn.Module]) -> tuple[str, ...]:
+    """Whether the model can lose each dimension."""
+    with torch.device("meta"):
+        made = timm.create_model(model) if isinstance(model, str) else model()
+    try:
+        anatomy = find_anatomy(made)
+    except UnsupportedModelError:
+        return ("no",) * len(DIMENSIONS)
+    cells = []
+    for dimension in DIMENSIONS:
+        units = anatomy.units(dimension) if dimension != TOKENS else ()
+        some = "yes" if all(units) else "some blocks"
+        cells.append(some if dimension in anatomy.dimensions else "no")
+    return tuple(cells)
+
+
+def table() -> str:
+    """The table in Markdown. All models of a row have to give the same answers."""
+    lines = [f"| model | {' | '.join(DIMENSIONS)} |", "|---" * (len(DIMENSIONS) + 1) + "|"]
+    for words, models in ROWS:
+        (cells,) = {answers(model) for model in models}
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(readme: str) -> str:
+    """README's text with the table of now."""
+    heading = "## What it can prune\n\n"
+    return re.sub(rf"(?<={heading})(\|.*\n)+", lambda _: table() + "\n", readme)
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))

@@ -1,0 +1,224 @@
+"""Our behaviour in a library's modules, for masks and slim models alike: a module's class changes, the module stays.
+
+The class is a subclass of the module's own, of the same name. So who holds the module, its parameters, hooks, mode and
+state_dict keys notice nothing, deepcopy and pickle work, and compiled code, which is guarded by the class, is compiled
+again by itself. While a module is masked,
+
+- a tensor that units own is read as that of the kept units: ``module.weight`` selects their entries, whenever it is
+  asked for, from the parameter, which stays where it is (as `torch.nn.utils.parametrize` does it, but for its keys);
+- a size that follows from the number of units is that of the slim model.
+
+A masked model thus computes, and differentiates, exactly what the slim one does: what is masked takes no part, be it
+infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_mdc.errors import MdcError
+from lightning_mdc.models.anatomy import Units
+
+_ENTRIES, _SIZES, _UNDER = "_mdc_entries", "_mdc_sizes", "_mdc_under"
+
+
+class _Recipe(NamedTuple):
+    """What a class of ours is made of: a library's, with mixins before it, tensors and sizes that it stands in for."""
+
+    original: type
+    mixins: tuple[type, ...] = ()
+    tensors: frozenset[str] = frozenset()
+    sizes: frozenset[str] = frozenset()
+
+
+class Swapped:
+    """Base of all classes made here."""
+
+    _mdc_recipe: _Recipe
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be found by name; what it is made of can.
+        state = {**vars(self)}
+        if _UNDER in state:
+            state[_UNDER] = _recipe(state[_UNDER])
+        return _blank, tuple(self._mdc_recipe), state
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if _UNDER in state:
+            vars(self)[_UNDER] = _class(_Recipe(*state[_UNDER]))
+
+
+def original_class(module: nn.Module) -> type:
+    """The library's class of a module, whatever is swapped."""
+    return _recipe(type(module)).original
+
+
+def with_mixins(module: nn.Module, *mixins: type) -> None:
+    """Put `mixins` before the class of `module`, for good."""
+    recipe = _recipe(type(module))
+    module.__class__ = _class(recipe._replace(mixins=(*mixins, *recipe.mixins)))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether any mask is on `model` or a part of it."""
+    return any(_UNDER in vars(module) for module in model.modules())
+
+
+def check_unmasked(model: nn.Module, error: type[MdcError], consequence: str, remedy: str) -> None:
+    """Refuse a model that has masks on, with an `error` that names what would go wrong and what to do instead."""
+    if is_masked(model):
+        raise error(f"model={type(model).__name__} has masks on: {consequence}; {remedy}")
+
+
+def mask_units(chosen: Iterable[tuple[Units, tuple[int, ...]]]) -> None:
+    """Have modules compute with the kept ones of their units, given with their indices, until `unmask`."""
+    for units, kept in chosen:
+        for part in units.slices:
+            entries = units.entries(part, kept).to(part.tensor.device)
+            _mask(part.module, entries={part.name: (part.dim, entries)})
+        for size in units.sizes:
+            _mask(size.module, sizes={size.name: size.of(len(kept))})
+
+
+def mask_with_mixins(module: nn.Module, mixins: Iterable[type], **attributes: Any) -> None:
+    """Put `mixins` before the class of `module`, with `attributes` that no one else sees, until `unmask`."""
+    _mask(module, mixins=tuple(mixins))
+    vars(module).update(attributes)
+    vars(module)[_UNDER + "_attributes"] = tuple(attributes)
+
+
+def _mask(
+    module: nn.Module,
+    mixins: tuple[type, ...] = (),
+    entries: Mapping[str, tuple[int, Tensor]] | None = None,
+    sizes: Mapping[str, Any] | None = None,
+) -> None:
+    own = vars(module)
+    own.setdefault(_UNDER, type(module))
+    for name, entry in (entries or {}).items():
+        known = own.setdefault(_ENTRIES, {})
+        known[name] = (*known.get(name, ()), entry)
+    own.setdefault(_SIZES, {}).update(sizes or {})
+    recipe = _recipe(type(module))
+    module.__class__ = _class(
+        recipe._replace(
+            mixins=(*mixins, *recipe.mixins),
+            tensors=frozenset(own.get(_ENTRIES, ())),
+            sizes=frozenset(own[_SIZES]),
+        )
+    )
+
+
+def unmask(model: nn.Module) -> None:
+    """Take all masks off `model` and its parts."""
+    for module in model.modules():
+        own = vars(module)
+        if _UNDER in own:
+            module.__class__ = own.pop(_UNDER)
+            for name in (_ENTRIES, _SIZES, *own.pop(_UNDER + "_attributes", ())):
+                own.pop(name, None)
+
+
+@contextmanager
+def unmasked_classes(model: nn.Module) -> Iterator[None]:
+    """Inside, modules are of the classes they have without masks, so that their sizes are those of the dense model."""
+    masked = [(module, type(module)) for module in model.modules() if _UNDER in vars(module)]
+    for module, _ in masked:
+        module.__class__ = vars(module)[_UNDER]
+    try:
+        yield
+    finally:
+        for module, masked_class in masked:
+            module.__class__ = masked_class
+
+
+# --- company ----------------------------------------------------------------------------------------------------------
+
+
+class _Watched:
+    """Mixin that changes nothing but the class."""
+
+
+@contextmanager
+def seen_by_compilers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, compiled code sees hooks that are put on `modules`; after it, what was compiled before runs again.
+
+    Compiled code does not look at hooks again, but at classes it does.
+    """
+    before = [(module, type(module)) for module in modules]
+    for module, _ in before:
+        with_mixins(module, _Watched)
+    try:
+        yield
+    finally:
+        for module, kind in before:
+            module.__class__ = kind
+
+
+# --- slim -------------------------------------------------------------------------------------------------------------
+
+
+def cut_units(units: Units, kept: tuple[int, ...]) -> None:
+    """Leave the `kept` units only, in place."""
+    if len(kept) == units.count:
+        return
+    for part in units.slices:
+        old = part.tensor
+        new = old.detach().index_select(part.dim, units.entries(part, kept).to(old.device))
+        if part.name in part.module._parameters:
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(part.module, part.name, new)
+    for size in units.sizes:
+        setattr(size.module, size.name, size.of(len(kept)))
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def _recipe(kind: type) -> _Recipe:
+    return kind._mdc_recipe if issubclass(kind, Swapped) else _Recipe(kind)
+
+
+@cache
+def _class(recipe: _Recipe) -> type:
+    original, mixins, tensors, sizes = recipe
+    if not (mixins or tensors or sizes):
+        return original
+    namespace: dict[str, Any] = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    namespace |= {"_mdc_recipe": recipe, "__doc__": original.__doc__}
+    namespace |= {name: _kept_entries(name) for name in tensors} | {name: _kept_size(name) for name in sizes}
+    return type(original.__name__, (Swapped, *mixins, original), namespace)
+
+
+def _blank(*recipe: Any) -> Any:
+    return object.__new__(_class(_Recipe(*recipe)))
+
+
+def _kept_entries(name: str) -> property:
+    def get(self: nn.Module) -> Tensor | None:
+        # In its own dictionary a replica of DataParallel has it.
+        places = (self._parameters, self._buffers, vars(self))
+        tensor: Tensor | None = next((place[name] for place in places if place.get(name) is not None), None)
+        if tensor is None:
+            return None
+        for dim, entries in vars(self)[_ENTRIES][name]:
+            tensor = tensor.index_select(dim, entries.to(tensor.device))
+        return tensor
+
+    return property(get)
+
+
+def _kept_size(name: str) -> property:
+    def get(self: nn.Module) -> Any:
+        return vars(self)[_SIZES][name]
+
+    return property(get)

@@ -1,0 +1,145 @@
+"""A library's block with a token stage between its halves, and the way through all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mdc.errors import PlanError, UnsupportedModelError
+from lightning_mdc.policy import TokenStage
+from lightning_mdc.tokens.reduction import Evidence, rows
+from lightning_mdc.tokens.selection import Carried, TokenSelection
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a block does with tokens.
+
+    Attributes:
+        select: the token stage between its halves; None: it has none.
+        proportional: its attention counts a token as often as it stands for positions.
+        asks: it has to know what happened to the tokens before.
+        num_prefix_tokens: tokens at the front that are no positions.
+    """
+
+    select: TokenSelection | None
+    proportional: bool
+    asks: bool
+    num_prefix_tokens: int
+
+
+class Journey:
+    """Of one call of one block: what comes with the tokens, and after it what goes on with them."""
+
+    def __init__(self, carried: Carried | None = None) -> None:
+        self.carried = carried
+
+
+class StagedBlock(nn.Module):
+    """Mixin before a block's own class, and before the family's halves of it:
+
+    - ``attend(x, bias) -> (x, Evidence)``: attention and its residual, of x (batch, tokens, dim); bias
+      (batch, 1, 1, tokens) or None is added to the logits;
+    - ``finish(x) -> x``: the rest.
+
+    K is static per input size: compile and export see no branch on data.
+    """
+
+    role: Role
+    attend: Callable[..., tuple[Tensor, Evidence]]
+    finish: Callable[[Tensor], Tensor]
+
+    def forward(self, x: Tensor, *args: Any, journey: Journey | None = None, **kwargs: Any) -> Tensor:
+        """x: (batch, tokens, dim) -> (batch, tokens that go on, dim); what travels with them in `journey`.
+
+        Raises:
+            UnsupportedModelError: an attention mask is given; it would not fit the tokens that are left.
+            PlanError: the block is called by itself, and has to know what happened before.
+        """
+        if any(value is not None and value is not False for value in (*args, *kwargs.values())):
+            raise UnsupportedModelError(
+                "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit "
+                "its later blocks; call it without, or prune with tokens=1.0"
+            )
+        role, journey = self.role, Journey() if journey is None else journey
+        if role.asks and journey.carried is None:
+            raise PlanError(
+                "this block has to know which positions its tokens stand for; call the model, not its blocks one by one"
+            )
+        x, evidence = self.attend(x, self._log_sizes(x, journey.carried))
+        if role.select is not None:
+            x, journey.carried = role.select(x, evidence, journey.carried)
+        return self.finish(x)
+
+    def _log_sizes(self, x: Tensor, carried: Carried | None) -> Tensor | None:
+        if carried is None or not self.role.proportional:
+            return None
+        prefix = self.role.num_prefix_tokens
+        sizes = carried.sizes(x.shape[1] - prefix).to(x.dtype)
+        return torch.cat([sizes.new_ones(sizes.shape[0], prefix), sizes], dim=1).log()[:, None, None]
+
+
+def stage_of(block: nn.Module) -> TokenStage | None:
+    """The token stage that is built into a slim model's block."""
+    select = block.role.select if isinstance(block, StagedBlock) else None
+    return None if select is None else select.stage
+
+
+# --- through all blocks -----------------------------------------------------------------------------------------------
+
+
+def through(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    num_prefix_tokens: int,
+    restore: bool,
+    checkpoint: Callable[..., Any] | None = None,
+) -> Tensor:
+    """x (batch, tokens, dim) through the blocks of a model inside which tokens leave; a family's `reader` calls it.
+
+    Args:
+        restore: whether every position has a token again behind them: (batch, tokens, dim) then, else fewer tokens.
+        checkpoint: calls a function with tensors, and again in the backward pass, as `torch.utils.checkpoint` does.
+    """
+    carried: Carried | None = None
+    for block in blocks:
+        if checkpoint is None:
+            x, carried = step(block, x, carried)
+        else:
+            x, *travels = checkpoint(partial(_flat_step, block), x, *(() if carried is None else carried))
+            carried = Carried(*travels) if travels else None
+    return restored(x, carried, num_prefix_tokens) if restore else x
+
+
+def step(block: nn.Module, x: Tensor, carried: Carried | None) -> tuple[Tensor, Carried | None]:
+    """x through one block, and what travels beside it behind it."""
+    original = block._modules.get("_orig_mod", block)  # of a block compiled by itself
+    if not isinstance(original, StagedBlock):
+        return block(x), carried
+    journey = Journey(carried)
+    x = block(x, journey=journey)
+    return x, journey.carried
+
+
+def _flat_step(block: nn.Module, x: Tensor, *travels: Any) -> tuple[Any, ...]:
+    x, carried = step(block, x, Carried(*travels) if travels else None)
+    return x, *(() if carried is None else carried)
+
+
+def restored(x: Tensor, carried: Carried | None, num_prefix_tokens: int) -> Tensor:
+    """A token in every position: its own, that of the token it went into, or its own last value.
+
+    x: (batch, tokens, dim). Returns (batch, prefix + positions, dim).
+    """
+    if carried is None:
+        return x
+    places, last = carried
+    tokens = rows(x[:, num_prefix_tokens:], places.clamp_min(0))
+    if last is not None:
+        tokens = torch.where((places >= 0)[:, :, None], tokens, last)
+    return torch.cat([x[:, :num_prefix_tokens], tokens], dim=1)
