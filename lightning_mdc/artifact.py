@@ -109,10 +109,11 @@ def check_savable(model: nn.Module, directory: str | Path) -> None:
     _describe(anatomy, plan_of(anatomy.model))
 
 
-def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(directory: str | Path, model: nn.Module | None = None, submodule: str | None = None) -> nn.Module:
     """The model saved in `directory`, on the CPU, in eval mode.
 
-    With `model`, a dense instance of your own: a copy of it is slimmed by the saved plan and gets the saved weights.
+    With `model`, a dense instance of your own (or what holds it, as `submodule`): a copy of it is slimmed by the saved
+    plan and gets the saved weights.
 
     Raises:
         ArtifactError: the folder is missing, incomplete, damaged, edited or not ours; says what and what to do.
@@ -125,7 +126,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         if model is None:
             result = _rebuilt(config, plan, shapes, folder)
         else:
-            result = plain_copy(find_anatomy(model).model) if plan is None else slim(model, plan)
+            own = find_anatomy(model, submodule).model
+            result = plain_copy(own) if plan is None else slim(own, plan)
             _check_shapes(result, shapes, folder)
         if config["sha256"] != _content_hash(config, folder / WEIGHTS):
             raise ArtifactError(

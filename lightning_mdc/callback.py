@@ -8,6 +8,7 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, as_budget, macs, policy_macs
-from lightning_mdc.budget.uniform import uniform_policy
+from lightning_mdc.budget.uniform import check_uniform, uniform_policy
 from lightning_mdc.errors import (
     CalibrationError,
     CallbackError,
@@ -112,10 +113,12 @@ class MultiDimPruneCallback(Callback):
         if isinstance(self.wanted_policy, Policy):
             _check_unused("a given policy says what is kept", budget=budget, dimensions=dimensions, space=space)
         if not Needs.all_of(self.criterion.needs(dimension) for dimension in DIMENSIONS).images:
-            _check_unused(f"criterion={self.criterion.name!r} looks at no images", calibration=calibration)
+            reason = f"criterion={self.criterion.name!r} looks at no images"
+            _check_unused(reason, calibration=calibration, prediction=prediction)
         self.budget = as_budget(0.6 if budget is None else budget)
         self.dimensions = None if dimensions is None else check_dimensions(dimensions)
         self.space, self.tokens = space or Space(), tokens or TokenOptions()
+        check_uniform(self.space)
         self.calibration = calibration or Calibration()
         self.schedule, self.start, self.end, self.unit = schedule, start, end, unit
         self.submodule, self.prediction, self.seed = submodule, prediction, seed
@@ -320,6 +323,11 @@ class MultiDimPruneCallback(Callback):
         if self._plan is None:
             loader = trainer.train_dataloader
             if not is_map_style(loader):
+                if self.calibration.batch_size is not None:
+                    raise CallbackError(
+                        f"calibration.batch_size={self.calibration.batch_size}: the batches of an iterable data set "
+                        "are watched as they come; leave it out"
+                    )
                 self._scorer = self._new_scorer(pl_module)  # watch the first training batches go by, then decide
                 return
             self._decide(trainer, pl_module, self._score(trainer, pl_module, loader))
@@ -460,7 +468,8 @@ class MultiDimPruneCallback(Callback):
             return self._plan
         final = self._plan.policy
         ratios = {d: [1 - self._progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
-        return make_plan(model, self._scores, Policy(**ratios, stages=final.stages), self.tokens)
+        tokens = replace(self.tokens, reduction=self._plan.reduction, restore=self._plan.restore)
+        return make_plan(model, self._scores, Policy(**ratios, stages=final.stages), tokens)
 
     def _unmask(self, pl_module: LightningModule) -> None:
         try:

@@ -232,7 +232,7 @@ class TokenStage:
             if self.score != "attention":
                 raise PlanError(f"token stage score={self.score!r} needs a prior, one number per patch position")
             return
-        if self.grid is None or len(self.grid) != 2 or not all(_is_index(side) for side in self.grid):
+        if self.grid is None or len(self.grid) != 2 or not all(_is_index(side) and side for side in self.grid):
             raise PlanError(f"token stage grid={self.grid!r}: a prior needs its height and width in patches")
         if len(self.prior) != math.prod(self.grid) or not all(_is_finite(value) for value in self.prior):
             raise PlanError(
@@ -269,7 +269,9 @@ class Plan:
     num_neurons = property(lambda self: self.sizes["neurons"], doc="Neurons of each dense block.")
 
     def __post_init__(self) -> None:
-        TokenOptions(reduction=self.reduction, restore=self.restore)  # refuses what is none
+        TokenOptions(reduction=self.reduction)  # refuses what is none
+        if not isinstance(self.restore, bool):
+            raise PlanError(f"plan.restore={self.restore!r:.80}: expected true or false")
         for field_name in ("kept", "sizes"):
             given = getattr(self, field_name)
             if set(given) != set(UNIT_DIMENSIONS):
@@ -287,7 +289,8 @@ class Plan:
                 if indices and indices[-1] >= size:
                     raise PlanError(f"plan.{name}[{block}] has index {indices[-1]}, but the block has {size} {name}")
         blocks = [stage.block for stage in self.tokens]
-        if blocks != sorted(set(blocks)) or any(block >= self.depth for block in blocks):
+        beyond = self.depth and any(block >= self.depth for block in blocks)  # without units it says no depth
+        if blocks != sorted(set(blocks)) or beyond:
             raise PlanError(f"plan.tokens stages at blocks {blocks}: expected increasing numbers below {self.depth}")
 
     @property

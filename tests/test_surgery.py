@@ -3,10 +3,12 @@
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
@@ -459,3 +461,110 @@ def test_a_reduction_of_ones_own() -> None:
         assert mdc.plan_macs(model, plan) == mdc.macs(slim) == counted_macs(slim)
     finally:
         del REDUCTIONS["keep-second"]
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_copies_of_what_is_compiled_in_place_are_their_own() -> None:
+    slim, x = mdc.slim(make(), planned(make())), images()
+    slim.compile(backend="eager")
+    for copied in (
+        copy.deepcopy(slim),
+        pickle.loads(pickle.dumps(slim)),
+        mdc.slim(slim, planned(slim, mdc.Policy(0.5))),
+    ):
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert copied(x).abs().max() == 0
+    assert slim(x).abs().max() > 0
+
+
+@torch.no_grad()
+def test_feature_maps_are_refused_however_they_are_asked_for() -> None:
+    model, x = make("average_pool"), images(2)
+    slim = mdc.slim(model, planned(model, restore=False))
+    with pytest.raises(UnsupportedModelError, match="NCHW"):
+        slim.forward_intermediates(x, [3], False, False, False, "NCHW", True)
+    (tokens,) = slim.forward_intermediates(x, [3], False, False, False, "NLC", True)
+    assert tokens.shape[0] == 2
+    assert tokens.shape[1] < 16
+    with pytest.raises(UnsupportedModelError, match="attn_mask"):
+        slim.forward_intermediates(x, [3], False, False, False, "NLC", True, False, torch.zeros(16, 16))
+
+
+@pytest.mark.parametrize("reduction", ["fuse", "merge"])
+def test_what_travels_goes_through_wrappers_of_blocks(reduction: str) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, x = make("average_pool"), images()
+    slim = mdc.slim(model, planned(model, reduction=reduction, restore=True)).train()
+    expected = slim.forward_features(x)
+    expected.square().sum().backward()
+    gradient = slim.patch_embed.proj.weight.grad.clone()
+    slim.zero_grad()
+    for index, block in enumerate(slim.blocks):
+        slim.blocks[index] = checkpoint_wrapper(block)
+    features = slim.forward_features(x)
+    features.square().sum().backward()
+    assert torch.equal(features, expected)
+    torch.testing.assert_close(slim.patch_embed.proj.weight.grad, gradient)
+
+
+def test_masks_that_cannot_go_on_are_not_on() -> None:
+    model = make()
+    plan = replace(planned(model), reduction="mrge")
+    with pytest.raises(PlanError, match="reduction='mrge' is unknown"), mdc.masked(model, plan):
+        pass
+    assert not is_masked(model)
+
+
+def test_masks_on_one_of_two_leave_the_others_on() -> None:
+    owner = nn.ModuleDict({"a": make(), "b": make("glu")})
+    plans = {name: planned(network) for name, network in owner.items()}
+    with mdc.masked(owner, plans["a"], "a"):
+        with mdc.masked(owner, plans["b"], "b"):
+            assert is_masked(owner["b"])
+        assert not is_masked(owner["b"])
+        assert is_masked(owner["a"])
+    assert not is_masked(owner)
+
+
+def test_replicas_of_a_masked_model_compute_with_what_is_kept() -> None:
+    """As DataParallel makes them: parameters are plain attributes of a copy."""
+    model = make()
+    with mdc.masked(model, planned(model)):
+        linear = model.blocks[0].mlp.fc1
+        replica = linear._replicate_for_data_parallel()
+        replica.weight, replica.bias = linear._parameters["weight"] * 1.0, linear._parameters["bias"] * 1.0
+        x = torch.randn(2, 3, 48)
+        torch.testing.assert_close(replica(x), linear(x))
+
+
+def test_tokens_alone_of_blocks_that_can_lose_nothing_else() -> None:
+    model = make()
+    for block in model.blocks:
+        block.mlp = randomised(_OwnMlp())
+        block.attn.norm = nn.Softsign()
+    policy = mdc.uniform_policy(model, 0.9)
+    plan = mdc.make_plan(model, mdc.score(model, [images(8)], progress=False), policy)
+    assert plan.leaving
+    assert mdc.macs(mdc.slim(model, plan)) == mdc.plan_macs(model, plan) <= 0.9 * mdc.macs(model)
+
+
+class _OwnMlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_a_prior_where_positions_are_not_known_is_refused() -> None:
+    model = make()
+    plan = planned(model, score="dependence")
+    model.patch_drop = PatchDropout(0.5, num_prefix_tokens=1)
+    with pytest.raises(PlanError, match="drops patches at random"):
+        mdc.slim(model, plan)

@@ -51,15 +51,20 @@ def uniform_policy(
     """
     anatomy = find_anatomy(model, submodule)
     space = Space() if space is None else space
+    check_uniform(space)
+    costs = CostModel(anatomy, image_size(input_size))
+    pricing = Pricing(costs, as_budget(budget), tokens)
+    default = anatomy.default_dimensions(pricing.tokens.restore)
+    return uniform_counts(pricing, anatomy.require(default if dimensions is None else dimensions), space)
+
+
+def check_uniform(space: Space) -> None:
+    """Refuse, with a `PolicyError`, what a uniform policy has none of."""
     for name in ("groups", "bounds", "token_ratio"):
         if getattr(space, name) != getattr(Space, name):
             raise PolicyError(
                 f"space.{name}={getattr(space, name)!r:.80} is for a search; a uniform policy has one ratio for all"
             )
-    costs = CostModel(anatomy, image_size(input_size))
-    pricing = Pricing(costs, as_budget(budget), tokens)
-    default = anatomy.default_dimensions(pricing.tokens.restore)
-    return uniform_counts(pricing, anatomy.require(default if dimensions is None else dimensions), space)
 
 
 def uniform_counts(pricing: Pricing, dimensions: Sequence[str], space: Space) -> Policy:

@@ -64,7 +64,7 @@ def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:
     _, transformer = find_model(model, submodule)
     with unmasked_classes(transformer):
         anatomy = next(family for family in FAMILIES if family.accepts(transformer)).anatomy(transformer)
-    if not anatomy.dimensions:
+    if not anatomy.dimensions and not anatomy.stages:
         reason = next(iter(anatomy.reasons.values()))
         raise UnsupportedModelError(f"{anatomy.name}: {reason}. Dimensions that do work: none. {_supported()}")
     return anatomy

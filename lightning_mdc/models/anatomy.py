@@ -418,6 +418,11 @@ class Anatomy:
                 )
         if plan.leaving:
             self.require((TOKENS,))
+        if self.drops_patches_at_random and any(stage.prior for stage in plan.leaving):
+            raise PlanError(
+                f"plan has a prior over positions, but {self.name} drops patches at random in training, so a position "
+                "is not where it was; use TokenOptions(score='attention'), or patch_drop_rate=0"
+            )
 
 
 def _brief(sizes: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ infinite.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made at run time cannot be found by name; what it is made of can.
-        state = {**vars(self)}
+        state: dict[str, Any] = {**super().__getstate__()}  # type: ignore[dict-item]
         if _UNDER in state:
             state[_UNDER] = _recipe(state[_UNDER])
         return _blank, tuple(self._mdc_recipe), state
@@ -214,11 +214,18 @@ def _kept_entries(name: str) -> property:
             tensor = tensor.index_select(dim, entries.to(tensor.device))
         return tensor
 
-    return property(get)
+    return property(get, _setter(name))
 
 
 def _kept_size(name: str) -> property:
     def get(self: nn.Module) -> Any:
         return vars(self)[_SIZES][name]
 
-    return property(get)
+    return property(get, _setter(name))
+
+
+def _setter(name: str) -> Callable[[nn.Module, Any], None]:
+    def set_own(self: nn.Module, value: Any) -> None:
+        vars(self)[name] = value  # what is set while a mask is on is there when it is off
+
+    return set_own

@@ -7,6 +7,7 @@ attention has no idea of a position. Only the timm_* files know timm's attribute
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -448,13 +449,14 @@ class TimmReader:
         Raises:
             UnsupportedModelError: maps are asked for, and positions are not restored.
         """
-        output_fmt = args[5] if len(args) > 5 else kwargs.get("output_fmt", "NCHW")
-        if output_fmt == "NCHW" and not self.plan.restore:
+        given = inspect.signature(super().forward_intermediates).bind(x, *args, **kwargs)  # type: ignore[misc]
+        given.apply_defaults()
+        if given.arguments["output_fmt"] == "NCHW" and not self.plan.restore:
             raise UnsupportedModelError(
                 "forward_intermediates(output_fmt='NCHW'): tokens leave inside this model, so there is no full feature "
                 "map to return; ask for output_fmt='NLC', prune with TokenOptions(restore=True), or with tokens=1.0"
             )
-        self._check(x, kwargs.get("attn_mask"), kwargs.get("is_causal", False))
+        self._check(x, given.arguments.get("attn_mask"), given.arguments.get("is_causal", False))
         way: list[Any] = [None, None]  # tokens behind the last block, and what travels beside them
 
         def read(block: nn.Module, x: Tensor, **options: Any) -> Tensor:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_mdc.errors import PlanError
-from lightning_mdc.models import find_anatomy
+from lightning_mdc.models import find_anatomy, find_model
 from lightning_mdc.models.swapping import is_masked, mask_units, mask_with_mixins, unmask
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery.token_stages import roles
@@ -35,7 +35,7 @@ def masked(model: nn.Module, plan: Plan, submodule: str | None = None) -> Iterat
     try:
         yield model
     finally:
-        remove_masks(model)
+        remove_masks(model, submodule)
 
 
 def apply_masks(model: nn.Module, plan: Plan, submodule: str | None = None) -> None:
@@ -46,12 +46,12 @@ def apply_masks(model: nn.Module, plan: Plan, submodule: str | None = None) -> N
         raise PlanError(
             f"{anatomy.name} is masked already; leave the first `masked` block, or call remove_masks(model)"
         )
+    staged = roles(anatomy, plan)  # refuses what it does not know before anything is changed
     mask_units(
         (units, plan.kept[units.dimension][units.block])
         for units in anatomy.all_units
         if len(plan.kept[units.dimension][units.block]) < units.count
     )
-    staged = roles(anatomy, plan)
     for index, role in staged.items():
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
@@ -61,6 +61,6 @@ def apply_masks(model: nn.Module, plan: Plan, submodule: str | None = None) -> N
         mask_with_mixins(anatomy.model, (anatomy.reader,), plan=plan)
 
 
-def remove_masks(model: nn.Module) -> None:
-    """Take our masks off `model` (or the model inside); other people's hooks stay."""
-    unmask(model)
+def remove_masks(model: nn.Module, submodule: str | None = None) -> None:
+    """Take our masks off `model` and all in it, or off the `submodule` of that path; other people's hooks stay."""
+    unmask(model if submodule is None else find_model(model, submodule)[1])

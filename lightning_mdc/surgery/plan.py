@@ -12,6 +12,7 @@ from lightning_mdc.importance.scores import Scores, min_max
 from lightning_mdc.models import Anatomy, Counts, find_anatomy
 from lightning_mdc.policy import Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.tokens.flow import tokens_after, tokens_kept
+from lightning_mdc.tokens.reduction import reduction_class
 
 
 def make_plan(
@@ -43,6 +44,7 @@ def make_plan(
     anatomy = find_anatomy(model, submodule)
     counts = anatomy.counts(policy)
     options = TokenOptions() if tokens is None else tokens
+    reduction_class(options.reduction)  # refuses an unknown one, whether or not any token leaves
     return Plan(
         kept={
             name: _best(name, sizes, counts.units.get(name, ()), scores.units(name))

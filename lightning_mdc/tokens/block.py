@@ -34,10 +34,10 @@ class Role:
 
 
 class Journey:
-    """Of one call of one block: what comes with the tokens, and after it what goes on with them."""
+    """Of one call of one block: what comes with the tokens, and what goes on with them."""
 
-    def __init__(self, carried: Carried | None = None) -> None:
-        self.carried = carried
+    def __init__(self, before: Carried | None = None) -> None:
+        self.before = self.after = before
 
 
 class StagedBlock(nn.Module):
@@ -67,13 +67,13 @@ class StagedBlock(nn.Module):
                 "its later blocks; call it without, or prune with tokens=1.0"
             )
         role, journey = self.role, Journey() if journey is None else journey
-        if role.asks and journey.carried is None:
+        if role.asks and journey.before is None:
             raise PlanError(
                 "this block has to know which positions its tokens stand for; call the model, not its blocks one by one"
             )
-        x, evidence = self.attend(x, self._log_sizes(x, journey.carried))
+        x, evidence = self.attend(x, self._log_sizes(x, journey.before))
         if role.select is not None:
-            x, journey.carried = role.select(x, evidence, journey.carried)
+            x, journey.after = role.select(x, evidence, journey.before)
         return self.finish(x)
 
     def _log_sizes(self, x: Tensor, carried: Carried | None) -> Tensor | None:
@@ -118,12 +118,14 @@ def through(
 
 def step(block: nn.Module, x: Tensor, carried: Carried | None) -> tuple[Tensor, Carried | None]:
     """x through one block, and what travels beside it behind it."""
-    original = block._modules.get("_orig_mod", block)  # of a block compiled by itself
-    if not isinstance(original, StagedBlock):
+    inside: Any = block
+    while not isinstance(inside, StagedBlock) and len(inside._modules) == 1:  # wrapped: compiled, sharded, checkpointed
+        inside = next(iter(inside._modules.values()))
+    if not isinstance(inside, StagedBlock):
         return block(x), carried
     journey = Journey(carried)
     x = block(x, journey=journey)
-    return x, journey.carried
+    return x, journey.after
 
 
 def _flat_step(block: nn.Module, x: Tensor, *travels: Any) -> tuple[Any, ...]:
