@@ -36,7 +36,7 @@ class CalibrationError(MdcError, ValueError):
 
 
 class CompensationError(MdcError, ValueError):
-    """What removed units did cannot be given back: an unknown way, or statistics that are missing or do not fit."""
+    """What removed units did cannot be given back: an unknown way, or moments that are missing or do not fit."""
 
 
 class SearchError(MdcError, ValueError):
@@ -147,6 +147,12 @@ def check_number(
     limits = {"of at least": least, "above": above, "at most": most, "below": below}
     words = " and ".join(f"{how} {limit:g}" for how, limit in limits.items() if limit is not None)
     raise error(f"{name}={value!r:.80}: expected {what}, a number {words}")
+
+
+def check_kind(name: str, value: Any, kind: type, error: type[MdcError]) -> None:
+    """Refuse, with an `error`, a value that is neither a `kind` nor None."""
+    if value is not None and not isinstance(value, kind):
+        raise error(f"{name}={value!r:.80}: expected a {kind.__name__}, such as {kind.__name__}()")
 
 
 def check_one_of(name: str, value: Any, choices: tuple[Any, ...], error: type[MdcError]) -> None:

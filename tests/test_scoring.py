@@ -299,3 +299,35 @@ def test_calibration_checks_its_numbers() -> None:
         ((name, value),) = wrong.items()
         with pytest.raises(CalibrationError, match=f"{name}={value}: expected a whole number of at least 1"):
             Calibration(**wrong)
+
+
+def test_features_are_taken_as_they_are_where_there_is_no_classifier() -> None:
+    model, batch = make(), images(8)
+    model.reset_classifier(0)
+    seen = mdc.score(model, [batch], "hsic", dimensions=("neurons",), progress=False)
+    given = mdc.score(model, [batch], "hsic", dimensions=("neurons",), prediction=lambda x: x, progress=False)
+    assert torch.equal(seen.neurons[0], given.neurons[0])
+    with pytest.raises(CalibrationError, match="has no classifier"):
+        mdc.score(model, [(batch, torch.zeros(8).long())], "taylor", progress=False)
+
+
+@pytest.mark.parametrize("criterion", ["hsic", "magnitude", "conditional", "activation"])
+def test_a_slim_model_that_has_none_left_somewhere_is_scored(criterion: str) -> None:
+    model = make()
+    policy = mdc.Policy(heads=[0, 1, 1, 1], neurons=[1, 0, 1, 1])
+    slim = mdc.slim(model, mdc.make_plan(model, mdc.score(model, (), "random"), policy))
+    scores = mdc.score(slim, [images(8)], criterion, progress=False)
+    assert [len(values) for values in scores.heads] == [0, 4, 4, 4]
+    assert [len(values) for values in scores.neurons] == [192, 0, 192, 192]
+
+
+def test_options_of_the_wrong_kind_are_told() -> None:
+    model = make()
+    with pytest.raises(CalibrationError, match="moment_tokens=4: no moments"):
+        mdc.score(model, [images(8)], "hsic", moment_tokens=4, progress=False)
+    with pytest.raises(mdc.errors.PolicyError, match=r"space=\{.*expected a Space"):
+        mdc.uniform_policy(model, 0.6, space={"min_heads": 1})  # type: ignore[arg-type]
+    with pytest.raises(mdc.errors.PlanError, match="tokens='fuse': expected a TokenOptions"):
+        mdc.uniform_policy(model, 0.6, tokens="fuse")  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="is unknown"):
+        mdc.score(model, [images(8)], ["hsic"])  # type: ignore[arg-type]

@@ -26,7 +26,6 @@ from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.files import write_text
 from lightning_mdc.importance import Needs
-from lightning_mdc.policy import DIMENSIONS
 from lightning_mdc.tokens.reduction import reduction_class
 
 log = logging.getLogger(__name__)
@@ -218,7 +217,7 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
         MdcError: what would have been raised then.
     """
     criterion, batch_size = build.build_criterion(settings), settings["calibration"]["batch_size"]
-    least = Needs.all_of(criterion.needs(dimension) for dimension in DIMENSIONS).images
+    least = Needs.all_of(criterion.needs(dimension) for dimension in criterion.dimensions).images
     if batch_size < least:
         raise ConfigError(
             f"calibration.batch_size={batch_size}: importance={criterion.name} needs batches of at least {least} images"

@@ -86,7 +86,9 @@ class Run:
 
     def is_done(self, name: str) -> bool:
         """Whether the step was finished with these settings and its output is still there."""
-        return self.folder.is_done(name, self.fingerprints[name], self.output(name))
+        beside = {"score": "dense", "share": "shared"}  # steps whose second output is asked for by later ones
+        has_moments = name not in beside or (self.folder / _moments_of(beside[name])).exists()
+        return has_moments and self.folder.is_done(name, self.fingerprints[name], self.output(name))
 
     def model(self, artifact: str) -> nn.Module:
         """A model that an earlier step saved in the run's folder, such as ``finetuned/seed0``; on the CPU."""
@@ -162,7 +164,11 @@ def share(run: Run) -> str:
         **module_options(options),
         seed=run.settings["seed"],
     )
-    train(run, options, module, "shared", run.fingerprints["share"])
+    trained = "shared/weights", run.fingerprints["share"]  # of which a kill in what follows takes nothing away
+    if not on_first_rank(partial(run.folder.is_done, *trained, run.folder / "shared")):
+        on_first_rank(partial(run.folder.start, trained[0]))
+        train(run, options, module, "shared", run.fingerprints["share"])
+        on_first_rank(partial(run.folder.finish, *trained))
     # Policies were trained by the dense model's scores, but what makes up for units has to know the new weights.
     model = run.model("shared").to(run.device)
     moments = mdc.score(model, calibration_batches(run), "magnitude", moments=True, over_ranks=True).moments

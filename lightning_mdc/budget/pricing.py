@@ -9,6 +9,7 @@ from typing import Any
 from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.budget.limits import Budget
+from lightning_mdc.errors import PlanError, check_kind
 from lightning_mdc.policy import Policy, TokenOptions
 
 
@@ -28,6 +29,7 @@ class Pricing:
     """
 
     def __init__(self, costs: CostModel, budget: Budget, tokens: TokenOptions | None = None) -> None:
+        check_kind("tokens", tokens, TokenOptions, PlanError)
         self.costs, self.budget = costs, budget
         self.tokens = TokenOptions() if tokens is None else tokens
         self.prices: dict[str, Callable[[Kept], Any]] = {}

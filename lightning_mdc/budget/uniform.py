@@ -14,7 +14,7 @@ from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.budget.grid import Counts, Grid
 from lightning_mdc.budget.limits import Budget, as_budget
 from lightning_mdc.budget.pricing import Pricing
-from lightning_mdc.errors import BudgetError, PolicyError
+from lightning_mdc.errors import BudgetError, PolicyError, check_kind
 from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, Space, TokenOptions
 
@@ -50,6 +50,7 @@ def uniform_policy(
         UnsupportedModelError: the model cannot lose units of a dimension asked for.
     """
     anatomy = find_anatomy(model, submodule)
+    check_kind("space", space, Space, PolicyError)
     space = Space() if space is None else space
     check_uniform(space)
     costs = CostModel(anatomy, image_size(input_size))

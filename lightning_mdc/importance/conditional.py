@@ -74,7 +74,7 @@ def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int) -> T
         num_units: how many units the channels are of.
 
     Returns:
-        (units,), in (0, 1], or all 0 if nothing varies. Sorted, it is what leaving so many units costs at least.
+        (units,), in [0, 1], all 0 if nothing varies. Sorted, it is what leaving so many units costs at least.
     """
     losses = covariance.new_zeros(num_units)
     noise = RIDGE * float(covariance.diagonal().mean()) if num_units else 0.0

@@ -122,7 +122,7 @@ def as_criterion(criterion: str | Criterion) -> Criterion:
     """
     if isinstance(criterion, Criterion):
         return criterion
-    if criterion not in _REGISTRY:
+    if not isinstance(criterion, str) or criterion not in _REGISTRY:
         raise CalibrationError(f"criterion={criterion!r} is unknown; known are {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[criterion]()
 

@@ -138,6 +138,10 @@ class Scorer:
                 f"moments=False, but criterion={criterion.name!r} is made of them; leave it out, or choose another "
                 "criterion"
             )
+        if moment_tokens is not None and not (moments or needs.moments):
+            raise CalibrationError(
+                f"moment_tokens={moment_tokens}: no moments are gathered; leave it out, or moments=True"
+            )
         self.needs = Needs.all_of([needs, Needs(images=1, moments=True)]) if moments else needs
         self._moments = MomentSums(anatomy, self.dimensions if self.needs.moments else (), moment_tokens)
         device = next(anatomy.model.parameters()).device
@@ -194,13 +198,18 @@ class Scorer:
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
             if self.needs.prediction or self.needs.gradients:
-                self._judge(as_prediction(output, self.prediction), run, labels)
+                self._judge(as_prediction(output, self.prediction, self.anatomy.classifies), run, labels)
         self.sums["batches"] += 1
         self.sums["images"] += images
 
     def _judge(self, prediction: Tensor, run: Callable[[], Any], labels: Tensor | None) -> None:
         """Add what waits for the prediction."""
         if self.needs.gradients:
+            if not self.anatomy.classifies and self.prediction is None:
+                raise CalibrationError(
+                    f"criterion={self.criterion.name!r} needs a loss, but {self.anatomy.name} has no classifier; pass "
+                    "prediction=, a function that makes probabilities of its output, or choose another criterion"
+                )
             gradients = self._gradients(prediction, labels)
         with torch.no_grad():
             if self.needs.gradients:
@@ -266,6 +275,8 @@ class Scorer:
             counts = {key: self.sums[key] for key in ("batches", "images")}
             if self.needs.moments and group.units is not None:
                 group = replace(group, moments=self._moments.of(group.units))
+            if not group.count:  # of a slim model that has none left there
+                continue
             result = self.criterion.finish(sums | counts, group).detach().float().cpu()
             if not result.isfinite().all():
                 raise CalibrationError(
@@ -355,8 +366,9 @@ class _Pass:
             self.overflowed = True
 
 
-def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None) -> Tensor:
-    """Probabilities (images, classes) from a model's output, in fp32 or wider.
+def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None, classifies: bool = True) -> Tensor:
+    """Probabilities (images, classes) from a model's output, in fp32 or wider; features as they are of a model that has
+    no classifier.
 
     Raises:
         CalibrationError: the output is no (images, classes) tensor and `prediction` does not make one of it.
@@ -368,12 +380,12 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
             f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that "
             "makes one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
         )
-    if prediction is None and result.shape[1] < 2:
+    if prediction is None and classifies and result.shape[1] < 2:
         raise CalibrationError(
             "the model has one output, whose softmax is always 1: nothing depends on it; pass prediction=torch.sigmoid"
         )
     result = result.to(torch.promote_types(result.dtype, torch.float32))
-    return result.softmax(dim=-1) if prediction is None else result
+    return result.softmax(dim=-1) if prediction is None and classifies else result
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget, InputSize, LatencyTable
 from lightning_mdc.distributed import failures_of, is_first, on_every_rank, on_first_rank
-from lightning_mdc.errors import SearchError, as_number, check_whole
+from lightning_mdc.errors import SearchError, as_number, check_kind, check_whole
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.gp_ei.study import Study, observations
@@ -159,6 +159,7 @@ def search(
         raise SearchError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
     if not callable(evaluate):
         raise SearchError(f"evaluate={evaluate!r:.80}: expected a function of a slim model that returns a number")
+    check_kind("options", options, SearchOptions, SearchError)
     options = SearchOptions() if options is None else options
     policies = PolicySpace(model, budget, dimensions, space, tokens, input_size=input_size, submodule=submodule)
     _check_compensation(policies, scores, compensate)

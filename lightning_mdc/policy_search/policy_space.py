@@ -14,7 +14,7 @@ from lightning_mdc.budget import Budget, CostModel, InputSize, Kept, as_budget, 
 from lightning_mdc.budget.grid import Counts, Grid
 from lightning_mdc.budget.pricing import Pricing
 from lightning_mdc.budget.uniform import uniform_counts
-from lightning_mdc.errors import BudgetError, SearchError
+from lightning_mdc.errors import BudgetError, PolicyError, SearchError, check_kind
 from lightning_mdc.gp_ei.projection import Constraint
 from lightning_mdc.gp_ei.space import Axis
 from lightning_mdc.gp_ei.space import Space as PointSpace
@@ -64,6 +64,7 @@ class PolicySpace(PointSpace):
         self.pricing = Pricing(self.costs, as_budget(budget), tokens)
         self.budget, self.tokens = self.pricing.budget, self.pricing.tokens
         self.dense_macs = self.costs.of_model()
+        check_kind("space", space, Space, PolicyError)
         self.space = Space() if space is None else space
         default = self.anatomy.default_dimensions(self.tokens.restore)
         names = self.anatomy.require(default if dimensions is None else dimensions)

@@ -147,7 +147,8 @@ def measure_sensitivity(
     anatomy = find_anatomy(model, submodule)
     costs = CostModel(anatomy)
     blocks = anatomy.check_stages(None if stages is None else tuple(stages))
-    wanted = list(_cuts(anatomy, costs.num_tokens, {} if levels is None else levels, blocks))
+    dimensions = anatomy.default_dimensions(None if tokens is None else tokens.restore)
+    wanted = list(_cuts(anatomy, dimensions, costs.num_tokens, {} if levels is None else levels, blocks))
     known = on_first_rank(partial(_known, state))
     done = sum(key in known for key, _ in wanted)
     # All curves begin at the same model, which is judged once.
@@ -197,10 +198,14 @@ def _known(state: Path | None) -> dict[Key, Cut]:
 
 
 def _cuts(
-    anatomy: Anatomy, num_tokens: int, levels: Mapping[str, Sequence[float] | None], stages: Sequence[int]
+    anatomy: Anatomy,
+    dimensions: Sequence[str],
+    num_tokens: int,
+    levels: Mapping[str, Sequence[float] | None],
+    stages: Sequence[int],
 ) -> Iterator[tuple[Key, Policy]]:
     """((dimension, block, realised keep ratio), policy) of every cut, each curve from whole to nothing."""
-    for dimension in anatomy.dimensions:
+    for dimension in dimensions:
         blocks = stages if dimension == TOKENS else range(anatomy.depth)
         for index, block in enumerate(blocks):
             units = anatomy.blocks[block].units.get(dimension)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_mdc.errors import CalibrationError, PlanError
+from lightning_mdc.errors import CalibrationError, PlanError, check_kind
 from lightning_mdc.importance.scores import Scores, min_max
 from lightning_mdc.models import Anatomy, Counts, find_anatomy
 from lightning_mdc.policy import Plan, Policy, TokenOptions, TokenStage
@@ -43,6 +43,7 @@ def make_plan(
         raise CalibrationError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
     anatomy = find_anatomy(model, submodule)
     counts = anatomy.counts(policy)
+    check_kind("tokens", tokens, TokenOptions, PlanError)
     options = TokenOptions() if tokens is None else tokens
     reduction_class(options.reduction)  # refuses an unknown one, whether or not any token leaves
     return Plan(
@@ -118,7 +119,7 @@ def _prior(anatomy: Anatomy, scores: Scores, block: int, *, required: bool) -> t
         if required:
             raise CalibrationError(
                 f"token score needs scores.tokens for the stage at block {block} with {positions} positions; score "
-                "this model with the policy's stages"
+                "this model's tokens too, with the policy's stages"
             )
         return None
     return tuple(min_max(prior.double()).tolist())
