@@ -188,7 +188,7 @@ def measured(
 ) -> list[dict[str, Any]]:
     """The rows of one cell: of each of the programs that one runtime has made of one model's forms."""
     name, runtime, batch = cell
-    # Torch-Pruning's forms are of layers that no adapter of ours need know; they have the MACs of ours, checked there.
+    # Torch-Pruning's forms are of layers that no family of ours need know; they have the MACs of ours, checked there.
     macs = {kind: mdc.macs(models[kind.replace(PEER, UNITS)]) for kind in programs}
     seconds = latencies(programs, batch, models[DENSE].pretrained_cfg["input_size"], rounds=rounds)
     return [

@@ -112,8 +112,8 @@ def check_savable(model: nn.Module, directory: str | Path) -> None:
 def load(directory: str | Path, model: nn.Module | None = None, submodule: str | None = None) -> nn.Module:
     """The model saved in `directory`, on the CPU, in eval mode.
 
-    With `model`, a dense instance of your own (or what holds it, as `submodule`): a copy of it is slimmed by the saved
-    plan and gets the saved weights.
+    With `model`, a dense instance of your own: a copy of it is slimmed by the saved plan and gets the saved weights.
+    `submodule` is the attribute path of the vision transformer in it; None finds it if there is just one.
 
     Raises:
         ArtifactError: the folder is missing, incomplete, damaged, edited or not ours; says what and what to do.

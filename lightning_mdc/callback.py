@@ -28,6 +28,7 @@ from lightning_mdc.errors import (
     MdcError,
     PlanError,
     PolicyError,
+    check_kind,
     check_one_of,
     check_whole,
 )
@@ -96,14 +97,10 @@ class MultiDimPruneCallback(Callback):
         save_to: str | Path | None = None,
     ) -> None:
         super().__init__()
-        _check_types(
-            space=space,
-            tokens=tokens,
-            calibration=calibration,
-            restore_rng=restore_rng,
-            submodule=submodule,
-            save_to=save_to,
-        )
+        check_kind("space", space, Space, CallbackError)
+        check_kind("tokens", tokens, TokenOptions, CallbackError)
+        check_kind("calibration", calibration, Calibration, CallbackError)
+        _check_types(restore_rng=restore_rng, submodule=submodule, save_to=save_to)
         _check_schedule(schedule, start, end, unit)
         check_whole("seed", seed, 0, CallbackError)
         if prediction is not None and not callable(prediction):
@@ -544,9 +541,6 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 def _check_types(**settings: Any) -> None:
     kinds: dict[str, Any] = {
-        "space": (Space, type(None)),
-        "tokens": (TokenOptions, type(None)),
-        "calibration": (Calibration, type(None)),
         "restore_rng": bool,
         "submodule": (str, type(None)),
         "save_to": (str, Path, type(None)),

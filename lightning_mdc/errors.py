@@ -16,7 +16,7 @@ class MdcError(Exception):
 
 
 class UnsupportedModelError(MdcError):
-    """No adapter knows the model, or a part of it cannot lose the units it was asked to lose."""
+    """No family knows the model, or a part of it cannot lose the units it was asked to lose."""
 
 
 class PolicyError(MdcError, ValueError):

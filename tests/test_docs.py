@@ -205,7 +205,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is known to that page alone."""
-    known = (criteria._REGISTRY, REDUCTIONS, COSTS)
+    known = (criteria.CRITERIA, REDUCTIONS, COSTS)
     before = [dict(each) for each in known]
     yield
     for each, was in zip(known, before, strict=True):

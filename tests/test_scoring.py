@@ -249,10 +249,10 @@ def test_batches_of_one_image_do_unless_dependence_on_the_prediction_is_estimate
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    before = dict(criteria._REGISTRY)
+    before = dict(criteria.CRITERIA)
     yield
-    criteria._REGISTRY.clear()
-    criteria._REGISTRY.update(before)
+    criteria.CRITERIA.clear()
+    criteria.CRITERIA.update(before)
 
 
 @pytest.mark.usefixtures("registered")

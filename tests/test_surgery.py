@@ -463,7 +463,7 @@ def test_a_reduction_of_ones_own() -> None:
         del REDUCTIONS["keep-second"]
 
 
-# --- what a review found ----------------------------------------------------------------------------------------------
+# --- copies, wrappers and half-known models ---------------------------------------------------------------------------
 
 
 @torch.no_grad()

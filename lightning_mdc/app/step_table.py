@@ -19,11 +19,13 @@ class Output:
         path: relative to the run's folder; a folder ends in ``/``.
         holds: what the report says of it.
         grows: whether it is worth a look before its step is done, as the trials of a search are.
+        needed: whether later steps read it, beside the first.
     """
 
     path: str
     holds: str
     grows: bool = False
+    needed: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Step:
 
     Attributes:
         name: on the command line, ``stage=NAME``.
-        outputs: what it leaves. The step is done only while the first of them is there.
+        outputs: what it leaves. The step is done only while the first of them, and all that are needed, are there.
         needs: steps whose outputs it reads.
         looks_at: steps whose outputs it also shows where they are done.
         settings: keys of what its result depends on, dotted, of single settings or whole groups.
@@ -120,7 +122,7 @@ _STEPS = (
         "score",
         (
             Output("scores.safetensors", "importance of every head, neuron and token position"),
-            Output("moments.safetensors", "how units go together, for `surgery.compensate`"),
+            Output("moments.safetensors", "how units go together, for `surgery.compensate`", needed=True),
         ),
         needs=("dense",),
         settings=("seed", "importance", "calibration", "surgery.stages"),
@@ -130,7 +132,7 @@ _STEPS = (
         "share",
         (
             Output("shared/", "the dense model after weight sharing"),
-            Output("shared-moments.safetensors", "how its units go together, for `surgery.compensate`"),
+            Output("shared-moments.safetensors", "how its units go together, for `surgery.compensate`", needed=True),
         ),
         needs=("dense", "score"),
         settings=("sharing", *_SPACE),

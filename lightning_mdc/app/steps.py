@@ -86,9 +86,8 @@ class Run:
 
     def is_done(self, name: str) -> bool:
         """Whether the step was finished with these settings and its output is still there."""
-        beside = {"score": "dense", "share": "shared"}  # steps whose second output is asked for by later ones
-        has_moments = name not in beside or (self.folder / _moments_of(beside[name])).exists()
-        return has_moments and self.folder.is_done(name, self.fingerprints[name], self.output(name))
+        has_all = all((self.folder / output.path).exists() for output in STEPS[name].outputs if output.needed)
+        return has_all and self.folder.is_done(name, self.fingerprints[name], self.output(name))
 
     def model(self, artifact: str) -> nn.Module:
         """A model that an earlier step saved in the run's folder, such as ``finetuned/seed0``; on the CPU."""

@@ -104,13 +104,13 @@ class Criterion(ABC):
         """Scores (units,) from sums over all batches; ``sums["batches"]`` and ``sums["images"]`` are counts."""
 
 
-_REGISTRY: dict[str, Callable[[], Criterion]] = {}
+CRITERIA: dict[str, Callable[[], Criterion]] = {}
 C = TypeVar("C", bound=type[Criterion])
 
 
 def register(cls: C) -> C:
     """Make a criterion known by its name."""
-    _REGISTRY[cls.name] = cls
+    CRITERIA[cls.name] = cls
     return cls
 
 
@@ -122,9 +122,9 @@ def as_criterion(criterion: str | Criterion) -> Criterion:
     """
     if isinstance(criterion, Criterion):
         return criterion
-    if not isinstance(criterion, str) or criterion not in _REGISTRY:
-        raise CalibrationError(f"criterion={criterion!r} is unknown; known are {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[criterion]()
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
+        raise CalibrationError(f"criterion={criterion!r} is unknown; known are {', '.join(sorted(CRITERIA))}")
+    return CRITERIA[criterion]()
 
 
 @register

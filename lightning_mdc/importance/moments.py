@@ -111,9 +111,7 @@ class Moments:
             CompensationError: the file is missing, damaged, or holds no moments.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors, facts = tensors_and_facts(path)
             if facts.get("format") == _FORMAT:
                 layers = {
                     dimension: tuple(_layer(tensors, f"{dimension}.{block}") for block in range(count))
@@ -126,6 +124,16 @@ class Moments:
             f"moments={str(path)!r} have format {facts.get('format')!r}, expected {_FORMAT!r}: no moments of ours; "
             "gather them again"
         )
+
+
+def tensors_and_facts(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is in a safetensors file.
+
+    Raises:
+        SafetensorError, OSError: it is none, or cannot be read.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
 
 
 def _layer(tensors: Mapping[str, Tensor], name: str) -> LayerMoments | None:

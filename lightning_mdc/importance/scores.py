@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mdc.errors import CalibrationError
 from lightning_mdc.files import replacing
-from lightning_mdc.importance.moments import Moments
+from lightning_mdc.importance.moments import Moments, tensors_and_facts
 from lightning_mdc.policy import DIMENSIONS, ByDimension
 
 _FORMAT = "lightning_mdc.scores.1"
@@ -118,9 +118,7 @@ class Scores:
             CalibrationError: the file is missing, damaged, or holds no scores.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                facts = file.metadata() or {}
+            tensors, facts = tensors_and_facts(path)
         except (SafetensorError, OSError) as error:
             raise CalibrationError(f"scores={str(path)!r} cannot be read: {error}; score again") from error
         return cls.from_parts(tensors, facts)

@@ -271,12 +271,12 @@ class Scorer:
         blocks = {d: len(self.stages if d == TOKENS else self.anatomy.units(d)) for d in self.dimensions}
         values: dict[str, Any] = {d: [torch.zeros(0) for _ in range(blocks.get(d, 0))] for d in DIMENSIONS}
         for name, group in self.groups.items():
+            if not group.count:  # of a slim model that has none left there
+                continue
             sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
             counts = {key: self.sums[key] for key in ("batches", "images")}
             if self.needs.moments and group.units is not None:
                 group = replace(group, moments=self._moments.of(group.units))
-            if not group.count:  # of a slim model that has none left there
-                continue
             result = self.criterion.finish(sums | counts, group).detach().float().cpu()
             if not result.isfinite().all():
                 raise CalibrationError(

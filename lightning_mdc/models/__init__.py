@@ -55,7 +55,7 @@ def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:
 
     Raises:
         UnsupportedModelError: there is none, there are several and `submodule` does not say which, or none of its units
-            can leave.
+            can leave and no tokens have left.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(

@@ -274,10 +274,11 @@ class Anatomy:
     @property
     def reasons(self) -> Mapping[str, str]:
         """For each dimension that the model cannot lose at all, why (naming the module)."""
-        reasons = {}
+        reasons, silence = {}, f"the family {self.family.name!r} does not say why"
         for dimension in UNIT_DIMENSIONS:
             if not any(dimension in block.units for block in self.blocks):
-                reasons[dimension] = next((b.reasons[dimension] for b in self.blocks if dimension in b.reasons), "?")
+                said = (block.reasons[dimension] for block in self.blocks if dimension in block.reasons)
+                reasons[dimension] = next(said, silence)
         return reasons | ({} if self.no_tokens is None else {TOKENS: self.no_tokens})
 
     @property

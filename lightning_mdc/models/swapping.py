@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_mdc.errors import MdcError
 from lightning_mdc.models.anatomy import Units
 
-_ENTRIES, _SIZES, _UNDER = "_mdc_entries", "_mdc_sizes", "_mdc_under"
+_ENTRIES, _SIZES, _ATTRIBUTES, _UNDER = "_mdc_entries", "_mdc_sizes", "_mdc_attributes", "_mdc_under"
 
 
 class _Recipe(NamedTuple):
@@ -93,7 +93,7 @@ def mask_with_mixins(module: nn.Module, mixins: Iterable[type], **attributes: An
     """Put `mixins` before the class of `module`, with `attributes` that no one else sees, until `unmask`."""
     _mask(module, mixins=tuple(mixins))
     vars(module).update(attributes)
-    vars(module)[_UNDER + "_attributes"] = tuple(attributes)
+    vars(module)[_ATTRIBUTES] = tuple(attributes)
 
 
 def _mask(
@@ -124,7 +124,7 @@ def unmask(model: nn.Module) -> None:
         own = vars(module)
         if _UNDER in own:
             module.__class__ = own.pop(_UNDER)
-            for name in (_ENTRIES, _SIZES, *own.pop(_UNDER + "_attributes", ())):
+            for name in (_ENTRIES, _SIZES, *own.pop(_ATTRIBUTES, ())):
                 own.pop(name, None)
 
 

@@ -1,4 +1,4 @@
-"""T2T-ViT (Yuan et al. 2021, arXiv 2101.11986) for timm's registry, and its adapter.
+"""T2T-ViT (Yuan et al. 2021, arXiv 2101.11986) for timm's registry, and its family.
 
 The backbone is timm's `VisionTransformer`; its patch embedding is replaced by the tokens-to-token module of the paper's
 section 3.1. Importing this file registers ``t2t_vit_7`` to ``t2t_vit_24`` and ``t2t_vit_t_14`` to ``t2t_vit_t_24``.
@@ -390,13 +390,13 @@ def _entrypoint(name: str) -> Callable[..., T2TVisionTransformer]:
 globals().update({name: _entrypoint(name) for name in _SIZES})
 
 
-# --- the adapter ------------------------------------------------------------------------------------------------------
+# --- the family -------------------------------------------------------------------------------------------------------
 
 _OWN = ("token_layer", "token_dim")  # of a description, beside timm's
 
 
 class T2TViT(TimmVisionTransformer):
-    """Adapter for `T2TVisionTransformer`: timm's, but for the tokens-to-token module, whose units all stay."""
+    """The family of `T2TVisionTransformer`: timm's, but for the tokens-to-token module, whose units all stay."""
 
     name = "t2t_vit"
     description = (

@@ -43,12 +43,12 @@ from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
 from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import restored, stage_of, step, through
+from lightning_mdc.tokens.block import refuse_masks, restored, stage_of, step, through
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import grid_like
 
 _WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
-_PARTS: dict[str, tuple[type, ...]] = {"attn": (layers.Attention,), "mlp": tuple(MLPS.values())}  # of a block
+_MODELS = (VisionTransformer, VisionTransformerDistilled)
 
 
 class TimmVisionTransformer(Family):
@@ -62,13 +62,13 @@ class TimmVisionTransformer(Family):
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether this is a VisionTransformer whose forward is timm's own."""
-        return _computes_as(module, (VisionTransformer, VisionTransformerDistilled), _WHOLE_MODEL_METHODS)
+        return _computes_as(module, _MODELS, _WHOLE_MODEL_METHODS)
 
     def refusal(self, module: nn.Module) -> str | None:
         """The method of its own that makes a VisionTransformer another model."""
         if not isinstance(module, VisionTransformer):
             return None
-        own = [name for name in _WHOLE_MODEL_METHODS if _own_method(module, name)]
+        own = [name for name in _WHOLE_MODEL_METHODS if not _computes_as(module, _MODELS, (name,))]
         return f"its class overrides {', '.join(own)} of timm's VisionTransformer" if own else None
 
     def anatomy(self, model: Any) -> Anatomy:
@@ -111,11 +111,6 @@ class TimmVisionTransformer(Family):
         return build(spec)
 
 
-def _own_method(module: nn.Module, name: str) -> bool:
-    kinds = (VisionTransformer, VisionTransformerDistilled)
-    return all(getattr(original_class(module), name, None) is not getattr(kind, name, None) for kind in kinds)
-
-
 def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
     """Whether the module is of one of `kinds` and has its `methods`, none of its own."""
     return any(
@@ -145,50 +140,40 @@ def _block(index: int, block: Any, dim: int) -> Block:
         reason = (
             f"{name} is a {qualified_name(block)}, neither timm's Block nor ResPostBlock (parallel, fused or its own)"
         )
-        rest = CountedMacs(block, dim, name)
-        return Block(name, block, {}, dict.fromkeys(UNIT_DIMENSIONS, reason), rest=(rest, None))
-    heads, why_no_heads = _heads(index, f"{name}.attn", block.attn)
-    neurons, why_no_neurons = _neurons(index, f"{name}.mlp", block.mlp)
-    found = {"heads": heads, "neurons": neurons}
-    reasons = {"heads": why_no_heads, "neurons": why_no_neurons}
+        reasons = dict.fromkeys(UNIT_DIMENSIONS, reason)
+        return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
+    units: dict[str, Units] = {}
+    reasons = {}
+    # MACs of either half, and where tokens can leave, in case no units stand for them.
+    rest: list[Callable[[Any], Any] | None] = [None, None]
     point = None
-    if kind is TimmBlock and _is_plain(block.attn, _PARTS["attn"]):
-        attention = heads or _attention_units(index, f"{name}.attn", block.attn)
-        channels = block.attn.qkv.out_features
-        point = TokenPoint(TimmHalves, attention, Channels(block.attn.qkv, channels * 2 // 3, channels))
-    return Block(
-        name,
-        block,
-        {dimension: units for dimension, units in found.items() if units is not None},
-        {dimension: reason for dimension, reason in reasons.items() if reason is not None},
-        point,
-        stage_of(block),
-        _rest(name, block, found, dim),
-        second_half=block.norm2 if kind is TimmBlock else block.mlp,
-    )
-
-
-def _rest(name: str, block: Any, found: Mapping[str, Units | None], dim: int) -> tuple[Any, Any]:
-    """MACs of attention and MLP by the tokens they see, where no units stand for them."""
-    attention: Callable[[Any], Any] | None = None
-    if found["heads"] is None:
-        if _is_plain(block.attn, _PARTS["attn"]):
-            units = _attention_units(0, name, block.attn)
-            attention = partial(units.macs, units.count)
+    attention = _attention(index, f"{name}.attn", block.attn)
+    if attention is None:
+        reasons["heads"] = (
+            f"{name}.attn is a {qualified_name(block.attn)}, not timm.layers.Attention with its own forward and Linears"
+        )
+        rest[0] = CountedMacs(block.attn, dim, f"{name}.attn")
+    else:
+        if kind is TimmBlock:
+            channels = block.attn.qkv.out_features
+            point = TokenPoint(TimmHalves, attention, Channels(block.attn.qkv, channels * 2 // 3, channels))
+        if (why_not := _unknown_norm(f"{name}.attn.norm", block.attn.norm)) is None:
+            units["heads"] = attention
         else:
-            attention = CountedMacs(block.attn, dim, f"{name}.attn")
-    return attention, None if found["neurons"] else CountedMacs(block.mlp, dim, f"{name}.mlp")
+            reasons["heads"], rest[0] = why_not, partial(attention.macs, attention.count)
+    neurons = _neurons(index, f"{name}.mlp", block.mlp)
+    if isinstance(neurons, Units):
+        units["neurons"] = neurons
+    else:
+        reasons["neurons"], rest[1] = neurons, CountedMacs(block.mlp, dim, f"{name}.mlp")
+    second_half = block.norm2 if kind is TimmBlock else block.mlp
+    return Block(name, block, units, reasons, point, stage_of(block), (rest[0], rest[1]), second_half)
 
 
-def _heads(index: int, name: str, attn: Any) -> tuple[Units, None] | tuple[None, str]:
-    if not _is_plain(attn, _PARTS["attn"]):
-        return None, f"{name} is a {qualified_name(attn)}, not timm.layers.Attention with its own forward and Linears"
-    if (reason := _unknown_norm(f"{name}.norm", attn.norm)) is not None:
-        return None, reason
-    return _attention_units(index, name, attn), None
-
-
-def _attention_units(index: int, name: str, attn: Any) -> Units:
+def _attention(index: int, name: str, attn: Any) -> Units | None:
+    """The heads of timm's own attention, whether or not they can be cut; None: it is another."""
+    if not _is_plain(attn, (layers.Attention,)):
+        return None
     width, gate = attn.head_dim, getattr(attn, "gate", None)  # newer timm only
     parts = [rows_of(attn.qkv, 3, width), columns_of(attn.proj, width)]
     if gate is not None:
@@ -215,14 +200,12 @@ def _attention_units(index: int, name: str, attn: Any) -> Units:
     )
 
 
-def _neurons(index: int, name: str, mlp: Any) -> tuple[Units, None] | tuple[None, str]:
-    if not _is_plain(mlp, _PARTS["mlp"]):
-        return (
-            None,
-            f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears",
-        )
+def _neurons(index: int, name: str, mlp: Any) -> Units | str:
+    """The neurons, or why they cannot be cut."""
+    if not _is_plain(mlp, tuple(MLPS.values())):
+        return f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears"
     if (reason := _unknown_norm(f"{name}.norm", mlp.norm)) is not None:
-        return None, reason
+        return reason
     makers = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, layers.SwiGLU) else [mlp.fc1]
     parts = [rows_of(maker, 2 if isinstance(mlp, layers.GluMlp) else 1) for maker in makers]
     parts.append(columns_of(mlp.fc2))
@@ -230,7 +213,7 @@ def _neurons(index: int, name: str, mlp: Any) -> tuple[Units, None] | tuple[None
         parts.append(affine_of(mlp.norm))
     count = mlp.fc2.in_features
     weights = sum(layer.weight.numel() for layer in (*makers, mlp.fc2)) // max(count, 1)
-    units = Units(
+    return Units(
         dimension="neurons",
         block=index,
         name=name,
@@ -243,7 +226,6 @@ def _neurons(index: int, name: str, mlp: Any) -> tuple[Units, None] | tuple[None
         after_point=True,
         norm=_spanning(f"{name}.norm", mlp.norm),
     )
-    return units, None
 
 
 def _spanning(name: str, norm: nn.Module) -> str | None:
@@ -430,11 +412,7 @@ class TimmReader:
         return features
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
-        if attn_mask is not None or is_causal:
-            raise UnsupportedModelError(
-                "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit "
-                "its later blocks; call it without, or prune with tokens=1.0"
-            )
+        refuse_masks(attn_mask, is_causal)
         for prior_grid in {stage.grid for stage in self.plan.leaving if stage.grid is not None}:
             height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             if grid_like(prior_grid, height * width) != (height, width):

@@ -26,8 +26,9 @@ def slim(
 ) -> nn.Module:
     """A physically smaller copy of the vision transformer in `model`, as `plan` says; the dense one is unchanged.
 
-    The copy keeps class, state_dict keys, mode, device, dtype, requires_grad and ``pretrained_cfg``; a compiled model
-    gives an ordinary copy. Its ``mdc_plan`` attribute holds the plan relative to the dense model.
+    The copy is of the same class (where tokens leave, of a subclass of the same name), and keeps state_dict keys, mode,
+    device, dtype, requires_grad and ``pretrained_cfg``; a compiled model gives an ordinary copy. Its ``mdc_plan``
+    attribute holds the plan relative to the dense model.
 
     Args:
         model: a supported model or a module that holds one.

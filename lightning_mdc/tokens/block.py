@@ -61,11 +61,7 @@ class StagedBlock(nn.Module):
             UnsupportedModelError: an attention mask is given; it would not fit the tokens that are left.
             PlanError: the block is called by itself, and has to know what happened before.
         """
-        if any(value is not None and value is not False for value in (*args, *kwargs.values())):
-            raise UnsupportedModelError(
-                "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit "
-                "its later blocks; call it without, or prune with tokens=1.0"
-            )
+        refuse_masks(*args, *kwargs.values())
         role, journey = self.role, Journey() if journey is None else journey
         if role.asks and journey.before is None:
             raise PlanError(
@@ -82,6 +78,15 @@ class StagedBlock(nn.Module):
         prefix = self.role.num_prefix_tokens
         sizes = carried.sizes(x.shape[1] - prefix).to(x.dtype)
         return torch.cat([sizes.new_ones(sizes.shape[0], prefix), sizes], dim=1).log()[:, None, None]
+
+
+def refuse_masks(*options: Any) -> None:
+    """Refuse, with an `UnsupportedModelError`, masks over the input's tokens: what is neither None nor False."""
+    if any(option is not None and option is not False for option in options):
+        raise UnsupportedModelError(
+            "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit its "
+            "later blocks; call it without, or prune with tokens=1.0"
+        )
 
 
 def stage_of(block: nn.Module) -> TokenStage | None:
