@@ -6,7 +6,7 @@
 Scores a model (random weights: time does not depend on them) on batches of random images, 512 in all, and times, in
 turns, the bare forward pass of the same batches, `mdc.score` by each of our criteria that needs images, and
 Torch-Pruning's Taylor importance with its own forward and backward pass. `conditional`, our default, is also shown with
-moments of some of each image's patch tokens; its elimination costs the same however many images there are. The textbook
+moments of all of each image's patch tokens; its elimination costs the same however many images there are. The textbook
 way, `mdc.hsic` called for one unit after the other, is timed on some neurons of every block and on all heads and
 positions, and neurons are multiplied up: each costs the same. Memory is the peak of a process of its own.
 
@@ -42,7 +42,7 @@ from lightning_mdc.policy import TOKENS, default_stages
 
 FORWARD, LOOP, PEER = "forward pass", "hsic, a unit at a time", "Torch-Pruning: Taylor"
 DEFAULT, OURS = "ours: conditional", "ours: hsic"  # hsic is what the loop is about
-SUBSET, SOME = "ours: conditional, 49 tokens", 49  # patch tokens of an image that moments are of
+ALL = "ours: conditional, all tokens"  # the default's moments are of some of each image's patch tokens
 # Scoring by `conditional` / forward pass that is aimed at: of some tokens and of all.
 AIMS = {"deit_small_patch16_224": (1.5, 1.9), "deit_base_patch16_224": (2.0, 2.3)}
 OTHERS = ("activation", "taylor")  # our other criteria that need images
@@ -94,8 +94,8 @@ def torch_pruning_taylor(model: nn.Module, batches: list[tuple[Tensor, Tensor]])
 
 RUNS: dict[str, Callable[[nn.Module, list[tuple[Tensor, Tensor]]], None]] = {
     FORWARD: forward,
-    DEFAULT: scored("conditional", moment_tokens=None),
-    SUBSET: scored("conditional", moment_tokens=SOME),
+    DEFAULT: scored("conditional"),
+    ALL: scored("conditional", moment_tokens="all"),
     OURS: scored("hsic"),
     **{f"ours: {criterion}": scored(criterion) for criterion in OTHERS},
     PEER: torch_pruning_taylor,
@@ -157,7 +157,7 @@ def peak_memory(name: str, what: str, batch: int, threads: int | None) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    always = (FORWARD, DEFAULT, SUBSET, OURS)
+    always = (FORWARD, DEFAULT, ALL, OURS)
     runs = [what for what in RUNS if what in always or (arguments.peer if what == PEER else not arguments.quick)]
     readings: dict[str, list[float]] = {what: [] for what in (*runs, LOOP)}
     memory: dict[str, float] = {}
@@ -212,7 +212,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def targets(result: dict[str, Any]) -> list[Target]:
     model = result["model"]
     ratios = result["ratios"]
-    aims = [pair for pair in zip((SUBSET, DEFAULT), AIMS.get(model, ()), strict=False) if pair[0] in ratios]
+    aims = [pair for pair in zip((DEFAULT, ALL), AIMS.get(model, ()), strict=False) if pair[0] in ratios]
     return [
         *(Target(f"{what[6:]} / forward pass, {model}", ratios[what], "<=", aim) for what, aim in aims),
         Target(f"hsic / forward pass, {model}", ratios[OURS], "<=", 1.15),
@@ -255,7 +255,7 @@ def figure(result: dict[str, Any]) -> Figure:
     memory = {what: value / result["memory"][FORWARD] for what, value in result["memory"].items()}
     for panel, values, title in zip(panels, (ratios, memory), ("time", "peak memory"), strict=True):
         names = [what for what in (*RUNS, LOOP) if what in values][::-1]
-        colours = [BLUE if name in (DEFAULT, SUBSET, OURS) else GRAY for name in names]
+        colours = [BLUE if name in (DEFAULT, ALL, OURS) else GRAY for name in names]
         panel.barh(names, [values[name] for name in names], color=colours)
         for row, name in enumerate(names):
             panel.annotate(f"{values[name]:.2f}", (values[name], row), (3, 0), textcoords="offset points", va="center")

@@ -292,7 +292,7 @@ def test_what_cannot_be_gathered_is_said():
         moments_on(model, [images() * float("nan")])
     with pytest.raises(CalibrationError, match=r"moments=False, but criterion='conditional' is made of them"):
         mdc.score(model, [images()], moments=False)
-    with pytest.raises(CalibrationError, match="moment_tokens=0"):
+    with pytest.raises(CalibrationError, match="moment_tokens=0.*None for 49, or 'all'"):
         mdc.score(model, [images()], moment_tokens=0)
 
 
@@ -316,7 +316,7 @@ def test_some_patch_tokens_of_each_image_stand_for_all():
     """So many rows of each image, those of prefix tokens among them; the same ones whenever it is done again."""
     model, batch = make("registers"), images(8)  # 5 prefix tokens, 16 patches
 
-    def found(tokens: int | None) -> LayerMoments:
+    def found(tokens: int | str) -> LayerMoments:
         options = {"moment_tokens": tokens, "moments": True, "progress": False}
         return mdc.score(model, [batch[:5], batch[5:]], "magnitude", **options).moments.layers["neurons"][1]
 
@@ -332,7 +332,7 @@ def test_some_patch_tokens_of_each_image_stand_for_all():
         apart = np.abs(z[image, 5:] - patch).max(axis=1)
         assert apart.min() < 1e-5 < np.sort(apart)[1]
         means.append(int(apart.argmin()))
-    assert torch.equal(found(16).scatter, found(None).scatter)
+    assert torch.equal(found(16).scatter, found("all").scatter)
 
 
 # --- slim models ------------------------------------------------------------------------------------------------------

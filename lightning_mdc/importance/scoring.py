@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import length_hint
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_mdc.distributed import gather, on_every_rank, summed
 from lightning_mdc.errors import CalibrationError, check_whole
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
-from lightning_mdc.importance.moments import MomentSums
+from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.models import Anatomy, Units, check_unmasked, evaluating, find_anatomy, probing
 from lightning_mdc.models.anatomy import Channels
@@ -38,7 +38,7 @@ def score(
     stages: Sequence[int] | None = None,
     prediction: Callable[[Any], Tensor] | None = None,
     moments: bool | None = None,
-    moment_tokens: int | None = None,
+    moment_tokens: int | Literal["all"] | None = None,
     submodule: str | None = None,
     progress: bool = True,
     over_ranks: bool = False,
@@ -57,8 +57,9 @@ def score(
             only looked at if the criterion needs it for one of the `dimensions`.
         moments: whether to gather on the way what ``slim(compensate="lstsq")`` has to know; see `Moments`. None: if
             the criterion needs it.
-        moment_tokens: how many patch tokens of an image, drawn by a fixed seed, moments are of; None means all. The
-            matrix products for all take about half as long as the forward pass.
+        moment_tokens: how many patch tokens of an image, drawn by a fixed seed, moments are of: a number or ``"all"``;
+            None means 49. The matrix products for all 196 of a 224 px image take about half as long as the forward
+            pass; a pretrained ViT-S without half of its heads and neurons was as accurate after `lstsq` by 24 of 49.
         submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
         progress: show a bar (on a terminal).
         over_ranks: in a distributed run, every rank gives its own share of the batches, or none; the scores are of all
@@ -117,7 +118,7 @@ class Scorer:
         prediction: Callable[[Any], Tensor] | None = None,
         *,
         moments: bool | None = None,
-        moment_tokens: int | None = None,
+        moment_tokens: int | Literal["all"] | None = None,
     ) -> None:
         check_unmasked(
             anatomy.model,
@@ -131,7 +132,8 @@ class Scorer:
         self.stages = default_stages(anatomy.depth) if stages is None else Policy(stages=stages).stages or ()
         if self.stages and self.stages[-1] >= anatomy.depth:
             raise CalibrationError(f"stages={list(self.stages)}: {anatomy.name} has only {anatomy.depth} blocks")
-        check_whole("moment_tokens", moment_tokens, 1, CalibrationError, or_none="all")
+        if moment_tokens != "all":
+            check_whole("moment_tokens", moment_tokens, 1, CalibrationError, or_none=f"{MOMENT_TOKENS}, or 'all'")
         needs = Needs.all_of(criterion.needs(dimension) for dimension in self.dimensions)
         if needs.moments and moments is False:
             raise CalibrationError(
@@ -143,7 +145,8 @@ class Scorer:
                 f"moment_tokens={moment_tokens}: no moments are gathered; leave it out, or moments=True"
             )
         self.needs = Needs.all_of([needs, Needs(images=1, moments=True)]) if moments else needs
-        self._moments = MomentSums(anatomy, self.dimensions if self.needs.moments else (), moment_tokens)
+        tokens = None if moment_tokens == "all" else moment_tokens or MOMENT_TOKENS
+        self._moments = MomentSums(anatomy, self.dimensions if self.needs.moments else (), tokens)
         device = next(anatomy.model.parameters()).device
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
         self.groups = dict(self._groups())
