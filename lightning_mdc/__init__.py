@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_mdc.budget import Budget, LatencyTable, macs, plan_macs, policy_macs
     from lightning_mdc.budget.uniform import uniform_policy
     from lightning_mdc.callback import MultiDimPruneCallback, plan_from_checkpoint
+    from lightning_mdc.compression import Compressed, compress
     from lightning_mdc.distillation import DistillationModule, Teacher
     from lightning_mdc.distillation.weight_sharing import WeightSharingModule
     from lightning_mdc.export import export_model
@@ -32,6 +33,7 @@ _HOMES = {
     "budget": ("Budget", "LatencyTable", "macs", "plan_macs", "policy_macs"),
     "budget.uniform": ("uniform_policy",),
     "callback": ("MultiDimPruneCallback", "plan_from_checkpoint"),
+    "compression": ("Compressed", "compress"),
     "distillation": ("DistillationModule", "Teacher"),
     "distillation.weight_sharing": ("WeightSharingModule",),
     "export": ("export_model",),

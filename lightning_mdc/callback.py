@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.artifact import check_savable, save
-from lightning_mdc.budget import Budget, CostModel, as_budget, macs, policy_macs
-from lightning_mdc.budget.uniform import check_uniform, uniform_policy
+from lightning_mdc.budget import Budget, CostModel, macs, policy_macs
+from lightning_mdc.compression import Compression, Method, duration_in_words
+from lightning_mdc.distributed import copy_from_first_rank, gather, on_every_rank, on_first_rank
 from lightning_mdc.errors import (
     CalibrationError,
     CallbackError,
     MdcError,
     PlanError,
     PolicyError,
-    check_kind,
     check_one_of,
     check_whole,
 )
-from lightning_mdc.importance import Criterion, Needs, Scorer, Scores, as_criterion
-from lightning_mdc.importance.calibration import Calibration, CalibrationBatches, is_map_style, num_images
-from lightning_mdc.models import Anatomy, evaluating, find_anatomy, find_model, unwrap
-from lightning_mdc.policy import DIMENSIONS, Plan, Policy, Space, TokenOptions, check_dimensions
+from lightning_mdc.importance import Criterion, Moments, Scorer, Scores
+from lightning_mdc.importance.calibration import (
+    Calibration,
+    Remembered,
+    calibration_batches,
+    is_map_style,
+    num_images,
+)
+from lightning_mdc.models import Anatomy, evaluating, find_anatomy, find_model, put_in_place, standing_in
+from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
+from lightning_mdc.policy_search.closeness import float_tensors
+from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, digest_of
+from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_written
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
+from lightning_mdc.surgery.compensation import changing_readers, refit_readers
 from lightning_mdc.surgery.plan import make_plan
 
 _STATE_FORMAT = 1
@@ -47,25 +64,39 @@ _STATE_FORMAT = 1
 class MultiDimPruneCallback(Callback):
     """Prunes the vision transformer in a LightningModule while it trains, and hands it over physically smaller.
 
-    At the start of fit it scores heads, neurons and token positions on a seeded sample of the training data, decides
-    what stays under the budget, and puts reversible masks on; they are on in training, validation, test and predict,
-    and off when the Trainer is done. `slim_model` then gives the small network. The plan lives in the checkpoint:
-    a resumed run goes on with it, without scoring again. The module's own weights and keys never change shape.
+    At the start of fit it scores heads, neurons and token positions on a seeded sample of the training data, searches
+    how much each block gives up under the budget, puts reversible masks on, and refits the layers that read what
+    leaves, so that what stays makes up for it. Masks are on in training, validation, test and predict, and off when the
+    Trainer is done. `slim_model` then gives the small network. The plan lives in the checkpoint: a resumed run goes on
+    with it, without scoring or searching again. The module's own weights and keys never change shape.
+
+    Policies are judged, on training images that units are not scored on, by how close the module's own output stays to
+    what it is with the dense model: no labels are needed. Trials lie in ``<trainer.default_root_dir>/mdc/``; a fit that
+    was killed meanwhile, by SIGTERM too, goes on from there when it is started again.
 
     Args:
         budget: fraction of the dense MACs to keep, or a `Budget`; None: 0.6. A given policy has a budget of its own.
-        policy: ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
+        policy: ``"searched"``; ``"uniform"``, which takes the same share everywhere and is there at once; a `Policy`,
+            or the path of a policy's JSON file.
         criterion: name of a criterion or an instance; see `lightning_mdc.score`.
-        dimensions, space, tokens: see `uniform_policy` and `make_plan`; a given policy says itself what it prunes.
-        calibration: how many images units are scored on, over all ranks together; None: ``Calibration()``. In batches
-            of the training loader's size, unless it says another.
+        dimensions, space, tokens: see `uniform_policy`, `PolicySpace` and `make_plan`; a given policy says itself what
+            it prunes.
+        calibration: how many images units are scored on and policies are judged on, over all ranks together; None:
+            ``Calibration()``. In batches of the training loader's size, unless it says another.
+        compensate: ``"lstsq"`` refits, once, by least squares, the weights that read what leaves; see `slim`.
+            ``"none"`` leaves them. None: ``"lstsq"``, but ``"none"`` with ``schedule="cubic"``, and where a norm over
+            units stands in the way. An optimizer that has state by then keeps it.
+        n_trials: how many policies are tried; None: 40.
+        evaluate: what the module is worth with a slim model in place, higher is better, instead of closeness; called
+            as ``evaluate(pl_module)``, in eval mode and without gradients, by all ranks.
         schedule: ``"one-shot"`` masks all at `start`; ``"cubic"`` goes there gradually until `end`, fast first
             (Zhu & Gupta 2017), always from the same scores, never compounding.
         start, end: when, in `unit`; `end` defaults to two thirds of the training.
         unit: ``"epoch"`` or ``"step"`` (optimizer steps).
         submodule: attribute path of the vision transformer in the LightningModule; None finds it if there is just one.
-        prediction: turns what the model returns into probabilities (images, classes); None means softmax.
-        seed: of the calibration sample.
+        prediction: makes of what the module returns what criterion and judging look at, probabilities (images, classes)
+            say; None: the softmax of logits, or the output itself.
+        seed: of the sample and the search.
         restore_rng: also keep random states in the checkpoint, so that a run with ``shuffle=True`` resumed from the end
             of an epoch goes on exactly as the uninterrupted one (single process).
         save_to: folder to save the slim model to when fit ends.
@@ -79,13 +110,16 @@ class MultiDimPruneCallback(Callback):
     def __init__(
         self,
         budget: float | Budget | None = None,
-        policy: str | Path | Policy = "uniform",
+        policy: str | Path | Policy = "searched",
         criterion: str | Criterion = "conditional",
         *,
         dimensions: Iterable[str] | None = None,
         space: Space | None = None,
         tokens: TokenOptions | None = None,
         calibration: Calibration | None = None,
+        compensate: Literal["lstsq", "none"] | None = None,
+        n_trials: int | None = None,
+        evaluate: Callable[[LightningModule], float] | None = None,
         schedule: Literal["one-shot", "cubic"] = "one-shot",
         start: int = 0,
         end: int | None = None,
@@ -97,29 +131,31 @@ class MultiDimPruneCallback(Callback):
         save_to: str | Path | None = None,
     ) -> None:
         super().__init__()
-        check_kind("space", space, Space, CallbackError)
-        check_kind("tokens", tokens, TokenOptions, CallbackError)
-        check_kind("calibration", calibration, Calibration, CallbackError)
         _check_types(restore_rng=restore_rng, submodule=submodule, save_to=save_to)
         _check_schedule(schedule, start, end, unit)
-        check_whole("seed", seed, 0, CallbackError)
-        if prediction is not None and not callable(prediction):
-            raise CallbackError(f"prediction={prediction!r:.80}: expected a function of what the model returns")
-        self.criterion = as_criterion(criterion)
-        self.wanted_policy = _policy(policy)
-        if isinstance(self.wanted_policy, Policy):
-            _check_unused("a given policy says what is kept", budget=budget, dimensions=dimensions, space=space)
-        if not Needs.all_of(self.criterion.needs(dimension) for dimension in DIMENSIONS).images:
-            reason = f"criterion={self.criterion.name!r} looks at no images"
-            _check_unused(reason, calibration=calibration, prediction=prediction)
-        self.budget = as_budget(0.6 if budget is None else budget)
-        self.dimensions = None if dimensions is None else check_dimensions(dimensions)
-        self.space, self.tokens = space or Space(), tokens or TokenOptions()
-        check_uniform(self.space)
-        self.calibration = calibration or Calibration()
+        if schedule == "cubic" and compensate == "lstsq":
+            raise CallbackError(
+                "compensate='lstsq' with schedule='cubic': weights are refitted once, for what leaves at once; use "
+                "schedule='one-shot', or leave compensate out"
+            )
+        self.method = Method(
+            budget,
+            policy,
+            criterion,
+            dimensions=dimensions,
+            space=space,
+            tokens=tokens,
+            calibration=calibration,
+            compensate="none" if schedule == "cubic" else compensate,
+            n_trials=n_trials,
+            evaluate=evaluate,  # type: ignore[arg-type]
+            prediction=prediction,
+            seed=seed,
+            error=CallbackError,
+        )
         self.schedule, self.start, self.end, self.unit = schedule, start, end, unit
-        self.submodule, self.prediction, self.seed = submodule, prediction, seed
-        self.restore_rng, self.save_to = restore_rng, None if save_to is None else Path(save_to)
+        self.submodule, self.restore_rng = submodule, restore_rng
+        self.save_to = None if save_to is None else Path(save_to)
         # Spawned workers cannot give attributes back; rank 0 leaves the outcome in this file.
         self._handover = Path(tempfile.gettempdir()) / f"lightning_mdc-{uuid.uuid4().hex}.pt"
         weakref.finalize(self, _remove, self._handover, os.getpid())
@@ -128,13 +164,18 @@ class MultiDimPruneCallback(Callback):
         self.reset()
 
     def reset(self) -> None:
-        """Forget scores, policy and plan: the next fit starts over."""
+        """Forget scores, policy and plan: the next fit starts over. Weights stay as they are."""
         self._scores: Scores | None = None
+        self._search: SearchResult | None = None
         self._plan: Plan | None = None
-        self._asked: Policy | None = None  # see `_asked_policy`
+        self._planned_for: str | None = None  # the budget, in words
+        self._task: Compression | None = None  # the method on this fit's model
         self._progress = 0.0
-        self._scorer: Scorer | None = None  # while an iterable dataset is watched
+        self._watched: list[Any] | None = None  # batches of an iterable data set, while they are collected
+        self._watched_in = 0  # the epoch
         self._steps_to_watch: int | None = None
+        self._journal: Path | None = None  # folder of the search that is run
+        self._before: list[tuple[Tensor, Tensor]] | None = None  # what compensation changed, with its dense values
         self._handover.unlink(missing_ok=True)
 
     # --- what it found --------------------------------------------------------------------------------------------
@@ -156,11 +197,17 @@ class MultiDimPruneCallback(Callback):
         self._collect_handover()
         return self._plan
 
+    @property
+    def search(self) -> SearchResult | None:
+        """How the policy was searched for; None before, and where it was not."""
+        self._collect_handover()
+        return self._search
+
     def slim_model(self, pl_module: LightningModule, in_place: bool = False) -> nn.Module:
         """The physically slim vision transformer of `pl_module`, a plain module.
 
-        With ``in_place=True`` it also takes the dense one's place in `pl_module` (uncompiled), to go on training. There
-        is no compensation here (see `slim`): what stays has been trained without what left.
+        With ``in_place=True`` it also takes the dense one's place in `pl_module` (uncompiled), to go on training. What
+        makes up for what left is in the weights by now.
 
         Raises:
             CallbackError: there is no plan yet, or nothing to replace.
@@ -179,11 +226,27 @@ class MultiDimPruneCallback(Callback):
                     "in_place=True: the LightningModule is itself the vision transformer, so there is no attribute to "
                     "replace; use the returned model"
                 )
-            for parent in list(pl_module.modules()):  # it may have several names
-                for name, child in list(parent._modules.items()):
-                    if child is not None and unwrap(child) is model:
-                        setattr(parent, name, result)
+            put_in_place(pl_module, model, result)
         return result
+
+    def undo_compensation(self, pl_module: LightningModule) -> None:
+        """Give the weights that were refitted their dense values back; plan and masks stay.
+
+        Raises:
+            CallbackError: there is nothing to undo, or the weights have been trained since.
+        """
+        if self._before is None:
+            raise CallbackError(
+                "undo_compensation: there are no dense values to give back: nothing was compensated for in this "
+                "process, or an optimizer step has been taken since, on which what came after it rests; for a fit "
+                "without compensation pass compensate='none'"
+            )
+        own = {id(parameter) for parameter in pl_module.parameters()}
+        if not any(id(tensor) in own for tensor, _ in self._before):
+            raise CallbackError("undo_compensation: another module was compensated; give the one that was fitted")
+        for tensor, before in self._before:
+            tensor.data.copy_(before)
+        self._before = None
 
     def calibration_step(self, pl_module: LightningModule, batch: Any) -> Any:
         """What the model says about a batch: by default ``pl_module(images)``, so that a module's own normalisation
@@ -216,10 +279,10 @@ class MultiDimPruneCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What could be refused after hours of training is refused now.
-        self._asked = None  # budget and model may be others than in the last fit
+        self._task = None  # the model may be another than in the last fit
         self._is_tried = False
-        if self._plan is None or isinstance(self.wanted_policy, Policy):
-            self._asked_policy(pl_module)
+        if self._plan is None or isinstance(self.method.policy, Policy):
+            self._compression(pl_module)
         if self.save_to is not None and trainer.is_global_zero:
             check_savable(find_model(pl_module, self.submodule)[1], self.save_to)
         if self.schedule == "cubic":
@@ -233,12 +296,20 @@ class MultiDimPruneCallback(Callback):
     on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._scorer is not None:
+        if self._watched is not None:
             self._watch(trainer, pl_module, batch)
         elif self._plan is None and not self._is_tried:  # of an iterable data set, before `start`
             self._try_out(trainer, pl_module, batch)
         if self.unit == "step":
             self._advance(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._before = None  # see `undo_compensation`
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A finite stream begins anew: what was seen once must not be judged on, too.
+        if self._watched and self._watched_in == trainer.current_epoch:
+            self._decide_watched(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mask(trainer, pl_module)
@@ -249,7 +320,7 @@ class MultiDimPruneCallback(Callback):
         if self._plan is None and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
                 f"fit ended before anything was pruned: start={self.start} ({self.unit}s) was not reached, or an "
-                f"iterable data set ended before {self.calibration.images} images had gone by"
+                "iterable data set ended before enough images had gone by"
             )
         elif self._plan is not None and self._progress < 1:
             rank_zero_warn(
@@ -260,6 +331,8 @@ class MultiDimPruneCallback(Callback):
             save(self.slim_model(pl_module), self.save_to)
         if trainer.is_global_zero and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             torch.save(self.state_dict(), self._handover)
+        if trainer.is_global_zero and self._journal is not None:  # trials stay, for whoever starts the same fit again
+            (self._journal / _MOMENTS).unlink(missing_ok=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unmask(pl_module)
@@ -279,6 +352,8 @@ class MultiDimPruneCallback(Callback):
         return {
             "format": _STATE_FORMAT,
             "plan": None if self._plan is None else self._plan.to_json(),
+            "planned_for": self._planned_for,
+            "search": None if self._search is None else self._search.to_json(),
             "progress": self._progress,
             "scores": {} if self._scores is None else self._scores.tensors(),
             "scores_facts": {} if self._scores is None else self._scores.facts(),
@@ -293,7 +368,9 @@ class MultiDimPruneCallback(Callback):
             )
         self.reset()
         if state_dict["plan"] is not None:
-            self._plan = Plan.from_json(state_dict["plan"])
+            self._plan, self._planned_for = Plan.from_json(state_dict["plan"]), state_dict["planned_for"]
+        if state_dict["search"] is not None:
+            self._search = SearchResult.from_json(state_dict["search"])
         if state_dict["scores_facts"]:
             self._scores = Scores.from_parts(state_dict["scores"], state_dict["scores_facts"])
         self._progress = state_dict["progress"]
@@ -306,28 +383,34 @@ class MultiDimPruneCallback(Callback):
 
     # --- observe, decide, apply -----------------------------------------------------------------------------------
 
+    def _compression(self, pl_module: LightningModule) -> Compression:
+        """The method on this model. Made once a fit: for a latency budget it may measure."""
+        if self._task is None:
+            self._task = Compression(self.method, find_model(pl_module, self.submodule)[1])
+        return self._task
+
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
+        loader = trainer.train_dataloader
         if now < self.start:
-            loader = trainer.train_dataloader
             if self._plan is None and not self._is_tried and is_map_style(loader):
                 with isolated_rng():
-                    batch = CalibrationBatches(loader, self.calibration, self.seed)[0]
+                    batch = calibration_batches(loader, self.method.calibration, self.method.seed)[0][0]
                 self._try_out(trainer, pl_module, _to_device(trainer, pl_module, batch))
             return
-        if self._scorer is not None:
+        if self._watched is not None:
             return
         if self._plan is None:
-            loader = trainer.train_dataloader
             if not is_map_style(loader):
-                if self.calibration.batch_size is not None:
+                if self.method.calibration.batch_size is not None:
                     raise CallbackError(
-                        f"calibration.batch_size={self.calibration.batch_size}: the batches of an iterable data set "
-                        "are watched as they come; leave it out"
+                        f"calibration.batch_size={self.method.calibration.batch_size}: the batches of an iterable data "
+                        "set are watched as they come; leave it out"
                     )
-                self._scorer = self._new_scorer(pl_module)  # watch the first training batches go by, then decide
+                # Keep the first training batches as they go by, then decide.
+                self._watched, self._watched_in = [], trainer.current_epoch
                 return
-            self._decide(trainer, pl_module, self._score(trainer, pl_module, loader))
+            self._decide(trainer, pl_module, *self._drawn(trainer, pl_module))
         progress = 1.0
         if self.schedule == "cubic":
             end = self._schedule_end(trainer)
@@ -345,105 +428,177 @@ class MultiDimPruneCallback(Callback):
             raise CallbackError("schedule='cubic' with an endless Trainer: say when it is through, e.g. end=10")
         return max(self.start + 1, round(total * 2 / 3))
 
-    def _asked_policy(self, pl_module: LightningModule) -> Policy:
-        """The given policy, or the uniform one of the budget. Found once a fit: for a latency budget it may measure."""
-        if self._asked is None:
-            model = find_model(pl_module, self.submodule)[1]
-            if isinstance(self.wanted_policy, Policy):
-                find_anatomy(model).counts(self.wanted_policy)
-                self._asked = self.wanted_policy
-            else:
-                self._asked = uniform_policy(model, self.budget, self.dimensions, self.space, self.tokens)
-        return self._asked
-
     def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
         """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""
         _, model = find_model(pl_module, self.submodule)
-        if self._plan is None or isinstance(self.wanted_policy, Policy) or self._is_delivered(model):
+        if self._plan is None or isinstance(self.method.policy, Policy) or self._is_delivered(model):
             return
-        asked, kept = self._asked_policy(pl_module), self._plan.policy
-        if policy_macs(model, asked) != policy_macs(model, kept):
-            share = policy_macs(model, kept) / macs(model)
+        if self._planned_for != str(self.method.budget):
+            share = policy_macs(model, self._plan.policy) / macs(model)
             rank_zero_warn(
-                f"the budget asked for now ({self.budget}) is not looked at: the plan from the checkpoint or "
+                f"the budget asked for now ({self.method.budget}) is not looked at: the plan from the checkpoint or "
                 f"the fit before is kept ({share:.1%} of the MACs). For a new plan call callback.reset(), or fit "
                 "without ckpt_path"
             )
 
-    def _new_scorer(self, pl_module: LightningModule) -> Scorer:
-        anatomy = find_anatomy(pl_module, self.submodule)
-        stages = anatomy.counts(self._asked_policy(pl_module)).stages
-        return Scorer(anatomy, self.criterion, anatomy.dimensions, stages, self.prediction)
+    # --- which images ---------------------------------------------------------------------------------------------
 
-    def _score(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> Scorer:
-        """Score on an own loader over the training data; rank r takes batches r, r + world, ... of one seeded list."""
-        scorer = self._new_scorer(pl_module)
-        if not scorer.needs.images:
-            return scorer
-        batches = CalibrationBatches(loaders, self.calibration, self.seed)
-        own = range(trainer.global_rank, len(batches), trainer.world_size)
-        shown = bar("Scoring", len(own), shown=trainer.is_global_zero and trainer.progress_bar_callback is not None)
-        with isolated_rng(), evaluating(pl_module), scorer.watching(), shown as advance:
-            for index in own:
-                seed_all(self.seed + index)  # random augmentation is the same whichever rank draws it
-                batch = batches[index]
-                self._observe(trainer, pl_module, scorer, _to_device(trainer, pl_module, batch))
-                advance()
-        return scorer
+    def _drawn(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Sequence[Any], Sequence[Any]]:
+        """This rank's batches to score on and to judge on, of an own loader over the training data: numbers r,
+        r + world, ... of seeded lists."""
+        task = self._compression(pl_module)
+        drawn = calibration_batches(
+            trainer.train_dataloader, self.method.calibration, self.method.seed, judged=task.needs_judging
+        )
+        world, rank = trainer.world_size, trainer.global_rank
+
+        def made(batches: Sequence[Any], index: int) -> Any:
+            number = rank + world * index
+            seed_all(self.method.seed + number)  # random augmentation is the same whichever rank draws it
+            return _to_device(trainer, pl_module, batches[number])
+
+        shares = [Remembered(len(range(rank, len(all_), world)), partial(made, all_)) for all_ in drawn]
+        return shares[0], shares[1]
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        scorer = self._scorer
-        assert scorer is not None
-        if not self._is_short(scorer, batch):
-            with isolated_rng(), evaluating(pl_module), scorer.watching():
-                self._observe(trainer, pl_module, scorer, batch)
+        """Keep a training batch; decide when there are enough."""
+        assert self._watched is not None
+        self._watched.append(move_data_to_device(batch, torch.device("cpu")))
         if self._steps_to_watch is None:
             # Rank 0 says how many, so that all ranks decide at the same step whatever batches they get.
-            steps = math.ceil(self.calibration.images / max(int(scorer.sums["images"]), 1))
+            calibration = self.method.calibration
+            wanted = calibration.images + calibration.judging * self._compression(pl_module).needs_judging
+            steps = math.ceil(wanted / max(num_images(batch) or 0, 1))
             self._steps_to_watch = trainer.strategy.broadcast(math.ceil(steps / trainer.world_size), src=0)
-        self._steps_to_watch -= 1
-        if self._steps_to_watch == 0:
-            self._steps_to_watch = None
-            self._scorer = None
-            self._decide(trainer, pl_module, scorer)
+        if len(self._watched) == self._steps_to_watch:
+            self._decide_watched(trainer, pl_module)
             self._advance(trainer, pl_module)
 
-    def _is_short(self, scorer: Scorer, batch: Any) -> bool:
-        """Whether this batch is smaller than those before, where they must be equal."""
-        images = num_images(batch)
-        if not scorer.needs.equal_batches or images is None or scorer.sums["batches"] == 0:
-            return False
-        return images != int(scorer.sums["images"] / scorer.sums["batches"])
+    def _decide_watched(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of the batches kept so far the first ones are scored on, the last ones judged on."""
+        assert self._watched is not None
+        batches, self._watched, self._steps_to_watch = self._watched, None, None
+        images, judging = self.method.calibration.images, self.method.calibration.judging
+        if not self._compression(pl_module).needs_judging:
+            judging = 0
+        scored = max(1, round(len(batches) * images / (images + judging)))
+        self._decide(trainer, pl_module, batches[:scored], batches[scored:])
 
-    def _observe(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batch: Any) -> None:
+    # --- scoring and judging them ---------------------------------------------------------------------------------
+
+    def _run(self, trainer: Trainer, module: nn.Module, batch: Any) -> Any:
+        """What the module says about a batch of ours."""
+        device = next(module.parameters()).device
+        with trainer.precision_plugin.forward_context():
+            return self.calibration_step(module, move_data_to_device(batch, device))  # type: ignore[arg-type]
+
+    def _score(self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Any]) -> Scores:
+        """Of all ranks' batches."""
+        scorer = self._compression(pl_module).scorer()
+        if scorer.needs.images:
+            shown = bar("Scoring", len(batches), shown=trainer.progress_bar_callback is not None)
+            with evaluating(pl_module), scorer.watching(), shown as advance:
+                for batch in batches:
+                    if not _is_short(scorer, batch):
+                        self._observe(trainer, pl_module, scorer, batch)
+                    advance()
+        scorer.sum_over_ranks()
+        return scorer.scores()
+
+    def _observe(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batch: Any) -> Any:
+        said: list[Any] = []
+
         def run() -> Any:
-            with trainer.precision_plugin.forward_context():
-                return self.calibration_step(pl_module, batch)
+            said[:] = [self._run(trainer, pl_module, batch)]
+            return said[0]
 
         labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         scorer.update(run, num_images(batch) or 0, labels if isinstance(labels, Tensor) else None)
+        return said[0]
 
     def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Score a batch for nothing: what scoring would refuse, epochs from now, is refused at once."""
+        """Score a batch for nothing: what scoring or judging would refuse, epochs from now, is refused at once."""
         self._is_tried = True
-        scorer = self._new_scorer(pl_module)
+        task = self._compression(pl_module)
+        scorer = task.scorer()
         if scorer.needs.images:
             with isolated_rng(), evaluating(pl_module), scorer.watching():
-                self._observe(trainer, pl_module, scorer, batch)
+                output = self._observe(trainer, pl_module, scorer, batch)
+            if task.needs_judging:
+                float_tensors(output if self.method.prediction is None else self.method.prediction(output))
 
-    def _decide(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer) -> None:
-        """Average over ranks, decide on rank 0, tell the others, make sure they heard."""
-        scorer.sum_over_ranks()
-        scores = scorer.scores()
-        _, model = find_model(pl_module, self.submodule)
-        plan = make_plan(model, scores, self._asked_policy(pl_module), self.tokens)
+    def _decide(
+        self, trainer: Trainer, pl_module: LightningModule, scoring: Sequence[Any], judging: Sequence[Any]
+    ) -> None:
+        """Score, search, compensate: from now on there is a plan. All ranks work, rank 0 decides."""
+        task, is_quick = self._compression(pl_module), bool(getattr(trainer, "fast_dev_run", False))
+        with isolated_rng():
+            searches = task.policy is None and not is_quick
+            folder = self._search_folder(trainer, pl_module, [scoring, judging]) if searches else None
+            scores = on_first_rank(partial(_found_in, folder))
+            if scores is None:
+                scores = on_every_rank(partial(self._score, trainer, pl_module, scoring))
+                on_first_rank(partial(_leave_in, folder, scores))
+            evaluate = None if task.policy is not None else self._evaluation(trainer, pl_module, judging)
+            journal = (
+                None if folder is None else folder / f"trials-{digest_of(scores.tensors(), scores.criterion)}.jsonl"
+            )
+            options = SearchOptions(
+                journal=journal, progress=trainer.progress_bar_callback is not None, say=rank_zero_info
+            )
+            plan, self._search = task.decide(scores, evaluate, options, 1 if is_quick else None)
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
         plan = Plan.from_json(told)
         if plan.hash != digest:
             raise PlanError(
                 f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})"
             )
-        self._scores, self._plan = scores, plan
+        self._scores, self._plan, self._planned_for = scores.with_moments(None), plan, str(self.method.budget)
+        if task.compensate == "lstsq":
+            assert scores.moments is not None  # asked for
+            self._compensate(trainer, pl_module, plan, scores.moments)
+
+    def _evaluation(
+        self, trainer: Trainer, pl_module: LightningModule, judging: Sequence[Any]
+    ) -> Callable[[nn.Module], float]:
+        """What a slim model is worth in the place of the dense one."""
+        if self.method.evaluate is not None:
+            return partial(_by_the_user, self.method.evaluate, trainer, pl_module, self.submodule)
+        judge = _Stoppable(
+            trainer, pl_module, judging, partial(self._run, trainer), self.method.prediction, self.submodule
+        )
+        rank_zero_info(f"MultiDimPruneCallback is {duration_in_words(judge, self.method.n_trials)}")
+        return judge
+
+    def _search_folder(
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Sequence[Any]]
+    ) -> Path | None:
+        """Where a search over these weights, options and images is kept; None where files cannot be."""
+        root = str(trainer.default_root_dir)
+        if "://" in root:
+            rank_zero_info(f"{root} is no local folder: the search is not kept, and begins anew if it is killed")
+            return None
+        images = gather(lambda: [_digest_of_batches(share) for share in batches])
+        weights = digest_of(pl_module.state_dict())
+        sha = hashlib.sha256(json.dumps([_options(self.method), self.submodule, weights, images]).encode())
+        self._journal = Path(root) / "mdc" / sha.hexdigest()[:16]
+        return self._journal
+
+    def _compensate(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, moments: Moments) -> None:
+        """Refit what reads units that leave, in the model and in the averages of it that callbacks keep."""
+        averaged = [
+            other._average_model.module
+            for other in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(other, WeightAveraging) and other._average_model is not None
+        ]
+        anatomies = [find_anatomy(module, self.submodule) for module in (pl_module, *averaged)]
+        readers = [units.reader for anatomy in anatomies for units in changing_readers(anatomy, plan)]
+        tensors = [tensor for reader in readers for tensor in (reader.weight, reader.bias) if tensor is not None]
+        self._before = [(tensor, tensor.detach().cpu().clone()) for tensor in tensors]
+        for anatomy in anatomies:
+            on_every_rank(partial(refit_readers, anatomy, plan, moments))
+        for tensor in tensors:
+            copy_from_first_rank(tensor)
 
     def _mask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks on as far as the schedule has got, if a plan is known and they are not on already."""
@@ -465,7 +620,7 @@ class MultiDimPruneCallback(Callback):
             return self._plan
         final = self._plan.policy
         ratios = {d: [1 - self._progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
-        tokens = replace(self.tokens, reduction=self._plan.reduction, restore=self._plan.restore)
+        tokens = replace(self.method.tokens, reduction=self._plan.reduction, restore=self._plan.restore)
         return make_plan(model, self._scores, Policy(**ratios, stages=final.stages), tokens)
 
     def _unmask(self, pl_module: LightningModule) -> None:
@@ -536,6 +691,96 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+# --- judging ---------------------------------------------------------------------------------------------------------
+
+
+class _Stoppable(InPlace):
+    """Looks, before each trial, whether the Trainer has been told to stop."""
+
+    def __init__(self, trainer: Trainer, *args: Any) -> None:
+        super().__init__(*args)
+        self._trainer = trainer
+
+    def judge(self, model: nn.Module) -> Judgement:
+        _stop_if_told(self._trainer)
+        return super().judge(model)
+
+
+def _stop_if_told(trainer: Trainer) -> None:
+    """On all ranks, if one has been: what is in the journal by now is safe."""
+    if any(gather(lambda: trainer.received_sigterm)):
+        raise SIGTERMException
+
+
+def _by_the_user(
+    evaluate: Callable[[Any], float],
+    trainer: Trainer,
+    pl_module: LightningModule,
+    submodule: str | None,
+    model: nn.Module,
+) -> float:
+    _stop_if_told(trainer)
+    dense = find_model(pl_module, submodule)[1]
+    with standing_in(pl_module, dense, model) as whole, running_as_written(whole):
+        return evaluate(whole)
+
+
+def _is_short(scorer: Scorer, batch: Any) -> bool:
+    """Whether this batch is smaller than those before, where they must be equal."""
+    images = num_images(batch)
+    if not scorer.needs.equal_batches or images is None or scorer.sums["batches"] == 0:
+        return False
+    return images != int(scorer.sums["images"] / scorer.sums["batches"])
+
+
+# --- the folder of a search -------------------------------------------------------------------------------------------
+
+_SCORES, _MOMENTS = "scores.safetensors", "moments.safetensors"
+
+
+def _found_in(folder: Path | None) -> Scores | None:
+    """The scores that a killed search rests on, with their moments; None if they are not all there."""
+    if folder is None or not (folder / _MOMENTS).exists():
+        return None
+    try:
+        return Scores.load(folder / _SCORES).with_moments(Moments.load(folder / _MOMENTS))
+    except MdcError as error:
+        rank_zero_warn(f"{error}; scoring again")
+        return None
+
+
+def _leave_in(folder: Path | None, scores: Scores) -> None:
+    if folder is not None and scores.moments is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        scores.save(folder / _SCORES)
+        scores.moments.save(folder / _MOMENTS)
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """All of a method that makes it another search, in JSON's types."""
+    known = {name: value for name, value in vars(method).items() if name not in ("policy", "n_trials")}
+    return {name: _in_words(value) for name, value in known.items()}
+
+
+def _in_words(value: Any) -> Any:
+    """A setting in JSON's types: the same for equal ones in another process. Functions are told by their names."""
+    if isinstance(value, (str, int, float, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_in_words(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _in_words(item) for key, item in sorted(value.items())}
+    kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
+    return [f"{kind.__module__}.{kind.__qualname__}", _in_words(dict(getattr(value, "__dict__", {})))]
+
+
+def _digest_of_batches(batches: Sequence[Any]) -> str:
+    sha = hashlib.sha256()
+    for batch in batches:
+        sha.update(digest_of({str(i): t for i, t in enumerate(tree_leaves(batch)) if isinstance(t, Tensor)}).encode())
+    return sha.hexdigest()
+
+
 # --- settings, and what is left behind --------------------------------------------------------------------------------
 
 
@@ -550,13 +795,6 @@ def _check_types(**settings: Any) -> None:
             raise CallbackError(f"{name}={value!r:.80} has the wrong type ({type(value).__name__})")
 
 
-def _check_unused(reason: str, **settings: Any) -> None:
-    """Refuse what would not be looked at."""
-    for name, value in settings.items():
-        if value is not None:
-            raise CallbackError(f"{name}={value!r:.80} is not looked at: {reason}; leave {name} out")
-
-
 def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:
     check_one_of("schedule", schedule, ("one-shot", "cubic"), CallbackError)
     check_one_of("unit", unit, ("epoch", "step"), CallbackError)
@@ -569,11 +807,3 @@ def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:
 def _remove(handover: Path, owner: int) -> None:
     if os.getpid() == owner:  # not a forked worker, which leaves the file behind for its parent
         handover.unlink(missing_ok=True)
-
-
-def _policy(policy: Any) -> Policy | Literal["uniform"]:
-    if isinstance(policy, Policy) or policy == "uniform":
-        return policy
-    if isinstance(policy, (str, Path)):
-        return Policy.load(policy)
-    raise PolicyError(f"policy={policy!r:.80}: expected 'uniform', a Policy, or the path of a policy's JSON file")

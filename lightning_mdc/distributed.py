@@ -144,6 +144,15 @@ def summed(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def copy_from_first_rank(tensor: Tensor) -> None:
+    """Give `tensor` the values that it has on rank 0, in place."""
+    if is_distributed():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        values = tensor.detach().to(device, copy=True)
+        dist.broadcast(values, src=0)
+        tensor.data.copy_(values)
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether `error` says that another process of the run is gone."""
     for cause in error_chain(error):

@@ -59,6 +59,10 @@ class ConfigError(MdcError, ValueError):
     """A setting of ``train.py`` is unknown or contradicts another."""
 
 
+class CompressionError(MdcError, ValueError):
+    """Settings of the whole method contradict each other."""
+
+
 class CallbackError(MdcError, ValueError):
     """The callback's settings contradict each other or the Trainer it was given to."""
 
@@ -111,6 +115,12 @@ def check_whole(name: str, value: Any, least: int, error: type[MdcError], or_non
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         otherwise = "" if or_none is None else f", or None for {or_none}"
         raise error(f"{name}={value!r:.80}: expected a whole number of at least {least}{otherwise}")
+
+
+def check_prediction(prediction: Any, error: type[MdcError]) -> None:
+    """Refuse, with an `error`, what is no function of a model's output."""
+    if prediction is not None and not callable(prediction):
+        raise error(f"prediction={prediction!r:.80}: expected a function of what the model returns")
 
 
 def check_number(

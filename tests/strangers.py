@@ -104,7 +104,7 @@ class Killed(lightning.Callback):
 def train(root: Path, killed_at: int | None, resume: bool) -> None:
     """Four epochs with checkpoints under `root`; leaves final weights, predictions and the slim model there."""
     torch.manual_seed(3)
-    module, callback = Stranger(), mdc.MultiDimPruneCallback(budget=0.5, restore_rng=True)
+    module, callback = Stranger(), mdc.MultiDimPruneCallback(0.5, "uniform", restore_rng=True)
     checkpoints = ModelCheckpoint(root, filename="{epoch}", save_top_k=-1, enable_version_counter=False, save_last=True)
     extra = [] if killed_at is None else [Killed(killed_at)]
     fit = trainer(root, callback, checkpoints, *extra, epochs=4, logger=CSVLogger(root))
@@ -128,7 +128,7 @@ def train_ddp(rank: int, root: Path, devices: int, data: str) -> None:
     torch.manual_seed(3)
     # Sums in another order round otherwise. Not enough for another plan by this criterion; by elimination, units that
     # tie nearly leave in another order.
-    callback = mdc.MultiDimPruneCallback(budget=0.5, criterion="hsic", calibration=mdc.Calibration(images=64))
+    callback = mdc.MultiDimPruneCallback(0.5, "uniform", "hsic", calibration=mdc.Calibration(images=64))
     options = {"strategy": "ddp", "devices": devices, "use_distributed_sampler": True} if devices > 1 else {}
     fit = trainer(root, callback, epochs=1, **options)
     stream: DataLoader[Any] = DataLoader(UnevenBatches(), batch_size=None)

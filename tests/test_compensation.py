@@ -292,7 +292,7 @@ def test_what_cannot_be_gathered_is_said():
         moments_on(model, [images() * float("nan")])
     with pytest.raises(CalibrationError, match=r"moments=False, but criterion='conditional' is made of them"):
         mdc.score(model, [images()], moments=False)
-    with pytest.raises(CalibrationError, match="moment_tokens=0.*None for 49, or 'all'"):
+    with pytest.raises(CalibrationError, match=r"moment_tokens=0.*None for 49, or 'all'"):
         mdc.score(model, [images()], moment_tokens=0)
 
 

@@ -31,14 +31,11 @@ from lightning_mdc.gp_ei.study import observations
 from lightning_mdc.importance import Criterion
 from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import DIMENSIONS, TOKENS, UNIT_DIMENSIONS, Policy, check_dimensions
-from lightning_mdc.policy_search.held_out import HeldOut, gathered
+from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery.compensation import check_compensable
 
 T = TypeVar("T")
-
-# With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
-_ENOUGH_FOR_TOP1 = 1000
 
 
 def made(group: str, kind: type[T], options: Settings, **more: Any) -> T:
@@ -291,11 +288,8 @@ def check_compensation(settings: Settings, model: nn.Module, policy: Policy | No
 
 def build_held_out(options: Settings, batches: Iterable[Any], model: nn.Module, device: torch.device) -> HeldOut:
     """What policies are judged on: the first ``images`` of the held-out training images, by ``metric``."""
-    images, labels = gathered(batches, options["images"])
-    metric = options["metric"]
-    if metric == "auto":
-        metric = "accuracy" if len(images) >= _ENOUGH_FOR_TOP1 else "kl"
-    return HeldOut([(images, labels)], metric, dense=model, batch_size=options["batch_size"], device=device)
+    images, of_a_pass = options["images"], options["batch_size"]
+    return HeldOut(batches, options["metric"], dense=model, batch_size=of_a_pass, device=device, max_images=images)
 
 
 def build_trackers(settings: Settings) -> dict[str, Tracker]:

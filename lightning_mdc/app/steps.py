@@ -385,7 +385,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
         ),
     )
     first, best = result.history[0], result.best
-    if first.value is not None and first.policy == result.space.uniform:
+    if first.value is not None and result.space is not None and first.policy == result.space.uniform:
         metric = held_out.metric if held_out.metric == "accuracy" else f"-{held_out.metric}"
         log.info("  %s: uniform %.4g, best %.4g (trial %d)", metric, first.value, best.value, best.number)
     return result

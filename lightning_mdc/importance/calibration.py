@@ -1,17 +1,22 @@
-"""How many images are looked at, and an own, seeded look at training data, which leaves its loaders as they were."""
+"""How many images a model is looked at with, and an own, seeded look at training data, which leaves its loaders as they
+were."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_mdc.errors import CalibrationError, check_whole
+
+# Bytes of images that are kept between one look at them and the next.
+_MEMORY_LIMIT = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,16 @@ class Calibration:
         check_whole("judging", self.judging, 1, CalibrationError)
         check_whole("batch_size", self.batch_size, 1, CalibrationError, or_none="that of the loader")
 
+    def shares(self, total: int, *, judged: bool) -> tuple[int, int]:
+        """How many of `total` images are scored on, and how many judged on, if any are: all that are wanted, or two
+        thirds and one third."""
+        if not judged:
+            return min(self.images, total), 0
+        if total >= self.images + self.judging:
+            return self.images, self.judging
+        scored = min(self.images, total - total // 3)
+        return scored, min(self.judging, total - scored)
+
 
 def is_map_style(loaders: Any) -> bool:
     """Whether `loaders` (a DataLoader or a nest of them) can be sampled by index."""
@@ -46,14 +61,15 @@ def is_map_style(loaders: Any) -> bool:
 
 
 class CalibrationBatches(Sequence[Any]):
-    """A seeded list of batches over the loaders' own data sets with their own collate, each made when asked for.
+    """A list of batches over the loaders' own data sets with their own collate, each made when asked for.
 
-    `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return; a batch has the same structure.
+    Args:
+        leaves, structure: the loaders, and what nest of them ``train_dataloader`` returned; a batch has its structure.
+        indices: of each batch, by loader.
     """
 
-    def __init__(self, loaders: Any, calibration: Calibration, seed: int) -> None:
-        self._leaves, self._structure = tree_flatten(loaders)
-        self._indices = [_sample(leaf, calibration, seed) for leaf in self._leaves]
+    def __init__(self, leaves: Sequence[DataLoader[Any]], structure: TreeSpec, indices: list[list[list[int]]]) -> None:
+        self._leaves, self._structure, self._indices = leaves, structure, indices
 
     def __len__(self) -> int:
         return min(map(len, self._indices))
@@ -74,21 +90,76 @@ class CalibrationBatches(Sequence[Any]):
         return tree_unflatten(parts, self._structure)
 
 
-def _sample(loader: DataLoader[Any], calibration: Calibration, seed: int) -> list[list[int]]:
-    """Indices of equal-sized batches, drawn without replacement: of as many images as whole batches have."""
+def calibration_batches(
+    loaders: Any, calibration: Calibration, seed: int, *, judged: bool = False
+) -> tuple[CalibrationBatches, CalibrationBatches]:
+    """Seeded batches to score units on, all of one size, and others to judge policies on, if any are `judged`.
+
+    `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return.
+
+    Raises:
+        CalibrationError: there are no images.
+    """
+    leaves, structure = tree_flatten(loaders)
+    drawn = [_sample(leaf, calibration, seed, judged) for leaf in leaves]
+    scoring, judging = ([batches[kind] for batches in drawn] for kind in (0, 1))
+    return CalibrationBatches(leaves, structure, scoring), CalibrationBatches(leaves, structure, judging)
+
+
+def _sample(
+    loader: DataLoader[Any], calibration: Calibration, seed: int, judged: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Indices drawn without replacement: of equal-sized batches to score on, of as many images as whole batches have;
+    and of batches to judge on."""
     total = len(loader.dataset)  # type: ignore[arg-type]
     if not total:
         raise CalibrationError("the training data set is empty: there is nothing to score on")
     # A sampler over some indices splits the data set: the others are not for training.
     pool = list(loader.sampler.indices) if isinstance(loader.sampler, SubsetRandomSampler) else range(total)
     order = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
-    size, wanted = calibration.batch_size, calibration.images
+    size = calibration.batch_size
     if loader.batch_sampler is None:  # the data set yields whole batches itself, of as many images as the first has
-        size, wanted = 1, -(-wanted // (num_images(loader.dataset[order[0]]) or 1))
+        each = num_images(loader.dataset[order[0]]) or 1
+        size, calibration = (
+            1,
+            replace(calibration, images=-(-calibration.images // each), judging=-(-calibration.judging // each)),
+        )
     elif size is None:
         size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 32
-    size, wanted = min(size, len(pool), wanted), min(wanted, len(pool))
-    return [order[start : start + size] for start in range(0, wanted - size + 1, size)]
+    scored, judging = calibration.shares(len(pool), judged=judged)
+    size = min(size, scored)
+    others = order[scored : scored + judging]
+    return (
+        [order[start : start + size] for start in range(0, scored - size + 1, size)],
+        [others[start : start + size] for start in range(0, len(others), size)],
+    )
+
+
+class Remembered(Sequence[Any]):
+    """Batches that are made when they are first asked for, and kept on the CPU as far as they fit into memory.
+
+    Args:
+        count: how many there are.
+        make: one of them.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Any]) -> None:
+        self._count, self._make, self._left = count, make, _MEMORY_LIMIT
+        self._kept: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._kept:
+            if index >= self._count:
+                raise IndexError(index)
+            batch = move_data_to_device(self._make(index), torch.device("cpu"))
+            self._left -= sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor))
+            if self._left < 0:
+                return batch
+            self._kept[index] = batch
+        return self._kept[index]
 
 
 def num_images(batch: Any) -> int | None:

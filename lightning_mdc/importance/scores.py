@@ -62,8 +62,8 @@ class Scores:
         """Per block (or token stage), (units,): empty tensors where a block has none, no tensors if not scored."""
         return self.values[dimension]
 
-    def with_moments(self, moments: Moments) -> Scores:
-        """The same scores with moments that were kept apart."""
+    def with_moments(self, moments: Moments | None) -> Scores:
+        """The same scores with moments that were kept apart, or without any."""
         values: dict[str, Any] = dict(self.values)
         return Scores(**values, stages=self.stages, criterion=self.criterion, images=self.images, moments=moments)
 

@@ -76,12 +76,19 @@ def score(
     scorer = Scorer(
         anatomy, as_criterion(criterion), dimensions, stages, prediction, moments=moments, moment_tokens=moment_tokens
     )
+    return scored_by(scorer, model, batches, progress=progress, over_ranks=over_ranks)
+
+
+def scored_by(
+    scorer: Scorer, model: nn.Module, batches: Iterable[Any], *, progress: bool = True, over_ranks: bool = False
+) -> Scores:
+    """Scores of `model` by a `Scorer` of its anatomy that has seen nothing yet; see `score`."""
 
     def observe() -> None:
         shown = bar("Scoring", length_hint(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
             for images, labels in _as_tensors(batches, scorer.needs):
-                scorer.update(partial(model, on_device_of(anatomy, images)), len(images), labels)
+                scorer.update(partial(model, on_device_of(scorer.anatomy, images)), len(images), labels)
                 advance()
 
     if scorer.needs.images:

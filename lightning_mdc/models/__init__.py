@@ -10,6 +10,7 @@ from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Counts, Family, Units, unit_channels
 from lightning_mdc.models.compiled import is_compiled, probing, unwrap
 from lightning_mdc.models.modes import evaluating
+from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
@@ -28,7 +29,9 @@ __all__ = [
     "is_compiled",
     "is_masked",
     "probing",
+    "put_in_place",
     "register",
+    "standing_in",
     "unit_channels",
     "unwrap",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import time
@@ -25,7 +26,7 @@ from lightning_mdc.gp_ei.study import Study, observations
 from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy, Space, TokenOptions
-from lightning_mdc.policy_search.held_out import HeldOut, Judgement
+from lightning_mdc.policy_search.held_out import Judge, Judgement
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
@@ -52,7 +53,7 @@ class Trial:
         cost: as a fraction of the budget, at most 1.
         note: why it failed.
         accuracy: its top-1 on the images it was judged on, as a fraction, whatever the metric; None if it failed, or
-            was judged by anything but a `HeldOut` with labels.
+            was judged by anything but a `HeldOut` with labels of classes.
     """
 
     number: int
@@ -76,6 +77,7 @@ class SearchOptions:
         initial_points, xi: see `GpEi`.
         progress: show a progress bar where there is a terminal.
         on_trial: called with every trial that is over and the best value so far; on rank 0 alone.
+        say: what tells how far the search is, now and then, in a line; None: this module's logger.
     """
 
     journal: str | Path | None = None
@@ -84,6 +86,7 @@ class SearchOptions:
     xi: float = 0.0
     progress: bool = True
     on_trial: Callable[[StudyTrial, float | None], None] | None = None
+    say: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,32 @@ class SearchResult:
         policy: the best policy.
         value: what `evaluate` gave for it.
         history: all trials, in order.
-        space: what was searched.
-        search: the Gaussian process and what it was told, for pictures.
+        space: what was searched; None where only the trials are known any more, from a checkpoint.
+        search: the Gaussian process and what it was told, for pictures; None likewise.
     """
 
     policy: Policy
     value: float
     history: list[Trial]
-    space: PolicySpace
-    search: GpEi
+    space: PolicySpace | None = None
+    search: GpEi | None = None
 
     @property
     def best(self) -> Trial:
         """The trial that won."""
         return next(trial for trial in self.history if trial.status == "done" and trial.value == self.value)
+
+    def to_json(self) -> str:
+        """All but `space` and `search`."""
+        trials = [{**asdict(trial), "policy": trial.policy.to_json()} for trial in self.history]
+        return json.dumps({"policy": self.policy.to_json(), "value": self.value, "history": trials}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> SearchResult:
+        """What `to_json` gave."""
+        found = json.loads(text)
+        history = [Trial(**{**trial, "policy": Policy.from_json(trial["policy"])}) for trial in found["history"]]
+        return cls(Policy.from_json(found["policy"]), found["value"], history)
 
 
 def search(
@@ -182,7 +197,7 @@ def search(
 
     study = _SharedStudy(process, options.journal, about)
     try:
-        if isinstance(evaluate, HeldOut) and _judges(evaluate):
+        if isinstance(evaluate, Judge) and _judges(evaluate):
             _note_dense(study, evaluate, policies.anatomy.model)
         trials = _run(study, partial(_judged, policies, slim_of, evaluate, seed), n_trials, options)
     finally:
@@ -211,18 +226,18 @@ def _about(space: PolicySpace, scores: Scores, compensate: str) -> dict[str, Any
         "dense_macs": space.dense_macs,
         "stages": list(space.grid.stages),
         "tokens": asdict(space.tokens),
-        "scores": _digest_of(scores.tensors(), scores.criterion),
+        "scores": digest_of(scores.tensors(), scores.criterion),
     }
     if isinstance(table := space.budget.options.get("table"), LatencyTable):
         about["latency_of"] = {
             name: table.conditions.get(name) for name in ("device", "threads", "dtype", "batch_size")
         }
     if compensate != "none" and scores.moments is not None:
-        about |= {"compensate": compensate, "moments": _digest_of(scores.moments.tensors())}
+        about |= {"compensate": compensate, "moments": digest_of(scores.moments.tensors())}
     return about
 
 
-def _digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
+def digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
     """Short hash: with other scores, or moments, the same policy gives another model."""
     sha = hashlib.sha256(name.encode())
     for key, tensor in sorted(tensors.items()):
@@ -283,7 +298,7 @@ def _standing(study: Study, n_trials: int) -> _Standing:
     return _Standing(finished, best.value if best else None, trials[0] if trials else None)
 
 
-def _note_dense(study: _SharedStudy, evaluate: HeldOut, dense: nn.Module) -> None:
+def _note_dense(study: _SharedStudy, evaluate: Judge, dense: nn.Module) -> None:
     """Write what values mean, and what the dense model is worth, for whoever reads the file."""
     metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
     if study.ask(lambda study: study.metadata.get("metric")) == metric:
@@ -315,23 +330,19 @@ def _run(
                 on_first_rank(partial(options.on_trial, trial, now.best))
             log.debug("  trial %d: value %s in %.2f s", trial.number, _shown(trial.value), seconds)
             advance(f"value {_shown(trial.value)}, best {_shown(now.best)}, cost {trial.cost:.2%} of budget")
-            if is_first() and (now.finished % max(1, n_trials // 6) == 0 or now.finished == n_trials):
-                seconds_each = (time.perf_counter() - begun) / (now.finished - before)
-                _report(trial, now, n_trials, (n_trials - now.finished) * seconds_each)
+            each = (time.perf_counter() - begun) / (now.finished - before)
+            if is_first() and now.finished in (before + 1, n_trials, *range(0, n_trials, max(1, n_trials // 6))):
+                say = log.info if options.say is None else options.say
+                say(_progress_in_words(trial, now, n_trials, (n_trials - now.finished) * each))
     if now.finished < n_trials and is_first():
         log.info("  all %d policies there are have been tried", now.finished)
     return study.ask(lambda study: study.finished)
 
 
-def _report(trial: StudyTrial, now: _Standing, n_trials: int, seconds_left: float) -> None:
-    log.info(
-        "  %d of %d trials: the last %s at %.2f %% of the budget, best %s, about %.0f s left",
-        now.finished,
-        n_trials,
-        _shown(trial.value),
-        100 * (trial.cost or 0),
-        _shown(now.best),
-        seconds_left,
+def _progress_in_words(trial: StudyTrial, now: _Standing, n_trials: int, seconds_left: float) -> str:
+    return (
+        f"  {now.finished} of {n_trials} trials: the last {_shown(trial.value)} at {trial.cost or 0:.2%} of the "
+        f"budget, best {_shown(now.best)}, about {seconds_left:.0f} s left"
     )
 
 
@@ -363,14 +374,14 @@ def _judged(
     return {"value": judgement.value, "facts": {**judgement.facts, **priced}}
 
 
-def _judges(evaluate: HeldOut) -> bool:
+def _judges(evaluate: Judge) -> bool:
     """Whether it may be asked for its whole judgement: one that was given another __call__ is asked by that."""
-    return type(evaluate).__call__ is HeldOut.__call__
+    return type(evaluate).__call__ is Judge.__call__
 
 
 def _asked(evaluate: Callable[[nn.Module], float], small: nn.Module, number: int) -> Judgement:
     with torch.no_grad():
-        if isinstance(evaluate, HeldOut) and _judges(evaluate):
+        if isinstance(evaluate, Judge) and _judges(evaluate):
             return evaluate.judge(small)
         answer = evaluate(small)
     value = as_number(answer)

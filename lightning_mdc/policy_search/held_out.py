@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_mdc.distributed import gather, on_every_rank, rank, world_size
-from lightning_mdc.errors import SearchError, check_whole
-from lightning_mdc.models import check_unmasked, evaluating
+from lightning_mdc.distributed import gather, rank, world_size
+from lightning_mdc.errors import SearchError, UnsupportedModelError, check_prediction, check_whole
+from lightning_mdc.importance.calibration import num_images
+from lightning_mdc.models import check_unmasked, evaluating, find_anatomy, find_model, probing, standing_in
+from lightning_mdc.policy_search.closeness import Closeness, log_probabilities
+from lightning_mdc.randomness import isolated_rng
 
-METRICS = ("accuracy", "loss", "kl")
+METRICS = ("auto", "accuracy", "loss", "kl")
+# With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
+_ENOUGH_FOR_TOP1 = 1000
 
 
 @dataclass(frozen=True)
@@ -26,14 +33,28 @@ class Judgement:
     Attributes:
         value: of the metric, higher is better.
         facts: what else the same predictions tell, whatever the metric: ``"accuracy"``, the top-1 as a fraction, if
-            there are labels; ``"kl"``, the mean KL(dense ‖ model) in nats, if there is a dense model.
+            there are labels; ``"kl"``, the mean KL(dense ‖ model) in nats, if there is a dense model of classes.
     """
 
     value: float
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
-class HeldOut:
+class Judge(ABC):
+    """An ``evaluate`` for `search` that tells more than its number: a slim model in, higher is better."""
+
+    metric: str | Metric
+
+    @abstractmethod
+    def judge(self, model: nn.Module) -> Judgement:
+        """What `model` is worth on all images; in a distributed run all ranks ask, and get the same."""
+
+    def __call__(self, model: nn.Module) -> float:
+        """The metric of `model` on all images."""
+        return self.judge(model).value
+
+
+class HeldOut(Judge):
     """``evaluate`` for `search`: a slim model in, a number out, higher is better.
 
     The images are decoded and moved once, and visited in a random but fixed order. In a distributed run every rank
@@ -43,9 +64,13 @@ class HeldOut:
         batches: ``(images, labels)`` batches, as a DataLoader yields them, on every rank the same. Use a held-out part
             of the *training* data: what the policy is chosen on cannot be reported.
         metric: ``"accuracy"``: top-1, ties broken by the mean probability of the true class, which counts for less than
-            one image. ``"loss"``: minus the cross-entropy. ``"kl"``: minus KL(dense ‖ slim), for which labels do not
-            matter. Or a torchmetrics `Metric` of (predictions, labels), negated if lower is better.
+            one image. ``"loss"``: minus the cross-entropy. ``"kl"``: minus the distance to the dense model's own
+            output, whatever its shape, for which labels do not matter; see `Closeness`. ``"auto"``: accuracy of 1000
+            labelled images or more, or where there is no dense model; else ``"kl"``. Or a torchmetrics `Metric` of
+            (predictions, labels), negated if lower is better.
         dense: the dense model, for ``"kl"``, as metric or fact; looked at once, here.
+        prediction: makes of a model's output what is judged: class probabilities, or for a `Metric` or ``"kl"``
+            anything; None: its softmax, or of an output that is no (images, classes) tensor itself.
         batch_size: images per forward pass.
         device: where to; None: where the first batch is.
         max_images: use the first so many.
@@ -58,9 +83,10 @@ class HeldOut:
     def __init__(
         self,
         batches: Iterable[Any],
-        metric: str | Metric = "accuracy",
+        metric: str | Metric = "auto",
         *,
         dense: nn.Module | None = None,
+        prediction: Callable[[Any], Tensor] | None = None,
         batch_size: int = 128,
         device: torch.device | str | None = None,
         max_images: int | None = None,
@@ -71,6 +97,7 @@ class HeldOut:
         if name is not None and name not in METRICS:
             raise SearchError(f"metric={metric!r}: expected one of {METRICS} or a torchmetrics Metric")
         check_whole("batch_size", batch_size, 1, SearchError)
+        check_prediction(prediction, SearchError)
         if name == "kl" and dense is None:
             raise SearchError("metric='kl' compares with the dense model; pass dense=")
         if dense is not None:
@@ -78,25 +105,33 @@ class HeldOut:
             check_unmasked(dense, SearchError, consequence, "take the masks off, by remove_masks(model)")
         check_whole("max_images", max_images, 1, SearchError, or_none="all")
         images, labels = gathered(batches, max_images)
-        if labels is None and name != "kl":
-            raise SearchError(f"metric={metric!r} needs labels; batches must be (images, labels)")
+        classes = labels is not None and labels.ndim == 1 and (name is not None or not labels.is_floating_point())
+        if name == "auto":
+            name = "accuracy" if classes and (dense is None or len(images) >= _ENOUGH_FOR_TOP1) else "kl"
+        if labels is None and (name != "kl" or dense is None):
+            raise SearchError(
+                f"metric={metric!r} needs labels, batches of (images, labels); or dense=, to compare with"
+            )
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         of_this_rank = order[rank() :: world_size()]
-        self.metric, self.batch_size, self.num_images = metric, batch_size, len(images)
+        self.metric: str | Metric = metric if isinstance(metric, Metric) else str(name)
+        self.batch_size, self.num_images, self.prediction = batch_size, len(images), prediction
         self.images = images[of_this_rank].to(device or images.device)
         self.labels = None if labels is None else labels[of_this_rank].to(self.images.device)
         if name is not None and self.labels is not None:
             self.labels = self.labels.long()
-        classes = self.labels is not None and self.labels.ndim == 1 and not self.labels.is_floating_point()
-        # What is told of every model beside the metric's value.
-        self._facts = ("accuracy",) * classes + ("kl",) * (dense is not None)
-        self._dense: Tensor | None = None
+        self._closeness: Closeness | None = None
         if dense is not None:
-            self._dense = on_every_rank(lambda: torch.cat(list(self._log_probabilities(dense))))
+            with torch.inference_mode(), evaluating(dense):
+                run = partial(self._output, dense)
+                self._closeness = Closeness(self._num_batches, run, prediction, classifies(dense))
+        # What is told of every model beside the metric's value.
+        self._tells_top1 = classes and (self._closeness is None or self._closeness.is_divergence)
+        self._tells_kl = self._closeness is not None and self._closeness.is_divergence
 
-    def __call__(self, model: nn.Module) -> float:
-        """The metric of `model` on all images."""
-        return self.judge(model).value
+    @property
+    def _num_batches(self) -> int:
+        return -(-len(self.images) // self.batch_size)
 
     def judge(self, model: nn.Module) -> Judgement:
         """The metric of `model`, and whatever else one pass over the images tells.
@@ -104,59 +139,137 @@ class HeldOut:
         Ranks talk once, when all have seen their images: an error on one is an error on all of them.
 
         Raises:
+            SearchError: its output is not what the metric needs.
             RankError: another rank failed.
         """
-        count, total, *facts = torch.stack(gather(partial(self._sums_of_this_rank, model))).sum(dim=0).tolist()
-        value = total / count
+        count, total, right, *errors = sum(gather(partial(self._sums_of_this_rank, model))).tolist()  # type: ignore[union-attr]
+        distance = 0.0 if self._closeness is None else self._closeness.distance(torch.tensor(errors), count)
+        value = -distance if self.metric == "kl" else total / count
         if isinstance(self.metric, Metric):
             value = float(self.metric.compute())  # of all ranks
             value = -value if self.metric.higher_is_better is False else value
-        return Judgement(value, {name: fact / count for name, fact in zip(self._facts, facts, strict=True)})
+        facts = {"accuracy": right / count} if self._tells_top1 else {}
+        return Judgement(value, facts | ({"kl": distance} if self._tells_kl else {}))
 
     def _sums_of_this_rank(self, model: nn.Module) -> Tensor:
-        """Images, the sum of their values, of each fact; (2 + facts,), float64, on the CPU. A torchmetrics metric has
-        no value per image: it is updated.
-        """
-        sums = torch.zeros(2 + len(self._facts), dtype=torch.float64)
+        """Images, the sum of their values, how many are right, and their errors; float64, on the CPU. A torchmetrics
+        metric has no value per image: it is updated."""
+        sums = torch.zeros(3 + (0 if self._closeness is None else self._closeness.num_errors), dtype=torch.float64)
         if isinstance(self.metric, Metric):
             self.metric.to(self.images.device).reset()
-        for number, log_probabilities in enumerate(self._log_probabilities(model)):
-            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
-            facts = self._facts_by_image(part, log_probabilities)
-            if isinstance(self.metric, Metric):
-                assert self.labels is not None  # __init__ refuses it
-                self.metric.update(log_probabilities.exp(), self.labels[part])
-                values = log_probabilities.new_zeros(len(log_probabilities), dtype=torch.float64)
-            else:
-                values = self._values_by_image(part, log_probabilities, facts)
-            by_image = (torch.ones_like(values), values, *facts.values())
-            sums += torch.stack([each.sum() for each in by_image]).cpu()
+        with torch.inference_mode(), evaluating(model):
+            for number in range(self._num_batches):
+                output = self._output(model, number)
+                labels = None if self.labels is None else self.labels.split(self.batch_size)[number]
+                sums[0] += len(self.images.split(self.batch_size)[number])
+                if self._closeness is not None:
+                    sums[3:] += self._closeness.errors(number, output)
+                if isinstance(self.metric, Metric):
+                    self._update(self.metric, output, labels)
+                if labels is not None and (self._tells_top1 or self.metric in ("accuracy", "loss")):
+                    sums[1:3] += self._of_classes(output, labels).cpu()
         return sums
 
-    def _values_by_image(self, part: slice, log_probabilities: Tensor, facts: Mapping[str, Tensor]) -> Tensor:
-        """The metric of every image of a batch, float64 (batch,)."""
-        if self.metric == "kl":
-            return -facts["kl"]
-        assert self.labels is not None
-        values = log_probabilities.gather(1, self.labels[part, None])[:, 0].double()
-        return facts["accuracy"] + values.exp() / (self.num_images + 1) if self.metric == "accuracy" else values
+    def _of_classes(self, output: Any, labels: Tensor) -> Tensor:
+        """Sum of the images' values by the metric, if it is of classes, and how many are right: (2,), float64."""
+        found = log_probabilities(output, self.prediction).to(labels.device)
+        right = (found.argmax(dim=1) == labels).double()
+        if self.metric not in ("accuracy", "loss"):
+            return torch.stack([torch.zeros_like(right.sum()), right.sum()])
+        certain = found.gather(1, labels[:, None])[:, 0].double()
+        values = right + certain.exp() / (self.num_images + 1) if self.metric == "accuracy" else certain
+        return torch.stack([values.sum(), right.sum()])
 
-    def _facts_by_image(self, part: slice, log_probabilities: Tensor) -> dict[str, Tensor]:
-        """Each fact about every image of a batch, float64 (batch,)."""
-        facts = {}
-        if "accuracy" in self._facts and self.labels is not None:
-            facts["accuracy"] = (log_probabilities.argmax(dim=1) == self.labels[part]).double()
-        if self._dense is not None:
-            dense = self._dense[part]
-            facts["kl"] = F.kl_div(log_probabilities, dense, reduction="none", log_target=True).sum(dim=1).double()
-        return facts
+    def _update(self, metric: Metric, output: Any, labels: Tensor | None) -> None:
+        assert labels is not None  # __init__ refuses it
+        if self.prediction is not None:
+            found = self.prediction(output)
+        else:
+            is_logits = isinstance(output, Tensor) and output.ndim == 2
+            found = log_probabilities(output).exp() if is_logits else output
+        metric.update(found.to(labels.device), labels)
 
-    def _log_probabilities(self, model: nn.Module) -> Iterator[Tensor]:
-        with torch.inference_mode(), evaluating(model):
-            parameter = next(model.parameters(), self.images)
-            for images in self.images.split(self.batch_size):
-                images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
-                yield F.log_softmax(model(images).float(), dim=-1).to(self.images.device)
+    def _output(self, model: nn.Module, batch: int) -> Any:
+        images, parameter = self.images.split(self.batch_size)[batch], next(model.parameters(), self.images)
+        return model(images.to(parameter.device, parameter.dtype if images.is_floating_point() else None))
+
+
+class InPlace(Judge):
+    """``evaluate`` for `search`: how close a module's output stays to its own, with a slim transformer in the place of
+    its dense one. Of batches of any kind, without labels.
+
+    Args:
+        module: the module, on all ranks the same; left as it is.
+        batches: of this rank, maybe none.
+        run: what the module says about one of them.
+        prediction: see `Closeness`.
+        submodule: of the vision transformer in `module`, as an attribute path; None finds it if there is just one.
+
+    Attributes:
+        images: how many there are, over all ranks.
+        seconds: what one pass of the dense module over its own batches took this rank.
+
+    Raises:
+        SearchError: there are no images, or outputs without float tensors.
+    """
+
+    metric = "kl"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Sequence[Any],
+        run: Callable[[nn.Module, Any], Any],
+        prediction: Callable[[Any], Tensor] | None = None,
+        submodule: str | None = None,
+    ) -> None:
+        self.module, self.batches, self._run = module, batches, run
+        self._dense = find_model(module, submodule)[1]
+        own = sum(num_images(batch) or 0 for batch in batches)
+        self.images = sum(gather(lambda: own))
+        if not self.images:
+            raise SearchError("there are no held-out images to judge policies on; give batches of some")
+        begun = time.perf_counter()
+        with running_as_written(module):
+            says = find_anatomy(self._dense).classifies
+            self._closeness = Closeness(len(batches), lambda batch: run(module, batches[batch]), prediction, says)
+        self.seconds = time.perf_counter() - begun
+
+    def judge(self, model: nn.Module) -> Judgement:
+        """Of the module with `model` in place; the dense one is at distance 0.
+
+        Raises:
+            SearchError: the output is of another form than the dense model's.
+            RankError: another rank failed.
+        """
+        if model is self._dense:
+            return Judgement(0.0)
+        errors = sum(gather(partial(self._errors_of_this_rank, model)))
+        distance = self._closeness.distance(torch.as_tensor(errors), self.images)
+        return Judgement(-distance, {"kl": distance} if self._closeness.is_divergence else {})
+
+    def _errors_of_this_rank(self, model: nn.Module) -> Tensor:
+        errors = torch.zeros(self._closeness.num_errors, dtype=torch.float64)
+        for number, batch in enumerate(self.batches):
+            with standing_in(self.module, self._dense, model) as whole, running_as_written(whole):
+                output = self._run(whole, batch)
+            errors += self._closeness.errors(number, output)
+        return errors
+
+
+@contextmanager
+def running_as_written(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` is in eval mode and uncompiled, computes no gradients, and draws nothing that shows outside."""
+    with torch.no_grad(), evaluating(module), probing(()), isolated_rng():
+        yield
+
+
+def classifies(model: nn.Module) -> bool:
+    """Whether outputs (images, classes) of `model` are logits; those of what is no vision transformer are."""
+    try:
+        return find_anatomy(model).classifies
+    except UnsupportedModelError:
+        return True
 
 
 def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from lightning_mdc.errors import CompensationError, UnsupportedModelError, check
 from lightning_mdc.importance.moments import LayerMoments, Moments
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.models import Anatomy, Units, unit_channels
+from lightning_mdc.policy import Plan
 
 COMPENSATIONS = ("none", "lstsq")
 
@@ -98,10 +99,22 @@ def check_compensable(units: Units, compensate: str, moments: Moments | None = N
         )
 
 
-def refit_reader(units: Units, kept: tuple[int, ...], moments: Moments) -> None:
-    """Refit the layer that reads one block's units, in place, for the removal of all but the `kept` ones."""
-    if len(kept) == units.count:
-        return
+def changing_readers(anatomy: Anatomy, plan: Plan) -> list[Units]:
+    """The units that leave in part, or whole; what reads them is what compensation changes."""
+    return [units for units in anatomy.all_units if len(plan.kept[units.dimension][units.block]) < units.count]
+
+
+def refit_readers(anatomy: Anatomy, plan: Plan, moments: Moments) -> None:
+    """Refit, in place, the layers of a dense model that read what leaves; weights for what leaves stay as they are.
+
+    Raises:
+        CompensationError, UnsupportedModelError: see `check_compensable`.
+    """
+    for units in changing_readers(anatomy, plan):
+        _refit(units, plan.kept[units.dimension][units.block], moments)
+
+
+def _refit(units: Units, kept: tuple[int, ...], moments: Moments) -> None:
     check_compensable(units, "lstsq", moments)
     layer = moments.of(units)
     assert layer is not None

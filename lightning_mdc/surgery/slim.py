@@ -11,7 +11,7 @@ from lightning_mdc.importance.moments import Moments
 from lightning_mdc.models import Anatomy, find_anatomy, unwrap
 from lightning_mdc.models.swapping import cut_units, unmask, with_mixins
 from lightning_mdc.policy import ByDimension, Plan
-from lightning_mdc.surgery.compensation import check_compensation, refit_reader
+from lightning_mdc.surgery.compensation import check_compensation, refit_readers
 from lightning_mdc.surgery.token_stages import roles
 from lightning_mdc.tokens.block import StagedBlock
 
@@ -50,11 +50,10 @@ def slim(
     check_compensation(dense, compensate, moments)
     copied = plain_copy(dense.model)
     anatomy = find_anatomy(copied)
+    if moments is not None:
+        refit_readers(anatomy, plan, moments)
     for units in anatomy.all_units:
-        kept = plan.kept[units.dimension][units.block]
-        if moments is not None:
-            refit_reader(units, kept, moments)
-        cut_units(units, kept)
+        cut_units(units, plan.kept[units.dimension][units.block])
     stage_tokens(anatomy, plan)
     copied.mdc_plan = _since_dense(dense, plan)  # type: ignore[assignment]
     return copied

@@ -1,0 +1,351 @@
+"""The whole method on one model: score, search, compensate, make smaller. `compress` does it in one line, and
+`MultiDimPruneCallback` inside a fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lightning_mdc.budget import Budget, InputSize, as_budget, image_size
+from lightning_mdc.budget.uniform import check_uniform, uniform_policy
+from lightning_mdc.errors import (
+    CompressionError,
+    MdcError,
+    PolicyError,
+    check_kind,
+    check_one_of,
+    check_prediction,
+    check_whole,
+)
+from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
+from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batch
+from lightning_mdc.models import find_anatomy
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy, Space, TokenOptions, check_dimensions
+from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
+from lightning_mdc.policy_search.held_out import InPlace
+from lightning_mdc.policy_search.policy_space import PolicySpace
+from lightning_mdc.surgery import make_plan, slim
+from lightning_mdc.surgery.compensation import COMPENSATIONS, check_compensable
+
+log = logging.getLogger(__name__)
+
+Evaluate = Callable[[nn.Module], float]
+
+
+class Method:
+    """How a model is to be made smaller: what `compress` and `MultiDimPruneCallback` are told, checked and filled in.
+
+    Args:
+        policy: ``"searched"``, ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
+        compensate: ``"lstsq"``, ``"none"``, or None: least squares, where no norm over units stands in the way.
+        error: to raise where settings contradict each other.
+        others: see `compress`.
+
+    Raises:
+        MdcError: a setting that is none, or that another one makes meaningless.
+    """
+
+    def __init__(
+        self,
+        budget: float | Budget | None,
+        policy: str | Path | Policy,
+        criterion: str | Criterion,
+        *,
+        dimensions: Iterable[str] | None,
+        space: Space | None,
+        tokens: TokenOptions | None,
+        calibration: Calibration | None,
+        compensate: str | None,
+        n_trials: int | None,
+        evaluate: Evaluate | None,
+        prediction: Callable[[Any], Tensor] | None,
+        seed: int,
+        error: type[MdcError] = CompressionError,
+    ) -> None:
+        check_kind("space", space, Space, error)
+        check_kind("tokens", tokens, TokenOptions, error)
+        check_kind("calibration", calibration, Calibration, error)
+        check_whole("seed", seed, 0, error)
+        check_whole("n_trials", n_trials, 1, error, or_none="40")
+        check_prediction(prediction, error)
+        if evaluate is not None and not callable(evaluate):
+            raise error(f"evaluate={evaluate!r:.80}: expected a function of a slim model that returns a number")
+        check_one_of("compensate", compensate, (None, *COMPENSATIONS), error)
+        self.policy = _policy(policy)
+        self.criterion = as_criterion(criterion)
+        if isinstance(self.policy, Policy):
+            reason = "a given policy says what is kept"
+            _check_unused(error, reason, budget=budget, dimensions=dimensions, space=space)
+        if self.policy != "searched":
+            _check_unused(error, "no policy is searched for", n_trials=n_trials, evaluate=evaluate)
+        is_judged = self.policy == "searched" and evaluate is None
+        looks = Needs.all_of(self.criterion.needs(dimension) for dimension in DIMENSIONS).images
+        if not looks and compensate == "none" and not is_judged:
+            reason = f"criterion={self.criterion.name!r} looks at no images, and nothing else does"
+            _check_unused(error, reason, calibration=calibration, prediction=prediction)
+        self.budget = as_budget(0.6 if budget is None else budget)
+        self.dimensions = None if dimensions is None else check_dimensions(dimensions)
+        self.space, self.tokens = space or Space(), tokens or TokenOptions()
+        if self.policy == "uniform":
+            check_uniform(self.space)
+        self.calibration = calibration or Calibration()
+        self.compensate, self.evaluate, self.prediction = compensate, evaluate, prediction
+        self.n_trials, self.seed = 40 if n_trials is None else n_trials, seed
+
+
+def _check_unused(error: type[MdcError], reason: str, **settings: Any) -> None:
+    """Refuse what would not be looked at."""
+    for name, value in settings.items():
+        if value is not None:
+            raise error(f"{name}={value!r:.80} is not looked at: {reason}; leave {name} out")
+
+
+def _policy(policy: Any) -> Policy | Literal["searched", "uniform"]:
+    if isinstance(policy, Policy) or policy in ("searched", "uniform"):
+        return policy
+    if isinstance(policy, (str, Path)):
+        return Policy.load(policy)
+    raise PolicyError(
+        f"policy={policy!r:.80}: expected 'searched', 'uniform', a Policy, or the path of a policy's JSON file"
+    )
+
+
+class Compression:
+    """A `Method` on one model. What the method cannot do with the model is refused here, before anything is looked at.
+
+    Args:
+        method: how.
+        module: the dense model, or a module that holds it.
+        submodule, input_size: see `compress`.
+
+    Attributes:
+        anatomy: of the model.
+        policy: the policy, where it is known without a search.
+        compensate: how the layers that read units are refitted.
+
+    Raises:
+        BudgetError, PolicyError, SearchError, UnsupportedModelError: what is in the way.
+    """
+
+    def __init__(
+        self, method: Method, module: nn.Module, submodule: str | None = None, input_size: InputSize | None = None
+    ) -> None:
+        self.method, self.anatomy = method, find_anatomy(module, submodule)
+        self.input_size = size = image_size(input_size)
+        self.policy: Policy | None = None
+        self._space: PolicySpace | None = None
+        options = (method.budget, method.dimensions, method.space, method.tokens)
+        if isinstance(method.policy, Policy):
+            self.policy = method.policy
+        elif method.policy == "uniform":
+            self.policy = uniform_policy(self.anatomy.model, *options, input_size=size)
+        else:
+            self._space = PolicySpace(self.anatomy.model, *options, input_size=size)
+            if method.space.bounds is None and not _pruned(self._space.uniform):
+                self.policy = self._space.uniform  # the budget pays for everything
+        if self.policy is None:
+            assert self._space is not None
+            self._dimensions, self._stages = self._space.dimensions, self._space.grid.stages
+        else:
+            self._dimensions, self._stages = _pruned(self.policy), self.anatomy.counts(self.policy).stages
+        self.compensate = self._compensation()
+
+    @property
+    def needs_judging(self) -> bool:
+        """Whether policies are judged on images of ours."""
+        return self.policy is None and self.method.evaluate is None
+
+    def scorer(self) -> Scorer:
+        """What scores the model, and gathers what compensation has to know."""
+        moments = True if self.compensate == "lstsq" else None
+        wanted = self._dimensions or None
+        return Scorer(
+            self.anatomy, self.method.criterion, wanted, self._stages, self.method.prediction, moments=moments
+        )
+
+    def decide(
+        self, scores: Scores, evaluate: Evaluate | None, options: SearchOptions, n_trials: int | None = None
+    ) -> tuple[Plan, SearchResult | None]:
+        """What is kept, and the search that found it, if there was one; see `search`."""
+        policy, result, method = self.policy, None, self.method
+        if policy is None:
+            assert self._space is not None and evaluate is not None
+            result = search(
+                self.anatomy.model,
+                scores,
+                evaluate,
+                self._space.budget,  # with what was measured for it
+                method.n_trials if n_trials is None else n_trials,
+                method.seed,
+                method.dimensions,
+                method.space,
+                method.tokens,
+                self.compensate,
+                options,
+                input_size=self.input_size,
+            )
+            policy = result.policy
+        plan = make_plan(self.anatomy.model, scores, policy, method.tokens, input_size=self.input_size)
+        return plan, result
+
+    def _compensation(self) -> str:
+        pruned = [units for units in self.anatomy.all_units if units.dimension in self._dimensions]
+        norm = next((units.norm for units in pruned if units.norm is not None), None)
+        if self.method.compensate is not None:
+            for units in pruned:
+                check_compensable(units, self.method.compensate)
+            return self.method.compensate
+        if norm is not None:
+            log.info("no compensation: %s is taken over units, so those that stay change when others leave", norm)
+        return "none" if norm is not None else "lstsq"
+
+
+def _pruned(policy: Policy) -> tuple[str, ...]:
+    return tuple(name for name, ratios in policy.ratios.items() if any(ratio < 1 for ratio in ratios))
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` gives.
+
+    Attributes:
+        model: the slim vision transformer, a plain module.
+        plan: which units are kept.
+        policy: its keep ratios.
+        scores: of the units.
+        search: how the policy was found; None where it was not searched for.
+    """
+
+    model: nn.Module
+    plan: Plan
+    policy: Policy
+    scores: Scores
+    search: SearchResult | None
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budget: float | Budget | None = None,
+    policy: str | Path | Policy = "searched",
+    criterion: str | Criterion = "conditional",
+    *,
+    evaluate: Evaluate | None = None,
+    n_trials: int | None = None,
+    compensate: str | None = None,
+    dimensions: Iterable[str] | None = None,
+    space: Space | None = None,
+    tokens: TokenOptions | None = None,
+    calibration: Calibration | None = None,
+    prediction: Callable[[Any], Tensor] | None = None,
+    submodule: str | None = None,
+    input_size: InputSize | None = None,
+    seed: int = 0,
+    options: SearchOptions | None = None,
+) -> Compressed:
+    """The vision transformer in `model`, physically smaller under a budget, in one line.
+
+    Scores heads, neurons and tokens on images, searches how much each block gives up, judging each policy by how close
+    the slim model's output stays to the dense one's, and lets what stays make up for what leaves. No labels are needed.
+
+    Args:
+        model: the dense model, or a module that holds it; called as ``model(images)``; unchanged.
+        batches: what a DataLoader of *training* images yields, ``(images, labels)`` or ``images``; a generator will
+            do. The first images score, the next ones judge; they are read once, and kept.
+        budget: fraction of the dense MACs to keep, or a `Budget`; None: 0.6. A given policy has a budget of its own.
+        policy: ``"searched"``, ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
+        criterion: see `score`.
+        evaluate: what a slim model (the transformer itself) is worth, instead of its closeness; see `search`.
+        n_trials: how many policies are tried; None: 40.
+        compensate: see `slim`; None: ``"lstsq"``, or ``"none"`` where a norm over units stands in its way.
+        dimensions, space, tokens, input_size: see `uniform_policy` and `PolicySpace`.
+        calibration: how many images score and judge; None: ``Calibration()``.
+        prediction: makes of the model's output what criterion and judging look at; None: the softmax of its logits, or
+            the output itself.
+        submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
+        seed: of the search.
+        options: how the search is run: its journal, say, with which a killed one goes on; None: ``SearchOptions()``.
+
+    Raises:
+        MdcError: settings that contradict each other, a model that is not supported, a budget out of reach, images that
+            cannot be used; one of its subclasses.
+    """
+    method = Method(
+        budget,
+        policy,
+        criterion,
+        dimensions=dimensions,
+        space=space,
+        tokens=tokens,
+        calibration=calibration,
+        compensate=compensate,
+        n_trials=n_trials,
+        evaluate=evaluate,
+        prediction=prediction,
+        seed=seed,
+    )
+    check_kind("options", options, SearchOptions, CompressionError)
+    options = SearchOptions() if options is None else options
+    task = Compression(method, model, submodule, input_size)
+    scoring, judging = _shared_out(batches, method.calibration, judged=task.needs_judging)
+    scores = scored_by(task.scorer(), model, scoring, progress=options.progress)
+    if task.needs_judging:
+
+        def run(module: nn.Module, batch: Any) -> Any:
+            return module(on_device_of(task.anatomy, batch[0]))
+
+        judge = InPlace(model, judging, run, prediction, submodule)
+        log.info("%s", duration_in_words(judge, method.n_trials))
+        evaluate = judge
+    plan, found = task.decide(scores, evaluate, options)
+    moments = scores.moments if task.compensate == "lstsq" else None
+    small = slim(task.anatomy.model, plan, task.compensate, moments=moments)
+    return Compressed(small, plan, plan.policy, scores, found)
+
+
+def duration_in_words(judge: InPlace, n_trials: int) -> str:
+    """How long a search will take, before it starts."""
+    minutes = n_trials * judge.seconds / 60
+    return (
+        f"searching: {n_trials} policies on {judge.images} images, which the dense model looked at in "
+        f"{judge.seconds:.1f} s; about {minutes:.0f} min" + (" or less" if minutes >= 1 else ", maybe less")
+    )
+
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+def _shared_out(batches: Iterable[Any], calibration: Calibration, *, judged: bool) -> tuple[list[Pair], list[Pair]]:
+    """(images, labels) batches to score on and to judge on: as many images as are wanted, read once."""
+    if not isinstance(batches, Iterable):
+        raise CompressionError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
+    wanted = calibration.images + (calibration.judging if judged else 0)
+    pairs: list[Pair] = []
+    total = 0
+    for batch in batches:
+        pairs.append(split_batch(batch))
+        total += len(pairs[-1][0])
+        if total >= wanted:
+            break
+    scored, others = calibration.shares(total, judged=judged)
+    if judged and total < wanted:
+        log.info("%d images: %d are scored on, %d judged on", total, scored, others)
+    size = calibration.batch_size
+    return list(_between(pairs, 0, scored, size)), list(_between(pairs, scored, scored + others, size))
+
+
+def _between(pairs: list[Pair], start: int, stop: int, size: int | None) -> Iterator[Pair]:
+    """The images from `start` to `stop`, in the batches they came in, or in smaller ones of `size`."""
+    first = 0
+    for images, labels in pairs:
+        part = slice(max(start - first, 0), max(stop - first, 0))
+        first += len(images)
+        some, theirs = images[part], None if labels is None else labels[part]
+        step = size or len(some) or 1
+        for begin in range(0, len(some), step):
+            yield some[begin : begin + step], None if theirs is None else theirs[begin : begin + step]

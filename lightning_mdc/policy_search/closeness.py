@@ -1,0 +1,150 @@
+"""How far a model's output is from the dense model's own: class probabilities by divergence, all else by squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_mdc.distributed import gather
+from lightning_mdc.errors import SearchError
+
+# Bytes of the dense model's outputs that are remembered. What does not fit is computed anew for every model.
+_MEMORY_LIMIT = 2**30
+
+
+def log_probabilities(output: Any, prediction: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """Of classes, (images, classes) in fp32: by softmax, or the logarithm of what `prediction` makes of the output.
+
+    Raises:
+        SearchError: there are none in it.
+    """
+    found = output if prediction is None else prediction(output)
+    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise SearchError(
+            f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that "
+            "makes one of it, or metric='kl', which compares outputs of any shape with the dense model's"
+        )
+    return F.log_softmax(found.float(), dim=-1) if prediction is None else found.float().clamp_min(1e-12).log()
+
+
+class Closeness:
+    """The dense model's output on some batches, and how far other models' outputs are from it.
+
+    Class probabilities are compared by KL(dense ‖ model) in nats, a mean over images. Everything else, which may be
+    any nest of float tensors of any shape, by its squared error as a share of the tensor's variance, a mean over
+    tensors. In a distributed run every rank has some of the batches, or none.
+
+    Args:
+        batches: how many this rank has.
+        dense: the dense model's output on one of them.
+        prediction: makes of an output what is compared; None: nothing is made of it.
+        classifies: whether an output (images, classes) is logits, if there is no `prediction`.
+
+    Attributes:
+        is_divergence: whether it is class probabilities that are compared.
+
+    Raises:
+        SearchError: an output without float tensors.
+    """
+
+    def __init__(
+        self,
+        batches: int,
+        dense: Callable[[int], Any],
+        prediction: Callable[[Any], Tensor] | None = None,
+        classifies: bool = True,
+    ) -> None:
+        self._dense, self._prediction, self._classifies = dense, prediction, classifies
+        self._remembered: list[list[Tensor] | None] = []
+        self.is_divergence = False
+        looks = [look for look in gather(lambda: self._look(batches)) if look is not None]
+        self.is_divergence = any(is_divergence for is_divergence, _ in looks)
+        counts, sums, squares = torch.stack([sums for _, sums in looks]).sum(dim=0)
+        self._variances = (squares - sums.square() / counts).clamp_min(1e-30)
+
+    @property
+    def num_errors(self) -> int:
+        """How many numbers `errors` gives."""
+        return 1 if self.is_divergence else len(self._variances)
+
+    def errors(self, batch: int, output: Any) -> Tensor:
+        """Summed over a batch: divergences (1,), or squared errors (tensors,); float64, on the CPU.
+
+        Raises:
+            SearchError: the output is of another form than the dense model's.
+        """
+        dense, found = self._of(batch), self._read(output)
+        if [tensor.shape for tensor in dense] != [tensor.shape for tensor in found]:
+            shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (found, dense)]
+            raise SearchError(
+                f"a slim model's output has tensors of shapes {shapes[0]}, the dense model's {shapes[1]}, which cannot "
+                "be compared; pass prediction=, which makes the same of both, or an evaluate of your own"
+            )
+        return torch.stack([self._error(old.to(new.device), new) for old, new in zip(dense, found, strict=True)]).cpu()
+
+    def distance(self, errors: Tensor, images: float) -> float:
+        """Of so many images, from what `errors` gave for them, summed over batches and ranks; 0 for the dense model."""
+        return float(errors[0] / images if self.is_divergence else (errors / self._variances).mean())
+
+    def _look(self, batches: int) -> tuple[bool, Tensor] | None:
+        """At the dense model's outputs: what they are; and how many values (row 0) their tensors have, their sums and
+        their squares' sums, (3, tensors), float64."""
+        total, left = None, float(_MEMORY_LIMIT)
+        for batch in range(batches):
+            output = self._dense(batch)
+            if batch == 0:
+                self.is_divergence = self._gives_probabilities(output)
+            tensors = self._read(output)
+            left -= sum(tensor.nbytes for tensor in tensors)
+            self._remembered.append(tensors if left >= 0 else None)
+            facts = [(t.numel(), t.sum(dtype=torch.float64), t.square().sum(dtype=torch.float64)) for t in tensors]
+            sums = torch.tensor(facts, dtype=torch.float64).T
+            total = sums if total is None else total + sums
+        return None if total is None else (self.is_divergence, total)
+
+    def _of(self, batch: int) -> list[Tensor]:
+        remembered = self._remembered[batch]
+        return self._read(self._dense(batch)) if remembered is None else remembered
+
+    def _gives_probabilities(self, output: Any) -> bool:
+        tensors = float_tensors(output if self._prediction is None else self._prediction(output))
+        if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[1] < 2:
+            return False
+        if self._prediction is None:
+            return self._classifies
+        sums = tensors[0].float().sum(dim=1)
+        return bool((tensors[0] >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
+
+    def _read(self, output: Any) -> list[Tensor]:
+        """What is compared of an output."""
+        tensors = float_tensors(output if self._prediction is None else self._prediction(output))
+        if not self.is_divergence:
+            return tensors
+        return [F.log_softmax(tensors[0], dim=-1) if self._prediction is None else tensors[0].clamp_min(1e-12).log()]
+
+    def _error(self, dense: Tensor, found: Tensor) -> Tensor:
+        if self.is_divergence:
+            return F.kl_div(found, dense, reduction="sum", log_target=True).double()
+        return (found - dense).square().sum(dtype=torch.float64)
+
+
+def float_tensors(output: Any) -> list[Tensor]:
+    """The float tensors in a model's output, any nest of them, in fp32.
+
+    Raises:
+        SearchError: there is none.
+    """
+    leaves: Sequence[Any] = tree_leaves(output)
+    tensors = [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
+    if not tensors:
+        raise SearchError(
+            f"the model's output ({type(output).__name__}) holds no float tensor that could be compared with the dense "
+            "model's; pass prediction=, a function that makes one of it, or an evaluate of your own"
+        )
+    return tensors

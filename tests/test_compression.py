@@ -1,0 +1,99 @@
+"""`mdc.compress`: the whole method in one line, held to its parts."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import BudgetError, CalibrationError, CompressionError, MdcError
+from tests.kinds import images, make
+
+FEW: dict[str, Any] = {"n_trials": 4, "calibration": mdc.Calibration(images=16, judging=12)}
+
+
+def batches() -> list[Tensor]:
+    return list(images(40).split(10))
+
+
+def test_it_is_the_sum_of_its_parts():
+    model = make()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    found = mdc.compress(model, (batch for batch in batches()), budget=0.6, seed=3, **FEW)
+    shown = images(40)
+    scores = mdc.score(model, [shown[:10], shown[10:16]])
+    judge = mdc.HeldOut([shown[16:28]], dense=model)
+    by_hand = mdc.search(model, scores, judge, 0.6, n_trials=4, seed=3, compensate="lstsq")
+    assert [trial.policy for trial in found.search.history] == [trial.policy for trial in by_hand.history]
+    assert found.search.value == pytest.approx(by_hand.value, rel=1e-4)
+    assert found.policy.ratios == by_hand.policy.ratios
+    assert found.plan == mdc.make_plan(model, scores, by_hand.policy)
+    slim = mdc.slim(model, found.plan, "lstsq", moments=scores.moments)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model.eval()(shown), slim.eval()(shown))
+    assert mdc.macs(found.model) <= 0.6 * mdc.macs(model)
+    assert found.scores.images == 16
+    assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
+
+
+def test_of_few_images_two_thirds_score(caplog):
+    with caplog.at_level("INFO"):
+        found = mdc.compress(make(), batches(), n_trials=1)
+    assert found.scores.images == 27
+    assert "40 images: 27 are scored on, 13 judged on" in caplog.text
+
+
+def test_a_killed_search_goes_on_from_its_journal(tmp_path):
+    model, journal = make(), mdc.SearchOptions(journal=tmp_path / "trials.jsonl")
+    first = mdc.compress(model, batches(), **FEW | {"n_trials": 2}, options=journal)
+    whole = mdc.compress(model, batches(), **FEW, options=journal)
+    assert whole.search.history[:2] == first.search.history
+    assert len(whole.search.history) == 4
+
+
+def test_the_transformer_in_a_module_is_judged_by_what_the_module_says():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": 2 * self.net(x)}
+
+    module = Twice()
+    found = mdc.compress(module, batches(), submodule="net", prediction=lambda o: o["logits"].softmax(-1), **FEW)
+    assert found.search.value < 0
+    assert isinstance(found.model, type(module.net))
+    mine = mdc.compress(module.net, batches(), evaluate=lambda slim: -float(mdc.macs(slim)), **FEW)
+    assert mine.search.best.macs == min(trial.macs for trial in mine.search.history)
+
+
+@pytest.mark.parametrize("policy", ["uniform", mdc.Policy(heads=0.5, neurons=0.5)], ids=["uniform", "given"])
+def test_without_a_search(policy):
+    model = make()
+    found = mdc.compress(model, batches(), policy=policy, compensate="none")
+    assert found.search is None
+    assert found.scores.images == 40
+    expected = mdc.uniform_policy(model) if policy == "uniform" else policy
+    assert found.plan == mdc.make_plan(model, found.scores, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"batches": []}, CalibrationError, "needs images"),
+        ({"batches": 3}, CompressionError, "batches=3: expected a DataLoader"),
+        ({"budget": 0.001}, BudgetError, "below the smallest reachable cost"),
+        ({"policy": "uniform", "n_trials": 3}, CompressionError, "n_trials=3 is not looked at"),
+        ({"policy": mdc.Policy(0.5), "budget": 0.3}, CompressionError, "budget=0.3 is not looked at"),
+        ({"criterion": "magnitude", "policy": "uniform", "compensate": "none", "prediction": torch.sigmoid},
+         CompressionError, "prediction=.* is not looked at"),
+        ({"options": 3}, CompressionError, "options=3"),
+        ({"calibration": 3}, CompressionError, "calibration=3"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(options, error, words):
+    with pytest.raises(error, match=words) as caught:
+        mdc.compress(make(), **{"batches": batches(), **options})
+    assert isinstance(caught.value, MdcError)
