@@ -29,6 +29,7 @@ from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery import plan_of, slim
 from lightning_mdc.surgery.slim import plain_copy
+from lightning_mdc.weights import fitted
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "lightning_mdc.model.1"
@@ -112,7 +113,8 @@ def check_savable(model: nn.Module, directory: str | Path) -> None:
 def load(directory: str | Path, model: nn.Module | None = None, submodule: str | None = None) -> nn.Module:
     """The model saved in `directory`, on the CPU, in eval mode.
 
-    With `model`, a dense instance of your own: a copy of it is slimmed by the saved plan and gets the saved weights.
+    With `model`, a dense instance of your own: a copy of it is slimmed by the saved plan and gets the saved weights,
+    positions resampled where it takes images of another size; a head of another size stays as it is, which is logged.
     `submodule` is the attribute path of the vision transformer in it; None finds it if there is just one.
 
     Raises:
@@ -128,12 +130,16 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
         else:
             own = find_anatomy(model, submodule).model
             result = plain_copy(own) if plan is None else slim(own, plan)
-            _check_shapes(result, shapes, folder)
         if config["sha256"] != _content_hash(config, folder / WEIGHTS):
             raise ArtifactError(
                 f"{folder} was changed after it was saved (its content does not match its sha256); get a fresh copy"
             )
-        result.load_state_dict(load_file(str(folder / WEIGHTS)), assign=True)
+        weights = load_file(str(folder / WEIGHTS))
+        if model is not None:
+            weights = fitted(result, weights, str(folder / WEIGHTS), ArtifactError)
+            like = next(iter(weights.values()))  # a new head is of the others' device and dtype
+            weights = {name: weights.get(name, own.to(like)) for name, own in result.state_dict().items()}
+        result.load_state_dict(weights, assign=True)
         if model is None:
             _set_pretrained_cfg(result, config["pretrained_cfg"])
     except ArtifactError:

@@ -15,7 +15,6 @@ import timm
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from timm.models import load_checkpoint
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -34,6 +33,7 @@ from lightning_mdc.policy import DIMENSIONS, TOKENS, UNIT_DIMENSIONS, Policy, ch
 from lightning_mdc.policy_search.held_out import HeldOut
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery.compensation import check_compensable
+from lightning_mdc.weights import fitted, load_weights
 
 T = TypeVar("T")
 
@@ -125,7 +125,11 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
             f"model.checkpoint={checkpoint!r} does not exist; give a weights file or a folder written by mdc.save"
         )
     if checkpoint is not None and weights:
-        network = _with_checkpoint(network, checkpoint)
+        if Path(checkpoint).is_dir():
+            what = f"model.checkpoint={checkpoint!r}"
+            network.load_state_dict(fitted(network, load(checkpoint).state_dict(), what, ConfigError), strict=False)
+        else:
+            load_weights(network, checkpoint, "model.checkpoint", ConfigError)
     _note_preprocessing(network, data)
     return network
 
@@ -135,22 +139,6 @@ def _check_name(name: Any) -> None:
         close = difflib.get_close_matches(str(name), timm.list_models("*vit*") + timm.list_models("deit*"), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
         raise ConfigError(f"model.name={name!r} is no model of timm; {hint}")
-
-
-def _with_checkpoint(network: nn.Module, checkpoint: str) -> nn.Module:
-    path = Path(checkpoint)
-    try:
-        if path.is_dir():
-            network.load_state_dict(load(path).state_dict())
-        else:
-            load_checkpoint(network, str(path), weights_only=True)
-    except REFUSALS as error:
-        first = str(error).strip().splitlines()
-        raise ConfigError(
-            f"model.checkpoint={checkpoint!r} does not fit model.name and model.args: {' '.join(first[:2])[:300]}; "
-            "build the model it was trained as"
-        ) from error
-    return network
 
 
 def _note_preprocessing(network: nn.Module, data: ImageDataModule) -> None:

@@ -48,6 +48,17 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
+def may_be(key: str) -> bool:
+    """Whether there may be a setting `key`, if only in a mapping that is handed on: ``dense.optimizer.layer_decay``."""
+    try:
+        OmegaConf.merge(OmegaConf.structured(_Settings), OmegaConf.from_dotlist([f"{key}=null"]))
+    except ConfigKeyError:
+        return False
+    except OmegaConfBaseException:  # null is no value of it
+        return True
+    return True
+
+
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every single setting, ``("search.n_trials", 60)``; an empty group is a value."""
     for name, value in settings.items():

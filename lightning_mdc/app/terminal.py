@@ -24,7 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
-from lightning_mdc.app.settings import flat
+from lightning_mdc.app.settings import flat, may_be
 from lightning_mdc.distributed import is_first
 from lightning_mdc.errors import MdcError, error_chain
 
@@ -100,14 +100,14 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
         arguments: the command line.
         conf: folder of the configuration.
     """
-    words = [word.lstrip("+~") for word in arguments if not word.startswith("-")]
-    names = [word.partition("=")[0] for word in words]
-    if missing := [word for word in words if "=" not in word]:
+    words = [word for word in arguments if not word.startswith("-")]
+    names = {word: word.lstrip("+~").partition("=")[0] for word in words}
+    if missing := [word for word in words if "=" not in word and not word.startswith("~")]:
         return f"{missing[0]!r} gives no value; write {missing[0]}=VALUE"
     groups = {
         path.name: sorted(option.stem for option in path.glob("*.yaml")) for path in conf.iterdir() if path.is_dir()
     }
-    chosen = [word for word, name in zip(words, names, strict=True) if name in groups]
+    chosen = [word.lstrip("+") for word, name in names.items() if name in groups and not word.startswith("~")]
     for word in chosen:
         group, _, options = word.partition("=")
         for option in options.strip("[]").split(","):
@@ -118,13 +118,19 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
     # Groups of settings are keys, too.
     keys = (prefix for key, _ in flat(settings) for prefix in accumulate(key.split("."), "{}.{}".format))
     known = [*dict.fromkeys(keys), *groups]
-    unknown = [name for name in names if name not in known and not name.startswith("hydra")]
+    unknown = [
+        word
+        for word, name in names.items()
+        if name not in known and not name.startswith("hydra") and not (word.startswith("+") and may_be(name))
+    ]
     if not unknown:
         return None
-    close = difflib.get_close_matches(unknown[0], known, n=1)
-    also = [key for key in known if key.rpartition(".")[2] == unknown[0]][:3]
+    word, name = unknown[0], names[unknown[0]]
+    close = difflib.get_close_matches(name, known, n=1)
+    also = [key for key in known if key.rpartition(".")[2] == name][:3]
     meant = f"did you mean {' or '.join(dict.fromkeys([*also, *close]))}? " if also or close else ""
-    return f"there is no setting {unknown[0]!r}; {meant}{shlex.join(program())} --cfg job shows all of them"
+    handed_on = f"+{word} hands it on as it is; " if may_be(name) and not word.startswith("~") else ""
+    return f"there is no setting {name!r}; {meant}{handed_on}{shlex.join(program())} --cfg job shows all of them"
 
 
 # --- what to type next ------------------------------------------------------------------------------------------------

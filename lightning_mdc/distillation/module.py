@@ -110,7 +110,8 @@ class DistillationModule(LightningModule):
         self.teacher = None
         if teacher is not None:
             teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-            self.teacher = FrozenTeacher(teacher, student, num_classes or getattr(student, "num_classes", None))
+            classes = num_classes or getattr(student, "num_classes", None)
+            self.teacher = FrozenTeacher(teacher, student, classes, answers=kd_weight > 0)
         network = None if self.teacher is None else self.teacher.network
         check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
         num_classes = count_classes(num_classes, student, network)

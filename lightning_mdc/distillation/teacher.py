@@ -12,12 +12,12 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
-from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from lightning_mdc.artifact import load
 from lightning_mdc.distillation.settings import compile_options, plain
 from lightning_mdc.errors import ArtifactError, DistillationError, check_one_of
+from lightning_mdc.weights import load_weights
 
 Precision = Literal["32", "bf16", "fp16"]
 PRECISIONS: Mapping[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,9 +85,10 @@ class Teacher:
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise DistillationError(f"Teacher.checkpoint={str(self.checkpoint)!r} is no file; give a file of weights")
 
-    def network(self, num_classes: int | None = None) -> nn.Module:
+    def network(self, num_classes: int | None = None, answers: bool = True) -> nn.Module:
         """The network as given, of the folder, or of the timm model, which has `num_classes` if its weights are from a
-        file and `args` do not say. Of a file nothing is unpickled but tensors.
+        file and `args` do not say. Of a file nothing is unpickled but tensors. `answers`: whether its logits are asked
+        for, so that the file has to have its head.
 
         Raises:
             DistillationError: its weights cannot be had or do not fit.
@@ -104,13 +105,7 @@ class Teacher:
             return _created(name, pretrained=True, args=args)
         classes = {} if num_classes is None else {"num_classes": num_classes}
         network = _created(name, pretrained=False, args={**classes, **args})
-        try:
-            load_checkpoint(network, str(self.checkpoint), weights_only=True)
-        except Exception as error:  # a damaged file fails in as many ways as there are formats
-            raise DistillationError(
-                f"Teacher.checkpoint={str(self.checkpoint)!r} does not fit teacher={name!r}: {_first_mismatch(error)};"
-                " give the architecture it was trained as (with args, arguments of timm.create_model), or other weights"
-            ) from error
+        load_weights(network, self.checkpoint, "Teacher.checkpoint", DistillationError, new_head=not answers)
         return network
 
 
@@ -121,9 +116,11 @@ class FrozenTeacher:
     it is asked under ``no_grad``, and stays its owner's. Asked to run in another precision, it works with a copy.
     """
 
-    def __init__(self, teacher: Teacher, student: nn.Module, num_classes: int | None = None) -> None:
-        """`student`: whose images it gets; `num_classes`: see `Teacher.network`."""
-        network = teacher.network(num_classes)
+    def __init__(
+        self, teacher: Teacher, student: nn.Module, num_classes: int | None = None, answers: bool = True
+    ) -> None:
+        """`student`: whose images it gets; `num_classes`, `answers`: see `Teacher.network`."""
+        network = teacher.network(num_classes, answers)
         if network is student:
             raise DistillationError(
                 f"teacher={type(network).__name__} is the student itself, which would learn from its own changing"
@@ -189,12 +186,6 @@ def _created(name: str, pretrained: bool, args: Mapping[str, Any]) -> nn.Module:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _first_mismatch(error: Exception) -> str:
-    """Of ``load_state_dict``'s message, which lists every key under a headline, the first thing that is wrong."""
-    headline, *details = str(error).strip().splitlines() or [type(error).__name__]
-    return details[0].strip()[:300].rstrip(". ") if details else headline[:300].rstrip(". ")
 
 
 # --- what its images look like ----------------------------------------------------------------------------------------

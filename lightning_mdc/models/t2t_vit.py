@@ -319,24 +319,30 @@ class T2TVisionTransformer(VisionTransformer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The way modules take older forms of their state: before any of it is looked at, children's included.
-        old = f"{prefix}tokens_to_token."
-        for key in [key for key in state_dict if key.startswith(old)]:
-            state_dict[f"{prefix}patch_embed.{key.removeprefix(old)}"] = state_dict.pop(key)
-        key = f"{prefix}pos_embed"
-        if key in state_dict and self.pos_embed is not None:
-            state_dict[key] = self._resampled(state_dict[key])
+        own = {key.removeprefix(prefix): state_dict.pop(key) for key in [*state_dict] if key.startswith(prefix)}
+        state_dict.update({f"{prefix}{key}": value for key, value in checkpoint_filter_fn(own, self).items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _resampled(self, pos_embed: Tensor) -> Tensor:
-        """A position embedding of another, square, grid on this model's grid; unchanged if it is of neither."""
-        num_prefix_tokens = 0 if self.no_embed_class else self.num_prefix_tokens
-        num_positions = pos_embed.shape[1] - num_prefix_tokens if pos_embed.ndim == 3 else 0
-        square = num_positions > 0 and math.isqrt(num_positions) ** 2 == num_positions
-        if not square or pos_embed.shape[1] == self.pos_embed.shape[1]:
-            return pos_embed
-        return resample_abs_pos_embed(
-            pos_embed, new_size=self.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens, verbose=True
-        )
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: T2TVisionTransformer) -> dict[str, Any]:
+    """Weights by the authors' names under the model's, their positions resampled: as timm's models have it, too."""
+    old, new = "tokens_to_token.", "patch_embed."
+    named = {new + key.removeprefix(old) if key.startswith(old) else key: value for key, value in state_dict.items()}
+    if "pos_embed" in named and model.pos_embed is not None:
+        named["pos_embed"] = _resampled(named["pos_embed"], model)
+    return named
+
+
+def _resampled(pos_embed: Tensor, model: T2TVisionTransformer) -> Tensor:
+    """A position embedding of another, square, grid on the model's grid; unchanged if it is of neither."""
+    num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
+    num_positions = pos_embed.shape[1] - num_prefix_tokens if pos_embed.ndim == 3 else 0
+    square = num_positions > 0 and math.isqrt(num_positions) ** 2 == num_positions
+    if not square or pos_embed.shape[1] == model.pos_embed.shape[1]:
+        return pos_embed
+    return resample_abs_pos_embed(
+        pos_embed, new_size=model.patch_embed.grid_size, num_prefix_tokens=num_prefix_tokens, verbose=True
+    )
 
 
 # --- timm's registry --------------------------------------------------------------------------------------------------
