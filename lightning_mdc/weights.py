@@ -91,8 +91,8 @@ def fitted(
         *([f"resampled {_listed(resampled)}"] if resampled else []),
         *([f"left out {_listed(left)}"] if left else []),
     ]
-    if notes:
-        log.info("  %s: %s", what, "; ".join(notes))
+    if notes:  # what is new answers at random: that must be heard
+        log.log(logging.WARNING if new else logging.INFO, "  %s: %s", what, "; ".join(notes))
     return {name: tensor for name, tensor in found.items() if name in expected and not name.startswith(new)}
 
 
@@ -226,7 +226,7 @@ def _load_arrays(model: nn.Module, path: str | Path, what: str, error: type[MdcE
     if before and all(torch.equal(model.state_dict()[name], own) for name, own in before.items()):
         if not new_head:
             raise error(f"{what} has no head that fits {type(model).__name__}; give weights that have")
-        log.info("  %s: the head is new", what)
+        log.warning("  %s: the head is new", what)
 
 
 def _shape(tensor: Tensor) -> str:
