@@ -309,7 +309,7 @@ class MultiDimPruneCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A finite stream begins anew: what was seen once must not be judged on, too.
         if self._watched and self._watched_in == trainer.current_epoch:
-            self._decide_watched(trainer, pl_module)
+            self._decide_watched(trainer, pl_module)  # at the end of the last epoch, too: weights and masks go together
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mask(trainer, pl_module)
@@ -386,7 +386,7 @@ class MultiDimPruneCallback(Callback):
     def _compression(self, pl_module: LightningModule) -> Compression:
         """The method on this model. Made once a fit: for a latency budget it may measure."""
         if self._task is None:
-            self._task = Compression(self.method, find_model(pl_module, self.submodule)[1])
+            self._task = Compression(self.method, pl_module, self.submodule)
         return self._task
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -472,7 +472,6 @@ class MultiDimPruneCallback(Callback):
             self._steps_to_watch = trainer.strategy.broadcast(math.ceil(steps / trainer.world_size), src=0)
         if len(self._watched) == self._steps_to_watch:
             self._decide_watched(trainer, pl_module)
-            self._advance(trainer, pl_module)
 
     def _decide_watched(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of the batches kept so far the first ones are scored on, the last ones judged on."""
@@ -483,6 +482,7 @@ class MultiDimPruneCallback(Callback):
             judging = 0
         scored = max(1, round(len(batches) * images / (images + judging)))
         self._decide(trainer, pl_module, batches[:scored], batches[scored:])
+        self._advance(trainer, pl_module)
 
     # --- scoring and judging them ---------------------------------------------------------------------------------
 
@@ -492,18 +492,16 @@ class MultiDimPruneCallback(Callback):
         with trainer.precision_plugin.forward_context():
             return self.calibration_step(module, move_data_to_device(batch, device))  # type: ignore[arg-type]
 
-    def _score(self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Any]) -> Scores:
-        """Of all ranks' batches."""
-        scorer = self._compression(pl_module).scorer()
-        if scorer.needs.images:
-            shown = bar("Scoring", len(batches), shown=trainer.progress_bar_callback is not None)
-            with evaluating(pl_module), scorer.watching(), shown as advance:
-                for batch in batches:
-                    if not _is_short(scorer, batch):
-                        self._observe(trainer, pl_module, scorer, batch)
-                    advance()
-        scorer.sum_over_ranks()
-        return scorer.scores()
+    def _score(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batches: Sequence[Any]) -> None:
+        """Show the scorer this rank's batches."""
+        if not scorer.needs.images:
+            return
+        shown = bar("Scoring", len(batches), shown=trainer.progress_bar_callback is not None)
+        with evaluating(pl_module), scorer.watching(), shown as advance:
+            for batch in batches:
+                if not _is_short(scorer, batch):
+                    self._observe(trainer, pl_module, scorer, batch)
+                advance()
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batch: Any) -> Any:
         said: list[Any] = []
@@ -533,11 +531,16 @@ class MultiDimPruneCallback(Callback):
         """Score, search, compensate: from now on there is a plan. All ranks work, rank 0 decides."""
         task, is_quick = self._compression(pl_module), bool(getattr(trainer, "fast_dev_run", False))
         with isolated_rng():
+            first = partial(self._run, trainer, pl_module, scoring[0]) if len(scoring) else None
+            task = self._task = task.for_images(first)
             searches = task.policy is None and not is_quick
             folder = self._search_folder(trainer, pl_module, [scoring, judging]) if searches else None
             scores = on_first_rank(partial(_found_in, folder))
             if scores is None:
-                scores = on_every_rank(partial(self._score, trainer, pl_module, scoring))
+                scorer = task.scorer()
+                on_every_rank(partial(self._score, trainer, pl_module, scorer, scoring))
+                scorer.sum_over_ranks()
+                scores = scorer.scores()
                 on_first_rank(partial(_leave_in, folder, scores))
             evaluate = None if task.policy is not None else self._evaluation(trainer, pl_module, judging)
             journal = (
