@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import tempfile
@@ -24,7 +22,6 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, macs, policy_macs
@@ -51,6 +48,7 @@ from lightning_mdc.models import Anatomy, evaluating, find_anatomy, find_model, 
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
 from lightning_mdc.policy_search.closeness import float_tensors
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, digest_of
+from lightning_mdc.policy_search.folder import SearchFolder, digest_of_batches
 from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_written
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
@@ -174,7 +172,7 @@ class MultiDimPruneCallback(Callback):
         self._watched: list[Any] | None = None  # batches of an iterable data set, while they are collected
         self._watched_in = 0  # the epoch
         self._steps_to_watch: int | None = None
-        self._journal: Path | None = None  # folder of the search that is run
+        self._folder: SearchFolder | None = None  # of the search of this fit
         self._before: list[tuple[Tensor, Tensor]] | None = None  # what compensation changed, with its dense values
         self._handover.unlink(missing_ok=True)
 
@@ -331,8 +329,8 @@ class MultiDimPruneCallback(Callback):
             save(self.slim_model(pl_module), self.save_to)
         if trainer.is_global_zero and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             torch.save(self.state_dict(), self._handover)
-        if trainer.is_global_zero and self._journal is not None:  # trials stay, for whoever starts the same fit again
-            (self._journal / _MOMENTS).unlink(missing_ok=True)
+        if trainer.is_global_zero and self._folder is not None:
+            self._folder.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unmask(pl_module)
@@ -534,20 +532,20 @@ class MultiDimPruneCallback(Callback):
             first = partial(self._run, trainer, pl_module, scoring[0]) if len(scoring) else None
             task = self._task = task.for_images(first)
             searches = task.policy is None and not is_quick
-            folder = self._search_folder(trainer, pl_module, [scoring, judging]) if searches else None
-            scores = on_first_rank(partial(_found_in, folder))
+            folder = self._folder = self._search_folder(trainer, pl_module, scoring, judging) if searches else None
+            scores = None if folder is None else on_first_rank(folder.scores)
             if scores is None:
                 scorer = task.scorer()
                 on_every_rank(partial(self._score, trainer, pl_module, scorer, scoring))
                 scorer.sum_over_ranks()
                 scores = scorer.scores()
-                on_first_rank(partial(_leave_in, folder, scores))
+                if folder is not None:
+                    on_first_rank(partial(folder.keep, scores))
             evaluate = None if task.policy is not None else self._evaluation(trainer, pl_module, judging)
-            journal = (
-                None if folder is None else folder / f"trials-{digest_of(scores.tensors(), scores.criterion)}.jsonl"
-            )
             options = SearchOptions(
-                journal=journal, progress=trainer.progress_bar_callback is not None, say=rank_zero_info
+                journal=None if folder is None else folder.journal(scores),
+                progress=trainer.progress_bar_callback is not None,
+                say=rank_zero_info,
             )
             plan, self._search = task.decide(scores, evaluate, options, 1 if is_quick else None)
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
@@ -574,18 +572,16 @@ class MultiDimPruneCallback(Callback):
         return judge
 
     def _search_folder(
-        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Sequence[Any]]
-    ) -> Path | None:
+        self, trainer: Trainer, pl_module: LightningModule, *batches: Sequence[Any]
+    ) -> SearchFolder | None:
         """Where a search over these weights, options and images is kept; None where files cannot be."""
         root = str(trainer.default_root_dir)
         if "://" in root:
             rank_zero_info(f"{root} is no local folder: the search is not kept, and begins anew if it is killed")
             return None
-        images = gather(lambda: [_digest_of_batches(share) for share in batches])
-        weights = digest_of(pl_module.state_dict())
-        sha = hashlib.sha256(json.dumps([_options(self.method), self.submodule, weights, images]).encode())
-        self._journal = Path(root) / "mdc" / sha.hexdigest()[:16]
-        return self._journal
+        images = gather(lambda: [digest_of_batches(share) for share in batches])
+        settings = {name: value for name, value in vars(self.method).items() if name != "n_trials"}
+        return SearchFolder(Path(root) / "mdc", settings, self.submodule, digest_of(pl_module.state_dict()), images)
 
     def _compensate(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, moments: Moments) -> None:
         """Refit what reads units that leave, in the model and in the averages of it that callbacks keep."""
@@ -734,54 +730,6 @@ def _is_short(scorer: Scorer, batch: Any) -> bool:
     if not scorer.needs.equal_batches or images is None or scorer.sums["batches"] == 0:
         return False
     return images != int(scorer.sums["images"] / scorer.sums["batches"])
-
-
-# --- the folder of a search -------------------------------------------------------------------------------------------
-
-_SCORES, _MOMENTS = "scores.safetensors", "moments.safetensors"
-
-
-def _found_in(folder: Path | None) -> Scores | None:
-    """The scores that a killed search rests on, with their moments; None if they are not all there."""
-    if folder is None or not (folder / _MOMENTS).exists():
-        return None
-    try:
-        return Scores.load(folder / _SCORES).with_moments(Moments.load(folder / _MOMENTS))
-    except MdcError as error:
-        rank_zero_warn(f"{error}; scoring again")
-        return None
-
-
-def _leave_in(folder: Path | None, scores: Scores) -> None:
-    if folder is not None and scores.moments is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        scores.save(folder / _SCORES)
-        scores.moments.save(folder / _MOMENTS)
-
-
-def _options(method: Method) -> dict[str, Any]:
-    """All of a method that makes it another search, in JSON's types."""
-    known = {name: value for name, value in vars(method).items() if name not in ("policy", "n_trials")}
-    return {name: _in_words(value) for name, value in known.items()}
-
-
-def _in_words(value: Any) -> Any:
-    """A setting in JSON's types: the same for equal ones in another process. Functions are told by their names."""
-    if isinstance(value, (str, int, float, type(None))):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_in_words(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _in_words(item) for key, item in sorted(value.items())}
-    kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-    return [f"{kind.__module__}.{kind.__qualname__}", _in_words(dict(getattr(value, "__dict__", {})))]
-
-
-def _digest_of_batches(batches: Sequence[Any]) -> str:
-    sha = hashlib.sha256()
-    for batch in batches:
-        sha.update(digest_of({str(i): t for i, t in enumerate(tree_leaves(batch)) if isinstance(t, Tensor)}).encode())
-    return sha.hexdigest()
 
 
 # --- settings, and what is left behind --------------------------------------------------------------------------------
