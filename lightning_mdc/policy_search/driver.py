@@ -96,6 +96,7 @@ class SearchResult:
         history: all trials, in order.
         space: what was searched.
         search: the Gaussian process and what it was told, for pictures.
+        trials: the same as `history`, as the journal has them, for pictures and tables.
     """
 
     policy: Policy
@@ -103,6 +104,7 @@ class SearchResult:
     history: list[Trial]
     space: PolicySpace
     search: GpEi
+    trials: tuple[StudyTrial, ...]
 
     @property
     def best(self) -> Trial:
@@ -388,7 +390,7 @@ def _shown(value: float | None) -> str:
 # --- after the last one -----------------------------------------------------------------------------------------------
 
 
-def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> SearchResult:
+def _result(space: PolicySpace, process: GpEi, trials: tuple[StudyTrial, ...]) -> SearchResult:
     history = []
     for trial in trials:
         point = space.point(trial.params)
@@ -403,4 +405,4 @@ def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> 
         )
     best = max(done, key=lambda trial: (trial.value, -trial.number))
     assert best.value is not None
-    return SearchResult(best.policy, best.value, history, space, process)
+    return SearchResult(best.policy, best.value, history, space, process, trials)
