@@ -9,6 +9,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ from lightning_mdc.errors import (
     check_one_of,
     check_whole,
 )
+from lightning_mdc.figures.dashboard import Dashboard
+from lightning_mdc.figures.decision import Decision
 from lightning_mdc.importance import Criterion, Needs, Scorer, Scores, as_criterion
 from lightning_mdc.importance.calibration import Calibration, CalibrationBatches, is_map_style, num_images
 from lightning_mdc.models import Anatomy, evaluating, find_anatomy, find_model, unwrap
@@ -125,6 +128,7 @@ class MultiDimPruneCallback(Callback):
         weakref.finalize(self, _remove, self._handover, os.getpid())
         self._restores_rng_now = False
         self._is_tried = False
+        self._dashboard = Dashboard(())
         self.reset()
 
     def reset(self) -> None:
@@ -213,6 +217,7 @@ class MultiDimPruneCallback(Callback):
         # A checkpoint's state comes after this. Its random states have to be back before optimizers are configured:
         # asking there how long training is makes Lightning start the loaders.
         self._restores_rng_now = self.restore_rng and stage == "fit" and trainer.world_size == 1
+        self._dashboard = Dashboard(trainer.loggers)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What could be refused after hours of training is refused now.
@@ -266,6 +271,7 @@ class MultiDimPruneCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unmask(pl_module)
+        self._dashboard = Dashboard(())  # loggers hold open files: a callback can be copied
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -444,6 +450,15 @@ class MultiDimPruneCallback(Callback):
                 f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})"
             )
         self._scores, self._plan = scores, plan
+        budget = None if isinstance(self.wanted_policy, Policy) else self.budget
+        look = partial(self._look, trainer, pl_module) if is_map_style(trainer.train_dataloader) else None
+        self._dashboard.decided(Decision(CostModel(find_anatomy(model)), plan, scores, budget, look=look))
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the module on some of the images that units were scored on."""
+        batch = CalibrationBatches(trainer.train_dataloader, self.calibration, self.seed)[0]
+        with evaluating(pl_module), trainer.precision_plugin.forward_context():
+            self.calibration_step(pl_module, _to_device(trainer, pl_module, batch))
 
     def _mask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks on as far as the schedule has got, if a plan is known and they are not on already."""
@@ -489,8 +504,7 @@ class MultiDimPruneCallback(Callback):
             **{f"mdc/keep_{dimension}": ratio for dimension, ratio in kept.items()},
             "mdc/keep_tokens": math.prod(stage.keep for stage in plan.tokens),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        self._dashboard.in_force(metrics, trainer.global_step)
         if trainer.training:
             rank_zero_info(
                 f"Pruning {anatomy.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs: "
