@@ -179,6 +179,17 @@ def heads_kept(made: Decision) -> list[float]:
     return [len(kept) / heads for kept, heads in zip(made.plan.heads, made.plan.num_heads, strict=True)]
 
 
+def tokens_seen(slim: nn.Module) -> list[int]:
+    """How many tokens reach each block's MLP, found by looking."""
+    seen: list[int] = []
+    handles = [b.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for b in slim.blocks]
+    with torch.no_grad():
+        slim(torch.rand(1, 1, 8, 8))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 def params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -204,6 +215,7 @@ def test_wandb_has_every_trial_and_what_each_block_keeps(watched, wandb_run):
     assert wandb_run.values("search/cost") == [trial.cost for trial in watched.found.history]
     assert wandb_run.metrics["search/value"] == ("search/trial", {"max", "last"})
     assert wandb_run.values("keep_ratio/heads")[-4:] == heads_kept(watched.decision)
+    assert wandb_run.values("keep_ratio/tokens")[-4:] == [count / 17 for count in tokens_seen(watched.slim)]
     assert wandb_run.metrics["keep_ratio/heads"][0] == "keep_ratio/block"
     rows = wandb_run.table("kept/neurons_by_block")
     assert [row["kept"] for row in rows] == [len(kept) for kept in watched.decision.plan.neurons]
