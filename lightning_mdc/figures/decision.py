@@ -40,7 +40,8 @@ class Decision:
         scores: that it rests on.
         budget: that it was made for; None: a policy was given.
         search: that found the policy; None: nothing was searched.
-        look: runs the model, or a module that holds it, on some images; None: there are none to show tokens on.
+        look: runs the model, or a module that holds it, on some images, in eval mode; None: there are none to show
+            tokens on.
     """
 
     costs: CostModel
@@ -60,7 +61,7 @@ def numbers(decision: Decision) -> Iterator[Item]:
         ratios = {f"keep_ratio/{of.dimension}": of.kept[block] / of.dense[block] for of in units if of.dense[block]}
         yield Numbers(ratios, "keep_ratio/block", block)
     yield from kept_tables(decision.costs, decision.plan)
-    if decision.search is not None:
+    if decision.search is not None and decision.search.trials:
         yield search_table(decision.search.trials, "maximize")
     yield Document("plan", "plan.json", decision.plan.to_json(), facts)
 
@@ -103,9 +104,9 @@ def _utilisation(decision: Decision) -> float | None:
 
 def _search(decision: Decision) -> Iterator[Chart]:
     search = decision.search
-    if search is not None:
+    if search is not None and search.space is not None and (process := search.search) is not None:
         yield policy_chart(search.policy, search.space.uniform)
-        yield from search_charts(search.trials, lambda: search.search)
+        yield from search_charts(search.trials, lambda: process)
 
 
 def _kept_tokens(decision: Decision) -> Iterator[Chart]:

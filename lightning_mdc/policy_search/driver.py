@@ -104,7 +104,7 @@ class SearchResult:
     history: list[Trial]
     space: PolicySpace
     search: GpEi
-    trials: tuple[StudyTrial, ...]
+    trials: tuple[StudyTrial, ...] = ()
 
     @property
     def best(self) -> Trial:
