@@ -36,6 +36,8 @@ from lightning_mdc.errors import (
     check_one_of,
     check_whole,
 )
+from lightning_mdc.figures.dashboard import Dashboard
+from lightning_mdc.figures.decision import Decision
 from lightning_mdc.importance import Criterion, Moments, Scorer, Scores
 from lightning_mdc.importance.calibration import (
     Calibration,
@@ -159,6 +161,7 @@ class MultiDimPruneCallback(Callback):
         weakref.finalize(self, _remove, self._handover, os.getpid())
         self._restores_rng_now = False
         self._is_tried = False
+        self._dashboard = Dashboard(())
         self.reset()
 
     def reset(self) -> None:
@@ -274,6 +277,7 @@ class MultiDimPruneCallback(Callback):
         # A checkpoint's state comes after this. Its random states have to be back before optimizers are configured:
         # asking there how long training is makes Lightning start the loaders.
         self._restores_rng_now = self.restore_rng and stage == "fit" and trainer.world_size == 1
+        self._dashboard = Dashboard(trainer.loggers)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What could be refused after hours of training is refused now.
@@ -337,6 +341,7 @@ class MultiDimPruneCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unmask(pl_module)
+        self._dashboard = Dashboard(())  # loggers hold open files: a callback can be copied
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -545,6 +550,7 @@ class MultiDimPruneCallback(Callback):
             options = SearchOptions(
                 journal=None if folder is None else folder.journal(scores),
                 progress=trainer.progress_bar_callback is not None,
+                on_trial=self._dashboard.trial,
                 say=rank_zero_info,
             )
             plan, self._search = task.decide(scores, evaluate, options, 1 if is_quick else None)
@@ -558,6 +564,9 @@ class MultiDimPruneCallback(Callback):
         if task.compensate == "lstsq":
             assert scores.moments is not None  # asked for
             self._compensate(trainer, pl_module, plan, scores.moments)
+        costs, budget = CostModel(task.anatomy, task.input_size), None if task.is_given else self.method.budget
+        with evaluating(pl_module):
+            self._dashboard.decided(Decision(costs, plan, self._scores, budget, self._search, first))
 
     def _evaluation(
         self, trainer: Trainer, pl_module: LightningModule, judging: Sequence[Any]
@@ -643,8 +652,7 @@ class MultiDimPruneCallback(Callback):
             **{f"mdc/keep_{dimension}": ratio for dimension, ratio in kept.items()},
             "mdc/keep_tokens": math.prod(stage.keep for stage in plan.tokens),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        self._dashboard.in_force(metrics, trainer.global_step)
         if trainer.training:
             rank_zero_info(
                 f"Pruning {anatomy.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs: "

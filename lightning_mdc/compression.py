@@ -182,6 +182,11 @@ class Compression:
         return (seen[0][-2], seen[0][-1]) if seen and len(seen[0]) == 4 else None
 
     @property
+    def is_given(self) -> bool:
+        """Whether the user has given the policy."""
+        return isinstance(self.method.policy, Policy)
+
+    @property
     def needs_judging(self) -> bool:
         """Whether policies are judged on images of ours."""
         return self.policy is None and self.method.evaluate is None

@@ -9,9 +9,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_mdc.figures import loggers
-from lightning_mdc.figures.items import Histogram, Item, Numbers, Panel, Picture, Summary, Table
+from lightning_mdc.figures.items import Document, Histogram, Item, Numbers, Panel, Picture, Summary, Table
 from lightning_mdc.figures.style import new_figure
-from tests.wandb_file import read
+from tests.wandb_file import read_finished
 
 FIGURE = new_figure(1, 1)[0]
 VALUES = np.array([0.0, 0.25, 0.5, 1.0])
@@ -29,7 +29,7 @@ ITEMS: tuple[Item, ...] = (
 
 def shown(logger) -> None:
     for item in ITEMS:
-        assert loggers.show(logger, item)
+        loggers.show(logger, item)
 
 
 def test_csv(tmp_path):
@@ -65,8 +65,7 @@ def test_wandb(tmp_path):
     logger = WandbLogger(save_dir=str(tmp_path), mode="offline")  # offline=True would set the environment for good
     shown(logger)
     logger.experiment.finish()
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    run = read(file)
+    run = read_finished(tmp_path)
     assert run.values("search/trial") == [0, 1]
     assert run.values("search/value") == [0.5, 0.75]
     assert run.metrics["search/value"] == ("search/trial", {"max", "last"})
@@ -80,8 +79,27 @@ def test_wandb(tmp_path):
     assert run.summary["macs_ratio"] == 0.6
 
 
-def test_another_logger_is_said_to_show_nothing():
-    assert not any(loggers.show(DummyLogger(), item) for item in ITEMS)
+def test_another_logger_is_given_the_numbers():
+    lines: list[tuple[dict[str, float], int]] = []
+
+    class Own(DummyLogger):
+        def log_metrics(self, metrics, step):
+            lines.append((metrics, step))
+
+    shown(Own())
+    assert lines == [
+        ({"search/value": 0.5, "search/cost": 1.0}, 0),
+        ({"search/value": 0.75, "search/cost": 0.9}, 1),
+        ({"macs_ratio": 0.6}, 0),
+    ]
+
+
+@pytest.mark.parametrize("log_model", [False, True])
+def test_a_plan_goes_where_models_go(log_model, tmp_path):
+    logger = WandbLogger(save_dir=str(tmp_path), mode="offline", log_model=log_model)
+    loggers.show(logger, Document("plan", "plan.json", "{}", {"macs_ratio": 0.6}))
+    logger.experiment.finish()
+    assert [artifact.type for artifact in read_finished(tmp_path).artifacts.values()] == ["plan"] * log_model
 
 
 def test_other_ranks_show_nothing(tmp_path, monkeypatch):

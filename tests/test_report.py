@@ -28,7 +28,7 @@ from tests.test_train import settings
 
 KEYS = [
     *("kept", "macs", "policy"),
-    *("search/value", "search/improvement", "search/front", "search/cost", "search/dependence"),
+    *("search/value", "search/improvement", "search/cost", "search/dependence", "search/front"),
     *("tokens/most-changed", "tokens/first", "tokens/least-changed"),
     *("latency", "classes"),
     *("sensitivity/accuracy", "sensitivity/kl", "sensitivity/map"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import lightning_mdc as mdc
 from lightning_mdc.app.report.outcomes import Examples
 from lightning_mdc.figures.tokens import Example, answers, faded, tokens_figure
-from lightning_mdc.tokens.surviving_patches import surviving_patches
+from lightning_mdc.tokens.surviving_patches import surviving_patches, watched_patches
 from tests.kinds import images, make, randomised
 
 KINDS = ["vit", "deit_distilled", "registers", "registers_without_class", "average_pool", "any_size"]
@@ -83,6 +83,34 @@ def test_watching_leaves_no_trace_and_a_dense_model_keeps_everything() -> None:
     assert surviving_patches(make("vit"), x)[1].shape == (4, 0, 16)
 
 
+@pytest.mark.parametrize("call", ["forward", "forward_features"])
+def test_under_masks_the_patches_are_those_of_the_slim_model_on_what_reaches_it(call: str) -> None:
+    class Own(nn.Module):
+        """Somebody's module, with a normalisation of its own; one more call, on other images, comes after."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.encoder = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            run = getattr(self.encoder, call)
+            first = run(3 * x - 1)
+            run(torch.zeros_like(x))
+            return first
+
+    x, model = images(8), make("vit").eval()
+    plan = mdc.make_plan(model, mdc.score(model, [x], "activation", progress=False), mdc.Policy(heads=0.5, tokens=0.7))
+    module = Own(model)
+    with mdc.masked(model, plan):
+        output, seen, survivors = watched_patches(model, lambda: module(x))
+    assert torch.equal(seen, 3 * x - 1)
+    assert torch.equal(survivors, surviving_patches(mdc.slim(model, plan), 3 * x - 1)[1])
+    assert survivors.shape == (8, 3, 16)
+    assert not output.requires_grad
+    with pytest.raises(mdc.errors.CalibrationError, match="was not called on images"):
+        watched_patches(model, lambda: None)
+
+
 def test_exactly_the_patches_that_are_gone_are_faded() -> None:
     image = np.random.default_rng(0).integers(0, 200, (8, 12, 3), dtype=np.uint8)
     kept = np.array([True, False, True, False, True, True])  # 2 x 3 patches of 4 x 4 pixels
@@ -103,7 +131,9 @@ def an_example(number: int, stages: int = 2) -> Example:
 
 def test_the_picture_shows_every_stage_and_what_was_said() -> None:
     names = ("cat", "dog", "ship", "truck")
-    figure = tokens_figure([an_example(0), an_example(1)], (1, 4), (4, 4), names)
+    examples = [an_example(0), an_example(1)]
+    said = [answers(example, names) for example in examples]
+    figure = tokens_figure([e.image for e in examples], [e.kept for e in examples], (1, 4), (4, 4), said)
     pictures = [panel.images[0].get_array() for panel in figure.axes]
     assert len(pictures) == 6
     assert np.array_equal(pictures[3], an_example(1).image)

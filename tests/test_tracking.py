@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from lightning_mdc.app.tracking import RunInfo, Tracker, Trackers, contents
 from lightning_mdc.app.tracking.contents import published
 from lightning_mdc.app.tracking.tracker import Model, Shown
 from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.charts import Chart
 from lightning_mdc.figures.items import Histogram, Numbers, Picture, Summary, Table
 from lightning_mdc.figures.search_items import search_table, trial_numbers
 from lightning_mdc.gp_ei.study import Trial, read_study
@@ -361,7 +361,7 @@ def recorder(monkeypatch, caplog) -> type[Recorder]:
 @pytest.fixture
 def one_chart(monkeypatch) -> None:
     """The same small one of every step: drawing the real ones takes long."""
-    chart = SimpleNamespace(key="kept", title="Title", caption="What to read.", figure=Figure(figsize=(1, 1)))
+    chart = Chart("kept", "Title", "What to read.", Figure(figsize=(1, 1)))
     monkeypatch.setattr(contents, "charts", lambda *_: [chart])
 
 

@@ -6,6 +6,7 @@ that does not fit is cut into FIRST, MIDDLE and LAST. Each one is a serialised `
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,16 @@ def read(path: Path) -> OfflineRun:
             run.artifacts[record.artifact.name] = record.artifact
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
+    return run
+
+
+def read_finished(save_dir: Path) -> OfflineRun:
+    """The one run that a `WandbLogger` saved to a folder; wandb goes on writing when ``finish`` has returned."""
+    (path,) = save_dir.glob("wandb/offline-run-*/run-*.wandb")
+    given_up = time.monotonic() + 60
+    while (run := read(path)).exit_code is None:
+        assert time.monotonic() < given_up, f"{path} has no end"
+        time.sleep(0.1)
     return run
 
 

@@ -89,4 +89,21 @@ class Summary:
     values: Mapping[str, float]
 
 
-Item: TypeAlias = Numbers | Histogram | Picture | Table | Summary
+@dataclass(frozen=True)
+class Document:
+    """A text file that goes with a model, for loggers that keep models.
+
+    Attributes:
+        kind: what it is: ``plan``.
+        name: of the file, such as ``plan.json``.
+        text: what is in it.
+        facts: about it, to find it by.
+    """
+
+    kind: str
+    name: str
+    text: str
+    facts: Mapping[str, float]
+
+
+Item: TypeAlias = Numbers | Histogram | Picture | Table | Summary | Document

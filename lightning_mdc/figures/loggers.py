@@ -1,4 +1,4 @@
-"""How an item is shown by Lightning's loggers: of Weights & Biases, TensorBoard and CSV files."""
+"""How an item is shown by Lightning's loggers: of Weights & Biases, TensorBoard, MLflow, CSV files, and any other."""
 
 from __future__ import annotations
 
@@ -8,30 +8,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_mdc.distributed import is_first
-from lightning_mdc.figures.items import Cell, Histogram, Item, Numbers, Panel, Picture, Summary, Table
+from lightning_mdc.figures.items import Cell, Document, Histogram, Item, Numbers, Panel, Picture, Summary, Table
 from lightning_mdc.files import csv_text, replacing, write_text
 
 # What wandb's list of runs shows of a curve, where the last value is not what counts.
 _BEST_OF = {"search/value": "max,last", "search/incumbent": "max", "search/improvement": "min,last"}
 
 
-def show(logger: Logger, item: Item) -> bool:
-    """Show `item` on a logger, such as one of ``trainer.loggers``; False if its class is none that is known here.
+def show(logger: Logger, item: Item) -> None:
+    """Show `item` on a logger, such as one of ``trainer.loggers``; one whose class is none that is known here is given
+    the numbers.
 
     Ranks other than 0 show nothing.
     """
+    if is_first():
+        (_way(logger) or _as_numbers)(logger, item)
+
+
+def has_pictures(logger: Logger) -> bool:
+    """Whether it has a place for more than numbers."""
+    return _way(logger) is not None
+
+
+def _way(logger: Logger) -> Callable[[Any, Item], None] | None:
     known: Mapping[type[Logger], Callable[[Any, Item], None]] = {
         WandbLogger: _on_wandb,
         TensorBoardLogger: _on_tensorboard,
+        MLFlowLogger: _on_mlflow,
         CSVLogger: _on_csv,
     }
-    show_on = next((shows for kind, shows in known.items() if isinstance(logger, kind)), None)
-    if show_on is not None and is_first():
-        show_on(logger, item)
-    return show_on is not None
+    return next((shows for kind, shows in known.items() if isinstance(logger, kind)), None)
+
+
+def _as_numbers(logger: Logger, item: Item) -> None:
+    """By what every logger has. Its step is where a number is on its own axis: its keys have no other."""
+    match item:
+        case Numbers():
+            logger.log_metrics(dict(item.values), step=item.at)
+        case Summary():
+            logger.log_metrics(dict(item.values), step=0)
 
 
 def _pixels(picture: Picture) -> np.ndarray:
@@ -39,6 +57,13 @@ def _pixels(picture: Picture) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(picture.png)).convert("RGB"))
+
+
+def _text(item: Histogram | Table) -> str:
+    """As a CSV file."""
+    if isinstance(item, Table):
+        return csv_text(item.columns, item.rows)
+    return csv_text(["value"], ([value] for value in item.values.tolist()))
 
 
 # --- CSV --------------------------------------------------------------------------------------------------------------
@@ -50,16 +75,31 @@ def _on_csv(logger: CSVLogger, item: Item) -> None:
     folder = Path(logger.log_dir)
     match item:
         case Numbers():
-            logger.log_metrics({**item.values, item.axis: item.at})
+            logger.log_metrics({**item.values, item.axis: item.at}, step=item.at)
         case Summary():
-            logger.log_metrics(dict(item.values))
-        case Histogram():
-            write_text(folder / f"{item.key}.csv", csv_text(["value"], ([value] for value in item.values.tolist())))
-        case Table():
-            write_text(folder / f"{item.key}.csv", csv_text(item.columns, item.rows))
+            logger.log_metrics(dict(item.values), step=0)
+        case Histogram() | Table():
+            write_text(folder / f"{item.key}.csv", _text(item))
         case Picture():
             with replacing(folder / f"{item.key}.png") as unfinished:
                 unfinished.write_bytes(item.png)
+
+
+# --- MLflow -----------------------------------------------------------------------------------------------------------
+
+
+def _on_mlflow(logger: MLFlowLogger, item: Item) -> None:
+    """Numbers are its metrics; all else, with the key ``search/trials`` for example, are artifacts
+    ``search/trials.csv`` or ``.png``."""
+    match item:
+        case Numbers() | Summary():
+            _as_numbers(logger, item)
+        case Histogram() | Table():
+            logger.experiment.log_text(logger.run_id, _text(item), f"{item.key}.csv")
+        case Picture():
+            logger.experiment.log_image(logger.run_id, _pixels(item), f"{item.key}.png")
+        case Document() if logger._log_model:
+            logger.experiment.log_text(logger.run_id, item.text, item.name)
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
@@ -95,6 +135,7 @@ def _on_wandb(logger: WandbLogger, item: Item) -> None:
     run = logger.experiment
     match item:
         case Numbers():
+            run.define_metric(item.axis, hidden=True)  # else it would be drawn, against the user's own steps
             for key in item.values:
                 run.define_metric(key, step_metric=item.axis, summary=_BEST_OF.get(key))
             run.log({**item.values, item.axis: item.at})
@@ -107,6 +148,11 @@ def _on_wandb(logger: WandbLogger, item: Item) -> None:
             run.log({item.key: _wandb_table(item.columns, item.rows), **panels})
         case Summary():
             run.summary.update(dict(item.values))
+        case Document() if logger._log_model:
+            artifact = wandb.Artifact(f"{item.kind}-{run.id}", type=item.kind, metadata=dict(item.facts))
+            with artifact.new_file(item.name, encoding="utf-8") as file:
+                file.write(item.text)
+            run.log_artifact(artifact)
 
 
 def _wandb_table(columns: tuple[str, ...], rows: tuple[tuple[Cell, ...], ...]) -> Any:

@@ -1,17 +1,21 @@
-"""A search and the policy it found, as curves and tables for a logger."""
+"""A search, the policy it found and what is kept, as curves and tables for a logger."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_mdc.figures.items import Cell, Numbers, Panel, Table
+from lightning_mdc.figures.plan import kept_by_block
 from lightning_mdc.gp_ei.study import Trial
-from lightning_mdc.policy import DIMENSIONS, Policy
+from lightning_mdc.policy import DIMENSIONS, Plan, Policy
+
+if TYPE_CHECKING:
+    from lightning_mdc.budget import CostModel
 
 _PANELS = (
     Panel("search/progress", "Value by trial, and the best so far", "line", "trial", ("value", "incumbent")),
@@ -57,6 +61,17 @@ def policy_table(policy: Policy) -> Table:
     """A line per keep ratio."""
     rows = [(name, number, float(ratio)) for name in DIMENSIONS for number, ratio in enumerate(getattr(policy, name))]
     return Table("policy/ratios", ("dimension", "block or stage", "keep ratio"), tuple(rows))
+
+
+def kept_tables(costs: CostModel, plan: Plan) -> Iterator[Table]:
+    """What each block of the model that `costs` prices keeps, a table with its bars per dimension."""
+    for units in kept_by_block(plan, costs.num_tokens, costs.num_prefix):
+        rows = tuple(
+            (f"block {block:02d}", kept, dense, kept / dense if dense else None)
+            for block, (kept, dense) in enumerate(zip(units.kept, units.dense, strict=True))
+        )
+        bars = Panel(f"kept/{units.dimension}", f"{units.dimension} kept", "bar", "block", ("kept",))
+        yield Table(f"kept/{units.dimension}_by_block", ("block", "kept", "dense", "keep ratio"), rows, (bars,))
 
 
 def _cell(value: Any) -> Cell:

@@ -62,31 +62,42 @@ def faded(image: np.ndarray, kept: np.ndarray, grid: tuple[int, int]) -> np.ndar
 
 
 def tokens_figure(
-    examples: Sequence[Example], blocks: Sequence[int], grid: tuple[int, int], class_names: Sequence[str]
+    images: Sequence[np.ndarray],
+    kept: Sequence[np.ndarray],
+    blocks: Sequence[int],
+    grid: tuple[int, int],
+    titles: Sequence[str] = (),
 ) -> Figure:
-    """A row per image: as it is, and after each token stage; above it what dense and slim say of it."""
-    columns, rows = 1 + len(blocks), len(examples)
-    shape = examples[0].image.shape
+    """A row per image: as it is, and after each token stage.
+
+    Args:
+        images: (height, width, 3) each, uint8, all of one size.
+        kept: of each image, (stages, patches), bool.
+        blocks: of the stages.
+        grid: (height, width) in patches.
+        titles: what stands above the rows; none: nothing does.
+    """
+    columns, rows, above = 1 + len(blocks), len(images), _ABOVE if titles else 0.0
     width = WIDTH / max(columns, 4) * columns
-    high = WIDTH / max(columns, 4) * _SHARE * shape[0] / shape[1]
-    height = rows * (high + _ABOVE + _BELOW)
+    high = WIDTH / max(columns, 4) * _SHARE * images[0].shape[0] / images[0].shape[1]
+    height = rows * (high + above + _BELOW)
     # A layout engine would make room for a title beside its picture; it may reach over all of them.
     figure, panels = new_figure(width, height, rows, columns, layout=None)
-    between = {"wspace": 1 / _SHARE - 1, "hspace": (_ABOVE + _BELOW) / high}
-    figure.subplots_adjust(0.01, _BELOW / height, 0.99, 1 - _ABOVE / height, **between)
+    between = {"wspace": 1 / _SHARE - 1, "hspace": (above + _BELOW) / high}
+    figure.subplots_adjust(0.01, _BELOW / height, 0.99, 1 - above / height, **between)
     for panel in panels:
         panel.set_axis_off()
-    for row, example in enumerate(examples):
+    for row, (image, there) in enumerate(zip(images, kept, strict=True)):
         line = panels[row * columns : (row + 1) * columns]
-        pictures = [example.image, *(faded(example.image, kept, grid) for kept in example.kept)]
-        for panel, picture in zip(line, pictures, strict=True):
+        for panel, picture in zip(line, [image, *(faded(image, stage, grid) for stage in there)], strict=True):
             panel.imshow(picture, interpolation="nearest")
-        line[0].set_title(answers(example, class_names), loc="left", fontsize=8, color=INK)
-        for panel, kept, block in zip(line[1:], example.kept, blocks, strict=True):
+        if titles:
+            line[0].set_title(titles[row], loc="left", fontsize=8, color=INK)
+        for panel, stage, block in zip(line[1:], there, blocks, strict=True):
             panel.text(
                 0.5,
                 -0.05,
-                f"block {block}: {kept.sum()} of {kept.size}",
+                f"block {block}: {stage.sum()} of {stage.size}",
                 transform=panel.transAxes,
                 ha="center",
                 va="top",

@@ -99,6 +99,7 @@ class SearchResult:
         history: all trials, in order.
         space: what was searched; None where only the trials are known any more, from a checkpoint.
         search: the Gaussian process and what it was told, for pictures; None likewise.
+        trials: the same as `history`, as the journal has them, for pictures and tables; empty likewise.
     """
 
     policy: Policy
@@ -106,6 +107,7 @@ class SearchResult:
     history: list[Trial]
     space: PolicySpace | None = None
     search: GpEi | None = None
+    trials: tuple[StudyTrial, ...] = ()
 
     @property
     def best(self) -> Trial:
@@ -399,7 +401,7 @@ def _shown(value: float | None) -> str:
 # --- after the last one -----------------------------------------------------------------------------------------------
 
 
-def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> SearchResult:
+def _result(space: PolicySpace, process: GpEi, trials: tuple[StudyTrial, ...]) -> SearchResult:
     history = []
     for trial in trials:
         point = space.point(trial.params)
@@ -414,4 +416,4 @@ def _result(space: PolicySpace, process: GpEi, trials: Iterable[StudyTrial]) -> 
         )
     best = max(done, key=lambda trial: (trial.value, -trial.number))
     assert best.value is not None
-    return SearchResult(best.policy, best.value, history, space, process)
+    return SearchResult(best.policy, best.value, history, space, process, trials)

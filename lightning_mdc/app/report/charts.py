@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from lightning_mdc.app.report import result_figures
 from lightning_mdc.app.report.outcomes import FIRST, LEAST_CHANGED, MOST_CHANGED
@@ -18,41 +17,19 @@ from lightning_mdc.app.settings import policy_space, token_options
 from lightning_mdc.budget import Budget
 from lightning_mdc.budget.uniform import uniform_policy
 from lightning_mdc.errors import MdcError
-from lightning_mdc.figures import importance as importance_figures
-from lightning_mdc.figures import plan as plan_figures
-from lightning_mdc.figures import search as search_figures
 from lightning_mdc.figures import sensitivity as sensitivity_figures
 from lightning_mdc.figures import tokens as token_figures
-from lightning_mdc.figures.numbers import percent, scaled
+from lightning_mdc.figures.charts import FADED, Chart, importance_charts, plan_charts, policy_chart, search_charts
 from lightning_mdc.figures.style import save_figure
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.gp_ei.study import StudyFile
-from lightning_mdc.policy import DIMENSIONS, TOKENS, UNIT_DIMENSIONS, Policy
+from lightning_mdc.policy import Policy
 
 log = logging.getLogger(__name__)
 
 # Of the dense MACs: policies that differ by less than this are all on one budget, and there is no front to see.
 _NARROW = 0.02
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One picture.
-
-    Attributes:
-        key: names files and panels: ``"kept"``, ``"search/value"``.
-        title: what it is.
-        caption: what to read from it, a sentence or two.
-        figure: to be drawn.
-        section: of the report it belongs to.
-    """
-
-    key: str
-    title: str
-    caption: str
-    figure: Figure
-    section: str = ""
 
 
 def charts(record: RunRecord, step: str | None = None) -> list[Chart]:
@@ -90,73 +67,22 @@ def save_charts(found: Sequence[Chart], folder: Path) -> tuple[Chart, ...]:
 
 
 def _removed(record: RunRecord) -> Iterator[Chart]:
-    plan, dense = record.plan, record.dense
-    if plan is not None and dense is not None:
-        kept = plan_figures.kept_by_block(plan, dense.num_tokens, dense.num_prefix)
-        before, after = dense.by_block(), dense.by_block(plan)
-        yield Chart(
-            "kept",
-            "What each block kept",
-            "Bars are what is left, pale is what the dense model has. Tokens are those that the block's MLP sees.",
-            plan_figures.kept_figure(kept),
-        )
-        yield Chart(
-            "macs",
-            "Where the MACs went",
-            f"Of the {scaled(before.total)}MACs of an image {scaled(after.total)} are left, "
-            f"{percent(after.total / before.total)}. The bars named “rest” are patch embedding and classifier.",
-            plan_figures.macs_figure(before, after),
-        )
+    if record.plan is not None and record.dense is not None:
+        yield from plan_charts(record.dense, record.plan)
 
 
 def _policy(record: RunRecord) -> Iterator[Chart]:
     if (policy := record.policy) is not None:
-        uniform = _uniform(record)
-        beside = "" if uniform is None else " The line is what the same share everywhere would be."
-        yield Chart(
-            "policy",
-            "The policy",
-            f"How much each block was asked to keep.{beside}",
-            plan_figures.policy_figure(policy, uniform),
-        )
+        yield policy_chart(policy, _uniform(record))
 
 
 def _search(record: RunRecord) -> Iterator[Chart]:
     study = record.study
     if study is None or not study.trials:
         return
-    direction, metric = study.header["direction"], _metric(study)
-    yield Chart(
-        "search/value",
-        "Is it still improving?",
-        f"Every trial is a policy on the budget: {metric} on held-out training images, higher is better. "
-        "The line is the best so far.",
-        search_figures.progress_figure(study.trials, direction, metric),
-    )
-    has_chosen = any(trial.improvement is not None for trial in study.trials)
-    if has_chosen:
-        yield Chart(
-            "search/improvement",
-            "Has it converged?",
-            "What the Gaussian process expected to gain when it chose a trial. Where the dots have come down, more "
-            "trials promise little.",
-            search_figures.improvement_figure(study.trials),
-        )
+    metric = _metric(study)
+    yield from search_charts(study.trials, lambda: _process(study), study.header["direction"], metric)
     yield from _front(record, study, metric)
-    yield Chart(
-        "search/cost",
-        "How close to the budget?",
-        "What each trial costs as a fraction of the budget, against what it is worth. None is above the line.",
-        search_figures.cost_figure(study.trials, direction, 1.0, metric),
-    )
-    if has_chosen:
-        yield Chart(
-            "search/dependence",
-            "Which ratios matter?",
-            "What the Gaussian process expects as one keep ratio moves and the others are as in the trials. The ring "
-            "is the best trial.",
-            search_figures.dependence_figure(_process(study)),
-        )
 
 
 def _front(record: RunRecord, study: StudyFile, metric: str) -> Iterator[Chart]:
@@ -200,8 +126,10 @@ def _tokens(record: RunRecord) -> Iterator[Chart]:
     ):
         items = [example for example in examples.items if example.why == why]
         if items:
-            gone = " Patches that are gone as tokens of their own are faded." if len(examples.blocks) else ""
-            figure = token_figures.tokens_figure(items, examples.blocks, examples.grid, examples.class_names)
+            gone = f" {FADED}" if len(examples.blocks) else ""
+            images, kept = [example.image for example in items], [example.kept for example in items]
+            said = [token_figures.answers(example, examples.class_names) for example in items]
+            figure = token_figures.tokens_figure(images, kept, examples.blocks, examples.grid, said)
             yield Chart(key, title, f"{caption}{gone}", figure)
 
 
@@ -254,34 +182,9 @@ def _sensitivity(record: RunRecord) -> Iterator[Chart]:
 
 
 def _importance(record: RunRecord) -> Iterator[Chart]:
-    scores, plan, dense = record.scores, record.plan, record.dense
-    if scores is None:
-        return
-    arrays = {name: [t.double().numpy() for t in scores.units(name)] for name in DIMENSIONS}
-    tokens = arrays[TOKENS]
-    how = f"By {scores.criterion}, over {scores.images} images." if scores.images else f"By {scores.criterion}."
-    removed = "" if plan is None else "; a cross is one that was removed, or they are ranked and cut at the line"
-    for name in UNIT_DIMENSIONS:
-        if arrays[name]:
-            yield Chart(
-                f"importance/{name}",
-                name.capitalize(),
-                f"{how} Scaled within each block{removed}.",
-                importance_figures.units_figure(arrays[name], plan.kept[name] if plan else None, name.rstrip("s")),
-            )
-    if tokens and dense is not None and len(tokens[0]) == np.prod(dense.anatomy.grid):
-        yield Chart(
-            "importance/tokens",
-            "Token positions",
-            f"{how} Which tokens leave is decided image by image, unless surgery.token_score asks for these maps.",
-            importance_figures.tokens_figure(tokens, scores.stages, dense.anatomy.grid),
-        )
-    yield Chart(
-        "importance/histograms",
-        "How it is spread",
-        "Many units near 0 can go; where all are alike, none stands out.",
-        importance_figures.histograms_figure(arrays),
-    )
+    if record.scores is not None:
+        grid = None if record.dense is None else record.dense.anatomy.grid
+        yield from importance_charts(record.scores, record.plan, grid)
 
 
 # Section of the report, steps with whose results it comes, and what it shows, in order; importance again once there is

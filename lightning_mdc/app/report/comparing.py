@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_mdc.app.report.charts import Chart
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.result_figures import runs_figure
 from lightning_mdc.app.report.results import FINETUNED, REFERENCE, mean_top1
 from lightning_mdc.app.report.tables import Table
 from lightning_mdc.app.settings import flat
 from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.charts import Chart
 from lightning_mdc.figures.numbers import percent
 from lightning_mdc.figures.plan import kept_by_block, kept_overview_figure
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import yaml
 
-from lightning_mdc.app.report.charts import Chart
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.results import FINETUNED, REFERENCE, Results, mean_correct
 from lightning_mdc.app.report.tables import Table, by_class, by_seed, comparison
 from lightning_mdc.app.run_folder import RECORDS
 from lightning_mdc.app.step_table import STEPS, Output
 from lightning_mdc.app.terminal import again
+from lightning_mdc.figures.charts import Chart
 from lightning_mdc.figures.numbers import counted, percent, scaled, seconds
 
 # What the report itself is, which is about to be written when it says what there is.

@@ -16,11 +16,12 @@ import jinja2
 import matplotlib as mpl
 from markupsafe import Markup
 
-from lightning_mdc.app.report.charts import Chart, charts, save_charts
+from lightning_mdc.app.report.charts import charts, save_charts
 from lightning_mdc.app.report.comparing import Comparison, compare
 from lightning_mdc.app.report.record import RunRecord
 from lightning_mdc.app.report.report import Report
 from lightning_mdc.figures import style
+from lightning_mdc.figures.charts import Chart
 from lightning_mdc.files import write_text
 
 # Colours of the pictures that the page's style sheet redefines for a dark background.

@@ -13,8 +13,8 @@ from lightning_mdc.app.report.results import DENSE, FINETUNED, REFERENCE, SLIM, 
 from lightning_mdc.app.report.tables import comparison
 from lightning_mdc.app.tracking.tracker import Model, Shown
 from lightning_mdc.figures.items import Histogram, Item, Panel, Picture, Summary, Table
-from lightning_mdc.figures.plan import kept_by_block, policy_figure
-from lightning_mdc.figures.search_items import incumbents, policy_table, search_table, trial_numbers
+from lightning_mdc.figures.plan import policy_figure
+from lightning_mdc.figures.search_items import incumbents, kept_tables, policy_table, search_table, trial_numbers
 from lightning_mdc.files import read_json
 from lightning_mdc.gp_ei.study import StudyFile
 from lightning_mdc.policy import DIMENSIONS, Policy
@@ -51,7 +51,7 @@ def published(record: RunRecord, step: str) -> Iterator[Shown]:
         case "sensitivity":
             yield from _sensitivity(record)
     for chart in charts(record, step):
-        yield Picture.of(chart.key, f"{chart.title}. {chart.caption}", chart.figure)
+        yield chart.picture
 
 
 # --- what each step leaves --------------------------------------------------------------------------------------------
@@ -77,14 +77,7 @@ def _search(record: RunRecord) -> Iterator[Shown]:
 
 def _slim(record: RunRecord) -> Iterator[Shown]:
     if record.plan is not None and record.dense is not None:
-        for units in kept_by_block(record.plan, record.dense.num_tokens, record.dense.num_prefix):
-            rows = tuple(
-                (f"block {block:02d}", kept, dense, kept / dense if dense else None)
-                for block, (kept, dense) in enumerate(zip(units.kept, units.dense, strict=True))
-            )
-            bars = Panel(f"kept/{units.dimension}", f"{units.dimension} kept", "bar", "block", ("kept",))
-            columns = ("block", "kept", "dense", "keep ratio")
-            yield Table(f"kept/{units.dimension}_by_block", columns, rows, (bars,))
+        yield from kept_tables(record.dense, record.plan)
     yield from _model(record, "slim", record.weights)
 
 
