@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_compress(commands: Any) -> None:
     parser = commands.add_parser(
         "compress",
-        help="make a trained model smaller in one go, by a few hundred images and no training",
+        help="make a model smaller that is trained already",
         description=_COMPRESS,
         epilog=_COMPRESS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

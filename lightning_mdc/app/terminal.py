@@ -1,4 +1,4 @@
-"""How ``mdc train`` speaks: the flags of its command line, its lines as a file, and what is said when it ends early."""
+"""How the command line speaks: the flags of ``mdc train``, its lines as a file, and what is said when it ends early."""
 
 from __future__ import annotations
 
