@@ -70,7 +70,7 @@ def trained(student: nn.Module, teacher: nn.Module | None = None, **options: Any
 
 def decided_plan(model: nn.Module, dimensions: tuple[str, ...], size: tuple[int, ...]) -> mdc.Plan:
     """What the callback decides on in a fit of one step."""
-    callback = mdc.MultiDimPruneCallback(budget=0.6, criterion="magnitude", dimensions=dimensions)
+    callback = mdc.MultiDimPruneCallback(0.6, "uniform", "magnitude", dimensions=dimensions, compensate="none")
     module = mdc.DistillationModule(model.train(), optimizer={"lr": 0.0}, schedule={"sched": "none"})
     data = [(torch.zeros(size), 0)] * 2
     L.Trainer(barebones=True, max_steps=1, callbacks=[callback]).fit(module, DataLoader(data, batch_size=2))

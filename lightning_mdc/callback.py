@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import tempfile
@@ -24,7 +22,6 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.artifact import check_savable, save
 from lightning_mdc.budget import Budget, CostModel, macs, policy_macs
@@ -51,6 +48,7 @@ from lightning_mdc.models import Anatomy, evaluating, find_anatomy, find_model, 
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
 from lightning_mdc.policy_search.closeness import float_tensors
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, digest_of
+from lightning_mdc.policy_search.folder import SearchFolder, digest_of_batches
 from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_written
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
@@ -174,7 +172,7 @@ class MultiDimPruneCallback(Callback):
         self._watched: list[Any] | None = None  # batches of an iterable data set, while they are collected
         self._watched_in = 0  # the epoch
         self._steps_to_watch: int | None = None
-        self._journal: Path | None = None  # folder of the search that is run
+        self._folder: SearchFolder | None = None  # of the search of this fit
         self._before: list[tuple[Tensor, Tensor]] | None = None  # what compensation changed, with its dense values
         self._handover.unlink(missing_ok=True)
 
@@ -309,7 +307,7 @@ class MultiDimPruneCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A finite stream begins anew: what was seen once must not be judged on, too.
         if self._watched and self._watched_in == trainer.current_epoch:
-            self._decide_watched(trainer, pl_module)
+            self._decide_watched(trainer, pl_module)  # at the end of the last epoch, too: weights and masks go together
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mask(trainer, pl_module)
@@ -331,8 +329,8 @@ class MultiDimPruneCallback(Callback):
             save(self.slim_model(pl_module), self.save_to)
         if trainer.is_global_zero and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             torch.save(self.state_dict(), self._handover)
-        if trainer.is_global_zero and self._journal is not None:  # trials stay, for whoever starts the same fit again
-            (self._journal / _MOMENTS).unlink(missing_ok=True)
+        if trainer.is_global_zero and self._folder is not None:
+            self._folder.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unmask(pl_module)
@@ -386,7 +384,7 @@ class MultiDimPruneCallback(Callback):
     def _compression(self, pl_module: LightningModule) -> Compression:
         """The method on this model. Made once a fit: for a latency budget it may measure."""
         if self._task is None:
-            self._task = Compression(self.method, find_model(pl_module, self.submodule)[1])
+            self._task = Compression(self.method, pl_module, self.submodule)
         return self._task
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -472,7 +470,6 @@ class MultiDimPruneCallback(Callback):
             self._steps_to_watch = trainer.strategy.broadcast(math.ceil(steps / trainer.world_size), src=0)
         if len(self._watched) == self._steps_to_watch:
             self._decide_watched(trainer, pl_module)
-            self._advance(trainer, pl_module)
 
     def _decide_watched(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Of the batches kept so far the first ones are scored on, the last ones judged on."""
@@ -483,6 +480,7 @@ class MultiDimPruneCallback(Callback):
             judging = 0
         scored = max(1, round(len(batches) * images / (images + judging)))
         self._decide(trainer, pl_module, batches[:scored], batches[scored:])
+        self._advance(trainer, pl_module)
 
     # --- scoring and judging them ---------------------------------------------------------------------------------
 
@@ -492,18 +490,16 @@ class MultiDimPruneCallback(Callback):
         with trainer.precision_plugin.forward_context():
             return self.calibration_step(module, move_data_to_device(batch, device))  # type: ignore[arg-type]
 
-    def _score(self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Any]) -> Scores:
-        """Of all ranks' batches."""
-        scorer = self._compression(pl_module).scorer()
-        if scorer.needs.images:
-            shown = bar("Scoring", len(batches), shown=trainer.progress_bar_callback is not None)
-            with evaluating(pl_module), scorer.watching(), shown as advance:
-                for batch in batches:
-                    if not _is_short(scorer, batch):
-                        self._observe(trainer, pl_module, scorer, batch)
-                    advance()
-        scorer.sum_over_ranks()
-        return scorer.scores()
+    def _score(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batches: Sequence[Any]) -> None:
+        """Show the scorer this rank's batches."""
+        if not scorer.needs.images:
+            return
+        shown = bar("Scoring", len(batches), shown=trainer.progress_bar_callback is not None)
+        with evaluating(pl_module), scorer.watching(), shown as advance:
+            for batch in batches:
+                if not _is_short(scorer, batch):
+                    self._observe(trainer, pl_module, scorer, batch)
+                advance()
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batch: Any) -> Any:
         said: list[Any] = []
@@ -533,18 +529,23 @@ class MultiDimPruneCallback(Callback):
         """Score, search, compensate: from now on there is a plan. All ranks work, rank 0 decides."""
         task, is_quick = self._compression(pl_module), bool(getattr(trainer, "fast_dev_run", False))
         with isolated_rng():
+            first = partial(self._run, trainer, pl_module, scoring[0]) if len(scoring) else None
+            task = self._task = task.for_images(first)
             searches = task.policy is None and not is_quick
-            folder = self._search_folder(trainer, pl_module, [scoring, judging]) if searches else None
-            scores = on_first_rank(partial(_found_in, folder))
+            folder = self._folder = self._search_folder(trainer, pl_module, scoring, judging) if searches else None
+            scores = None if folder is None else on_first_rank(folder.scores)
             if scores is None:
-                scores = on_every_rank(partial(self._score, trainer, pl_module, scoring))
-                on_first_rank(partial(_leave_in, folder, scores))
+                scorer = task.scorer()
+                on_every_rank(partial(self._score, trainer, pl_module, scorer, scoring))
+                scorer.sum_over_ranks()
+                scores = scorer.scores()
+                if folder is not None:
+                    on_first_rank(partial(folder.keep, scores))
             evaluate = None if task.policy is not None else self._evaluation(trainer, pl_module, judging)
-            journal = (
-                None if folder is None else folder / f"trials-{digest_of(scores.tensors(), scores.criterion)}.jsonl"
-            )
             options = SearchOptions(
-                journal=journal, progress=trainer.progress_bar_callback is not None, say=rank_zero_info
+                journal=None if folder is None else folder.journal(scores),
+                progress=trainer.progress_bar_callback is not None,
+                say=rank_zero_info,
             )
             plan, self._search = task.decide(scores, evaluate, options, 1 if is_quick else None)
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
@@ -571,18 +572,16 @@ class MultiDimPruneCallback(Callback):
         return judge
 
     def _search_folder(
-        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Sequence[Any]]
-    ) -> Path | None:
+        self, trainer: Trainer, pl_module: LightningModule, *batches: Sequence[Any]
+    ) -> SearchFolder | None:
         """Where a search over these weights, options and images is kept; None where files cannot be."""
         root = str(trainer.default_root_dir)
         if "://" in root:
             rank_zero_info(f"{root} is no local folder: the search is not kept, and begins anew if it is killed")
             return None
-        images = gather(lambda: [_digest_of_batches(share) for share in batches])
-        weights = digest_of(pl_module.state_dict())
-        sha = hashlib.sha256(json.dumps([_options(self.method), self.submodule, weights, images]).encode())
-        self._journal = Path(root) / "mdc" / sha.hexdigest()[:16]
-        return self._journal
+        images = gather(lambda: [digest_of_batches(share) for share in batches])
+        settings = {name: value for name, value in vars(self.method).items() if name != "n_trials"}
+        return SearchFolder(Path(root) / "mdc", settings, self.submodule, digest_of(pl_module.state_dict()), images)
 
     def _compensate(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, moments: Moments) -> None:
         """Refit what reads units that leave, in the model and in the averages of it that callbacks keep."""
@@ -731,54 +730,6 @@ def _is_short(scorer: Scorer, batch: Any) -> bool:
     if not scorer.needs.equal_batches or images is None or scorer.sums["batches"] == 0:
         return False
     return images != int(scorer.sums["images"] / scorer.sums["batches"])
-
-
-# --- the folder of a search -------------------------------------------------------------------------------------------
-
-_SCORES, _MOMENTS = "scores.safetensors", "moments.safetensors"
-
-
-def _found_in(folder: Path | None) -> Scores | None:
-    """The scores that a killed search rests on, with their moments; None if they are not all there."""
-    if folder is None or not (folder / _MOMENTS).exists():
-        return None
-    try:
-        return Scores.load(folder / _SCORES).with_moments(Moments.load(folder / _MOMENTS))
-    except MdcError as error:
-        rank_zero_warn(f"{error}; scoring again")
-        return None
-
-
-def _leave_in(folder: Path | None, scores: Scores) -> None:
-    if folder is not None and scores.moments is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        scores.save(folder / _SCORES)
-        scores.moments.save(folder / _MOMENTS)
-
-
-def _options(method: Method) -> dict[str, Any]:
-    """All of a method that makes it another search, in JSON's types."""
-    known = {name: value for name, value in vars(method).items() if name not in ("policy", "n_trials")}
-    return {name: _in_words(value) for name, value in known.items()}
-
-
-def _in_words(value: Any) -> Any:
-    """A setting in JSON's types: the same for equal ones in another process. Functions are told by their names."""
-    if isinstance(value, (str, int, float, type(None))):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_in_words(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _in_words(item) for key, item in sorted(value.items())}
-    kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-    return [f"{kind.__module__}.{kind.__qualname__}", _in_words(dict(getattr(value, "__dict__", {})))]
-
-
-def _digest_of_batches(batches: Sequence[Any]) -> str:
-    sha = hashlib.sha256()
-    for batch in batches:
-        sha.update(digest_of({str(i): t for i, t in enumerate(tree_leaves(batch)) if isinstance(t, Tensor)}).encode())
-    return sha.hexdigest()
 
 
 # --- settings, and what is left behind --------------------------------------------------------------------------------

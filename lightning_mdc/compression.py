@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget, InputSize, as_budget, image_size
 from lightning_mdc.budget.uniform import check_uniform, uniform_policy
+from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import (
     CompressionError,
     MdcError,
@@ -27,7 +29,7 @@ from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batc
 from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
-from lightning_mdc.policy_search.held_out import InPlace
+from lightning_mdc.policy_search.held_out import InPlace, running_as_written
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery import make_plan, slim
 from lightning_mdc.surgery.compensation import COMPENSATIONS, check_compensable
@@ -135,7 +137,8 @@ class Compression:
     def __init__(
         self, method: Method, module: nn.Module, submodule: str | None = None, input_size: InputSize | None = None
     ) -> None:
-        self.method, self.anatomy = method, find_anatomy(module, submodule)
+        self.method, self.module, self.submodule = method, module, submodule
+        self.anatomy = find_anatomy(module, submodule)
         self.input_size = size = image_size(input_size)
         self.policy: Policy | None = None
         self._space: PolicySpace | None = None
@@ -154,6 +157,29 @@ class Compression:
         else:
             self._dimensions, self._stages = _pruned(self.policy), self.anatomy.counts(self.policy).stages
         self.compensate = self._compensation()
+
+    def for_images(self, run: Callable[[], Any] | None) -> Compression:
+        """The same, priced for images of the size that the model is given when `run` runs, unless one was asked for.
+
+        In a distributed run all ranks have to ask, and rank 0's images count.
+        """
+        size = None if self.input_size is not None else on_first_rank(lambda: self._size_seen(run))
+        if size is None or self.anatomy.grid_of(size) == self.anatomy.grid:
+            return self
+        log.info("images are of %d x %d pixels, and priced as such", *size)
+        return Compression(self.method, self.module, self.submodule, size)
+
+    def _size_seen(self, run: Callable[[], Any] | None) -> tuple[int, int] | None:
+        seen: list[tuple[int, ...]] = []
+        if run is not None:
+            hook = self.anatomy.model.register_forward_pre_hook(lambda _, args: seen.extend(a.shape for a in args[:1]))
+            try:
+                with running_as_written(self.module):
+                    run()
+            finally:
+                hook.remove()
+        # Nothing is seen where only a part of it is called.
+        return (seen[0][-2], seen[0][-1]) if seen and len(seen[0]) == 4 else None
 
     @property
     def needs_judging(self) -> bool:
@@ -293,12 +319,13 @@ def compress(
     options = SearchOptions() if options is None else options
     task = Compression(method, model, submodule, input_size)
     scoring, judging = _shared_out(batches, method.calibration, judged=task.needs_judging)
+
+    def run(module: nn.Module, batch: Any) -> Any:
+        return module(on_device_of(task.anatomy, batch[0]))
+
+    task = task.for_images(partial(run, model, scoring[0]) if scoring else None)
     scores = scored_by(task.scorer(), model, scoring, progress=options.progress)
     if task.needs_judging:
-
-        def run(module: nn.Module, batch: Any) -> Any:
-            return module(on_device_of(task.anatomy, batch[0]))
-
         judge = InPlace(model, judging, run, prediction, submodule)
         log.info("%s", duration_in_words(judge, method.n_trials))
         evaluate = judge
@@ -310,10 +337,11 @@ def compress(
 
 def duration_in_words(judge: InPlace, n_trials: int) -> str:
     """How long a search will take, before it starts."""
-    minutes = n_trials * judge.seconds / 60
+    seconds = n_trials * judge.seconds
+    total = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
         f"searching: {n_trials} policies on {judge.images} images, which the dense model looked at in "
-        f"{judge.seconds:.1f} s; about {minutes:.0f} min" + (" or less" if minutes >= 1 else ", maybe less")
+        f"{judge.seconds:.1f} s, so about {total}, and what the search itself needs"
     )
 
 

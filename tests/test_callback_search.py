@@ -308,7 +308,8 @@ def test_a_search_that_is_stopped_goes_on_when_the_fit_is_started_again(how: str
 
     assert fit(tmp_path / "whole", 99) == 0
     code = fit(tmp_path / "cut", 3)
-    assert code == -signal.SIGKILL if how == "killed" else code != 0
+    assert code == (-signal.SIGKILL if how == "killed" else 0)  # Lightning calls it a good end to be told to stop
+    assert not (tmp_path / "cut" / "plan.json").exists()
     (journal,) = (tmp_path / "cut").rglob("trials-*.jsonl")
     safe = journal.read_text()
     done = len(read_study(journal).finished)
@@ -378,7 +379,8 @@ def test_two_ranks_share_the_work_and_end_with_one_plan(data: str, tmp_path: Pat
     for name in ("plan", "value", "weights"):
         assert first[name] == second[name]
     if data == "map":  # one batch to score on, one to judge on: by the dense model and by two trials
-        assert first["seen"] == second["seen"] == [16, 16, 16, 16]
+        assert second["seen"] == [16, 16, 16, 16]
+        assert first["seen"] == [16, *second["seen"]]  # what size images have
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
@@ -35,6 +36,19 @@ def test_it_is_the_sum_of_its_parts():
     assert mdc.macs(found.model) <= 0.6 * mdc.macs(model)
     assert found.scores.images == 16
     assert all(torch.equal(dense[name], value) for name, value in model.state_dict().items())
+
+
+def test_images_of_another_size_are_priced_as_such(caplog):
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 8, num_classes=4, embed_dim=32, depth=3, num_heads=4, dynamic_img_size=True)
+    large = torch.randn(24, 3, 48, 64)
+    with caplog.at_level("INFO"):
+        found = mdc.compress(model, large.split(8), n_trials=2)
+    assert "images are of 48 x 64 pixels" in caplog.text
+    assert all(
+        trial.macs == mdc.policy_macs(model, trial.policy, input_size=(48, 64)) <= 0.6 * mdc.macs(model, (48, 64))
+        for trial in found.search.history
+    )
 
 
 def test_of_few_images_two_thirds_score(caplog):

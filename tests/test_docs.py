@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ from lightning_mdc.__main__ import _parser
 from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.importance import criteria
 from lightning_mdc.tokens.reduction import REDUCTIONS
+from lightning_mdc.weights import load_weights
 from tests import strangers
 from tests.kinds import POST_NORM, images, make
 from tests.test_configs import settings
@@ -317,6 +319,18 @@ def slim(restore: bool | None = None) -> torch.nn.Module:
     return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.5), tokens))
 
 
+def foreign_pickle() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"state_dict": make().state_dict(), "hyper_parameters": SimpleNamespace()}, f"{folder}/a.ckpt")
+        load_weights(make(), f"{folder}/a.ckpt")
+
+
+def twins() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"student": make().state_dict(), "teacher": make().state_dict()}, f"{folder}/a.pth")
+        load_weights(make(), f"{folder}/a.pth")
+
+
 def under_fsdp() -> None:
     trainer: Any = SimpleNamespace(strategy=FSDPStrategy())
     mdc.MultiDimPruneCallback().setup(trainer, strangers.Stranger(), "fit")
@@ -334,6 +348,8 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "shards parameters": under_fsdp,
     "cannot be expressed by constructor arguments": lambda: mdc.save(with_a_head_of_its_own(), "x"),
     "there is no full feature map to return": lambda: slim(restore=False).forward_intermediates(images()),
+    "holds more than weights": foreign_pickle,
+    "holds several networks that fit": twins,
     "size mismatch for blocks.0.attn.qkv.weight": lambda: make().load_state_dict(slim().state_dict()),
     "has to be given, e.g.": lambda: settings("budget=???"),
 }

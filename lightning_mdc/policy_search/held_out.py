@@ -225,8 +225,7 @@ class InPlace(Judge):
     ) -> None:
         self.module, self.batches, self._run = module, batches, run
         self._dense = find_model(module, submodule)[1]
-        own = sum(num_images(batch) or 0 for batch in batches)
-        self.images = sum(gather(lambda: own))
+        self.images = sum(gather(lambda: sum(num_images(batch) or 0 for batch in batches)))
         if not self.images:
             raise SearchError("there are no held-out images to judge policies on; give batches of some")
         begun = time.perf_counter()
