@@ -1,4 +1,4 @@
-"""``mdc``, which is also ``python -m lightning_mdc``: a run, its report, and the export of a model it left.
+"""``mdc``, which is also ``python -m lightning_mdc``: a run and its report, a model made smaller in one go, an export.
 
 What a command needs is imported when it is given, so that the help is there at once.
 """
@@ -10,6 +10,7 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_mdc.errors import MdcError
 
@@ -25,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     given = _parser().parse_args(words)
     try:
-        path = _report(given.runs, given.output) if given.command == "report" else _export(given.model, given.output)
+        given.do(given)
     except (MdcError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(path)
-    if given.command == "report" and given.open:
-        webbrowser.open(path.absolute().as_uri())
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, help="the page that compares several runs (default: comparison.html, here)"
     )
     report.add_argument("--open", action="store_true", help="show the page in the browser")
+    report.set_defaults(do=_report)
+    _add_compress(commands)
     export = commands.add_parser(
         "export",
         help="write a saved model as one file that runs without this package",
@@ -64,33 +67,115 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("model", type=Path, metavar="DIR", help="folder with model.safetensors and config.json")
     export.add_argument("output", type=Path, metavar="OUT", help="the file: NAME.onnx, or NAME.pt2 for torch.export")
+    export.set_defaults(do=_export)
     return parser
 
 
-def _report(runs: Sequence[Path], output: Path | None) -> Path:
-    """Write the page; returns where it is."""
-    if len(runs) > 1:
+def _add_compress(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compress",
+        help="make a model smaller that is trained already",
+        description=_COMPRESS,
+        epilog=_COMPRESS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("the model")
+    add, of_weights = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    what = (
+        "a name of timm's, or a folder that mdc.save or mdc train wrote, or one in the layout of the Hugging Face hub"
+    )
+    add("--model", required=True, metavar="NAME|DIR", help=what)
+    what = "weights for a NAME: .safetensors, .pth, .ckpt; the head is that of the file"
+    of_weights("--checkpoint", metavar="FILE", help=what)
+    of_weights("--pretrained", action="store_true", help="timm's own weights for a NAME, which it downloads")
+    of_weights("--random-weights", action="store_true", help="none, to try things out: the result is good for nothing")
+    add("--num-classes", type=int, metavar="N", help="of the head (default: the weights'); 0: no head, features")
+    add("--img-size", type=int, metavar="PIXELS", help="side of the images (default: the model's)")
+
+    add = parser.add_argument_group("the images").add_argument
+    what = "folder of training images, or of class folders, or an uncompressed .tar of one; labels are not needed"
+    add("--data", required=True, metavar="PATH", help=what)
+    add("--images", type=int, metavar="N", help="to score units on (default: 512)")
+    add("--judging", type=int, metavar="N", help="others, to judge policies on (default: 512)")
+    add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that read images (default: %(default)s)")
+
+    add = parser.add_argument_group("how small, and how").add_argument
+    what = "of the dense MACs to keep, a fraction, or an absolute number above 1 (default: 0.6)"
+    add("--budget", type=float, metavar="X", help=what)
+    add("--params", type=float, metavar="X", help="the same of the parameters; all limits hold together")
+    what = "the same of the time for an image on this device, which is measured: 0.6, 1.8ms, 250us"
+    add("--latency", type=_limit, metavar="X", help=what)
+    what = "searched; uniform, the same share everywhere, there at once; or a policy.json (default: %(default)s)"
+    add("--policy", default="searched", metavar="WHICH", help=what)
+    add("--criterion", default="conditional", metavar="NAME", help="what ranks units (default: %(default)s)")
+    add("--trials", type=int, metavar="N", help="policies to try (default: 40)")
+    add("--compensate", choices=("lstsq", "none"), help="refit what stays by least squares (default: where possible)")
+    what = "what may leave, of heads,neurons,tokens (default: all; heads,neurons for features)"
+    add("--dimensions", metavar="LIST", help=what)
+    add("--restore", action="store_true", help="give every image position a token again at the end, for dense outputs")
+
+    add = parser.add_argument_group("where").add_argument
+    add("--out", required=True, metavar="DIR", help="new or empty, or where this command was killed")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: a GPU if there is one)")
+    add("--seed", type=int, default=0, metavar="N", help="of the sample and the search (default: %(default)s)")
+    parser.set_defaults(do=_compress)
+
+
+_COMPRESS = """\
+Make a trained vision transformer physically smaller, under a budget.
+
+It scores heads, neurons and tokens on images, searches how much each block gives up, judging each policy by how close
+the output stays to the dense model's, and refits what stays. No labels, no training. The same command goes on after it
+was killed. --out is left with slim/ (for mdc.load), plan.json, policy.json, search.jsonl and pictures."""
+_COMPRESS_EXAMPLES = """\
+examples:
+  mdc compress --model vit_small_patch16_224 --checkpoint mine.ckpt --data photos --out smaller
+  mdc compress --model deit_small_patch16_224 --pretrained --data imagenet/train --budget 0.5 --out half
+  mdc compress --model runs/digits/2026-01-31_12-00-00/dense --data photos.tar --latency 1.8ms --out fast"""
+
+
+def _limit(text: str) -> float | str:
+    """A number, or a time with its unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _compress(given: argparse.Namespace) -> None:
+    from lightning_mdc.app.compress import run
+
+    run(given)
+
+
+def _report(given: argparse.Namespace) -> None:
+    """Write the page, and say where it is."""
+    if len(given.runs) > 1:
         from lightning_mdc.app.report.write import write_comparison
 
-        path = output or Path("comparison.html")
-        print(f"{write_comparison(runs, path).title}")
-        return path
-    if output is not None:
-        raise MdcError(f"--output={output}: a single run's report goes into its folder; leave it out")
-    from lightning_mdc.app.report.write import write_report
+        path = given.output or Path("comparison.html")
+        print(f"{write_comparison(given.runs, path).title}")
+    elif given.output is not None:
+        raise MdcError(f"--output={given.output}: a single run's report goes into its folder; leave it out")
+    else:
+        from lightning_mdc.app.report.write import write_report
 
-    print(write_report(runs[0]).verdict)
-    return runs[0] / "report.html"
+        path = given.runs[0] / "report.html"
+        print(write_report(given.runs[0]).verdict)
+    print(path)
+    if given.open:
+        webbrowser.open(path.absolute().as_uri())
 
 
-def _export(folder: Path, output: Path) -> Path:
-    """Write the program; returns where it is."""
+def _export(given: argparse.Namespace) -> None:
+    """Write the program, and say where it is."""
     from lightning_mdc.artifact import load
     from lightning_mdc.export import export_model
 
-    made = export_model(load(folder), output)
+    made = export_model(load(given.model), given.output)
     print(f"{made.format}, {made.size / 1e6:.2f} MB, logits within {made.difference:.1g} of the model's")
-    return made.path
+    print(made.path)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,19 @@ def load_weights(
         model.load_state_dict(fitted(model, _read(path, what, error), what, error, new_head=new_head), strict=False)
 
 
+def classes_in(
+    path: str | Path, model: nn.Module, name: str = "checkpoint", error: type[MdcError] = ArtifactError
+) -> int | None:
+    """How many classes the head tells apart that the file at `path` has for `model`; 0 if it has none, None for arrays
+    of JAX. Else as `load_weights`.
+    """
+    what = f"{name}={str(path)!r}"
+    if Path(path).suffix.lower() == ".npz":
+        return None
+    _, found = _found(model, _read(path, what, error), model.state_dict(), what, error)
+    return next((len(found[f"{head}weight"]) for head in _heads(model) if f"{head}weight" in found), 0)
+
+
 def fitted(
     model: nn.Module, tensors: _Tensors, what: str, error: type[MdcError], *, new_head: bool = True
 ) -> dict[str, Tensor]:

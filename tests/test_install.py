@@ -88,7 +88,7 @@ def test_mdc_says_what_it_can_without_loading_anything():
     loaded = f"try: {script}\nexcept SystemExit: print(sorted({{'torch', 'hydra', 'numpy'}} & set(sys.modules)))"
     *lines, modules = run(sys.executable, "-c", loaded, cwd=ROOT).splitlines()
     assert modules == "[]"
-    assert [line.split()[0] for line in lines if line.startswith("    ")] == ["train", "report", "export"]
+    assert [line.split()[0] for line in lines if line.startswith("    ")] == ["train", "report", "compress", "export"]
 
 
 @pytest.mark.slow

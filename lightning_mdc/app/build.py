@@ -85,7 +85,7 @@ def build_data(settings: Settings) -> ImageDataModule:
     if side is not None:
         more["img_size"] = side
     if "data_config" in data and data["data_config"] is None and model["name"] is not None:
-        _check_name(model["name"])
+        check_name("model.name", model["name"])
         cfg = timm.get_pretrained_cfg(model["name"])
         more["data_config"] = {} if cfg is None else cfg.to_dict()
     return made("data", ImageDataModule, data, **more)
@@ -105,7 +105,7 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
     facts = {"img_size": size, "in_chans": data.in_chans, "num_classes": data.num_classes}
     args = {key: value for key, value in {**model["args"], **facts}.items() if value is not None}
     if model["name"] is not None:
-        _check_name(model["name"])
+        check_name("model.name", model["name"])
     elif model["pretrained"]:
         raise ConfigError("model.pretrained=true, but model.name=null: weights belong to a name; give model.name")
     try:
@@ -134,11 +134,16 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
     return network
 
 
-def _check_name(name: Any) -> None:
+def check_name(argument: str, name: Any) -> None:
+    """Refuse what is no model of timm; `argument` is what it was given as.
+
+    Raises:
+        ConfigError: with names that are much like it.
+    """
     if not isinstance(name, str) or not timm.is_model(name):
         close = difflib.get_close_matches(str(name), timm.list_models("*vit*") + timm.list_models("deit*"), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them all"
-        raise ConfigError(f"model.name={name!r} is no model of timm; {hint}")
+        raise ConfigError(f"{argument}={name!r} is no model of timm; {hint}")
 
 
 def _note_preprocessing(network: nn.Module, data: ImageDataModule) -> None:

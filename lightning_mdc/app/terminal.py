@@ -1,4 +1,4 @@
-"""How ``mdc train`` speaks: the flags of its command line, its lines as a file, and what is said when it ends early."""
+"""How the command line speaks: the flags of ``mdc train``, its lines as a file, and what is said when it ends early."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from lightning_mdc.app.settings import flat, may_be
 from lightning_mdc.distributed import is_first
 from lightning_mdc.errors import MdcError, error_chain
+from lightning_mdc.progress import Screen
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,20 @@ class FirstRank(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return rank_zero_only.rank == 0 or record.levelno >= logging.WARNING  # type: ignore[attr-defined]
+
+
+@contextmanager
+def on_screen() -> Iterator[None]:
+    """Inside, our lines and other people's warnings are shown as ``conf/hydra/job_logging`` has it for a run."""
+    screen, root, ours = Screen(), logging.getLogger(), logging.getLogger("lightning_mdc")
+    before = ours.level
+    root.addHandler(screen)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(screen)
+        ours.setLevel(before)
 
 
 class LogFile(logging.FileHandler):

@@ -153,6 +153,15 @@ class ImageFolderDataModule(ImageDataModule):
             class_names=names,
         )
 
+    def every_image(self) -> tuple[ImageView, tuple[str, ...]]:
+        """All images of ``split`` under the evaluation transforms, wherever they lie, and the classes that their labels
+        mean: none where there are not two or more class folders, and no image outside them."""
+        source = self._open("root", self.root, self.split, is_training=True)
+        labels, names = _labels(source), self.given_class_names or _names_of(source) or ()
+        mode = "L" if self.in_chans == 1 else "RGB"
+        view = ImageView(source, np.arange(len(labels)), labels, self.eval_transform, mode)
+        return view, names if len(names) > 1 and "" not in names else ()
+
     def _cap(self, name: str, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return cap_indices(indices, labels, getattr(self, name), self.split_seed, name)
 
