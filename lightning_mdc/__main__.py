@@ -127,7 +127,7 @@ Make a trained vision transformer physically smaller, under a budget.
 
 It scores heads, neurons and tokens on images, searches how much each block gives up, judging each policy by how close
 the output stays to the dense model's, and refits what stays. No labels, no training. The same command goes on after it
-was killed. --out is left with slim/ (for mdc.load), plan.json, policy.json, search.jsonl and pictures."""
+was killed. --out is left with the slim model (for mdc.load), plan.json, policy.json, search.jsonl and pictures."""
 _COMPRESS_EXAMPLES = """\
 examples:
   mdc compress --model vit_small_patch16_224 --checkpoint mine.ckpt --data photos --out smaller

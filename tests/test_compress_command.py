@@ -94,7 +94,7 @@ def test_it_leaves_what_the_parts_give(finished, photos, dense):
     plan = Plan.from_json((out / "plan.json").read_text())
     assert plan == expected.plan
     assert mdc.Policy.load(out / "policy.json") == expected.policy
-    slim = mdc.load(out / "slim")
+    slim = mdc.load(out)
     judged, answers = shown[SCORED : SCORED + JUDGED], labels[SCORED : SCORED + JUDGED]
     with torch.no_grad():
         before, after = model(judged).log_softmax(-1), slim(judged).log_softmax(-1)
@@ -110,8 +110,8 @@ def test_it_leaves_what_the_parts_give(finished, photos, dense):
     right = [f"{int((each.argmax(1) == answers).sum())}/{JUDGED}" for each in (before, after)]
     assert re.findall(r"\d+/\d+", rows["top-1"]) == right
     assert said.out.splitlines()[-2:] == [
-        f"load it:   mdc.load('{out / 'slim'}')",
-        f"export it: mdc export {out / 'slim'} slim.onnx",
+        f"load it:   mdc.load('{out}')",
+        f"export it: mdc export {out} slim.onnx",
     ]
     assert "4 of 4 trials" in said.out
     assert said.err == ""
@@ -140,7 +140,7 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(
     out = tmp_path / "out"
     words = ["--model", dense, "--data", photos, "--trials", 4, "--out", out, *FEW]
     killed_after(2, monkeypatch, *words)
-    assert not (out / "slim").exists()
+    assert not (out / "config.json").exists()
     before = read_study(out / "search.jsonl").finished
     assert len(before) == 2
 
@@ -155,7 +155,7 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(
     assert read_study(out / "search.jsonl").finished[:2] == before
     whole, _ = finished
     assert (out / "plan.json").read_text() == (whole / "plan.json").read_text()
-    assert (out / "slim" / "model.safetensors").read_bytes() == (whole / "slim" / "model.safetensors").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
     again = mdc_compress(*words)
     assert again.code == 1
@@ -183,7 +183,7 @@ def test_a_name_gets_the_weights_of_a_file_and_its_head(head, photos, tmp_path, 
     own.reset_classifier(0) if not classes else None
     shown = images(size=48)
     with torch.no_grad():
-        torch.testing.assert_close(mdc.load(tmp_path / "out" / "slim")(shown), own(shown))
+        torch.testing.assert_close(mdc.load(tmp_path / "out")(shown), own(shown))
 
 
 def test_a_head_that_is_new_is_said_to_answer_at_random(photos, tmp_path, nothing_drawn):
@@ -210,7 +210,7 @@ def test_a_folder_of_the_hub_and_images_without_classes_or_in_a_tar(kind, photos
     said = mdc_compress("--model", tmp_path / "hub", "--data", data, "--budget", 1, "--out", tmp_path / "out", *QUICK)
     assert said.code == 0, said.err
     assert ("top-1" in said.out) == (kind == "tar")
-    slim: Any = mdc.load(tmp_path / "out" / "slim")
+    slim: Any = mdc.load(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(slim(images()), own(images()))
     assert slim.pretrained_cfg.get("label_names") == (list("0123456") if kind == "tar" else None)

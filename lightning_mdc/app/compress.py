@@ -26,7 +26,7 @@ from lightning_mdc.app.data.image_view import ImageView
 from lightning_mdc.app.report.tables import Table, count
 from lightning_mdc.app.terminal import on_screen
 from lightning_mdc.app.trainer import REFUSALS
-from lightning_mdc.artifact import CONFIG, check_savable
+from lightning_mdc.artifact import CONFIG, WEIGHTS, check_savable
 from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import CompressionError, ConfigError, DataError, SearchError, check_whole
 from lightning_mdc.figures.numbers import scaled
@@ -43,7 +43,8 @@ from lightning_mdc.weights import classes_in, load_weights
 log = logging.getLogger(__name__)
 
 # In the folder that it leaves.
-SLIM, JOURNAL, PLAN, POLICY = "slim", "search.jsonl", "plan.json", "policy.json"
+JOURNAL, PLAN, POLICY = "search.jsonl", "plan.json", "policy.json"
+_UNFINISHED = ".slim"
 _PICTURES = PLAN_PICTURE, SEARCH_PICTURE = "plan.png", "search.png"
 
 
@@ -59,7 +60,7 @@ def run(given: Namespace) -> None:
     with on_screen(), isolated_rng():
         seed_all(given.seed)  # what no weights are given for is the same when the command is started again
         network = build_network(given).eval()
-        check_savable(network, out / SLIM)
+        check_savable(network, out / _UNFINISHED)
         log.info(
             "%s: %sMACs, %s parameters, on %s",
             *(type(network).__name__, scaled(mdc.macs(network)), f"{num_params(network):,}", device),
@@ -69,7 +70,7 @@ def run(given: Namespace) -> None:
         _leave(found, network, out, sample.class_names)
         title = "before finetuning, by the images to judge on"
         progress.console().print(_comparison(network, found.model, sample).rich(title))
-    where = str(out / SLIM)
+    where = str(out)
     print(f"{where}\nload it:   mdc.load({where!r})\nexport it: mdc export {shlex.quote(where)} slim.onnx")
 
 
@@ -83,19 +84,21 @@ def _check_free(out: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "may not be written to" if there.is_dir() else "is a file"
         raise ConfigError(f"{what} cannot be made: {there} {reason}; give another folder")
-    if (out / SLIM).exists():
+    if (out / CONFIG).exists():
         raise ConfigError(
-            f"{what} holds a finished model, {out / SLIM}; give another folder, or remove that one to go on from what "
-            "was searched"
+            f"{what} holds a finished model; give another folder, or remove its {CONFIG} to go on from what was "
+            "searched"
         )
     names = {path.name for path in out.iterdir()} if out.exists() else set()
-    others = [name for name in sorted(names - {PLAN, POLICY, *_PICTURES}) if not name.startswith((".", JOURNAL))]
+    others = [
+        name for name in sorted(names - {PLAN, POLICY, WEIGHTS, *_PICTURES}) if not name.startswith((".", JOURNAL))
+    ]
     if others:
         raise ConfigError(f"{what} holds something else ({', '.join(others[:3])}); give an empty or new folder")
 
 
 def _leave(found: mdc.Compressed, dense: nn.Module, out: Path, class_names: tuple[str, ...]) -> None:
-    """Write it all; the slim model last, by which the folder is known to be finished."""
+    """Write it all; last the file of the slim model by which the folder is known to be finished."""
     write_text(out / PLAN, found.plan.to_json())
     write_text(out / POLICY, found.policy.to_json())
     costs = CostModel(find_anatomy(dense))
@@ -103,7 +106,10 @@ def _leave(found: mdc.Compressed, dense: nn.Module, out: Path, class_names: tupl
     if found.search is not None:
         study = read_study(out / JOURNAL)
         save_figure(progress_figure(study.trials, study.header["direction"], "closeness"), out / SEARCH_PICTURE)
-    mdc.save(found.model, out / SLIM, class_names=list(class_names) or None)
+    mdc.save(found.model, out / _UNFINISHED, class_names=list(class_names) or None)
+    for name in (WEIGHTS, CONFIG):
+        (out / _UNFINISHED / name).replace(out / name)
+    (out / _UNFINISHED).rmdir()
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
