@@ -345,8 +345,8 @@ def duration_in_words(judge: InPlace, n_trials: int) -> str:
     seconds = n_trials * judge.seconds
     total = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
-        f"searching: {n_trials} policies on {judge.images} images, which the dense model looked at in "
-        f"{judge.seconds:.1f} s, so about {total}, and what the search itself needs"
+        f"searching: {n_trials} policies, each judged on {judge.images} images, which take the dense model "
+        f"{judge.seconds:.1f} s; about {total} in all, and the search's own time"
     )
 
 
