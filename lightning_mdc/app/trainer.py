@@ -46,7 +46,7 @@ from lightning_mdc.randomness import rng_state, set_rng_state
 log = logging.getLogger(__name__)
 
 # Keys of a training's settings that are said to the step or to the Trainer, not to the training module.
-_NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "ema_decay")
+_NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "ema_decay", "recipe")
 
 # Of the Trainer's arguments, those that a machine can be without.
 _WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
