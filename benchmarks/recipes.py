@@ -6,10 +6,10 @@
     .venv/bin/python benchmarks/recipes.py --run RUN --work FOLDER      # a run at a time; goes on where it was stopped
     .venv/bin/python benchmarks/recipes.py --quick                      # digits, three recipes; trains the dense model
 
-Slim is cut uniformly to 60 % of the MACs and compensated. Slim and dense are trained by each recipe as ``distill`` does,
-under the dense teacher and with the augmentation of the run, for a few epochs, and are tested before and after: rates
-over two decades for AdamW and Muon, with and without layer decay, and around the default without gradient clipping and
-with an average of the weights. Rows of one seed: differences within the standard error that stands below are chance.
+Slim is cut uniformly to 60 % of the MACs and compensated. Slim and dense are trained by each recipe as ``distill``
+does, under the dense teacher and with the augmentation of the run, for a few epochs, and are tested before and after:
+rates over two decades for AdamW and Muon, which begin and end at a fiftieth, with and without layer decay, and around
+the default without gradient clipping and with an average of the weights.
 
 Every finished row is kept in ``--work``. Leaves ``benchmarks/results/recipes.json`` and ``.png`` and the table in
 ``docs/benchmarks.md``.
@@ -63,7 +63,8 @@ class Recipe:
     ema: float | None = None
 
     def __str__(self) -> str:
-        name = f"{'AdamW' if self.opt == 'adamw' else self.opt.capitalize()} {self.lr:.0e}".replace("e-0", "e-")
+        rate = f"{self.lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
+        name = f"{'AdamW' if self.opt == 'adamw' else self.opt.capitalize()} {rate}"
         decay = f", layer decay {self.layer_decay}" if self.layer_decay not in (None, 1.0) else ""
         return name + decay + ("" if self.clip else ", not clipped") + (f", EMA {self.ema}" if self.ema else "")
 
@@ -201,7 +202,8 @@ class Benchmark:
         options, epochs = self.settings["distillation"], self.asked.epochs
         kinds = {name: options[name] for name in ("kd", "kd_weight", "temperature", "label_smoothing")}
         kinds |= training(options, epochs)
-        kinds["optimizer"] |= {"opt": recipe.opt, "lr": recipe.lr, "layer_decay": recipe.layer_decay}
+        kinds["optimizer"] = kinds["optimizer"] | {key: getattr(recipe, key) for key in ("opt", "lr", "layer_decay")}
+        kinds["schedule"] |= {"warmup_lr": recipe.lr / 50, "min_lr": recipe.lr / 50}
         # The same order of images and the same augmentation for all.
         L.seed_everything(0, verbose=False)
         trainer = L.Trainer(
@@ -303,8 +305,8 @@ def note(name: str, run: dict[str, Any]) -> str:
     """One run in words."""
     return (
         f"- {name}: {run['model']}, {run['macs'] / 1e6:.1f} MMACs, {run['params'] / 1e6:.2f} M parameters; slim has "
-        f"{100 * run['budget']:.0f} % of the MACs. {run['epochs']} epoch(s) of {run['train_images']} training images in "
-        f"batches of {run['batch_size']}, {run['precision']}; {run['test_images']} test images, one standard error "
+        f"{100 * run['budget']:.0f} % of the MACs. {run['epochs']} epoch(s) of {run['train_images']} training images "
+        f"in batches of {run['batch_size']}, {run['precision']}; {run['test_images']} test images, one standard error "
         f"{noise(run):.1f} points."
     )
 
@@ -313,7 +315,12 @@ def figure(found: dict[str, Any]) -> Figure:
     """What each rate adds to slim, by optimizer and layer decay: a panel per run."""
     runs = {name: run for name, run in found["runs"].items() if run["rows"]}
     picture, panels = new_figure(3.6 * max(1, len(runs)), 3.4, 1, max(1, len(runs)))
-    kinds = {("adamw", 0.75): "#0072B2", ("adamw", None): "#56B4E9", ("muon", 0.75): "#D55E00", ("muon", None): "#E69F00"}
+    kinds = {
+        ("adamw", 0.75): "#0072B2",
+        ("adamw", None): "#56B4E9",
+        ("muon", 0.75): "#D55E00",
+        ("muon", None): "#E69F00",
+    }
     for panel, (name, run) in zip(panels, runs.items(), strict=False):
         for (opt, decay), colour in kinds.items():
             rows = [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_mdc.errors import ConfigError, check_one_of
 
-Settings = dict[str, Any]
+Settings = Mapping[str, Any]
 
 # The steps that train, by their groups of settings.
 TRAININGS = ("dense", "sharing", "distillation")
@@ -14,19 +15,19 @@ TRAININGS = ("dense", "sharing", "distillation")
 AUTO, SCRATCH, FINETUNE = "auto", "scratch", "finetune"
 
 
-def completed(settings: Settings) -> Settings:
+def completed(settings: Settings) -> dict[str, Any]:
     """`settings` with each training's optimizer and schedule over those of its recipe; what neither says stays None.
 
     Raises:
         ConfigError: there is no recipe of that name.
     """
-    return settings | {training: _completed(settings, training) for training in TRAININGS}
+    return {**settings, **{training: _completed(settings, training) for training in TRAININGS}}
 
 
-def _completed(settings: Settings, training: str) -> Settings:
+def _completed(settings: Settings, training: str) -> dict[str, Any]:
     own, recipe = settings[training], settings["recipes"][recipe_of(settings, training)[0]][training]
     said = {part: {k: v for k, v in own[part].items() if v is not None} for part in recipe}
-    return own | {part: own[part] | recipe[part] | said[part] for part in recipe}
+    return {**own, **{part: own[part] | recipe[part] | said[part] for part in recipe}}
 
 
 def recipe_of(settings: Settings, training: str) -> tuple[str, str]:
@@ -57,3 +58,9 @@ def described(settings: Settings, training: str) -> str:
     optimizer = settings[training]["optimizer"]
     values = (f"{key} {value}" for key in ("lr", "layer_decay") if (value := optimizer.get(key)) is not None)
     return f"recipe {name}, {why}: {', '.join((str(optimizer['opt']), *values))}"
+
+
+def remedy(settings: Settings, training: str) -> str:
+    """What to change where a training does harm."""
+    lower = f"lower {training}.optimizer.lr={settings[training]['optimizer']['lr']}"
+    return lower if recipe_of(settings, training)[0] == FINETUNE else f"give {training}.recipe={FINETUNE}, or {lower}"

@@ -38,7 +38,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key}=??? has to be given, e.g. {error.full_key}=VALUE") from error
     except ConfigKeyError as error:
         section = str(error.full_key).rpartition(".")[0]
-        known = ", ".join(f"{section}.{each.name}".strip(".") for each in fields(error.object_type))
+        known = ", ".join(f"{section}.{each.name}".strip(".") for each in fields(error.object_type))  # type: ignore[arg-type]
         raise ConfigError(f"there is no setting {error.full_key!r}; there are {known}") from error
     except ValidationError as error:
         raise _refused(str(error.full_key).partition("[")[0], cfg) from error
