@@ -115,8 +115,8 @@ def main() -> None:
         torch.set_num_threads(asked.threads)
     results = folder_of(asked.quick)
     path = results / "recipes.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not asked.quick else {"runs": {}}
     if asked.quick:
+        path.unlink(missing_ok=True)
         asked.recipes, asked.work = asked.recipes or 3, asked.work or results / "recipes-work"
         shutil.rmtree(asked.work, ignore_errors=True)  # rows of older code
     elif asked.run is None and not asked.table_only:
@@ -124,12 +124,19 @@ def main() -> None:
     if not asked.table_only:
         benchmark = Benchmark(asked.run or digits_run(), asked)
         for measured in benchmark.measured():
-            found["runs"][benchmark.name] = measured
+            found = {"runs": stored(path)["runs"] | {benchmark.name: measured}}  # others may write theirs meanwhile
             write_json(path, found | {"targets": [target.facts() for target in judged(found)]})
+    found = stored(path)
     print(text(found))
     save_figure(figure(found), results / "recipes.png")
     if not asked.quick:
         write_pages("recipes", found)
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """What was measured of all runs so far."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    return found
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -167,7 +174,7 @@ class Benchmark:
             "test_images": len(self.test[1]),
             "batch_size": self.data.batch_size,
             "before": {},
-            "in_force": str(Recipe(optimizer["opt"], optimizer["lr"], optimizer["layer_decay"])),
+            "in_force": str(Recipe(optimizer["opt"], optimizer["lr"], optimizer.get("layer_decay"))),
             "rows": rows,
         }
         starts = {"slim": self.slim(), "dense": self.dense}

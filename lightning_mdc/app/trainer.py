@@ -332,7 +332,9 @@ class BestEpoch(ModelCheckpoint):
         return None if self.best_model_score is None else float(self.best_model_score)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.before = float(trainer.callback_metrics["val/top1"])
+        top1 = trainer.callback_metrics.get("val/top1")  # there is none without held-out images
+        if top1 is not None and trainer.global_step == 0:  # else it is that of a resumed training
+            self.before = float(top1)
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         return super().check_monitor_top_k(trainer, current) or bool(current == self.best_model_score)

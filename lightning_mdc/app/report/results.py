@@ -117,7 +117,7 @@ class Results:
                 Result(**{**row, "latency": {int(size): value for size, value in row["latency"].items()}})
                 for row in fields["rows"]
             )
-            results = cls(rows=rows, name=fields["name"], device=fields["device"], harm=tuple(fields["harm"]))
+            results = cls(rows=rows, name=fields["name"], device=fields["device"], harm=tuple(fields.get("harm", ())))
             if not (results.of(DENSE) and results.of(SLIM)) or any(not row.images or not row.latency for row in rows):
                 raise ValueError("dense or slim is missing, or was not measured")
             return results
