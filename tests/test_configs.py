@@ -69,7 +69,8 @@ def test_what_the_tests_compose_is_what_hydra_does(overrides):
 def test_the_groups_are_those_of_the_package():
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     assert groups == {
-        *("data", "distillation", "experiment", "hydra", "importance", "logger", "model", "surgery", "trainer"),
+        *("data", "distillation", "experiment", "hydra", "importance", "logger", "model", "recipes", "surgery"),
+        "trainer",
     }
 
 
