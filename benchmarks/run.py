@@ -29,7 +29,18 @@ from targets import Target, verdicts
 
 HERE = Path(__file__).resolve().parent
 # In the order in which people ask: what does it cost, how fast does it get, how good does it stay.
-SCRIPTS = ("scoring", "slim_speed", "training", "search", "search_models", "latency", "scale", "criteria", "accuracy")
+SCRIPTS = (
+    "scoring",
+    "slim_speed",
+    "training",
+    "search",
+    "search_models",
+    "latency",
+    "scale",
+    "criteria",
+    "accuracy",
+    "recipes",
+)
 MINUTES = 15  # what all quick forms together may take on two cores
 RESUMABLE = ("slim_speed",)  # those that have to be told to go on; others know by themselves what is finished
 STOPPED = "was stopped"

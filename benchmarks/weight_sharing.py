@@ -226,7 +226,8 @@ def training(options: dict[str, Any], epochs: int) -> dict[str, Any]:
     """Optimizer and schedule of a run's settings, for so many epochs; as `build` shortens the warm-up."""
     schedule = dict(options["schedule"])
     schedule["warmup_epochs"] = min(schedule["warmup_epochs"], epochs / 5)
-    return {"optimizer": options["optimizer"], "schedule": schedule}
+    # Runs from before there was a layer decay had none.
+    return {"optimizer": {"layer_decay": None, **options["optimizer"]}, "schedule": schedule}
 
 
 def labelled(loader: Any, most: int | None) -> Images:

@@ -11,11 +11,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lightning_mdc.app import build
+from lightning_mdc.app import build, recipes
 from lightning_mdc.app.fingerprints import relevant
 from lightning_mdc.app.settings import plain
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.trainer import check_training
+from lightning_mdc.distillation.optimization import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from lightning_mdc.errors import CalibrationError, ConfigError, error_chain
 from lightning_mdc.importance import Criterion
 from tests import composing
@@ -68,7 +69,8 @@ def test_what_the_tests_compose_is_what_hydra_does(overrides):
 def test_the_groups_are_those_of_the_package():
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     assert groups == {
-        *("data", "distillation", "experiment", "hydra", "importance", "logger", "model", "surgery", "trainer"),
+        *("data", "distillation", "experiment", "hydra", "importance", "logger", "model", "recipes", "surgery"),
+        "trainer",
     }
 
 
@@ -106,6 +108,12 @@ def test_a_data_group_brings_its_model_unless_one_is_chosen():
         ("latency=fast", "latency='fast': expected a mapping {KEY: VALUE}"),
         ("+search.n_trails=3", "there is no setting 'search.n_trails'; there are search.n_trials, search.n_initial"),
         ("+bugdet=0.5", "there is no setting 'bugdet'; there are name, runs, stage"),
+        ("dense.recipe=finetuned", "dense.recipe='finetuned': expected 'auto' or 'scratch' or 'finetune'"),
+        ("recipes.finetune.dense.optimizer=adamw", "recipes.finetune.dense.optimizer='adamw': expected a mapping"),
+        (
+            "+recipes.finetune.dence={}",
+            "there are recipes.finetune.dense, recipes.finetune.sharing, recipes.finetune.dis",
+        ),
         ("seed=${seeds}", "seed cannot be worked out: Interpolation key 'seeds' not found"),
     ],
 )
@@ -163,9 +171,51 @@ def test_defaults_of_the_conf_are_those_of_the_classes():
 
     criterion = build.build_criterion(settings("importance=hsic"))
     assert vars(criterion) == vars(HSIC())
+    finetune = settings()["recipes"]["finetune"]
+    assert finetune["dense"] == finetune["sharing"] == finetune["distillation"]
+    assert finetune["distillation"]["optimizer"] == DEFAULT_OPTIMIZER
+    warmup = {"warmup_epochs": 1}  # of which both take at most a fifth of the run
+    assert finetune["distillation"]["schedule"] == {**DEFAULT_SCHEDULE, **warmup}
     ours, theirs = build.build_data(settings()), DigitsDataModule()
     for name in ("img_size", "in_chans", "batch_size", "val_fraction", "test_fraction", "split_seed"):
         assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_weights_that_were_given_are_finetuned_and_others_trained_from_scratch():
+    finetune = {"opt": "adamw", "lr": 5e-5, "weight_decay": 0.05, "layer_decay": 0.75}
+    muon = {"opt": "muon", "weight_decay": 0.05, "layer_decay": None}
+    drawn = settings("experiment=cifar10", "data.root=x")
+    assert drawn["dense"]["optimizer"] == {**muon, "lr": 1e-2}
+    assert drawn["distillation"]["optimizer"] == {**muon, "lr": 4e-3}
+    assert settings()["distillation"]["optimizer"] == {**muon, "lr": 1e-3}
+    for given in ("model.checkpoint=x", "model.pretrained=true"):
+        composed = settings("experiment=cifar10", "data.root=x", given)
+        assert composed["dense"]["optimizer"] == composed["distillation"]["optimizer"] == finetune
+        assert recipes.described(composed, "dense") == (
+            f"recipe finetune, as {given.partition('=')[0]} gives the weights: adamw, lr 5e-05, layer_decay 0.75"
+        )
+
+
+def test_a_recipe_can_be_chosen_changed_and_added():
+    chosen = settings("dense.recipe=finetune", "dense.optimizer.lr=1e-3", "+dense.optimizer.betas=[0.9,0.95]")
+    changed = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.75, "betas": [0.9, 0.95]}
+    assert chosen["dense"]["optimizer"] == changed
+    assert chosen["distillation"]["optimizer"]["opt"] == "muon"
+    assert "recipe finetune, as dense.recipe says" in recipes.described(chosen, "dense")
+    rates = "{optimizer:{opt:sgd,lr:0.1},schedule:{sched:none}}"
+    own = settings(f"+recipes.own={{dense:{rates},sharing:{rates},distillation:{rates}}}", "distillation.recipe=own")
+    assert {k: v for k, v in own["distillation"]["optimizer"].items() if v is not None} == {"opt": "sgd", "lr": 0.1}
+    assert own["distillation"]["schedule"]["sched"] == "none"
+
+
+def test_deit_is_finetuned_as_deit_whatever_the_recipes_say():
+    composed = settings(
+        "experiment=deit_small_imagenet_40", "data.root=x", "recipes.finetune.distillation.optimizer={}"
+    )
+    expected = {"opt": "adamw", "lr": 1e-4, "weight_decay": 0.05, "layer_decay": 1.0}
+    assert composed["distillation"]["optimizer"] == expected
+    schedule = {"sched": "cosine", "warmup_epochs": 1, "warmup_lr": 1e-5, "min_lr": 1e-5}
+    assert composed["distillation"]["schedule"] == schedule
 
 
 def test_size_given_to_the_model_goes_to_the_data(tmp_path):

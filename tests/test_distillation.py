@@ -1,6 +1,8 @@
 """DistillationModule: losses against numpy, the teacher stays out of everything, a resumed run keeps its schedule."""
 
 import copy
+import warnings
+from functools import cache
 
 import lightning as L
 import numpy as np
@@ -241,7 +243,7 @@ SCHEDULE = {"warmup_epochs": 1, "warmup_lr": 1e-5, "min_lr": 1e-4}
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_rate_is_warmup_then_cosine_per_update(tmp_path, accumulate):
     rates = Rates()
-    module = DistillationModule(tiny(), optimizer={"lr": 1e-2}, schedule=SCHEDULE)
+    module = DistillationModule(tiny(), optimizer={"lr": 1e-2, "layer_decay": None}, schedule=SCHEDULE)
     run = trainer(tmp_path, max_epochs=4, accumulate_grad_batches=accumulate, callbacks=[rates])
     run.fit(module, loader())  # 4 batches an epoch
     an_epoch, total = 4 // accumulate, 16 // accumulate
@@ -255,7 +257,8 @@ def test_rate_is_warmup_then_cosine_per_update(tmp_path, accumulate):
     [({"max_epochs": 3, "accumulate_grad_batches": 3}, 6), ({"max_epochs": -1, "max_steps": 7}, 7)],
 )
 def test_schedule_is_as_long_as_the_run(tmp_path, length, updates):
-    module = DistillationModule(tiny(), optimizer={"lr": 1e-2}, schedule={"warmup_epochs": 0, "min_lr": 1e-4})
+    optimizer = {"lr": 1e-2, "layer_decay": None}
+    module = DistillationModule(tiny(), optimizer=optimizer, schedule={"warmup_epochs": 0, "min_lr": 1e-4})
     run = trainer(tmp_path, **length)
     run.fit(module, loader())
     assert run.global_step == updates
@@ -287,9 +290,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path):
 
 def test_schedule_none_keeps_the_rate(tmp_path):
     rates = Rates()
-    module = DistillationModule(tiny(), optimizer={"lr": 3e-3}, schedule={"sched": "none", "warmup_epochs": 0})
+    optimizer = {"lr": 3e-3, "layer_decay": None}
+    module = DistillationModule(tiny(), optimizer=optimizer, schedule={"sched": "none", "warmup_epochs": 0})
     trainer(tmp_path, max_epochs=2, callbacks=[rates]).fit(module, loader())
     assert set(rates.seen) == {3e-3}
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0.8), (10, 4)])
+def test_without_a_word_the_rate_rises_for_an_epoch_and_at_most_a_fifth_of_the_run(tmp_path, epochs, warmup):
+    rates = Rates()
+    trainer(tmp_path, max_epochs=epochs, callbacks=[rates]).fit(DistillationModule(tiny()), loader())
+    start, peak, updates = 1e-6, 5e-5 * 0.75**2, np.arange(4 * epochs)  # the first group is the embedding's
+    rising = start * 0.75**2 + (peak - start * 0.75**2) * updates / warmup
+    np.testing.assert_allclose(rates.seen[: int(warmup)], rising[: int(warmup)], rtol=1e-6)
+    assert max(rates.seen) <= peak
+    assert np.argmax(rates.seen) == np.ceil(warmup)
 
 
 def test_checkpoint_loads_with_the_networks_given_again(tmp_path):
@@ -315,7 +330,8 @@ def test_checkpoint_loads_with_the_networks_given_again(tmp_path):
     assert hparams["mixup"] == {"mixup_alpha": 0.8, "cutmix_minmax": [0.2, 0.5]}
     assert hparams["compile"] == {"backend": "eager"}
     assert not {"student", "teacher"} & set(hparams)
-    assert loaded.optimizer_kwargs == {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "betas": [0.9, 0.95]}
+    default = {"opt": "adamw", "weight_decay": 0.05, "layer_decay": 0.75}
+    assert loaded.optimizer_kwargs == {**default, "lr": 1e-3, "betas": [0.9, 0.95]}
     images, _ = batch()
     torch.testing.assert_close(loaded(images), module(images))
     torch.testing.assert_close(loaded.teacher(images), teacher.source((images * 0.2 + 0.1 - 0.5) / 0.5).detach())
@@ -635,6 +651,51 @@ def test_early_layers_get_a_smaller_rate(tmp_path, sched):
     for name, power in {"patch_embed.proj.weight": 5, "blocks.0.mlp.fc1.weight": 4, "blocks.3.norm1.bias": 1}.items():
         assert of[name] == pytest.approx(1e-2 * 0.5**power), name
     assert of["head.weight"] == pytest.approx(1e-2)
+
+
+# --- a training that unlearns ---------------------------------------------------------------------------------------
+
+
+@cache
+def _knowing() -> nn.Module:
+    """A network that has learnt the classes of `batch(200)` by heart."""
+    student, (images, labels) = tiny(), batch(200)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    for _ in range(200):
+        loss = nn.functional.cross_entropy(student(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3
+    return student
+
+
+def knowing() -> nn.Module:
+    return copy.deepcopy(_knowing())
+
+
+def warned_of_unlearning(tmp_path, student: nn.Module, **recipe) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = DistillationModule(student, copy.deepcopy(student), **recipe)
+        trainer(tmp_path, max_epochs=2).fit(module, loader(200, 10))
+    return [str(each.message) for each in caught if "unlearns" in str(each.message)]
+
+
+def test_a_rate_that_wrecks_what_was_learnt_is_told_once(tmp_path):
+    (said,) = warned_of_unlearning(tmp_path, knowing(), optimizer={"opt": "muon", "lr": 1.0, "layer_decay": None})
+    assert "lower optimizer lr=1.0" in said
+
+
+@pytest.mark.parametrize("recipe", [{}, {"optimizer": {"lr": 1e-3, "layer_decay": None}}])
+def test_nothing_is_told_of_a_recipe_that_fits(tmp_path, recipe):
+    assert not warned_of_unlearning(tmp_path, knowing(), **recipe)
+
+
+def test_nothing_is_told_of_training_from_scratch(tmp_path):
+    torch.manual_seed(0)
+    student = VisionTransformer(**TINY, num_classes=3)
+    assert not warned_of_unlearning(tmp_path, student, optimizer={"opt": "muon", "lr": 1e-2, "layer_decay": None})
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ _FILES = (
     *("model.checkpoint", "distillation.teacher", "distillation.teacher_checkpoint"),
     *("policy.file", "budget.table", "search.warm_start"),
 )
-# Of the Trainer's settings, those that change what is learnt; another device or logging interval does not.
-_TRAINER = tuple(
-    f"trainer.{key}"
-    for key in ("precision", "gradient_clip_val", "accumulate_grad_batches", "limit_train_batches", "fast_dev_run")
+# Of the Trainer's settings, those that change what is learnt or which epoch is kept; another device or logging interval
+# does not.
+_TRAINER = (
+    *("trainer.precision", "trainer.gradient_clip_val", "trainer.accumulate_grad_batches"),
+    *("trainer.limit_train_batches", "trainer.check_val_every_n_epoch", "trainer.fast_dev_run"),
 )
 
 

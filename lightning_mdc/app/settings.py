@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
+from lightning_mdc.app.recipes import completed
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.policy import TOKEN_SCORES, Space, TokenOptions
 from lightning_mdc.policy_search.held_out import METRICS
@@ -24,7 +25,8 @@ Settings = Mapping[str, Any]
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The settings as nested dicts, interpolations resolved, every value of its type and in its range.
+    """The settings as nested dicts, interpolations resolved, every value of its type and in its range; optimizer and
+    schedule of each training as they are in force.
 
     Raises:
         ConfigError: an unknown key, or a value that is missing, wrong, or refers to something that is not there.
@@ -36,7 +38,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key}=??? has to be given, e.g. {error.full_key}=VALUE") from error
     except ConfigKeyError as error:
         section = str(error.full_key).rpartition(".")[0]
-        known = ", ".join(key for key in _ALLOWED if key.rpartition(".")[0] == section)
+        known = ", ".join(f"{section}.{each.name}".strip(".") for each in fields(error.object_type))  # type: ignore[arg-type]
         raise ConfigError(f"there is no setting {error.full_key!r}; there are {known}") from error
     except ValidationError as error:
         raise _refused(str(error.full_key).partition("[")[0], cfg) from error
@@ -45,7 +47,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     for key, allowed in _ALLOWED.items():
         if (value := OmegaConf.select(typed, key)) is not None and not allowed.accepts(value):
             raise _refused(key, cfg)
-    return settings
+    return completed(settings)
 
 
 def may_be(key: str) -> bool:
@@ -82,7 +84,8 @@ def token_options(settings: Settings) -> TokenOptions:
 
 
 def _refused(key: str, cfg: DictConfig) -> ConfigError:
-    return ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}: expected {_ALLOWED[key].expected}")
+    allowed = _ALLOWED.get(key, _Allowed(_MAPPING))  # what is not listed is within a recipe
+    return ConfigError(f"{key}={OmegaConf.select(cfg, key)!r}: expected {allowed.expected}")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,9 @@ class _Allowed:
 
     expected: str
     accepts: Callable[[Any], bool] = lambda _: True
+
+
+_MAPPING = "a mapping {KEY: VALUE}"
 
 
 def _limited(expected: str, accepts: Callable[[Any], bool]) -> Any:
@@ -154,11 +160,23 @@ class _Search:
 
 
 @dataclass(kw_only=True)
-class _Training:
-    epochs: int = _whole(0)
-    label_smoothing: float
+class _Rates:
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class _Recipe:
+    dense: _Rates
+    sharing: _Rates
+    distillation: _Rates
+
+
+@dataclass(kw_only=True)
+class _Training(_Rates):
+    epochs: int = _whole(0)
+    label_smoothing: float
+    recipe: str
 
 
 @dataclass(kw_only=True)
@@ -242,6 +260,7 @@ class _Settings:
     budget: Any
     policy: _Policy
     search: _Search
+    recipes: dict[str, _Recipe]
     dense: _Dense
     sharing: _Sharing
     calibration: _Calibration
@@ -261,7 +280,7 @@ def _allowed(section: type, prefix: str = "") -> Iterator[tuple[str, _Allowed]]:
     hints = get_type_hints(section)
     for setting in fields(section):
         key, hint = f"{prefix}{setting.name}", hints[setting.name]
-        expected = "a mapping {KEY: VALUE}" if is_dataclass(hint) else str(setting.type).replace("None", "null")
+        expected = _MAPPING if is_dataclass(hint) else str(setting.type).replace("None", "null")
         yield key, setting.metadata.get("allowed") or _Allowed(expected)
         if is_dataclass(hint):
             yield from _allowed(hint, f"{key}.")  # type: ignore[arg-type]

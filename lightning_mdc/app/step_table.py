@@ -114,7 +114,7 @@ _STEPS = (
         "dense",
         (Output("dense/", "the dense model, for `lightning_mdc.load`"),),
         settings=("seed", "data", "model", "dense"),
-        ignores=(*_TEST_DATA, *_READING),
+        ignores=(*_TEST_DATA, *_READING, "dense.recipe"),  # of a recipe, what it comes to counts
         trains="dense",
         shared_by_trials=True,
     ),
@@ -136,6 +136,7 @@ _STEPS = (
         ),
         needs=("dense", "score"),
         settings=("sharing", *_SPACE),
+        ignores=("sharing.recipe",),
         trains="sharing",
         shared_by_trials=True,
         switch=Switch("sharing.epochs", 0, "give some, e.g. sharing.epochs=5"),
@@ -172,6 +173,7 @@ _STEPS = (
         ),
         needs=("slim",),
         settings=("distillation",),
+        ignores=("distillation.recipe",),
         trains="distillation",
     ),
     Step(

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_mdc as mdc
 from lightning_mdc import progress
-from lightning_mdc.app import build, evaluation
+from lightning_mdc.app import build, evaluation, recipes
 from lightning_mdc.app.data import ImageDataModule
 from lightning_mdc.app.fingerprints import fingerprint_of, relevant
 from lightning_mdc.app.report import results as reporting
@@ -35,7 +35,14 @@ from lightning_mdc.app.run_folder import CURRENT_STUDY, RunFolder
 from lightning_mdc.app.settings import token_options
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.tracking import Trackers
-from lightning_mdc.app.trainer import build_module, build_trainer, module_options, shards_parameters, training_device
+from lightning_mdc.app.trainer import (
+    BestEpoch,
+    build_module,
+    build_trainer,
+    module_options,
+    shards_parameters,
+    training_device,
+)
 from lightning_mdc.artifact import WEIGHTS
 from lightning_mdc.budget import num_params
 from lightning_mdc.budget.timing import latencies
@@ -43,7 +50,7 @@ from lightning_mdc.distillation import DistillationModule
 from lightning_mdc.distillation.weight_sharing import WeightSharingModule
 from lightning_mdc.distributed import on_first_rank, rank, world_size
 from lightning_mdc.errors import DataError
-from lightning_mdc.figures.numbers import scaled
+from lightning_mdc.figures.numbers import percent, scaled
 from lightning_mdc.figures.search_items import trial_numbers
 from lightning_mdc.files import write_text
 from lightning_mdc.importance import Moments, Scores
@@ -93,6 +100,13 @@ class Run:
         """A model that an earlier step saved in the run's folder, such as ``finetuned/seed0``; on the CPU."""
         return mdc.load(self.folder / artifact)
 
+    def held_out(self, artifact: str) -> tuple[float | None, float | None]:
+        """Fractions of the held-out images that were right before and at best after its training; None: not judged."""
+        made, training = self.folder.record(artifact), self.folder.record(f"{artifact}/training")
+        if made is None or training is None or made["fingerprint"] != training["fingerprint"]:
+            return None, None  # of a training with other settings
+        return training["before"], training["after"]
+
     @property
     def weights(self) -> str:
         """The artifact that is searched over and pruned: the dense model, or what weight sharing made of it."""
@@ -135,7 +149,9 @@ def dense(run: Run) -> str:
     options = run.settings["dense"]
     model = build.build_model(run.settings, run.data)
     if options["epochs"]:
-        train(run, options, build_module(options, model, None), "dense", run.fingerprints["dense"])
+        log.info("  %s", recipes.described(run.settings, "dense"))
+        judged = recipes.given_weights(run.settings) is not None
+        train(run, "dense", build_module(options, model, None), "dense", run.fingerprints["dense"], judged=judged)
     else:
         on_first_rank(partial(_save, run, model, "dense"))
     return f"{type(model).__name__} of {scaled(mdc.macs(model))}MACs, {num_params(model):,} parameters"
@@ -166,7 +182,9 @@ def share(run: Run) -> str:
     trained = "shared/weights", run.fingerprints["share"]  # of which a kill in what follows takes nothing away
     if not on_first_rank(partial(run.folder.is_done, *trained, run.folder / "shared")):
         on_first_rank(partial(run.folder.start, trained[0]))
-        train(run, options, module, "shared", run.fingerprints["share"])
+        log.info("  %s", recipes.described(run.settings, "sharing"))
+        # What is held out tells how good the dense model is, which is not what these weights are for.
+        train(run, "sharing", module, "shared", run.fingerprints["share"], judged=False)
         on_first_rank(partial(run.folder.finish, *trained))
     # Policies were trained by the dense model's scores, but what makes up for units has to know the new weights.
     model = run.model("shared").to(run.device)
@@ -232,6 +250,8 @@ def slim(run: Run) -> str:
 def distill(run: Run) -> str:
     """Finetune slim under the dense teacher, and dense as well, per seed; leaves ``finetuned/`` and ``reference/``."""
     options = run.settings["distillation"]
+    if options["epochs"]:
+        log.info("  %s", recipes.described(run.settings, "distillation"))
     for seed in options["seeds"]:
         finetune(run, f"finetuned/seed{seed}", "slim", seed)
     for seed in options["reference_seeds"]:
@@ -256,6 +276,7 @@ def test(run: Run) -> str:
     rows = []
     for artifact, (kind, seed) in tested.items():
         model, predicted = models[artifact], outcomes.predicted[artifact]
+        before, after = run.held_out(artifact)
         architecture = "dense" if kind in (reporting.DENSE, reporting.REFERENCE) else "slim"
         rows.append(
             reporting.Result(
@@ -268,9 +289,12 @@ def test(run: Run) -> str:
                 params=num_params(model),
                 size=(run.folder / artifact / WEIGHTS).stat().st_size,
                 latency={batch_size: seconds[architecture] for batch_size, seconds in times.items()},
+                before=before,
+                after=after,
             )
         )
-    results = reporting.Results(tuple(rows), run.settings["name"], _describe_device(run.device))
+    harm = reporting.harm_by_model(rows, partial(recipes.remedy, run.settings))
+    results = reporting.Results(tuple(rows), run.settings["name"], _describe_device(run.device), harm)
     on_first_rank(partial(_save_results, run, results, outcomes, models))
     first, last = results.of(reporting.DENSE)[0], results.slimmest
     return f"dense {first.correct}/{first.images}, {last.model} {last.correct}/{last.images}"
@@ -299,28 +323,55 @@ ACTIONS: Mapping[str, Callable[[Run], str]] = {
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run, options: build.Settings, module: DistillationModule, artifact: str, fingerprint: str) -> None:
+def train(
+    run: Run, training: str, module: DistillationModule, artifact: str, fingerprint: str, *, judged: bool
+) -> None:
     """Train the student in `module` and save it as `artifact`; what was killed goes on from its checkpoint.
 
     Args:
-        options: of the training: ``epochs``, and ``ema_decay`` if it has one.
+        training: the group of its settings: ``epochs``, and ``ema_decay`` if it has one.
         fingerprint: of the result. Checkpoints are named by it: weights of other settings are never gone on from.
+        judged: keep what gets the most held-out images right, of the start and the epochs that are validated; else, and
+            where no images are held out, the last epoch is kept.
     """
     checkpoints = run.folder / "checkpoints" / f"{artifact.replace('/', '-')}-{fingerprint[:12]}"
-    last = checkpoints / "last.ckpt"
+    last, best = checkpoints / "last.ckpt", BestEpoch(checkpoints) if judged else None
     begun = on_first_rank(last.exists)
     if begun:
         log.info("  %s: going on from %s", artifact, last)
-    trainer = build_trainer(run.settings, options, checkpoints, run.trackers.curves(artifact), artifact)
+    loggers = run.trackers.curves(artifact)
+    trainer = build_trainer(run.settings, run.settings[training], checkpoints, loggers, artifact, best)
+    start = copy.deepcopy(module.student)
     module.student.train()  # an artifact comes in eval mode
-    whole = copy.deepcopy(module.student) if shards_parameters(run.settings) else None
     trainer.fit(module, datamodule=run.data, ckpt_path=last if begun else None)
-    if whole is not None:  # in the checkpoint the parts of all ranks are together again
-        weights = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
-        whole.load_state_dict({name.removeprefix("student."): value for name, value in weights.items()})
-    on_first_rank(partial(_save, run, module.student if whole is None else whole, artifact))
+    # In a checkpoint the parts of all ranks are together.
+    trained = last if shards_parameters(run.settings) else module.student
+    if best is not None and best.before is not None and best.after is not None:
+        trained = start if best.before > best.after else best.path
+        _tell(run, training, artifact, best.before, best.after)
+        facts = {"before": best.before, "after": best.after}
+        on_first_rank(partial(run.folder.finish, f"{artifact}/training", fingerprint, **facts))
+    on_first_rank(lambda: _save(run, _with_weights(start, trained), artifact))
     # Not before the result is safe.
     on_first_rank(partial(shutil.rmtree, checkpoints, ignore_errors=True))
+
+
+def _with_weights(model: nn.Module, weights: nn.Module | Path) -> nn.Module:
+    """`weights` themselves, or `model` with those of its student that the checkpoint there holds."""
+    if isinstance(weights, nn.Module):
+        return weights
+    state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("student."): value for name, value in state.items()})
+    return model
+
+
+def _tell(run: Run, training: str, artifact: str, before: float, after: float) -> None:
+    if before > after:
+        harm = reporting.harm(before, after, recipes.remedy(run.settings, training))
+        log.warning("  %s: the training did harm: %s", artifact, harm)
+    else:
+        shown = artifact, percent(before), percent(after)
+        log.info("  %s: %s of the held-out images are right before it, %s after it", *shown)
 
 
 def finetune(run: Run, artifact: str, start: str, seed: int) -> None:
@@ -339,7 +390,7 @@ def finetune(run: Run, artifact: str, start: str, seed: int) -> None:
     student = run.model(start)
     if options["epochs"]:
         teacher = run.model("dense") if options["teacher"] == "dense" else options["teacher"]
-        train(run, options, build_module(options, student, teacher), artifact, fingerprint)
+        train(run, "distillation", build_module(options, student, teacher), artifact, fingerprint, judged=True)
     else:
         on_first_rank(partial(_save, run, student, artifact))
     on_first_rank(partial(run.folder.finish, artifact, fingerprint))

@@ -32,7 +32,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 from timm.models.vision_transformer import Block, ResPostBlock
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mdc.app.settings import Settings
@@ -46,7 +46,7 @@ from lightning_mdc.randomness import rng_state, set_rng_state
 log = logging.getLogger(__name__)
 
 # Keys of a training's settings that are said to the step or to the Trainer, not to the training module.
-_NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "ema_decay")
+_NOT_THE_MODULES = ("epochs", "seeds", "reference_seeds", "ema_decay", "recipe")
 
 # Of the Trainer's arguments, those that a machine can be without.
 _WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
@@ -113,11 +113,17 @@ def module_options(options: Settings) -> dict[str, Any]:
 
 
 def build_trainer(
-    settings: Settings, options: Settings, checkpoints: Path, loggers: Sequence[Logger], title: str
+    settings: Settings,
+    options: Settings,
+    checkpoints: Path,
+    loggers: Sequence[Logger],
+    title: str,
+    best: BestEpoch | None = None,
 ) -> L.Trainer:
     """A Trainer that leaves ``last.ckpt`` in `checkpoints` after every epoch, and now and then in between.
 
-    `options` are those of the training: ``epochs``, and ``ema_decay`` if it has one.
+    `options` are those of the training: ``epochs``, and ``ema_decay`` if it has one. With `best` the start is judged on
+    all held-out images, too.
 
     Raises:
         ConfigError: Lightning refuses the ``trainer`` settings.
@@ -132,10 +138,13 @@ def build_trainer(
         *([RichProgressBar()] if terminal else []),
         _PlainProgress(title),
         *([LearningRateMonitor(logging_interval="step")] if loggers else []),
+        *([] if best is None else [best]),
     ]
     if options.get("ema_decay") is not None:
         callbacks.append(EMAWeightAveraging(decay=options["ema_decay"]))
     arguments = {**settings["trainer"], "strategy": _strategy(settings)}
+    if every := arguments["check_val_every_n_epoch"]:  # or more often, so that the last epoch is not left out
+        arguments["check_val_every_n_epoch"] = max(n for n in range(1, every + 1) if options["epochs"] % n == 0)
     if ignores_clipping(settings):
         arguments["gradient_clip_val"] = None
     try:
@@ -147,7 +156,7 @@ def build_trainer(
             default_root_dir=checkpoints,
             enable_progress_bar=terminal,
             enable_model_summary=False,
-            num_sanity_val_steps=0,
+            num_sanity_val_steps=0 if best is None else -1,
         )
     except REFUSALS as error:
         raise _trainer_refused(settings, error) from error
@@ -294,6 +303,48 @@ class _RandomState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         set_rng_state(state_dict)
+
+
+class BestEpoch(ModelCheckpoint):
+    """Keeps ``best.ckpt``, the epoch that gets the most held-out images right, of equals the latest.
+
+    Attributes:
+        path: of the file.
+        before: fraction of the held-out images that are right before the first step, by Lightning's check of
+            validation; None without such images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder,
+            "best",
+            monitor="val/top1",
+            mode="max",
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        self.path = folder / "best.ckpt"
+        self.before: float | None = None
+
+    @property
+    def after(self) -> float | None:
+        """Fraction of the held-out images that the best epoch gets right; None: no epoch was judged."""
+        return None if self.best_model_score is None else float(self.best_model_score)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        top1 = trainer.callback_metrics.get("val/top1")  # there is none without held-out images
+        if top1 is not None and trainer.global_step == 0:  # else it is that of a resumed training
+            self.before = float(top1)
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        return super().check_monitor_top_k(trainer, current) or bool(current == self.best_model_score)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.before = state_dict["before"]
 
 
 class _PlainProgress(Callback):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning
-import timm.scheduler
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -22,10 +21,11 @@ from lightning_mdc.distillation.optimization import (
     Groups,
     complete_optimizer,
     complete_schedule,
-    create,
     create_optimizer,
+    create_schedule,
     named_groups,
 )
+from lightning_mdc.distillation.rising_loss import RisingLossWarning
 from lightning_mdc.distillation.settings import (
     check_loss_settings,
     check_student_can,
@@ -85,10 +85,14 @@ class DistillationModule(LightningModule):
             kd_weight: share of *kd* in the loss, in [0, 1].
             temperature: of the soft kind; has no effect on the hard one.
             label_smoothing: of the task loss, in [0, 1).
-            optimizer: keyword arguments of ``timm.optim.create_optimizer_v2``, over ``DEFAULT_OPTIMIZER``. Norms,
-                biases and what ``student.no_weight_decay()`` names get no weight decay; ``layer_decay`` works.
+            optimizer: keyword arguments of ``timm.optim.create_optimizer_v2``, over ``DEFAULT_OPTIMIZER``: AdamW for
+                weights that are trained already, 5e-5 at the head and 0.75 times that from block to block towards the
+                image. ``layer_decay=None``: the same rate for all, as for weights drawn at random, which also want a
+                higher one. Norms, biases and what ``student.no_weight_decay()`` names get no weight decay. Gradients
+                are the Trainer's to clip; ``gradient_clip_val=1.0`` is what ``train.py`` gives it.
             schedule: keyword arguments of ``timm.scheduler.create_scheduler_v2``, over ``DEFAULT_SCHEDULE``; in epochs,
-                stepped after every update. Its length is the Trainer's. ``{"sched": "none"}`` keeps the rate constant.
+                stepped after every update. Its length is the Trainer's; ``warmup_epochs=None``: one, and at most a
+                fifth of that. ``{"sched": "none"}`` keeps the rate constant.
             num_classes: asked of the student when not given.
             distill_token: whether the distillation head of a distilled student learns from the teacher, and the other
                 from the labels alone; ``None``: if it has one and there is a teacher.
@@ -194,8 +198,9 @@ class DistillationModule(LightningModule):
         return cast(Tensor, self(batch if isinstance(batch, Tensor) else batch[0]))
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        """One that keeps the student in its `training_form` during fit; only callbacks hear of exceptions."""
-        return [_TrainingForm()]
+        """One that keeps the student in its `training_form` during fit, as only callbacks hear of exceptions, and one
+        that warns where the loss rises far above its start."""
+        return [_TrainingForm(), RisingLossWarning()]
 
     @contextmanager
     def training_form(self) -> Iterator[None]:
@@ -241,11 +246,7 @@ class DistillationModule(LightningModule):
                 ' or pass schedule={"sched": "none"}'
             )
         per_epoch = self._updates_per_epoch(int(total))
-        # num_epochs may be a fraction (max_steps ends the run in mid-epoch): the schedule is exactly `total` long.
-        length = {"num_epochs": total / per_epoch, "updates_per_epoch": per_epoch, "step_on_epochs": False}
-        scheduler, _ = create(
-            "schedule", timm.scheduler.create_scheduler_v2, optimizer, {**self.schedule_kwargs, **length}
-        )
+        scheduler = create_schedule(optimizer, self.schedule_kwargs, int(total), per_epoch)
         if scheduler is None:
             for group in optimizer.param_groups:  # else timm's schedule applies it
                 group["lr"] *= group.get("lr_scale", 1.0)

@@ -13,8 +13,10 @@ from torch import nn
 
 from lightning_mdc.errors import DistillationError, check_number
 
-DEFAULT_OPTIMIZER: Mapping[str, Any] = {"opt": "adamw", "lr": 5e-4, "weight_decay": 0.05}
-DEFAULT_SCHEDULE: Mapping[str, Any] = {"sched": "cosine", "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5}
+# For weights that are trained already: `recipes.finetune` of the app's settings.
+DEFAULT_OPTIMIZER: Mapping[str, Any] = {"opt": "adamw", "lr": 5e-5, "weight_decay": 0.05, "layer_decay": 0.75}
+# Without warmup_epochs, one, and at most a fifth of the run.
+DEFAULT_SCHEDULE: Mapping[str, Any] = {"sched": "cosine", "warmup_epochs": None, "warmup_lr": 1e-6, "min_lr": 1e-6}
 
 # The length of a run is the Trainer's to say.
 _SCHEDULE_KEYS = set(inspect.signature(timm.scheduler.create_scheduler_v2).parameters) - {
@@ -81,6 +83,15 @@ def create(argument: str, factory: Any, subject: Any, kwargs: Mapping[str, Any])
         ) from error
 
 
+def create_schedule(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any], updates: int, per_epoch: int) -> Any:
+    """timm's schedule over so many updates, stepped after each; None for a constant rate."""
+    epochs = updates / per_epoch  # may be a fraction: max_steps ends a run in mid-epoch
+    length = {"num_epochs": epochs, "updates_per_epoch": per_epoch, "step_on_epochs": False}
+    if kwargs["warmup_epochs"] is None:
+        length["warmup_epochs"] = min(1, epochs / 5)
+    return create("schedule", timm.scheduler.create_scheduler_v2, optimizer, {**kwargs, **length})[0]
+
+
 def complete_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     """`optimizer` over `DEFAULT_OPTIMIZER`, if timm knows it and its rate is one; else a `DistillationError`."""
     complete = {**DEFAULT_OPTIMIZER, **optimizer}
@@ -92,7 +103,7 @@ def complete_optimizer(optimizer: Mapping[str, Any]) -> dict[str, Any]:
             f"optimizer opt={opt!r} is unknown to timm; give a name from timm.optim.list_optimizers(), such as 'adamw'"
         ) from error
     if lr is not None:
-        check_number("optimizer lr", lr, "a learning rate such as 5e-4", DistillationError, least=0)
+        check_number("optimizer lr", lr, "a learning rate such as 5e-5", DistillationError, least=0)
     return complete
 
 
@@ -113,8 +124,7 @@ def complete_schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
     # timm keeps no list of its schedules to look a name up in; only building one tells, and older releases just return
     # None. A misspelt name should not wait until the data are read. Long enough that no decay_epochs exceeds it.
     nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    length = {"num_epochs": 10**6, "updates_per_epoch": 1, "step_on_epochs": False}
-    scheduler, _ = create("schedule", timm.scheduler.create_scheduler_v2, nothing, {**schedule, **length})
+    scheduler = create_schedule(nothing, schedule, 10**6, 1)
     if scheduler is None and schedule["sched"] != "none":
         raise DistillationError(f"schedule sched={schedule['sched']!r} is unknown to timm; give 'cosine' or another")
     return schedule

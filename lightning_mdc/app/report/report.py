@@ -170,16 +170,17 @@ def _unfinished(record: RunRecord) -> str:
 
 
 def verdict(results: Results) -> str:
-    """The one sentence: what it costs, what accuracy is left, how much faster it is."""
+    """The one sentence: what it costs, what accuracy is left, how much faster it is; more where finetuning did harm."""
     dense, slim, right = results.dense, results.slimmest, results.slim_correct
     after = " after finetuning" if results.of(FINETUNED) else ", not finetuned,"
     batch = results.batch_sizes[-1]
-    return (
+    sentence = (
         f"At {percent(slim.macs / dense.macs)} of the MACs and {percent(slim.params / dense.params)} of the parameters "
         f"the slim model{after} gets {counted(right)} of {dense.images} test "
         f"images right, {_difference(right - dense.correct)} dense ({percent(dense.top1)} → "
         f"{percent(right / dense.images)}), and is {results.speedup(batch):.2f}x as fast at batch {batch}."
     )
+    return " ".join((sentence, *results.harm))
 
 
 def findings(results: Results) -> list[str]:

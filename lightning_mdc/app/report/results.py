@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +12,15 @@ from statistics import mean
 from safetensors import SafetensorError
 
 from lightning_mdc.errors import ConfigError
+from lightning_mdc.figures.numbers import percent
 
 DENSE, SLIM, FINETUNED, REFERENCE = "dense", "slim", "slim finetuned", "dense, same extra training"
+# Those that were trained: what they are in a sentence, and the group of settings of their training.
+_TRAINED = {
+    DENSE: ("the given model", "dense"),
+    FINETUNED: ("the slim model", "distillation"),
+    REFERENCE: ("the dense reference", "distillation"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Result:
         params: number of parameters.
         size: bytes of its weights file.
         latency: seconds per image by batch size.
+        before, after: fractions of the held-out training images that were right before its training and in the best
+            epoch of it; None: not judged. Where `before` is more, the weights of before are the ones that were tested.
     """
 
     model: str
@@ -41,6 +50,8 @@ class Result:
     params: int
     size: int
     latency: Mapping[int, float]
+    before: float | None = None
+    after: float | None = None
 
     @property
     def top1(self) -> float:
@@ -50,11 +61,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Results:
-    """All rows of one run, and what they were measured on."""
+    """All rows of one run, what they were measured on, and which training did harm and what to change, in sentences."""
 
     rows: tuple[Result, ...]
     name: str
     device: str
+    harm: tuple[str, ...] = ()
 
     def of(self, model: str) -> tuple[Result, ...]:
         """The rows of one kind of model, one per seed."""
@@ -105,7 +117,7 @@ class Results:
                 Result(**{**row, "latency": {int(size): value for size, value in row["latency"].items()}})
                 for row in fields["rows"]
             )
-            results = cls(rows=rows, name=fields["name"], device=fields["device"])
+            results = cls(rows=rows, name=fields["name"], device=fields["device"], harm=tuple(fields.get("harm", ())))
             if not (results.of(DENSE) and results.of(SLIM)) or any(not row.images or not row.latency for row in rows):
                 raise ValueError("dense or slim is missing, or was not measured")
             return results
@@ -119,6 +131,32 @@ def mean_correct(rows: Sequence[Result]) -> float:
 def mean_top1(rows: Sequence[Result]) -> float:
     """Fraction of the images right, on average over seeds."""
     return mean_correct(rows) / rows[0].images
+
+
+def harm(before: float, after: float, remedy: str) -> str:
+    """What a training did that makes a model worse, and what to change."""
+    return (
+        f"of the held-out images {percent(before)} are right before it and at best {percent(after)} after it, so the "
+        f"weights of before are kept; {remedy}"
+    )
+
+
+def harm_by_model(rows: Sequence[Result], remedy: Callable[[str], str]) -> tuple[str, ...]:
+    """A sentence for each kind of model that its training made worse.
+
+    Args:
+        remedy: what to change, by the group of settings of the training.
+    """
+    found = []
+    for kind, (name, training) in _TRAINED.items():
+        runs = [row for row in rows if row.model == kind]
+        judged = [(row.before, row.after) for row in runs if row.before is not None and row.after is not None]
+        harmed = [(before, after) for before, after in judged if before > after]
+        if harmed:
+            before, after = (mean(each) for each in zip(*harmed, strict=True))
+            share = f" in {len(harmed)} of {len(runs)} runs" if len(runs) > 1 else ""
+            found.append(f"Finetuning did harm to {name}{share}: {harm(before, after, remedy(training))}.")
+    return tuple(found)
 
 
 @contextmanager
