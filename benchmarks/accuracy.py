@@ -97,9 +97,9 @@ OURS = ("ours, uniform", "ours, searched")
 # The rows of the table in README.md, and what they are called there.
 HEADLINE = {
     REFERENCE: "dense, same extra training",
-    "ours, searched": "**searched**, compensated: `mdc train`",
+    "ours, searched": "**searched**, compensated: the callback, `mdc train`",
     "ours, uniform": "uniform, compensated",
-    "conditional, not compensated": "uniform, not compensated: what the callback cuts",
+    "conditional, not compensated": "uniform, not compensated",
     "ours, neurons alone": "neurons alone, compensated",
     "hsic as in the paper": "uniform, the paper's criterion, not compensated",
     "Torch-Pruning, Taylor": "Torch-Pruning, Taylor",

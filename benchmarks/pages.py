@@ -37,7 +37,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = {"text": ROOT / "docs" / "benchmarks.md", "headline": ROOT / "README.md", "guide": ROOT / "docs" / "guide.md"}
 NAMES = (
     *("accuracy", "criteria", "scoring", "slim_speed", "training", "training_run", "search", "search_models"),
-    *("latency", "scale", "digits", "recipes", "weight_sharing"),
+    *("latency", "scale", "digits", "callback", "recipes", "weight_sharing"),
 )
 
 

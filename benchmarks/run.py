@@ -39,6 +39,7 @@ SCRIPTS = (
     "scale",
     "criteria",
     "accuracy",
+    "callback",
     "recipes",
 )
 MINUTES = 15  # what all quick forms together may take on two cores

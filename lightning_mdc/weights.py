@@ -62,7 +62,7 @@ def classes_in(
     if Path(path).suffix.lower() == ".npz":
         return None
     _, found = _found(model, _read(path, what, error), model.state_dict(), what, error)
-    return next((len(found[f"{head}weight"]) for head in _heads(model) if f"{head}weight" in found), 0)
+    return next((len(found[f"{head}weight"]) for head in _classifiers(model) if f"{head}weight" in found), 0)
 
 
 def fitted(
@@ -75,12 +75,12 @@ def fitted(
     expected = model.state_dict()
     prefix, found = _found(model, tensors, expected, what, error)
     wrong = [name for name, own in expected.items() if name not in found or found[name].shape != own.shape]
-    heads = _heads(model)
+    classifiers = _classifiers(model)
     # Whole or not at all: a weight without its bias is no head.
-    new = tuple(head for head in heads if any(name.startswith(head) for name in wrong)) if new_head else ()
+    new = tuple(head for head in classifiers if any(name.startswith(head) for name in wrong)) if new_head else ()
     wrong = [name for name in wrong if not name.startswith(new)]
     unknown = [name for name in found if name not in expected]
-    absent = tuple(head for head in heads if not any(name.startswith(head) for name in expected))
+    absent = tuple(head for head in classifiers if not any(name.startswith(head) for name in expected))
     parts = {child for child, _ in model.named_children()}
     spare = [name for name in unknown if name.startswith(new + absent) or _is_another_part(name, parts)]
     if wrong or len(spare) < len(unknown):
@@ -161,12 +161,12 @@ def _adapted(model: nn.Module, tensors: dict[str, Tensor], expected: _Tensors) -
         return tensors
 
 
-def _heads(model: nn.Module) -> tuple[str, ...]:
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
     """What the names of the classifier's tensors begin with; a distilled model has two."""
     ask: Any = getattr(model, "get_classifier", None)
-    heads = () if ask is None else ask()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in heads))
+    classifiers = () if ask is None else ask()
+    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is head for head in classifiers))
 
 
 def _is_another_part(name: str, parts: set[str]) -> bool:
@@ -228,8 +228,8 @@ def _foreign(path: str | Path) -> list[str]:
 
 def _load_arrays(model: nn.Module, path: str | Path, what: str, error: type[MdcError], new_head: bool) -> None:
     """From JAX's arrays (``.npz``), as Google has published ViTs: a format that timm's models read themselves."""
-    heads = _heads(model)
-    before = {name: own.clone() for name, own in model.state_dict().items() if name.startswith(heads)}
+    classifiers = _classifiers(model)
+    before = {name: own.clone() for name, own in model.state_dict().items() if name.startswith(classifiers)}
     try:
         load_checkpoint(model, str(path))
     except Exception as reason:

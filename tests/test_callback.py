@@ -317,11 +317,13 @@ def test_spawned_processes_give_the_plan_back_and_leave_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    callback = uniform(0.5)
+    callback = mdc.MultiDimPruneCallback(0.5, n_trials=2)
     module = fitted(tmp_path, callback, loader(), epochs=1, strategy="ddp_spawn", devices=2)
     (outcome,) = tmp_path.glob("lightning_mdc-*")
     written = outcome.read_bytes()
     assert callback.plan is not None
+    assert callback.search is not None
+    assert [trial.number for trial in callback.search.history] == [0, 1]
     assert not outcome.exists()
     assert mdc.macs(callback.slim_model(module)) <= 0.5 * mdc.macs(module)
     outcome.write_bytes(written)  # as if nobody had asked

@@ -348,17 +348,20 @@ def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeyp
         ("~logger.csw=1", "there is no setting 'logger.csw'; did you mean logger.csv? mdc train"),
         ("+search.n_trails=3", "there is no setting 'search.n_trails'; did you mean search.n_trials? mdc train"),
         (
-            "dense.optimizer.layer_decay=0.75",
-            "there is no setting 'dense.optimizer.layer_decay'; did you mean dense.optimizer.weight_decay? "
-            "+dense.optimizer.layer_decay=0.75 hands it on as it is; ",
+            "dense.optimizer.momentum=0.9",
+            "there is no setting 'dense.optimizer.momentum'; did you mean dense.optimizer.opt? "
+            "+dense.optimizer.momentum=0.9 hands it on as it is; ",
         ),
     ],
 )
 def test_a_misspelt_setting_is_named_with_the_one_that_is_meant(given, said):
-    fine = ["-q", "budget=0.5", "logger=[csv,wandb]", "+dense.optimizer.layer_decay=0.75", "~search.bounds"]
+    fine = ["-q", "budget=0.5", "logger=[csv,wandb]", "+dense.optimizer.momentum=0.9", "~search.bounds"]
     assert terminal.hint([*fine, given], conf_folder()).startswith(said)
 
 
 def test_settings_that_exist_need_no_hint():
     fine = ["budget=0.5", "model=timm", "model.name=x", "+model.args.extra=1", "hydra.verbose=true", "-m", "~logger"]
-    assert terminal.hint([*fine, "+dense.optimizer.layer_decay=0.75"], conf_folder()) is None
+    assert (
+        terminal.hint([*fine, "+dense.optimizer.layer_decay=0.75", "+dense.optimizer.momentum=0.9"], conf_folder())
+        is None
+    )

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_mdc.errors import CalibrationError, check_whole
@@ -154,7 +153,7 @@ class Remembered(Sequence[Any]):
         if index not in self._kept:
             if index >= self._count:
                 raise IndexError(index)
-            batch = move_data_to_device(self._make(index), torch.device("cpu"))
+            batch = tree_map_only(Tensor, Tensor.cpu, self._make(index))
             self._left -= sum(leaf.nbytes for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor))
             if self._left < 0:
                 return batch
