@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -389,7 +390,7 @@ class MultiDimPruneCallback(Callback):
     def _compression(self, pl_module: LightningModule) -> Compression:
         """The method on this model. Made once a fit: for a latency budget it may measure."""
         if self._task is None:
-            self._task = Compression(self.method, pl_module, self.submodule)
+            self._task = Compression(self.method, pl_module, self.submodule, say=rank_zero_info)
         return self._task
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -450,9 +451,8 @@ class MultiDimPruneCallback(Callback):
         """This rank's batches to score on and to judge on, of an own loader over the training data: numbers r,
         r + world, ... of seeded lists."""
         task = self._compression(pl_module)
-        drawn = calibration_batches(
-            trainer.train_dataloader, self.method.calibration, self.method.seed, judged=task.needs_judging
-        )
+        loaders, calibration, seed = trainer.train_dataloader, self.method.calibration, self.method.seed
+        drawn = calibration_batches(loaders, calibration, seed, judged=task.needs_judging, say=rank_zero_info)
         world, rank = trainer.world_size, trainer.global_rank
 
         def made(batches: Sequence[Any], index: int) -> Any:
@@ -469,10 +469,10 @@ class MultiDimPruneCallback(Callback):
         self._watched.append(move_data_to_device(batch, torch.device("cpu")))
         if self._steps_to_watch is None:
             # Rank 0 says how many, so that all ranks decide at the same step whatever batches they get.
-            calibration = self.method.calibration
-            wanted = calibration.images + calibration.judging * self._compression(pl_module).needs_judging
-            steps = math.ceil(wanted / max(num_images(batch) or 0, 1))
-            self._steps_to_watch = trainer.strategy.broadcast(math.ceil(steps / trainer.world_size), src=0)
+            judged, calibration = self._compression(pl_module).needs_judging, self.method.calibration
+            wanted = calibration.images + calibration.judging * judged
+            steps = math.ceil(wanted / max(num_images(batch) or 0, 1) / trainer.world_size)
+            self._steps_to_watch = trainer.strategy.broadcast(max(steps, 1 + judged), src=0)
         if len(self._watched) == self._steps_to_watch:
             self._decide_watched(trainer, pl_module)
 
@@ -480,10 +480,15 @@ class MultiDimPruneCallback(Callback):
         """Of the batches kept so far the first ones are scored on, the last ones judged on."""
         assert self._watched is not None
         batches, self._watched, self._steps_to_watch = self._watched, None, None
-        images, judging = self.method.calibration.images, self.method.calibration.judging
-        if not self._compression(pl_module).needs_judging:
-            judging = 0
-        scored = max(1, round(len(batches) * images / (images + judging)))
+        counts = [num_images(batch) or 0 for batch in batches]
+        total = sum(counts) * trainer.world_size
+        judged = self._compression(pl_module).needs_judging
+        calibration = self.method.calibration
+        if judged and total < calibration.images + calibration.judging:
+            rank_zero_info(calibration.in_words(total))
+        wanted = calibration.shares(total, judged=judged)[0] / trainer.world_size
+        enough = next(number for number, seen in enumerate(accumulate(counts), start=1) if seen >= wanted)
+        scored = min(enough, len(batches) - 1) if judged else enough
         self._decide(trainer, pl_module, batches[:scored], batches[scored:])
         self._advance(trainer, pl_module)
 

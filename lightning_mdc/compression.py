@@ -124,6 +124,7 @@ class Compression:
         method: how.
         module: the dense model, or a module that holds it.
         submodule, input_size: see `compress`.
+        say: what tells what was chosen by itself, in a line.
 
     Attributes:
         anatomy: of the model.
@@ -135,9 +136,14 @@ class Compression:
     """
 
     def __init__(
-        self, method: Method, module: nn.Module, submodule: str | None = None, input_size: InputSize | None = None
+        self,
+        method: Method,
+        module: nn.Module,
+        submodule: str | None = None,
+        input_size: InputSize | None = None,
+        say: Callable[[str], None] = log.info,
     ) -> None:
-        self.method, self.module, self.submodule = method, module, submodule
+        self.method, self.module, self.submodule, self._say = method, module, submodule, say
         self.anatomy = find_anatomy(module, submodule)
         self.input_size = size = image_size(input_size)
         self.policy: Policy | None = None
@@ -166,8 +172,8 @@ class Compression:
         size = None if self.input_size is not None else on_first_rank(lambda: self._size_seen(run))
         if size is None or self.anatomy.grid_of(size) == self.anatomy.grid:
             return self
-        log.info("images are of %d x %d pixels, and priced as such", *size)
-        return Compression(self.method, self.module, self.submodule, size)
+        self._say(f"images are of {size[0]} x {size[1]} pixels, and priced as such")
+        return Compression(self.method, self.module, self.submodule, size, self._say)
 
     def _size_seen(self, run: Callable[[], Any] | None) -> tuple[int, int] | None:
         seen: list[tuple[int, ...]] = []
@@ -232,7 +238,7 @@ class Compression:
                 check_compensable(units, self.method.compensate)
             return self.method.compensate
         if norm is not None:
-            log.info("no compensation: %s is taken over units, so those that stay change when others leave", norm)
+            self._say(f"no compensation: {norm} is taken over units, so those that stay change when others leave")
         return "none" if norm is not None else "lstsq"
 
 
@@ -367,7 +373,7 @@ def _shared_out(batches: Iterable[Any], calibration: Calibration, *, judged: boo
             break
     scored, others = calibration.shares(total, judged=judged)
     if judged and total < wanted:
-        log.info("%d images: %d are scored on, %d judged on", total, scored, others)
+        log.info("%s", calibration.in_words(total))
     size = calibration.batch_size
     return list(_between(pairs, 0, scored, size)), list(_between(pairs, scored, scored + others, size))
 

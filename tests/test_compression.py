@@ -55,7 +55,7 @@ def test_of_few_images_two_thirds_score(caplog):
     with caplog.at_level("INFO"):
         found = mdc.compress(make(), batches(), n_trials=1)
     assert found.scores.images == 27
-    assert "40 images: 27 are scored on, 13 judged on" in caplog.text
+    assert "of 40 images 27 are scored on and 13 judged on" in caplog.text
 
 
 def test_a_killed_search_goes_on_from_its_journal(tmp_path):

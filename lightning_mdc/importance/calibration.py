@@ -50,6 +50,11 @@ class Calibration:
         scored = min(self.images, total - total // 3)
         return scored, min(self.judging, total - scored)
 
+    def in_words(self, total: int) -> str:
+        """What becomes of `total` images that are fewer than wanted."""
+        scored, judged = self.shares(total, judged=True)
+        return f"calibration: of {total} images {scored} are scored on and {judged} judged on"
+
 
 def is_map_style(loaders: Any) -> bool:
     """Whether `loaders` (a DataLoader or a nest of them) can be sampled by index."""
@@ -90,16 +95,26 @@ class CalibrationBatches(Sequence[Any]):
 
 
 def calibration_batches(
-    loaders: Any, calibration: Calibration, seed: int, *, judged: bool = False
+    loaders: Any,
+    calibration: Calibration,
+    seed: int,
+    *,
+    judged: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> tuple[CalibrationBatches, CalibrationBatches]:
     """Seeded batches to score units on, all of one size, and others to judge policies on, if any are `judged`.
 
-    `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return.
+    `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return. `say` tells in a line where there
+    are fewer images than are wanted for both.
 
     Raises:
         CalibrationError: there are no images.
     """
     leaves, structure = tree_flatten(loaders)
+    total = min(len(_pool(leaf)) for leaf in leaves)
+    counts_images = all(leaf.batch_sampler is not None for leaf in leaves)  # not whole batches
+    if say is not None and judged and counts_images and total < calibration.images + calibration.judging:
+        say(calibration.in_words(total))
     drawn = [_sample(leaf, calibration, seed, judged) for leaf in leaves]
     scoring, judging = ([batches[kind] for batches in drawn] for kind in (0, 1))
     return CalibrationBatches(leaves, structure, scoring), CalibrationBatches(leaves, structure, judging)
@@ -110,11 +125,7 @@ def _sample(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Indices drawn without replacement: of equal-sized batches to score on, of as many images as whole batches have;
     and of batches to judge on."""
-    total = len(loader.dataset)  # type: ignore[arg-type]
-    if not total:
-        raise CalibrationError("the training data set is empty: there is nothing to score on")
-    # A sampler over some indices splits the data set: the others are not for training.
-    pool = list(loader.sampler.indices) if isinstance(loader.sampler, SubsetRandomSampler) else range(total)
+    pool = _pool(loader)
     order = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
     size = calibration.batch_size
     if loader.batch_sampler is None:  # the data set yields whole batches itself, of as many images as the first has
@@ -132,6 +143,15 @@ def _sample(
         [order[start : start + size] for start in range(0, scored - size + 1, size)],
         [others[start : start + size] for start in range(0, len(others), size)],
     )
+
+
+def _pool(loader: DataLoader[Any]) -> Sequence[int]:
+    """Indices of what is trained on."""
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    if not total:
+        raise CalibrationError("the training data set is empty: there is nothing to score on")
+    # A sampler over some indices splits the data set: the others are not for training.
+    return list(loader.sampler.indices) if isinstance(loader.sampler, SubsetRandomSampler) else range(total)
 
 
 class Remembered(Sequence[Any]):
