@@ -50,6 +50,7 @@ from lightning_mdc.files import write_json
 
 MODELS = ("slim", "dense")
 CALIBRATION = 512
+LEAST_SHOWN = -10  # points, in the picture
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,8 @@ def judged(found: dict[str, Any]) -> Iterator[Target]:
 
 def text(found: dict[str, Any]) -> str:
     """A row per recipe, a column per run and model; targets; how it was measured."""
-    columns = [(name, model) for name, run in found["runs"].items() for model in MODELS if run["rows"]]
+    rows = {(name, row["model"]) for name, run in found["runs"].items() for row in run["rows"]}
+    columns = [(name, model) for name in found["runs"] for model in MODELS if (name, model) in rows]
     measured = {row["recipe"] for run in found["runs"].values() for row in run["rows"]}
     lines = [
         f"| recipe | {' | '.join(f'{name}, {model}' for name, model in columns)} |",
@@ -336,18 +338,19 @@ def figure(found: dict[str, Any]) -> Figure:
                 if (row["opt"], row["layer_decay"], row["clip"], row["ema"]) == (opt, decay, 1.0, None)
                 and row["model"] == "slim"
             ]
-            points = sorted((row["lr"], gain(run, row["recipe"], "slim")) for row in rows)
+            points = sorted((row["lr"], max(LEAST_SHOWN, gain(run, row["recipe"], "slim"))) for row in rows)
             if points:
                 label = f"{'AdamW' if opt == 'adamw' else 'Muon'}{', layer decay' if decay else ''}"
                 panel.plot(*zip(*points, strict=True), "o-", color=colour, label=label, lw=1.5)
         panel.axhline(0, color="#333333", lw=1, ls="--")
         panel.set_xscale("log")
-        panel.set_yscale("symlog", linthresh=2)
         panel.set_title(name, loc="left", fontsize=10, color="#333333")
         panel.set_xlabel("peak learning rate")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("test top-1 of slim, change in points")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].set_ylabel(f"test top-1 of slim, change in points\n({-LEAST_SHOWN} and more lost: at {LEAST_SHOWN})")
+    picture.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+    )
     return picture
 
 
