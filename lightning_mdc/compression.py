@@ -36,6 +36,9 @@ from lightning_mdc.surgery.compensation import COMPENSATIONS, check_compensable
 
 log = logging.getLogger(__name__)
 
+# Policies that are tried where nobody says another number.
+N_TRIALS = 40
+
 Evaluate = Callable[[nn.Module], float]
 
 
@@ -73,7 +76,7 @@ class Method:
         check_kind("tokens", tokens, TokenOptions, error)
         check_kind("calibration", calibration, Calibration, error)
         check_whole("seed", seed, 0, error)
-        check_whole("n_trials", n_trials, 1, error, or_none="40")
+        check_whole("n_trials", n_trials, 1, error, or_none=str(N_TRIALS))
         check_prediction(prediction, error)
         if evaluate is not None and not callable(evaluate):
             raise error(f"evaluate={evaluate!r:.80}: expected a function of a slim model that returns a number")
@@ -97,7 +100,7 @@ class Method:
             check_uniform(self.space)
         self.calibration = calibration or Calibration()
         self.compensate, self.evaluate, self.prediction = compensate, evaluate, prediction
-        self.n_trials, self.seed = 40 if n_trials is None else n_trials, seed
+        self.n_trials, self.seed = N_TRIALS if n_trials is None else n_trials, seed
 
 
 def _check_unused(error: type[MdcError], reason: str, **settings: Any) -> None:
