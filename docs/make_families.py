@@ -78,6 +78,7 @@ def answers(model: str | Callable[[], nn.Module]) -> tuple[str, ...]:
     return tuple(cells)
 
 
+@cache
 def table() -> str:
     """The table in Markdown. All models of a row have to give the same answers."""
     lines = [f"| model | {' | '.join(DIMENSIONS)} |", "|---" * (len(DIMENSIONS) + 1) + "|"]

@@ -20,7 +20,7 @@ from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models import find_anatomy
 from lightning_mdc.models.t2t_vit import T2TViT, TokensToToken, performer_attention, sinusoid
 from lightning_mdc.policy import default_stages
-from tests.kinds import counted_macs, everyday
+from tests.kinds import counted_macs
 
 SIZE = 64
 SMALL: dict[str, Any] = {"img_size": SIZE, "depth": 4, "embed_dim": 48, "num_heads": 4, "num_classes": 7}
@@ -446,7 +446,8 @@ def test_copies_agree(kind: str) -> None:
         assert not torch.equal(copied(x), net(x))
 
 
-@pytest.mark.parametrize("kind", everyday("performer", "transformer"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["performer", "transformer"])
 @torch.no_grad()
 def test_they_compile_and_export(kind: str) -> None:
     model, x = make(kind), images()
