@@ -119,7 +119,9 @@ def train(folder: Path) -> OfflineRun:
     lightning.Trainer(max_epochs=40, logger=False, **quiet).fit(module, data)
     logger = WandbLogger(name="my-run", project="digits", save_dir=folder, mode="offline", log_model=True)
     prune = mdc.MultiDimPruneCallback(budget=0.6)
-    trainer = lightning.Trainer(max_epochs=5, callbacks=[prune], logger=logger, log_every_n_steps=5, **quiet)
+    trainer = lightning.Trainer(
+        max_epochs=5, callbacks=[prune], logger=logger, log_every_n_steps=5, default_root_dir=folder, **quiet
+    )
     trainer.fit(module, data)
     logger.experiment.finish()
     return read_finished(folder)
