@@ -34,11 +34,9 @@ KINDS = (
     "vitamin_small_224",
     "vitamin_xlarge_256",  # no position embedding
     "vit_dwee_patch16_reg1_gap_256",  # differential attention
-    "eva02_tiny_patch14_224",
     "vit_pe_core_tiny_patch16_384",  # attention pooling
     "vit_small_patch16_rope_mixed_224",
     "vit_small_plus_patch16_dinov3_qkvb",
-    "vit_large_patch16_sapiens2",  # grouped queries in some blocks
     "t2t_vit_7",
     "t2t_vit_t_14",
 )
