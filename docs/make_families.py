@@ -10,6 +10,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.layers import Attention
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
@@ -35,6 +36,10 @@ def vit(**options: object) -> Callable[[], nn.Module]:
     return lambda: VisionTransformer(depth=2, embed_dim=64, num_heads=2, **options)  # type: ignore[arg-type]
 
 
+def post_norm_eva() -> nn.Module:
+    return Eva(depth=2, embed_dim=64, num_heads=2, use_post_norm=True)
+
+
 # What a row says, and the models that it is true of: names of timm, or what makes one.
 ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
     (
@@ -47,16 +52,27 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         ),
     ),
     ('T2T-ViT, ours: `timm.create_model("t2t_vit_14")` after `import lightning_mdc.models`', ("t2t_vit_14",)),
+    (
+        "timm's EVA-02, DINOv3, Perception Encoder, Sapiens2 and other ViTs with rotary positions",
+        (
+            *("eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_pe_core_tiny_patch16_384"),
+            *("vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224"),
+            *timm.list_models("vit_base_patch16_sapiens2"),  # an older timm has none
+        ),
+    ),
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
-    ("post-norm blocks", (vit(block_fn=ResPostBlock),)),
+    (
+        "post-norm blocks",
+        (vit(block_fn=ResPostBlock), post_norm_eva),
+    ),
     (
         "differential attention, a block with an attention of its own",
         ("vit_dlittle_patch16_reg1_gap_256", vit(attn_layer=OwnAttention)),
     ),
     (
-        "rotary or relative positions, windows, parallel or fused blocks",
+        "relative positions, windows, parallel or fused blocks",
         (
-            *("eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"),
+            *("beit_base_patch16_224", "vit_relpos_small_patch16_224"),
             *("swin_tiny_patch4_window7_224", "vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
         ),
     ),

@@ -141,6 +141,7 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
             weights = {name: weights.get(name, own.to(like)) for name, own in result.state_dict().items()}
         result.load_state_dict(weights, assign=True)
         if model is None:
+            find_anatomy(result).family.complete(result)
             _set_pretrained_cfg(result, config["pretrained_cfg"])
     except ArtifactError:
         raise

@@ -11,6 +11,7 @@ import pytest
 import torch
 from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,6 +59,43 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 if "gated" in inspect.signature(Attention).parameters:  # the oldest timm we support has no gate
     KINDS["gated"] = _vit(attn_layer=GatedAttention)
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
+
+
+def _eva(**kwargs: Any) -> Callable[[], nn.Module]:
+    return lambda: Eva(**(BASE | kwargs))
+
+
+# Rotary bases are small, so that neighbours turn differently and a wrong table shows.
+_ROPE: dict[str, Any] = {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "rope_temperature": 4.0}
+_CLASS: dict[str, Any] = {"attn_type": "rope", "global_pool": "token", "init_values": 1e-3, "rope_grid_indexing": "xy"}
+_SPLIT: dict[str, Any] = {"qkv_fused": False, "swiglu_mlp": True, "global_pool": "token"}
+_DINOV3: dict[str, Any] = {"rope_type": "dinov3", "rope_rotate_half": True, "dynamic_img_size": True}
+EVA_KINDS: dict[str, Callable[[], nn.Module]] = {
+    "eva02": _eva(**(_ROPE | {"use_abs_pos_emb": True}), swiglu_mlp=True, ref_feat_shape=(3, 3)),
+    "dinov3": _eva(**_ROPE, **_DINOV3, num_reg_tokens=4, init_values=1e-3, use_fc_norm=False),
+    "rope_mixed": _eva(**_ROPE, **_CLASS, rope_type="mixed"),
+    "eva02_clip": _eva(**_ROPE, **_SPLIT, scale_mlp=True, scale_attn_inner=True),
+    "dinov3_swiglu": _eva(**_ROPE, **_DINOV3, num_reg_tokens=2, swiglu_mlp=True, swiglu_align_to=8, qkv_bias=False),
+    "rope": _eva(**_ROPE, **_CLASS, use_fc_norm=False),
+    "perception_encoder": _eva(
+        **(_ROPE | {"use_abs_pos_emb": True}),
+        attn_type="rope",
+        global_pool="map",
+        use_pre_transformer_norm=True,
+        rope_grid_offset=1.0,
+        attn_pool_num_heads=2,
+    ),
+    "eva_giant": _eva(class_token=False),
+}
+if "num_kv_heads" in inspect.signature(Eva).parameters:  # newer timm only
+    EVA_KINDS["sapiens2"] = _eva(
+        **(_ROPE | _SPLIT | {"attn_type": "rope", "init_values": 1.0, "norm_layer": RmsNorm}),
+        num_kv_heads=(4, 2, 2, 4),
+        qk_norm=True,
+        attn_only_layer_scale=True,
+        num_reg_tokens=2,
+    )
+EVA_POST_NORM = _eva(use_post_norm=True, global_pool="token")
 
 
 def make(kind: str = "vit", seed: int = 0) -> nn.Module:

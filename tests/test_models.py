@@ -41,7 +41,6 @@ def test_prefix_tokens_and_class_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("eva02_tiny_patch14_224", "blocks.0"),  # rotary positions
         ("beit_base_patch16_224", "blocks.0"),  # relative positions
         ("vit_relpos_small_patch16_224", "blocks.0"),
         ("swin_tiny_patch4_window7_224", "layers.0.blocks.0"),  # windows

@@ -148,7 +148,7 @@ class CostModel:
         seen, width = tokens.before, point.attention.width
         rows = len(self.anatomy.class_rows) or seen
         scores = rows * seen * scoring * width if tokens.scored else 0
-        keys = np.where(np.greater(scoring, 0), width, self.anatomy.dim)
+        keys = np.where(np.greater(scoring, 0), point.key_width or width, self.anatomy.dim)
         reduced = reduction_class(reduction).macs(tokens.stay - self.num_prefix, seen - tokens.stay, keys)
         return np.where(np.less(tokens.stay, seen), scores + reduced, 0)
 

@@ -70,6 +70,20 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Behaviour:
+    """What a module does where it has fewer units than the library's forward counts on.
+
+    Attributes:
+        mixin: put before the module's class.
+        attributes: indices of the kept units -> attributes of the module that the mixin reads, by name.
+    """
+
+    module: nn.Module
+    mixin: type
+    attributes: Callable[[tuple[int, ...]], Mapping[str, Any]] = lambda kept: {}
+
+
+@dataclass(frozen=True)
 class Units:
     """One block's heads or neurons: everything that has to be masked, priced and cut together.
 
@@ -87,6 +101,7 @@ class Units:
         macs: (units kept, tokens that their half of the block sees) -> MACs.
         after_point: whether they see the tokens that are left behind the token point, as the second half does.
         norm: a normalisation over the units' channels, by name and class, for messages; None if there is none.
+        behaviours: of modules that cannot do with fewer units by themselves.
     """
 
     dimension: str
@@ -100,6 +115,7 @@ class Units:
     macs: Macs
     after_point: bool = False
     norm: str | None = None
+    behaviours: tuple[Behaviour, ...] = ()
 
     @property
     def params(self) -> int:
@@ -130,12 +146,14 @@ class TokenPoint:
     Attributes:
         halves: class with the family's `attend` and `finish`; see `tokens.block.StagedBlock`.
         attention: the units whose attention ranks tokens. Where they cannot be cut, all of them do.
-        values: where the value vectors of the tokens can be seen.
+        values: where the value vectors of the tokens can be seen, or else what they are made of.
+        key_width: channels of a key, if that is not what `attention` has per unit.
     """
 
     halves: type
     attention: Units
     values: Channels
+    key_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +217,11 @@ class Family(ABC):
             ArtifactError: a field is missing, unknown or of the wrong type.
         """
         raise ArtifactError(f"the family {self.name!r} does not say how its models are built")
+
+    def complete(self, model: Any) -> None:
+        """Compute, on the CPU and in place, what no file holds (rotary tables) of a model that was built on the meta
+        device and has its weights by now."""
+        return
 
     def check_spec(self, spec: Mapping[str, Any], tensors: Collection[str]) -> None:
         """Refuse, before anything is built, a `spec` whose model would not have the `tensors` of these names.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_mdc.errors import MdcError
-from lightning_mdc.models.anatomy import Units
+from lightning_mdc.models.anatomy import Behaviour, Units
 
 _ENTRIES, _SIZES, _ATTRIBUTES, _UNDER = "_mdc_entries", "_mdc_sizes", "_mdc_attributes", "_mdc_under"
 
@@ -87,6 +87,8 @@ def mask_units(chosen: Iterable[tuple[Units, tuple[int, ...]]]) -> None:
             _mask(part.module, entries={part.name: (part.dim, entries)})
         for size in units.sizes:
             _mask(size.module, sizes={size.name: size.of(len(kept))})
+        for behaviour in units.behaviours:
+            _mask(behaviour.module, _missing(behaviour), sizes=behaviour.attributes(kept))
 
 
 def mask_with_mixins(module: nn.Module, mixins: Iterable[type], **attributes: Any) -> None:
@@ -179,6 +181,14 @@ def cut_units(units: Units, kept: tuple[int, ...]) -> None:
         setattr(part.module, part.name, new)
     for size in units.sizes:
         setattr(size.module, size.name, size.of(len(kept)))
+    for behaviour in units.behaviours:
+        with_mixins(behaviour.module, *_missing(behaviour))
+        vars(behaviour.module).update(behaviour.attributes(kept))
+
+
+def _missing(behaviour: Behaviour) -> tuple[type, ...]:
+    """The mixin, unless the module has it already: a slim model can be cut again."""
+    return () if isinstance(behaviour.module, behaviour.mixin) else (behaviour.mixin,)
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -45,10 +46,9 @@ from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec
 from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
 from lightning_mdc.tokens.block import refuse_masks, restored, stage_of, step, through
 from lightning_mdc.tokens.reduction import Evidence
-from lightning_mdc.tokens.selection import grid_like
+from lightning_mdc.tokens.selection import Carried, grid_like
 
 _WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
-_MODELS = (VisionTransformer, VisionTransformerDistilled)
 
 
 class TimmVisionTransformer(Family):
@@ -59,20 +59,22 @@ class TimmVisionTransformer(Family):
         "timm VisionTransformer built from timm.layers.Attention and Mlp, GluMlp or SwiGLU: ViT, DeiT, distilled DeiT, "
         "DeiT-III, register tokens, average or attention pooling (SigLIP), CLIP-style norm_pre"
     )
+    models: tuple[type, ...] = (VisionTransformer, VisionTransformerDistilled)
 
     def accepts(self, module: nn.Module) -> bool:
-        """Whether this is a VisionTransformer whose forward is timm's own."""
-        return _computes_as(module, _MODELS, _WHOLE_MODEL_METHODS)
+        """Whether this is one of `models` whose forward is timm's own."""
+        return _computes_as(module, self.models, _WHOLE_MODEL_METHODS)
 
     def refusal(self, module: nn.Module) -> str | None:
-        """The method of its own that makes a VisionTransformer another model."""
-        if not isinstance(module, VisionTransformer):
+        """The method of its own that makes one of `models` another model."""
+        if not isinstance(module, self.models):
             return None
-        own = [name for name in _WHOLE_MODEL_METHODS if not _computes_as(module, _MODELS, (name,))]
-        return f"its class overrides {', '.join(own)} of timm's VisionTransformer" if own else None
+        own = [name for name in _WHOLE_MODEL_METHODS if not _computes_as(module, self.models, (name,))]
+        return f"its class overrides {', '.join(own)} of timm's {self.models[0].__name__}" if own else None
 
     def anatomy(self, model: Any) -> Anatomy:
-        blocks = tuple(_block(index, unwrap(block), model.embed_dim) for index, block in enumerate(model.blocks))
+        kind = self.block_kind(model)
+        blocks = _blocks(kind, model)
         height, width = model.patch_embed.img_size
         distilled = isinstance(model, VisionTransformerDistilled)
         return Anatomy(
@@ -87,11 +89,15 @@ class TimmVisionTransformer(Family):
             input_size=(in_chans(model), height, width),
             grid_of=partial(_grid_of, model),
             fixed_macs=partial(_fixed_macs, model, self.embedding_macs),
-            reader=TimmReader,
-            no_tokens=_no_tokens(model, blocks),
+            reader=kind.reader,
+            no_tokens=_no_tokens(model, blocks, kind.post_norm),
             classifies=not isinstance(model.head, nn.Identity),
-            drops_patches_at_random=not isinstance(model.patch_drop, nn.Identity),
+            drops_patches_at_random=getattr(model.patch_drop, "prob", 0) > 0,
         )
+
+    def block_kind(self, model: Any) -> BlockKind:
+        """What the blocks of `model` are."""
+        return BlockKind(TimmBlock, ResPostBlock, (layers.Attention,), _heads, _point, TimmReader)
 
     def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
         """MACs of the patch embedding for images of that (height, width)."""
@@ -120,9 +126,12 @@ def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str,
     )
 
 
+_LINEARS = ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
+
+
 def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether the module computes what one of `kinds` does, on Linear layers that can be sliced."""
-    children = (module._modules.get(name) for name in ("qkv", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2"))
+    children = (module._modules.get(name) for name in _LINEARS)
     return _computes_as(module, kinds) and all(
         # no parametrisation, no torch.nn.utils.prune
         child is None or (_computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
@@ -133,12 +142,37 @@ def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
 # --- what a block is made of ------------------------------------------------------------------------------------------
 
 
-def _block(index: int, block: Any, dim: int) -> Block:
+@dataclass(frozen=True)
+class BlockKind:
+    """Blocks of one file of timm's: attention and MLP, each behind a norm, or before one.
+
+    Attributes:
+        pre_norm, post_norm: their classes.
+        attentions: classes of attention whose heads are known.
+        heads: (index of the block, name, attention) -> its heads, whether or not they can be cut.
+        point: (block, heads) -> where tokens can leave; of pre-norm blocks only.
+        reader: of `Anatomy`.
+    """
+
+    pre_norm: type
+    post_norm: type
+    attentions: tuple[type, ...]
+    heads: Callable[[int, str, Any], Units]
+    point: Callable[[Any, Units], TokenPoint]
+    reader: type
+
+
+def _blocks(kind: BlockKind, model: Any) -> tuple[Block, ...]:
+    """The blocks of a model, each of that kind, or else one that loses nothing."""
+    return tuple(_block_of(kind, index, unwrap(block), model.embed_dim) for index, block in enumerate(model.blocks))
+
+
+def _block_of(kind: BlockKind, index: int, block: Any, dim: int) -> Block:
     name = f"blocks.{index}"
-    kind = next((kind for kind in (TimmBlock, ResPostBlock) if _computes_as(block, (kind,))), None)
-    if kind is None:
+    if not _computes_as(block, (kind.pre_norm, kind.post_norm)):
         reason = (
-            f"{name} is a {qualified_name(block)}, neither timm's Block nor ResPostBlock (parallel, fused or its own)"
+            f"{name} is a {qualified_name(block)}, neither timm's {kind.pre_norm.__name__} nor "
+            f"{kind.post_norm.__name__} (parallel, fused or its own)"
         )
         reasons = dict.fromkeys(UNIT_DIMENSIONS, reason)
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
@@ -147,16 +181,17 @@ def _block(index: int, block: Any, dim: int) -> Block:
     # MACs of either half, and where tokens can leave, in case no units stand for them.
     rest: list[Callable[[Any], Any] | None] = [None, None]
     point = None
-    attention = _attention(index, f"{name}.attn", block.attn)
-    if attention is None:
+    pre_norm = _computes_as(block, (kind.pre_norm,))
+    if not _is_plain(block.attn, kind.attentions):
+        known = " or ".join(f"timm's {attention.__name__}" for attention in kind.attentions)
         reasons["heads"] = (
-            f"{name}.attn is a {qualified_name(block.attn)}, not timm.layers.Attention with its own forward and Linears"
+            f"{name}.attn is a {qualified_name(block.attn)}, not {known} with its own forward and Linears"
         )
         rest[0] = CountedMacs(block.attn, dim, f"{name}.attn")
     else:
-        if kind is TimmBlock:
-            channels = block.attn.qkv.out_features
-            point = TokenPoint(TimmHalves, attention, Channels(block.attn.qkv, channels * 2 // 3, channels))
+        attention = kind.heads(index, f"{name}.attn", block.attn)
+        if pre_norm:
+            point = kind.point(block, attention)
         if (why_not := _unknown_norm(f"{name}.attn.norm", block.attn.norm)) is None:
             units["heads"] = attention
         else:
@@ -166,14 +201,12 @@ def _block(index: int, block: Any, dim: int) -> Block:
         units["neurons"] = neurons
     else:
         reasons["neurons"], rest[1] = neurons, CountedMacs(block.mlp, dim, f"{name}.mlp")
-    second_half = block.norm2 if kind is TimmBlock else block.mlp
+    second_half = block.norm2 if pre_norm else block.mlp
     return Block(name, block, units, reasons, point, stage_of(block), (rest[0], rest[1]), second_half)
 
 
-def _attention(index: int, name: str, attn: Any) -> Units | None:
-    """The heads of timm's own attention, whether or not they can be cut; None: it is another."""
-    if not _is_plain(attn, (layers.Attention,)):
-        return None
+def _heads(index: int, name: str, attn: Any) -> Units:
+    """The heads of timm's own attention."""
     width, gate = attn.head_dim, getattr(attn, "gate", None)  # newer timm only
     parts = [rows_of(attn.qkv, 3, width), columns_of(attn.proj, width)]
     if gate is not None:
@@ -196,8 +229,13 @@ def _attention(index: int, name: str, attn: Any) -> Units | None:
         ),
         reader=attn.proj,
         macs=lambda heads, tokens: tokens * heads * per_head + 2 * tokens * tokens * heads * width,
-        norm=_spanning(f"{name}.norm", attn.norm),
+        norm=spanning(f"{name}.norm", attn.norm),
     )
+
+
+def _point(block: Any, heads: Units) -> TokenPoint:
+    channels = block.attn.qkv.out_features
+    return TokenPoint(TimmHalves, heads, Channels(block.attn.qkv, channels * 2 // 3, channels))
 
 
 def _neurons(index: int, name: str, mlp: Any) -> Units | str:
@@ -224,11 +262,11 @@ def _neurons(index: int, name: str, mlp: Any) -> Units | str:
         reader=mlp.fc2,
         macs=lambda neurons, tokens: tokens * neurons * weights,
         after_point=True,
-        norm=_spanning(f"{name}.norm", mlp.norm),
+        norm=spanning(f"{name}.norm", mlp.norm),
     )
 
 
-def _spanning(name: str, norm: nn.Module) -> str | None:
+def spanning(name: str, norm: nn.Module) -> str | None:
     return None if isinstance(norm, nn.Identity) else f"{name} ({type(norm).__name__})"
 
 
@@ -238,14 +276,14 @@ def _unknown_norm(name: str, norm: nn.Module) -> str | None:
     return f"{name} is a {qualified_name(norm)}; known norms are {', '.join(NORMS)}"
 
 
-def _no_tokens(model: Any, blocks: tuple[Block, ...]) -> str | None:
+def _no_tokens(model: Any, blocks: tuple[Block, ...], post_norm: type) -> str | None:
     """Why tokens cannot leave; None if they can."""
     for block in blocks:
         if block.stage is not None:
             return f"{block.name} already drops tokens: this model is slim; prune tokens of the dense one"
     for block in blocks:
         if block.point is None:
-            if _computes_as(block.module, (ResPostBlock,)):
+            if _computes_as(block.module, (post_norm,)):
                 return f"{block.name} is a post-norm block ({qualified_name(block.module)}); tokens need pre-norm"
             return next(iter(block.reasons.values()))
     if getattr(model.attn_pool, "pos_embed", None) is not None:
@@ -283,7 +321,8 @@ def _fixed_macs(
     dim = model.embed_dim
     total: Any = embedding_macs(model, size)
     if model.attn_pool is not None:
-        pooled = num_tokens if model.pool_include_prefix else num_tokens - model.num_prefix_tokens
+        whole = getattr(model, "pool_include_prefix", True)  # timm's Eva pools all
+        pooled = num_tokens if whole else num_tokens - model.num_prefix_tokens
         total = total + _pool_macs(model.attn_pool, pooled, dim)
     heads = [model.head, model.head_dist] if isinstance(model, VisionTransformerDistilled) else [model.head]
     for head in heads:
@@ -405,11 +444,19 @@ class TimmReader:
             UnsupportedModelError: an attention mask is given; it would not fit the tokens that are left.
         """
         self._check(x, attn_mask, is_causal)
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        x, *ropes = self._embedded(x)
         checkpoint = timm_checkpoint if self.grad_checkpointing else None
-        x = through(self.blocks, x, self.num_prefix_tokens, self.plan.restore, checkpoint)
+        x = through(self.blocks, x, self.num_prefix_tokens, self.plan.restore, checkpoint, *ropes)
         features: Tensor = self.norm(x)
         return features
+
+    def _embedded(self, x: Tensor) -> tuple[Any, ...]:
+        """What reaches the first block, and, where tokens turn, the `ropes` of `through`."""
+        return (self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))),)
+
+    def _turned(self, rope: Tensor, carried: Carried | None) -> Tensor:
+        """How the tokens that are left turn, of how all of them do."""
+        return rope
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         refuse_masks(attn_mask, is_causal)
@@ -437,8 +484,10 @@ class TimmReader:
         self._check(x, given.arguments.get("attn_mask"), given.arguments.get("is_causal", False))
         way: list[Any] = [None, None]  # tokens behind the last block, and what travels beside them
 
-        def read(block: nn.Module, x: Tensor, **options: Any) -> Tensor:
-            way[:] = x, carried = step(block, x if way[0] is None else way[0], way[1])
+        def read(block: nn.Module, x: Tensor, rope: Tensor | None = None, **options: Any) -> Tensor:
+            before, carried = way
+            rope = None if rope is None else self._turned(rope, carried)
+            way[:] = x, carried = step(block, x if before is None else before, carried, rope)
             return restored(x, carried, self.num_prefix_tokens) if self.plan.restore else x
 
         # timm's own method, on a stand-in whose blocks show what may be read.

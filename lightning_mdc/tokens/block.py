@@ -44,7 +44,8 @@ class StagedBlock(nn.Module):
     """Mixin before a block's own class, and before the family's halves of it:
 
     - ``attend(x, bias) -> (x, Evidence)``: attention and its residual, of x (batch, tokens, dim); bias
-      (batch, 1, 1, tokens) or None is added to the logits;
+      (batch, 1, 1, tokens) or None is added to the logits. ``attend(x, bias, rope)`` where tokens are turned by their
+      positions;
     - ``finish(x) -> x``: the rest.
 
     K is static per input size: compile and export see no branch on data.
@@ -54,8 +55,13 @@ class StagedBlock(nn.Module):
     attend: Callable[..., tuple[Tensor, Evidence]]
     finish: Callable[[Tensor], Tensor]
 
-    def forward(self, x: Tensor, *args: Any, journey: Journey | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, rope: Tensor | None = None, journey: Journey | None = None, **kwargs: Any
+    ) -> Tensor:
         """x: (batch, tokens, dim) -> (batch, tokens that go on, dim); what travels with them in `journey`.
+
+        Args:
+            rope: how the tokens turn, as the library's block takes it.
 
         Raises:
             UnsupportedModelError: an attention mask is given; it would not fit the tokens that are left.
@@ -67,7 +73,7 @@ class StagedBlock(nn.Module):
             raise PlanError(
                 "this block has to know which positions its tokens stand for; call the model, not its blocks one by one"
             )
-        x, evidence = self.attend(x, self._log_sizes(x, journey.before))
+        x, evidence = self.attend(x, self._log_sizes(x, journey.before), *(() if rope is None else (rope,)))
         if role.select is not None:
             x, journey.after = role.select(x, evidence, journey.before)
         return self.finish(x)
@@ -104,37 +110,43 @@ def through(
     num_prefix_tokens: int,
     restore: bool,
     checkpoint: Callable[..., Any] | None = None,
+    ropes: Callable[[int, Carried | None], Tensor | None] = lambda block, carried: None,
 ) -> Tensor:
     """x (batch, tokens, dim) through the blocks of a model inside which tokens leave; a family's `reader` calls it.
 
     Args:
         restore: whether every position has a token again behind them: (batch, tokens, dim) then, else fewer tokens.
         checkpoint: calls a function with tensors, and again in the backward pass, as `torch.utils.checkpoint` does.
+        ropes: (index of a block, what travels beside the tokens) -> how those turn that reach it; None: not at all.
     """
     carried: Carried | None = None
-    for block in blocks:
+    for index, block in enumerate(blocks):
+        rope = ropes(index, carried)
         if checkpoint is None:
-            x, carried = step(block, x, carried)
+            x, carried = step(block, x, carried, rope)
         else:
-            x, *travels = checkpoint(partial(_flat_step, block), x, *(() if carried is None else carried))
+            x, *travels = checkpoint(partial(_flat_step, block), x, rope, *(() if carried is None else carried))
             carried = Carried(*travels) if travels else None
     return restored(x, carried, num_prefix_tokens) if restore else x
 
 
-def step(block: nn.Module, x: Tensor, carried: Carried | None) -> tuple[Tensor, Carried | None]:
+def step(
+    block: nn.Module, x: Tensor, carried: Carried | None, rope: Tensor | None = None
+) -> tuple[Tensor, Carried | None]:
     """x through one block, and what travels beside it behind it."""
     inside: Any = block
     while not isinstance(inside, StagedBlock) and len(inside._modules) == 1:  # wrapped: compiled, sharded, checkpointed
         inside = next(iter(inside._modules.values()))
+    turns = {} if rope is None else {"rope": rope}
     if not isinstance(inside, StagedBlock):
-        return block(x), carried
+        return block(x, **turns), carried
     journey = Journey(carried)
-    x = block(x, journey=journey)
+    x = block(x, journey=journey, **turns)
     return x, journey.after
 
 
-def _flat_step(block: nn.Module, x: Tensor, *travels: Any) -> tuple[Any, ...]:
-    x, carried = step(block, x, Carried(*travels) if travels else None)
+def _flat_step(block: nn.Module, x: Tensor, rope: Tensor | None, *travels: Any) -> tuple[Any, ...]:
+    x, carried = step(block, x, Carried(*travels) if travels else None, rope)
     return x, *(() if carried is None else carried)
 
 
@@ -145,8 +157,7 @@ def restored(x: Tensor, carried: Carried | None, num_prefix_tokens: int) -> Tens
     """
     if carried is None:
         return x
-    places, last = carried
-    tokens = rows(x[:, num_prefix_tokens:], places.clamp_min(0))
-    if last is not None:
-        tokens = torch.where((places >= 0)[:, :, None], tokens, last)
+    tokens = rows(x[:, num_prefix_tokens:], carried.places.clamp_min(0))
+    if carried.last is not None:
+        tokens = torch.where((carried.places >= 0)[:, :, None], tokens, carried.last)
     return torch.cat([x[:, :num_prefix_tokens], tokens], dim=1)

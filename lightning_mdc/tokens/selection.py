@@ -26,10 +26,12 @@ class Carried(NamedTuple):
     Attributes:
         places: the token that each position of the input is in now, int64 (batch, positions); -1: it was dropped.
         last: the value that each position had when it was dropped, (batch, positions, dim); None: nobody asks.
+        own: the position that each token had in the input, int64 (batch, tokens); -1: it is a new one (fused).
     """
 
     places: Tensor
     last: Tensor | None
+    own: Tensor
 
     def sizes(self, num_tokens: int) -> Tensor:
         """How many positions each token stands for: int64 (batch, tokens)."""
@@ -73,12 +75,13 @@ class TokenSelection(nn.Module):
         prefix, tokens = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         if carried is None:  # every position still is a token of its own
             places = torch.arange(tokens.shape[1], device=x.device).expand(x.shape[0], -1)
-            carried = Carried(places, torch.zeros_like(tokens) if self.keeps_last else None)
+            carried = Carried(places, torch.zeros_like(tokens) if self.keeps_last else None, places)
         sizes = carried.sizes(tokens.shape[1]) if self.reduce.counts_sizes else None
         reduced, moved = self.reduce(tokens, *split, sizes, evidence)
-        return torch.cat([prefix, reduced], dim=1), self._moved(carried, tokens, moved)
+        own = F.pad(carried.own.gather(1, split[0]), (0, self.reduce.extra), value=-1)
+        return torch.cat([prefix, reduced], dim=1), self._moved(carried, tokens, moved, own)
 
-    def _moved(self, carried: Carried, tokens: Tensor, moved: Tensor) -> Carried:
+    def _moved(self, carried: Carried, tokens: Tensor, moved: Tensor, own: Tensor) -> Carried:
         there = carried.places >= 0
         before = carried.places.clamp_min(0)
         places = torch.where(there, moved.gather(1, before), -1)
@@ -86,7 +89,7 @@ class TokenSelection(nn.Module):
         if last is not None:
             leaves = there & (places < 0)
             last = torch.where(leaves[:, :, None], rows(tokens, before), last)
-        return Carried(places, last)
+        return Carried(places, last, own)
 
     def split(self, x: Tensor, evidence: Evidence, carried: Carried | None) -> tuple[Tensor, Tensor] | None:
         """Which tokens stay, (batch, kept) in their order, and which leave; None if none is to leave.
