@@ -97,7 +97,7 @@ OURS = ("ours, uniform", "ours, searched")
 # The rows of the table in README.md, and what they are called there.
 HEADLINE = {
     REFERENCE: "dense, same extra training",
-    "ours, searched": "**searched**, compensated: the callback, `mdc train`",
+    "ours, searched": "**searched**, compensated: `mdc train`",
     "ours, uniform": "uniform, compensated",
     "conditional, not compensated": "uniform, not compensated",
     "ours, neurons alone": "neurons alone, compensated",

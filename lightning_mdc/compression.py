@@ -27,7 +27,7 @@ from lightning_mdc.errors import (
 from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
 from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batch
 from lightning_mdc.models import find_anatomy
-from lightning_mdc.policy import DIMENSIONS, Plan, Policy, Space, TokenOptions, check_dimensions
+from lightning_mdc.policy import Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
 from lightning_mdc.policy_search.policy_space import PolicySpace
@@ -89,7 +89,7 @@ class Method:
         if self.policy != "searched":
             _check_unused(error, "no policy is searched for", n_trials=n_trials, evaluate=evaluate)
         is_judged = self.policy == "searched" and evaluate is None
-        looks = Needs.all_of(self.criterion.needs(dimension) for dimension in DIMENSIONS).images
+        looks = Needs.all_of(map(self.criterion.needs, self.criterion.dimensions)).images
         if not looks and compensate == "none" and not is_judged:
             reason = f"criterion={self.criterion.name!r} looks at no images, and nothing else does"
             _check_unused(error, reason, calibration=calibration, prediction=prediction)

@@ -113,6 +113,22 @@ def test_a_slim_model_stands_in_for_the_dense_one_and_leaves_its_place():
     assert judge(model) == 0
 
 
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["remembered", "looked at again"])
+def test_a_dense_model_that_is_being_trained_is_looked_at_as_it_is_used(limit, monkeypatch):
+    """Its dropout takes no part, however often it is asked."""
+    monkeypatch.setattr(closeness, "_MEMORY_LIMIT", limit)
+    model, batch = make(), images(12)
+    small = mdc.slim(model, mdc.make_plan(model, mdc.score(model, [batch], "magnitude"), mdc.Policy(0.5))).eval()
+    with torch.no_grad():
+        p, q = model(batch).double().softmax(-1), small(batch).double().log_softmax(-1)
+    model.head_drop.p = 0.9
+    holder = nn.Sequential(model).train()
+    expected = pytest.approx(-(p * (p.log() - q)).sum(-1).mean().item(), rel=1e-3)
+    assert InPlace(holder, [batch], lambda module, part: module(part))(small) == expected
+    assert HeldOut([batch], dense=model)(small) == expected
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("dense", "slim", "words"),
     [

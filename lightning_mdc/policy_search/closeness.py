@@ -42,7 +42,8 @@ class Closeness:
 
     Args:
         batches: how many this rank has.
-        dense: the dense model's output on one of them.
+        dense: the dense model's output on one of them, whatever mode the model is in; asked again for what does not fit
+            into memory.
         prediction: makes of an output what is compared; None: nothing is made of it.
         classifies: whether an output (images, classes) is logits, if there is no `prediction`.
 
@@ -118,7 +119,7 @@ class Closeness:
             return False
         if self._prediction is None:
             return self._classifies
-        sums = tensors[0].float().sum(dim=1)
+        sums = tensors[0].sum(dim=1)
         return bool((tensors[0] >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
     def _read(self, output: Any) -> list[Tensor]:

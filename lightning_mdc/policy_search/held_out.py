@@ -122,9 +122,8 @@ class HeldOut(Judge):
             self.labels = self.labels.long()
         self._closeness: Closeness | None = None
         if dense is not None:
-            with torch.inference_mode(), evaluating(dense):
-                run = partial(self._output, dense)
-                self._closeness = Closeness(self._num_batches, run, prediction, classifies(dense))
+            says = partial(self._dense_output, dense)
+            self._closeness = Closeness(self._num_batches, says, prediction, classifies(dense))
         # What is told of every model beside the metric's value.
         self._tells_top1 = classes and (self._closeness is None or self._closeness.is_divergence)
         self._tells_kl = self._closeness is not None and self._closeness.is_divergence
@@ -189,6 +188,10 @@ class HeldOut(Judge):
             found = log_probabilities(output).exp() if is_logits else output
         metric.update(found.to(labels.device), labels)
 
+    def _dense_output(self, dense: nn.Module, batch: int) -> Any:
+        with torch.inference_mode(), evaluating(dense):
+            return self._output(dense, batch)
+
     def _output(self, model: nn.Module, batch: int) -> Any:
         images, parameter = self.images.split(self.batch_size)[batch], next(model.parameters(), self.images)
         return model(images.to(parameter.device, parameter.dtype if images.is_floating_point() else None))
@@ -229,9 +232,8 @@ class InPlace(Judge):
         if not self.images:
             raise SearchError("there are no held-out images to judge policies on; give batches of some")
         begun = time.perf_counter()
-        with running_as_written(module):
-            says = find_anatomy(self._dense).classifies
-            self._closeness = Closeness(len(batches), lambda batch: run(module, batches[batch]), prediction, says)
+        says = find_anatomy(self._dense).classifies
+        self._closeness = Closeness(len(batches), partial(self._output, self._dense), prediction, says)
         self.seconds = time.perf_counter() - begun
 
     def judge(self, model: nn.Module) -> Judgement:
@@ -249,11 +251,14 @@ class InPlace(Judge):
 
     def _errors_of_this_rank(self, model: nn.Module) -> Tensor:
         errors = torch.zeros(self._closeness.num_errors, dtype=torch.float64)
-        for number, batch in enumerate(self.batches):
-            with standing_in(self.module, self._dense, model) as whole, running_as_written(whole):
-                output = self._run(whole, batch)
-            errors += self._closeness.errors(number, output)
+        for batch in range(len(self.batches)):
+            errors += self._closeness.errors(batch, self._output(model, batch))
         return errors
+
+    def _output(self, model: nn.Module, batch: int) -> Any:
+        """What the module says about a batch with `model` in place, which may be its own."""
+        with standing_in(self.module, self._dense, model) as whole, running_as_written(whole):
+            return self._run(whole, self.batches[batch])
 
 
 @contextmanager
