@@ -56,7 +56,7 @@ from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
-from lightning_mdc.surgery.compensation import changing_readers, refit_readers
+from lightning_mdc.surgery.compensation import refit_readers
 from lightning_mdc.surgery.plan import make_plan
 
 _STATE_FORMAT = 1
@@ -605,7 +605,7 @@ class MultiDimPruneCallback(Callback):
             if isinstance(other, WeightAveraging) and other._average_model is not None
         ]
         anatomies = [find_anatomy(module, self.submodule) for module in (pl_module, *averaged)]
-        readers = [units.reader for anatomy in anatomies for units in changing_readers(anatomy, plan)]
+        readers = [units.reader for anatomy in anatomies for units in anatomy.units_leaving(plan)]
         tensors = [tensor for reader in readers for tensor in (reader.weight, reader.bias) if tensor is not None]
         self._before = [(tensor, tensor.detach().cpu().clone()) for tensor in tensors]
         for anatomy in anatomies:

@@ -16,6 +16,7 @@ from lightning_mdc.budget import Budget, InputSize, as_budget, image_size
 from lightning_mdc.budget.uniform import check_uniform, uniform_policy
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import (
+    CalibrationError,
     CompressionError,
     MdcError,
     PolicyError,
@@ -33,6 +34,7 @@ from lightning_mdc.policy_search.held_out import InPlace, running_as_written
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery import make_plan, slim
 from lightning_mdc.surgery.compensation import COMPENSATIONS, check_compensable
+from lightning_mdc.tokens.surviving_patches import watched_patches
 
 log = logging.getLogger(__name__)
 
@@ -179,16 +181,14 @@ class Compression:
         return Compression(self.method, self.module, self.submodule, size, self._say)
 
     def _size_seen(self, run: Callable[[], Any] | None) -> tuple[int, int] | None:
-        seen: list[tuple[int, ...]] = []
-        if run is not None:
-            hook = self.anatomy.model.register_forward_pre_hook(lambda _, args: seen.extend(a.shape for a in args[:1]))
-            try:
-                with running_as_written(self.module):
-                    run()
-            finally:
-                hook.remove()
-        # Nothing is seen where only a part of it is called.
-        return (seen[0][-2], seen[0][-1]) if seen and len(seen[0]) == 4 else None
+        if run is None:
+            return None
+        try:
+            with running_as_written(self.module):
+                _, images, _ = watched_patches(self.anatomy.model, run)
+        except CalibrationError:  # it is called on none, or the batch is refused, which scoring will say
+            return None
+        return images.shape[-2], images.shape[-1]
 
     @property
     def is_given(self) -> bool:

@@ -51,6 +51,25 @@ def test_images_of_another_size_are_priced_as_such(caplog):
     )
 
 
+def test_the_size_is_seen_where_only_a_part_of_the_transformer_is_called(caplog):
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = VisionTransformer(
+                32, 8, num_classes=0, embed_dim=32, depth=3, num_heads=4, dynamic_img_size=True
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net.forward_features(x)
+
+    module = Features()
+    with caplog.at_level("INFO"):
+        found = mdc.compress(module, torch.randn(24, 3, 48, 64).split(8), n_trials=1)
+    assert "images are of 48 x 64 pixels" in caplog.text
+    assert mdc.macs(found.model, (48, 64)) <= 0.6 * mdc.macs(module.net, (48, 64))
+
+
 def test_of_few_images_two_thirds_score(caplog):
     with caplog.at_level("INFO"):
         found = mdc.compress(make(), batches(), n_trials=1)

@@ -320,6 +320,10 @@ class Anatomy:
         """All units of all dimensions and blocks."""
         return (units for dimension in UNIT_DIMENSIONS for units in self.units(dimension) if units is not None)
 
+    def units_leaving(self, plan: Plan) -> Iterator[Units]:
+        """The units of which some or all leave by `plan`."""
+        return (units for units in self.all_units if len(plan.kept[units.dimension][units.block]) < units.count)
+
     @property
     def sizes(self) -> Mapping[str, tuple[int, ...]]:
         """By dimension, units per block now: 0 where a block cannot lose any, no blocks if none can."""

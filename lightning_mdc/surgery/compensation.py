@@ -99,18 +99,13 @@ def check_compensable(units: Units, compensate: str, moments: Moments | None = N
         )
 
 
-def changing_readers(anatomy: Anatomy, plan: Plan) -> list[Units]:
-    """The units that leave in part, or whole; what reads them is what compensation changes."""
-    return [units for units in anatomy.all_units if len(plan.kept[units.dimension][units.block]) < units.count]
-
-
 def refit_readers(anatomy: Anatomy, plan: Plan, moments: Moments) -> None:
     """Refit, in place, the layers of a dense model that read what leaves; weights for what leaves stay as they are.
 
     Raises:
         CompensationError, UnsupportedModelError: see `check_compensable`.
     """
-    for units in changing_readers(anatomy, plan):
+    for units in anatomy.units_leaving(plan):
         _refit(units, plan.kept[units.dimension][units.block], moments)
 
 

@@ -47,11 +47,7 @@ def apply_masks(model: nn.Module, plan: Plan, submodule: str | None = None) -> N
             f"{anatomy.name} is masked already; leave the first `masked` block, or call remove_masks(model)"
         )
     staged = roles(anatomy, plan)  # refuses what it does not know before anything is changed
-    mask_units(
-        (units, plan.kept[units.dimension][units.block])
-        for units in anatomy.all_units
-        if len(plan.kept[units.dimension][units.block]) < units.count
-    )
+    mask_units((units, plan.kept[units.dimension][units.block]) for units in anatomy.units_leaving(plan))
     for index, role in staged.items():
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
