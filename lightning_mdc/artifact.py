@@ -27,6 +27,7 @@ from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.files import read_json
 from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, unwrap
 from lightning_mdc.policy import Plan
+from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery import plan_of, slim
 from lightning_mdc.surgery.slim import plain_copy
 from lightning_mdc.weights import fitted
@@ -141,6 +142,7 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
             weights = {name: weights.get(name, own.to(like)) for name, own in result.state_dict().items()}
         result.load_state_dict(weights, assign=True)
         if model is None:
+            _fill_in_buffers(result, config, plan)
             _set_pretrained_cfg(result, config["pretrained_cfg"])
     except ArtifactError:
         raise
@@ -220,13 +222,19 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
         module = unwrap(module)
         tensors = {n: tuple(t.shape) for n, t in (module._parameters | module._buffers).items() if t is not None}
         simple = {
-            key: value
+            key: tuple(value) if isinstance(value, list) else value  # either says the same to a constructor
             for key, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_") and key not in _STATE
+            if _is_simple(value) and not key.startswith("_") and key not in _STATE
         }
         what = (type(module).forward.__qualname__, module.extra_repr())
         parts[name] = (type(module).__qualname__, what, {"tensors": tensors, "settings": simple})
     return parts
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, (int, float, str)) for part in value)
+    return isinstance(value, (int, float, str, tuple))
 
 
 # Attributes that say how a model runs just now, or how it was once initialised; not how it is built.
@@ -239,6 +247,8 @@ _STATE = {
     "fix_init",
     "init_values",
     "strict_img_size",
+    "target_shift_size",
+    "head_init_scale",
     "flatten",
 }
 
@@ -262,6 +272,22 @@ def _rebuilt(config: Mapping[str, Any], plan: Plan | None, shapes: Mapping[str, 
         raise ArtifactError(f"{folder / CONFIG}: {reason}") from error
     _check_shapes(result, shapes, folder)
     return result
+
+
+def _fill_in_buffers(model: nn.Module, config: Mapping[str, Any], plan: Plan | None) -> None:
+    """Put the buffers that no weights file has, such as tables of positions, where `model` has none yet."""
+    names = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if not names:
+        return
+    family = next(f for f in FAMILIES if f.name == config["family"])
+    with torch.device("cpu"), isolated_rng():
+        again = family.build(config["constructor"])
+        buffers = dict((again if plan is None else slim(again, plan)).named_buffers())
+    dtype = next(model.parameters()).dtype
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        buffer = buffers[name].to(dtype) if buffers[name].is_floating_point() else buffers[name]
+        setattr(model.get_submodule(owner), attribute, buffer)
 
 
 def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:

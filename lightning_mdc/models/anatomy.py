@@ -7,7 +7,7 @@ count them, and none of these knows what the module around them is called.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,9 @@ class Units:
             them, and refitted to make up for those that leave.
         macs: (units kept, tokens that their half of the block sees) -> MACs.
         after_point: whether they see the tokens that are left behind the token point, as the second half does.
+        in_windows: whether `reader` sees the windows of an image as rows of their own, those of one image one after
+            another.
+        mixins: classes to put before modules' own where there are fewer units, if those cannot compute with fewer.
         norm: a normalisation over the units' channels, by name and class, for messages; None if there is none.
     """
 
@@ -99,6 +102,8 @@ class Units:
     reader: nn.Linear
     macs: Macs
     after_point: bool = False
+    in_windows: bool = False
+    mixins: tuple[tuple[nn.Module, type], ...] = ()
     norm: str | None = None
 
     @property
@@ -235,13 +240,15 @@ class Anatomy:
         name: class name, for messages.
         family: that said so.
         blocks: in order of execution.
-        dim: width of the residual stream.
+        dim: width of the residual stream; where stages differ, of the last.
         num_prefix_tokens: class, distillation and register tokens at the front; they never leave.
         class_rows: rows of the tokens the classifier reads; empty when it pools over all tokens.
         grid: (height, width) in patches at the model's own input size.
         input_size: (channels, height, width) of the model's own input.
         grid_of: input (height, width) in pixels -> grid in patches.
         fixed_macs: (input (height, width), tokens at the end) -> MACs outside the blocks.
+        tokens_at: input (height, width) -> tokens that the halves of each block see, where not all see the same and
+            none can leave: stages of another resolution, windows that are padded. None: what the first block sees.
         reader: mixin for the model's class while tokens leave inside it, whose methods replace those that go through
             its blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
         no_tokens: why tokens cannot leave, naming the module; None if they can.
@@ -261,6 +268,7 @@ class Anatomy:
     input_size: tuple[int, int, int]
     grid_of: Callable[[tuple[int, int]], tuple[int, int]]
     fixed_macs: Callable[[tuple[int, int], Any], Any]
+    tokens_at: Callable[[tuple[int, int]], Sequence[tuple[int, int]]] | None = None
     reader: type | None = None
     no_tokens: str | None = None
     classifies: bool = True

@@ -87,6 +87,9 @@ def mask_units(chosen: Iterable[tuple[Units, tuple[int, ...]]]) -> None:
             _mask(part.module, entries={part.name: (part.dim, entries)})
         for size in units.sizes:
             _mask(size.module, sizes={size.name: size.of(len(kept))})
+        for module, mixin in units.mixins:
+            if not isinstance(module, mixin):  # a slim model has it already
+                _mask(module, mixins=(mixin,))
 
 
 def mask_with_mixins(module: nn.Module, mixins: Iterable[type], **attributes: Any) -> None:
@@ -179,6 +182,9 @@ def cut_units(units: Units, kept: tuple[int, ...]) -> None:
         setattr(part.module, part.name, new)
     for size in units.sizes:
         setattr(size.module, size.name, size.of(len(kept)))
+    for module, mixin in units.mixins:
+        if not isinstance(module, mixin):
+            with_mixins(module, mixin)
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------

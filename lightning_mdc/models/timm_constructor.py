@@ -75,7 +75,7 @@ def describe(
         )
     attention = _name_of(_ATTENTIONS, attn, "blocks.0.attn", subclasses=True)
     embed_norm = getattr(embed, "norm", nn.Identity())
-    neurons = _one_size(sizes, "neurons", lambda: (mlp.w2 if isinstance(mlp, GeGluMlp) else mlp.fc2).in_features)
+    neurons = one_size(sizes, "neurons", lambda: (mlp.w2 if isinstance(mlp, GeGluMlp) else mlp.fc2).in_features)
     hidden = 2 * neurons if isinstance(mlp, layers.GluMlp) else neurons
     return {
         "class": "VisionTransformerDistilled" if isinstance(model, VisionTransformerDistilled) else "VisionTransformer",
@@ -84,15 +84,14 @@ def describe(
         "attn": attention,
         "mlp": _name_of(_MLPS, mlp, "blocks.0.mlp", subclasses=True),
         "glu_gate_last": bool(getattr(mlp, "gate_last", False)),
-        "norm": _norm_spec(block.norm1, "blocks.0.norm1"),
-        "embed_norm": None if isinstance(embed_norm, nn.Identity) else _norm_spec(embed_norm, "patch_embed.norm"),
-        "act": {"class": _name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")}
-        | ({"approximate": mlp.act.approximate} if hasattr(mlp.act, "approximate") else {}),
+        "norm": norm_spec(block.norm1, "blocks.0.norm1"),
+        "embed_norm": None if isinstance(embed_norm, nn.Identity) else norm_spec(embed_norm, "patch_embed.norm"),
+        "act": act_spec(mlp.act, "blocks.0.mlp.act"),
         "gated": getattr(attn, "gate", None) is not None,
         "head_dim": attn.head_dim * (2 if attention == "DiffAttention" else 1),  # of v; its q and k are pairs
         "args": {
             "depth": len(model.blocks),
-            "num_heads": _one_size(sizes, "heads", lambda: attn.num_heads),
+            "num_heads": one_size(sizes, "heads", lambda: attn.num_heads),
             # int(dim * ratio) must give the hidden size back; half a unit keeps the product off the edge.
             "mlp_ratio": (hidden + 0.5) / model.embed_dim,
             **_model_args(model),
@@ -171,7 +170,7 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
     mlp: Any = look_up(_MLPS, spec["mlp"], "mlp")
     if mlp is layers.GluMlp:
         mlp = partial(mlp, gate_last=spec["glu_gate_last"])
-    norm = _norm_from(spec["norm"])
+    norm = norm_from(spec["norm"])
     model: VisionTransformer = look_up(models, spec["class"], "class")(
         **args,
         **({} if spec["stem"] is None else {"embed_layer": build_stem(spec["stem"], args["in_chans"])}),
@@ -179,8 +178,8 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
         block_fn=look_up(_BLOCKS, spec["block"], "block"),
         mlp_layer=mlp,
         norm_layer=norm,
-        embed_norm_layer=None if spec["embed_norm"] is None else _norm_from(spec["embed_norm"]),
-        act_layer=_act_from(spec["act"]),
+        embed_norm_layer=None if spec["embed_norm"] is None else norm_from(spec["embed_norm"]),
+        act_layer=act_from(spec["act"]),
         weight_init="skip",
     )
     if spec["gated"] or spec["head_dim"] * args["num_heads"] != args["embed_dim"]:
@@ -210,23 +209,23 @@ def check_spec(spec: Mapping[str, Any], tensors: Collection[str]) -> None:
         ArtifactError: it may not; as `build`, too.
     """
     _check_fields(spec)
-    depth, blocks = spec["args"]["depth"], {match[0] for name in tensors if (match := re.match(r"blocks\.\d+\.", name))}
-    if depth != len(blocks):
-        raise ArtifactError(f"depth={depth!r} does not fit the {len(blocks)} blocks that there are weights of")
+    check_depth(spec["args"]["depth"], tensors)
     if spec["stem"] is not None:
         check_stem(spec["stem"], sum(name.startswith("patch_embed.") for name in tensors))
+
+
+def check_depth(depth: int, tensors: Collection[str], blocks: str = r"blocks\.\d+\.") -> None:
+    """Refuse, with an `ArtifactError`, another depth than there are different `blocks` (a pattern) among `tensors`."""
+    found = {match[0] for name in tensors if (match := re.match(blocks, name))}
+    if depth != len(found):
+        raise ArtifactError(f"depth={depth!r} does not fit the {len(found)} blocks that there are weights of")
 
 
 _FIELDS = {"class", "block", "stem", "attn", "mlp", "glu_gate_last", "norm", "embed_norm", "act", "gated", "head_dim"}
 
 
 def _check_fields(spec: Mapping[str, Any]) -> None:
-    if set(spec) != _FIELDS | {"args"} or not isinstance(spec["args"], dict) or set(spec["args"]) != set(_ARG_TYPES):
-        raise ArtifactError("the constructor's fields are not those this version writes")
-    for name, value in spec["args"].items():
-        # bool is an int to Python, not to us
-        if not isinstance(value, _ARG_TYPES[name]) or (isinstance(value, bool) and bool not in _ARG_TYPES[name]):
-            raise ArtifactError(f"constructor argument {name}={value!r} has the wrong type")
+    check_args(spec, _FIELDS, _ARG_TYPES)
     for name in ("img_size", "patch_size"):
         sides = spec["args"][name]
         if len(sides) != 2 or not all(type(side) is int and 0 < side <= 65536 for side in sides):
@@ -236,9 +235,6 @@ def _check_fields(spec: Mapping[str, Any]) -> None:
             raise ArtifactError(f"constructor argument {name}={spec['args'][name]!r} is out of range")
     if type(spec["head_dim"]) is not int or not 0 < spec["head_dim"] <= 65536:
         raise ArtifactError(f"constructor field head_dim={spec['head_dim']!r} is out of range")
-    for name in (name for name in _ARG_TYPES if name.endswith("_rate")):
-        if not 0 <= spec["args"][name] < 1:
-            raise ArtifactError(f"constructor argument {name}={spec['args'][name]!r} is no rate in [0, 1)")
     if spec["stem"] is not None:
         check_stem(spec["stem"])
     for name in ("gated", "glu_gate_last"):
@@ -246,7 +242,23 @@ def _check_fields(spec: Mapping[str, Any]) -> None:
             raise ArtifactError(f"constructor field {name}={spec[name]!r}: expected true or false")
 
 
-def _one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:
+def check_args(spec: Mapping[str, Any], fields: Collection[str], types: Mapping[str, tuple[type, ...]]) -> None:
+    """Refuse a spec that has not just `fields` and `args`, and these of `types`, rates from 0 to 1.
+
+    Raises:
+        ArtifactError: it has not; names the first that is wrong.
+    """
+    if set(spec) != {*fields, "args"} or not isinstance(spec["args"], dict) or set(spec["args"]) != set(types):
+        raise ArtifactError("the constructor's fields are not those this version writes")
+    for name, value in spec["args"].items():
+        # bool is an int to Python, not to us
+        if not isinstance(value, types[name]) or (isinstance(value, bool) and bool not in types[name]):
+            raise ArtifactError(f"constructor argument {name}={value!r} has the wrong type")
+        if name.endswith("_rate") and not 0 <= spec["args"][name] < 1:
+            raise ArtifactError(f"constructor argument {name}={value!r} is no rate in [0, 1)")
+
+
+def one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:
     """Units of each dense block; as many as there are `now` where none can leave."""
     counts = set(sizes.get(dimension, ())) - {0}
     if len(counts) > 1:
@@ -270,11 +282,19 @@ def look_up(table: Mapping[str, Any], name: Any, field: str) -> Any:
     return table[name]
 
 
-def _norm_spec(norm: Any, where: str) -> dict[str, Any]:
+def norm_spec(norm: Any, where: str) -> dict[str, Any]:
+    """A known norm, JSON-ready; an `ArtifactError` that says `where` if it is another."""
     return {"class": _name_of(NORMS, norm, where), "eps": float(norm.eps)}
 
 
-def _act_from(spec: Any) -> Any:
+def act_spec(act: Any, where: str) -> dict[str, Any]:
+    """A known activation, JSON-ready; an `ArtifactError` that says `where` if it is another."""
+    approximate = {"approximate": act.approximate} if hasattr(act, "approximate") else {}
+    return {"class": _name_of(_ACTIVATIONS, act, where)} | approximate
+
+
+def act_from(spec: Any) -> Any:
+    """What makes the activation of an `act_spec`."""
     approximate = isinstance(spec, dict) and spec.get("approximate", "none")
     if not isinstance(spec, dict) or set(spec) - {"approximate"} != {"class"} or approximate not in ("none", "tanh"):
         raise ArtifactError(f"constructor act {spec!r:.80}: expected a class, and approximate 'none' or 'tanh'")
@@ -282,7 +302,8 @@ def _act_from(spec: Any) -> Any:
     return partial(look_up(_ACTIVATIONS, spec["class"], "act"), **options)
 
 
-def _norm_from(spec: Any) -> Any:
+def norm_from(spec: Any) -> Any:
+    """What makes norms of a `norm_spec`, given their width."""
     if not isinstance(spec, dict) or set(spec) != {"class", "eps"} or not isinstance(spec["eps"], float):
         raise ArtifactError(f"constructor norm {spec!r:.80}: expected class and eps")
     if not 0 < spec["eps"] < 1:

@@ -62,17 +62,20 @@ class TimmVisionTransformer(Family):
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether this is a VisionTransformer whose forward is timm's own."""
-        return _computes_as(module, _MODELS, _WHOLE_MODEL_METHODS)
+        return computes_as(module, _MODELS, _WHOLE_MODEL_METHODS)
 
     def refusal(self, module: nn.Module) -> str | None:
         """The method of its own that makes a VisionTransformer another model."""
         if not isinstance(module, VisionTransformer):
             return None
-        own = [name for name in _WHOLE_MODEL_METHODS if not _computes_as(module, _MODELS, (name,))]
+        own = [name for name in _WHOLE_MODEL_METHODS if not computes_as(module, _MODELS, (name,))]
         return f"its class overrides {', '.join(own)} of timm's VisionTransformer" if own else None
 
     def anatomy(self, model: Any) -> Anatomy:
-        blocks = tuple(_block(index, unwrap(block), model.embed_dim) for index, block in enumerate(model.blocks))
+        blocks = tuple(
+            block_of(index, f"blocks.{index}", unwrap(block), model.embed_dim)
+            for index, block in enumerate(model.blocks)
+        )
         height, width = model.patch_embed.img_size
         distilled = isinstance(model, VisionTransformerDistilled)
         return Anatomy(
@@ -111,7 +114,7 @@ class TimmVisionTransformer(Family):
         return build(spec)
 
 
-def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
+def computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
     """Whether the module is of one of `kinds` and has its `methods`, none of its own."""
     return any(
         isinstance(module, kind)
@@ -120,12 +123,12 @@ def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str,
     )
 
 
-def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether the module computes what one of `kinds` does, on Linear layers that can be sliced."""
     children = (module._modules.get(name) for name in ("qkv", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2"))
-    return _computes_as(module, kinds) and all(
+    return computes_as(module, kinds) and all(
         # no parametrisation, no torch.nn.utils.prune
-        child is None or (_computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
+        child is None or (computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
         for child in children
     )
 
@@ -133,9 +136,9 @@ def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
 # --- what a block is made of ------------------------------------------------------------------------------------------
 
 
-def _block(index: int, block: Any, dim: int) -> Block:
-    name = f"blocks.{index}"
-    kind = next((kind for kind in (TimmBlock, ResPostBlock) if _computes_as(block, (kind,))), None)
+def block_of(index: int, name: str, block: Any, dim: int) -> Block:
+    """What timm's Block or ResPostBlock, the one of that index and name, is made of."""
+    kind = next((kind for kind in (TimmBlock, ResPostBlock) if computes_as(block, (kind,))), None)
     if kind is None:
         reason = (
             f"{name} is a {qualified_name(block)}, neither timm's Block nor ResPostBlock (parallel, fused or its own)"
@@ -161,7 +164,7 @@ def _block(index: int, block: Any, dim: int) -> Block:
             units["heads"] = attention
         else:
             reasons["heads"], rest[0] = why_not, partial(attention.macs, attention.count)
-    neurons = _neurons(index, f"{name}.mlp", block.mlp)
+    neurons = neurons_of(index, f"{name}.mlp", block.mlp)
     if isinstance(neurons, Units):
         units["neurons"] = neurons
     else:
@@ -172,7 +175,7 @@ def _block(index: int, block: Any, dim: int) -> Block:
 
 def _attention(index: int, name: str, attn: Any) -> Units | None:
     """The heads of timm's own attention, whether or not they can be cut; None: it is another."""
-    if not _is_plain(attn, (layers.Attention,)):
+    if not is_plain(attn, (layers.Attention,)):
         return None
     width, gate = attn.head_dim, getattr(attn, "gate", None)  # newer timm only
     parts = [rows_of(attn.qkv, 3, width), columns_of(attn.proj, width)]
@@ -200,9 +203,9 @@ def _attention(index: int, name: str, attn: Any) -> Units | None:
     )
 
 
-def _neurons(index: int, name: str, mlp: Any) -> Units | str:
+def neurons_of(index: int, name: str, mlp: Any) -> Units | str:
     """The neurons, or why they cannot be cut."""
-    if not _is_plain(mlp, tuple(MLPS.values())):
+    if not is_plain(mlp, tuple(MLPS.values())):
         return f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears"
     if (reason := _unknown_norm(f"{name}.norm", mlp.norm)) is not None:
         return reason
@@ -245,7 +248,7 @@ def _no_tokens(model: Any, blocks: tuple[Block, ...]) -> str | None:
             return f"{block.name} already drops tokens: this model is slim; prune tokens of the dense one"
     for block in blocks:
         if block.point is None:
-            if _computes_as(block.module, (ResPostBlock,)):
+            if computes_as(block.module, (ResPostBlock,)):
                 return f"{block.name} is a post-norm block ({qualified_name(block.module)}); tokens need pre-norm"
             return next(iter(block.reasons.values()))
     if getattr(model.attn_pool, "pos_embed", None) is not None:
@@ -323,13 +326,14 @@ def counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
 
 
 class CountedMacs:
-    """MACs of a part without a formula of its own by how many tokens it sees, counted on the meta device."""
+    """MACs of a part without a formula of its own by how many tokens it sees, counted on the meta device; all at once,
+    or in windows of so many."""
 
     # Per part, since anatomies come and go: by number of tokens.
     _known: ClassVar[WeakKeyDictionary[nn.Module, dict[int, int]]] = WeakKeyDictionary()
 
-    def __init__(self, module: nn.Module, dim: int, name: str) -> None:
-        self._module, self._dim, self._name = module, dim, name
+    def __init__(self, module: nn.Module, dim: int, name: str, window: int | None = None) -> None:
+        self._module, self._dim, self._name, self._window = module, dim, name, window
 
     def __call__(self, tokens: Any) -> Any:
         values, places = np.unique(tokens, return_inverse=True)
@@ -338,7 +342,8 @@ class CountedMacs:
     def _of(self, tokens: int) -> int:
         known = self._known.setdefault(self._module, {})
         if tokens not in known:
-            known[tokens] = counted_macs(self._module, (1, tokens, self._dim), self._name)
+            window = self._window or tokens
+            known[tokens] = counted_macs(self._module, (tokens // window, window, self._dim), self._name)
         return known[tokens]
 
 
