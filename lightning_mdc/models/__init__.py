@@ -13,6 +13,9 @@ from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
+from lightning_mdc.models.timm_pit import TimmPiT
+from lightning_mdc.models.timm_relpos import TimmRelPos
+from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 __all__ = [
@@ -49,6 +52,9 @@ def register(family: F) -> F:
     return family
 
 
+register(TimmPiT())
+register(TimmRelPos())
+register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
 
