@@ -49,7 +49,7 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
     ("post-norm blocks", (vit(block_fn=ResPostBlock),)),
     (
-        "timm's Swin, Swin V2 and V2-CR, BEiT, ViTs with relative positions, PiT",
+        "timm's Swin in all versions, BEiT, ViTs with relative positions, PiT",
         (
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
             *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
