@@ -21,7 +21,7 @@ from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.importance import Criterion
 from lightning_mdc.models import find_anatomy
 from tests.family_suite import random_plan
-from tests.kinds import BASE, BOUND_KINDS, STAGED, counted_macs, images, make, randomised
+from tests.kinds import BASE, BOUND_KINDS, STAGED, counted_macs, everyday, images, make, randomised
 
 
 def blocks_of(model: nn.Module) -> Iterator[Any]:
@@ -42,7 +42,7 @@ def test_a_masked_unit_is_one_whose_outputs_are_zeroed_by_hand(kind: str) -> Non
         torch.testing.assert_close(model(x), zeroed(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", BOUND_KINDS)
+@pytest.mark.parametrize("kind", everyday("swin_v2", *(kind for kind in BOUND_KINDS if kind != "swin_v2")))
 def test_blocks_may_lose_all_heads_and_all_neurons(kind: str) -> None:
     model, x = make(kind), images()
     scores = mdc.score(model, [images(8)], "activation", progress=False)
@@ -214,7 +214,7 @@ def test_the_latency_of_stages_is_measured(kind: str, tmp_path: Path) -> None:
     assert 0 < half <= dense
 
 
-@pytest.mark.parametrize("kind", ["swin", "pit"])
+@pytest.mark.parametrize("kind", everyday("swin", "pit"))
 def test_searched_within_the_budget(kind: str) -> None:
     model, rng = make(kind), random.Random(0)
     scores = mdc.score(model, [images(8)], progress=False)

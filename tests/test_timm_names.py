@@ -38,7 +38,6 @@ KINDS = (
     "swin_tiny_patch4_window7_224",
     "swin_s3_tiny_224",  # windows of two sizes
     "swinv2_tiny_window8_256",
-    "swinv2_cr_tiny_ns_224",
     "beit_base_patch16_224",
     "vit_relpos_small_patch16_rpn_224",
     "vit_srelpos_small_patch16_224",  # all blocks share a bias
