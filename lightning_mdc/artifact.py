@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.files import read_json
 from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, unwrap
 from lightning_mdc.policy import Plan
+from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery import plan_of, slim
 from lightning_mdc.surgery.slim import plain_copy
 from lightning_mdc.weights import fitted
@@ -141,7 +143,8 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
             weights = {name: weights.get(name, own.to(like)) for name, own in result.state_dict().items()}
         result.load_state_dict(weights, assign=True)
         if model is None:
-            find_anatomy(result).family.complete(result)
+            family = find_anatomy(result).family
+            family.complete(result, partial(_built, family, config["constructor"], plan, "cpu"))
             _set_pretrained_cfg(result, config["pretrained_cfg"])
     except ArtifactError:
         raise
@@ -193,9 +196,9 @@ def _describe(anatomy: Anatomy, plan: Plan | None) -> dict[str, Any]:
     return spec
 
 
-def _built(family: Family, spec: Mapping[str, Any], plan: Plan | None) -> nn.Module:
-    """The dense or slim model on the meta device: nothing is allocated until shapes are known to match a file."""
-    with torch.device("meta"):
+def _built(family: Family, spec: Mapping[str, Any], plan: Plan | None, device: str = "meta") -> nn.Module:
+    """The dense or slim model; on the meta device nothing is allocated until shapes are known to match a file."""
+    with torch.device(device), isolated_rng():
         model = family.build(spec)
         return model if plan is None else slim(model, plan)
 
@@ -221,13 +224,19 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
         module = unwrap(module)
         tensors = {n: tuple(t.shape) for n, t in (module._parameters | module._buffers).items() if t is not None}
         simple = {
-            key: value
+            key: tuple(value) if isinstance(value, list) else value  # either says the same to a constructor
             for key, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_") and key not in _STATE
+            if _is_simple(value) and not key.startswith("_") and key not in _STATE
         }
         what = (type(module).forward.__qualname__, module.extra_repr())
         parts[name] = (type(module).__qualname__, what, {"tensors": tensors, "settings": simple})
     return parts
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, (int, float, str)) for part in value)
+    return isinstance(value, (int, float, str, tuple))
 
 
 # Attributes that say how a model runs just now, or how it was once initialised; not how it is built.
@@ -240,6 +249,8 @@ _STATE = {
     "fix_init",
     "init_values",
     "strict_img_size",
+    "target_shift_size",
+    "head_init_scale",
     "flatten",
 }
 
