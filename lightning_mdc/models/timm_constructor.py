@@ -258,7 +258,7 @@ def check_positive(args: Mapping[str, Any], *names: str) -> None:
         numbers = args[name] if isinstance(args[name], list) else [args[name]]
         is_pair = len(numbers) == 2 or name not in ("img_size", "patch_size")
         if not is_pair or not all(type(number) is int and 0 < number <= 65536 for number in numbers):
-            raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range: expected positive size(s)")
+            raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range: expected positive sizes")
 
 
 def one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:
