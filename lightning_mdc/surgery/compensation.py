@@ -13,16 +13,19 @@ gets none; its weights alone are refitted (S uncentred).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_mdc.errors import CompensationError, UnsupportedModelError, check_one_of
 from lightning_mdc.importance.moments import LayerMoments, Moments
-from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
+from lightning_mdc.importance.ridge import RIDGE, ridge_weights
 from lightning_mdc.models import Anatomy, Units, unit_channels
 from lightning_mdc.policy import Plan
 
-COMPENSATIONS = ("none", "lstsq")
+COMPENSATIONS = ("none", "lstsq", "sequential")
 
 
 def refitted(
@@ -44,25 +47,29 @@ def refitted(
     new_weight, lost = weight[:, kept], weight[:, removed]
     new_bias = None if bias is None else bias.detach().double() + lost @ moments.mean[removed].double()
     centred = bias is not None
-    scale = moments.scale(centred=centred)
-    if not len(kept) or scale <= 0:  # nobody left to take over, or nothing that varies
-        return new_weight, new_bias
     shared = moments.second(kept, removed, centred=centred) @ lost.T  # (kept, out)
-    factor = ridge_cholesky(moments.second(kept, kept, centred=centred), float(ridge * scale))
-    update = torch.cholesky_solve(shared, factor).T
+    ridge = float(ridge * moments.scale(centred=centred))
+    update = ridge_weights(moments.second(kept, kept, centred=centred), shared, ridge).T
     if new_bias is not None:
         new_bias = new_bias - update @ moments.mean[kept].double()
     return new_weight + update, new_bias
 
 
-def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | None) -> None:
-    """Refuse, with a `CompensationError`, an unknown way, and moments that are missing or of another model."""
+def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | None, batches: Any = None) -> None:
+    """Refuse, with a `CompensationError`, an unknown way, what another way needs, and moments that are missing or of
+    another model."""
     check_one_of("compensate", compensate, COMPENSATIONS, CompensationError)
-    if compensate == "none":
-        if moments is not None:
+    for name, given, way in (("moments", moments, "lstsq"), ("batches", batches, "sequential")):
+        if given is not None and compensate != way:
             raise CompensationError(
-                "moments are given, but compensate='none' does not use them; pass compensate='lstsq', or leave them out"
+                f"{name} are given, but compensate={compensate!r} does not use them; pass compensate={way!r}, or leave "
+                "them out"
             )
+    if compensate == "sequential" and not isinstance(batches, Iterable):
+        raise CompensationError(
+            f"batches={batches!r:.80}: compensate='sequential' looks at images; pass those that units were scored on"
+        )
+    if compensate != "lstsq":
         return
     if not isinstance(moments, Moments):
         raise CompensationError(
@@ -86,7 +93,7 @@ def check_compensable(units: Units, compensate: str, moments: Moments | None = N
         UnsupportedModelError: there is such a norm.
         CompensationError: moments of other dimensions are given.
     """
-    if compensate == "none":
+    if compensate != "lstsq":
         return
     if units.norm is not None:
         raise UnsupportedModelError(
