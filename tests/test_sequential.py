@@ -251,3 +251,23 @@ def test_an_error_of_a_pass_is_raised_where_it_is_waited_for() -> None:
         mdc.slim(Broken(model), plan_for(model, heads=0.5), "sequential", batches=[images(4), images(3)])
     assert threading.active_count() == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+# --- delivered --------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_says_how_it_tries() -> None:
+    model = make()
+    scores = mdc.score(model, [images(16)], moments=True)
+    with pytest.raises(CompensationError, match="search with 'lstsq'"):
+        mdc.search(model, scores, lambda small: 0.0, 0.7, n_trials=1, compensate="sequential")
+
+
+def test_in_one_line_it_is_the_default_also_where_a_norm_is_taken_over_units() -> None:
+    for kind in ("vit", NORMED):
+        model, shown = make(kind), images(48)
+        few = mdc.Calibration(images=32, judging=16)
+        found = mdc.compress(model, [shown], 0.7, n_trials=2, calibration=few)
+        by_hand = mdc.slim(model, found.plan, "sequential", batches=[shown[:32]])
+        for name, tensor in by_hand.state_dict().items():
+            assert torch.equal(tensor, found.model.state_dict()[name])

@@ -106,6 +106,14 @@ def check_compensable(units: Units, compensate: str, moments: Moments | None = N
         )
 
 
+def compensation_of_trials(compensate: str, pruned: Iterable[Units]) -> str:
+    """How policies are tried that are delivered with `compensate`: by moments of the dense model, which one look at the
+    images gathers for all of them, where no norm over units stands in the way."""
+    if compensate != "sequential":
+        return compensate
+    return "lstsq" if all(units.norm is None for units in pruned) else "none"
+
+
 def refit_readers(anatomy: Anatomy, plan: Plan, moments: Moments) -> None:
     """Refit, in place, the layers of a dense model that read what leaves; weights for what leaves stay as they are.
 
@@ -130,3 +138,21 @@ def _refit(units: Units, kept: tuple[int, ...], moments: Moments) -> None:
         weight[:, channels.to(weight.device)] = new_weight.to(weight.device, weight.dtype)
         if new_bias is not None:
             bias.copy_(new_bias)
+
+
+def take_readers(small: Anatomy, plan: Plan, dense: Anatomy, *others: Anatomy) -> None:
+    """Put what layers of `small`, the slim model of `plan`, were refitted to into those of the `dense` one, and add
+    what that changes to the same layers of `others`, such as averages of the dense one. In place."""
+    for units in dense.all_units:
+        kept = plan.kept[units.dimension][units.block]
+        layers = [each.blocks[units.block].units[units.dimension].reader for each in (small, *others)]
+        weight, bias, given = units.reader.weight, units.reader.bias, layers.pop(0)
+        channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=weight.device), units.width)
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight[:, channels] += given.weight - weight[:, channels]
+                if bias is not None:
+                    layer.bias.add_(given.bias - bias)
+            weight[:, channels] = given.weight
+            if bias is not None:
+                bias.copy_(given.bias)

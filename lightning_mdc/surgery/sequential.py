@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mdc.distributed import on_first_rank
+from lightning_mdc.distributed import on_every_rank, on_first_rank
 from lightning_mdc.errors import CompensationError
 from lightning_mdc.importance.moments import MOMENT_TOKENS, LayerMoments, MomentSum, drawn_rows
 from lightning_mdc.importance.ridge import RIDGE, ridge_weights
@@ -109,7 +109,8 @@ def refit_in_sequence(
         bar("Refitting", len(layers), shown=progress) as advance,
     ):
         for layer in layers:
-            seen = list(_seen(layer, dense_walks, small_walks, standing_in))
+            look = partial(_seen, layer, dense_walks, small_walks, standing_in)
+            seen = on_every_rank(look) if over_ranks else look()
             _refit(layer, seen, small.num_prefix_tokens, draw, over_ranks)
             advance()
 
@@ -177,8 +178,9 @@ def _behind_selection(module: nn.Module, args: Any, output: tuple[Tensor, Carrie
 
 def _seen(
     layer: Layer, dense: Sequence[Walk], small: Sequence[Walk], standing_in: Callable[[], AbstractContextManager[Any]]
-) -> Iterator[tuple[Given, Wanted]]:
+) -> list[tuple[Given, Wanted]]:
     """What the layer is given and what is wanted of it, batch by batch."""
+    seen = []
     for dense_walk, small_walk in zip(dense, small, strict=True):
         wanted = dense_walk.to_next()
         with standing_in():
@@ -189,7 +191,8 @@ def _seen(
                 f"compensate='sequential': {layer.dense.name} was to come next, but the dense model came to {names[0]} "
                 f"and the slim one to {names[1]}; use compensate='lstsq'"
             )
-        yield given, wanted
+        seen.append((given, wanted))
+    return seen
 
 
 # --- a layer ----------------------------------------------------------------------------------------------------------
