@@ -10,6 +10,7 @@ from torch import nn
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.models import Anatomy, find_anatomy, unwrap
 from lightning_mdc.models.swapping import cut_units, unmask, with_mixins
+from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
 from lightning_mdc.surgery.token_stages import roles
@@ -55,7 +56,9 @@ def slim(
     for units in anatomy.all_units:
         cut_units(units, plan.kept[units.dimension][units.block])
     stage_tokens(anatomy, plan)
-    copied.mdc_plan = _since_dense(dense, plan)  # type: ignore[assignment]
+    copied.mdc_plan = made_by = _since_dense(dense, plan)  # type: ignore[assignment]
+    if is_timms(copied):
+        make_known(anatomy, made_by)
     return copied
 
 
