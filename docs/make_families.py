@@ -66,15 +66,19 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
+        "timm's Swin in all versions, BEiT, ViTs with relative positions, PiT",
+        (
+            *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
+            *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
+        ),
+    ),
+    (
         "differential attention, a block with an attention of its own",
         ("vit_dlittle_patch16_reg1_gap_256", vit(attn_layer=OwnAttention)),
     ),
     (
-        "relative positions, windows, parallel or fused blocks",
-        (
-            *("beit_base_patch16_224", "vit_relpos_small_patch16_224"),
-            *("swin_tiny_patch4_window7_224", "vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
-        ),
+        "parallel or fused blocks",
+        ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
     ),
 )
 

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from lightning_mdc.models.timm_hub import (
     recipe,
 )
 from lightning_mdc.policy import Plan
+from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery import plan_of, slim
 from lightning_mdc.surgery.slim import plain_copy
 from lightning_mdc.weights import fitted
@@ -153,7 +155,8 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
         result.load_state_dict(weights, assign=True)
         if model is None:
             anatomy = find_anatomy(result)
-            anatomy.family.complete(result)
+            fresh = partial(_built, anatomy.family, _recipe(config)["constructor"], plan, "cpu")
+            anatomy.family.complete(result, fresh)
             _set_pretrained_cfg(result, config)
             if is_timms(result):
                 make_known(anatomy, plan)
@@ -205,9 +208,9 @@ def _describe(anatomy: Anatomy, plan: Plan | None) -> dict[str, Any]:
     return spec
 
 
-def _built(family: Family, spec: Mapping[str, Any], plan: Plan | None) -> nn.Module:
-    """The dense or slim model on the meta device: nothing is allocated until shapes are known to match a file."""
-    with torch.device("meta"):
+def _built(family: Family, spec: Mapping[str, Any], plan: Plan | None, device: str = "meta") -> nn.Module:
+    """The dense or slim model; on the meta device nothing is allocated until shapes are known to match a file."""
+    with torch.device(device), isolated_rng():
         model = family.build(spec)
         return model if plan is None else slim(model, plan)
 
@@ -233,13 +236,19 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
         module = unwrap(module)
         tensors = {n: tuple(t.shape) for n, t in (module._parameters | module._buffers).items() if t is not None}
         simple = {
-            key: value
+            key: tuple(value) if isinstance(value, list) else value  # either says the same to a constructor
             for key, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_") and key not in _STATE
+            if _is_simple(value) and not key.startswith("_") and key not in _STATE
         }
         what = (type(module).forward.__qualname__, module.extra_repr())
         parts[name] = (type(module).__qualname__, what, {"tensors": tensors, "settings": simple})
     return parts
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, (int, float, str)) for part in value)
+    return isinstance(value, (int, float, str, tuple))
 
 
 # Attributes that say how a model runs just now, or how it was once initialised; not how it is built.
@@ -252,6 +261,8 @@ _STATE = {
     "fix_init",
     "init_values",
     "strict_img_size",
+    "target_shift_size",
+    "head_init_scale",
     "flatten",
 }
 

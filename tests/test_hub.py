@@ -21,10 +21,10 @@ from torch import nn
 import lightning_mdc as mdc
 from lightning_mdc.artifact import CONFIG
 from lightning_mdc.errors import ArtifactError
-from lightning_mdc.models import FAMILIES
+from lightning_mdc.models import FAMILIES, find_anatomy
 from lightning_mdc.models.timm_hub import ENTRYPOINT
-from tests.kinds import BASE, CLASSES, EVA_KINDS, KINDS, images, randomised
-from tests.test_artifact import OF_RECIPES, remade, slimmed
+from tests.kinds import BASE, BOUND_KINDS, CLASSES, EVA_KINDS, KINDS, everyday, images, randomised
+from tests.test_artifact import OF_RECIPES, remade
 from tests.test_own_family import Toy, ToyFamily
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -33,8 +33,9 @@ MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 def pruned(model: nn.Module) -> nn.Module:
     """Slim in all it can lose, with a prior over positions, which no file of weights holds."""
     scores = mdc.score(randomised(model), [images(8)], progress=False)
-    options = mdc.TokenOptions(score="attention*dependence")
-    return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.5), options))
+    dimensions = find_anatomy(model).dimensions
+    tokens = mdc.TokenOptions(score="attention*dependence") if "tokens" in dimensions else None
+    return mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(**dict.fromkeys(dimensions, 0.5)), tokens))
 
 
 def of_timm(**options: Any) -> nn.Module:
@@ -69,13 +70,15 @@ EVERY_WAY: dict[str, Callable[[], nn.Module]] = {
     "t2t": lambda: timm.create_model("t2t_vit_7", **(BASE | {"depth": 2, "patch_size": 16})),
     "dinov3": EVA_KINDS["dinov3"],
     "rope_mixed": EVA_KINDS["rope_mixed"],
+    **BOUND_KINDS,
 }
 
 
+@pytest.mark.parametrize("names", everyday(("vit", "t2t", "dinov3", "swin"), tuple(EVERY_WAY)), ids=len)
 @torch.no_grad()
-def test_a_fresh_process_creates_what_was_saved(tmp_path: Path) -> None:
+def test_a_fresh_process_creates_what_was_saved(names: tuple[str, ...], tmp_path: Path) -> None:
     x, logits = images(), {}
-    models = {name: pruned(maker()) for name, maker in EVERY_WAY.items()} | {"dense": randomised(of_timm())}
+    models = {name: pruned(EVERY_WAY[name]()) for name in names} | {"dense": randomised(of_timm())}
     for name, model in models.items():
         mdc.save(model, tmp_path / name)
         logits[name] = model(x)
@@ -279,7 +282,7 @@ def test_the_steps_of_timms_validate(slim: nn.Module, folder: Path, tmp_path: Pa
     torch.testing.assert_close(model(batch), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov3"])
+@pytest.mark.parametrize("name", everyday(*EVERY_WAY))
 @torch.no_grad()
 def test_transformers_timm_wrapper(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

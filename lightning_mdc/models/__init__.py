@@ -15,6 +15,9 @@ from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_cl
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_eva import TimmEva
 from lightning_mdc.models.timm_hub import mdc_model
+from lightning_mdc.models.timm_pit import TimmPiT
+from lightning_mdc.models.timm_relpos import TimmRelPos
+from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 __all__ = [
@@ -53,6 +56,9 @@ def register(family: F) -> F:
 
 
 register(TimmEva())
+register(TimmPiT())
+register(TimmRelPos())
+register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
 
