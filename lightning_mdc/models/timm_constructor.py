@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from timm import layers
 from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers import activations as timm_activations
@@ -180,7 +181,7 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
         norm_layer=norm,
         embed_norm_layer=None if spec["embed_norm"] is None else norm_from(spec["embed_norm"]),
         act_layer=act_from(spec["act"]),
-        weight_init="skip",
+        weight_init="skip" if torch.get_default_device().type == "meta" else "",
     )
     if spec["gated"] or spec["head_dim"] * args["num_heads"] != args["embed_dim"]:
         # The model's constructor has no way to say these, its attention's has.

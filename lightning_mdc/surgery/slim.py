@@ -14,6 +14,7 @@ from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.scoring import on_device_of, split_batch
 from lightning_mdc.models import Anatomy, evaluating, find_anatomy, standing_in, unwrap
 from lightning_mdc.models.swapping import cut_units, unmask, with_mixins
+from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
@@ -64,9 +65,11 @@ def slim(
     for units in anatomy.all_units:
         cut_units(units, plan.kept[units.dimension][units.block])
     stage_tokens(anatomy, plan)
-    copied.mdc_plan = _since_dense(dense, plan)  # type: ignore[assignment]
+    copied.mdc_plan = made_by = _since_dense(dense, plan)  # type: ignore[assignment]
     if batches is not None:
         _refit_on(model, dense, find_anatomy(copied), batches)
+    if is_timms(copied):
+        make_known(anatomy, made_by)
     return copied
 
 
