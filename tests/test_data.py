@@ -439,6 +439,29 @@ def test_streams_are_read_by_their_own_splits():
 
 
 @pytest.mark.usefixtures("streams")
+def test_streamed_images_are_scaled_as_those_of_files(monkeypatch):
+    """timm's readers of streams would clip; they are asked to leave it to us."""
+    asked = []
+
+    def create(name, root, split, input_img_mode, **kwargs):
+        asked.append(input_img_mode)
+        reader = Stream(split)
+        pixels = np.full((12, 12), reader.level * 257, dtype=np.uint16)
+        return IterableImageDataset(root, reader=Reader([(Image.fromarray(pixels), 0), (Image.fromarray(pixels), 1)]))
+
+    class Reader(list):
+        class_to_idx = Stream.class_to_idx
+
+    monkeypatch.setattr("lightning_mdc.app.data.image_folder.create_dataset", create)
+    data = ImageFolderDataModule(
+        None, name="wds/scans", val_split="dev", test_split="test", data_config=PLAIN, num_workers=0
+    )
+    images, _ = next(iter(data.test_dataloader()))
+    torch.testing.assert_close(images, torch.full((2, 3, 12, 12), 30 / 255))
+    assert set(asked) == {""}
+
+
+@pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
