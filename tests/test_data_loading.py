@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_mdc.app.data import DigitsDataModule, ImageDataModule, Splits
 from lightning_mdc.app.data.digits import TensorImages
-from lightning_mdc.app.data.module import _startable
+from lightning_mdc.app.data.module import _say_without_workers
 from lightning_mdc.errors import DataError
 
 
@@ -115,11 +115,11 @@ def test_a_job_of_joblibs_launcher_reads_images_itself():
 
 
 def test_it_is_said_once_that_there_are_no_workers(monkeypatch, caplog):
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "loky")
-    _startable.cache_clear()
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "loky")
+    _say_without_workers.cache_clear()
     assert [DigitsDataModule(num_workers=3).num_workers for _ in range(2)] == [0, 0]
     assert DigitsDataModule(num_workers=0).num_workers == 0
-    _startable.cache_clear()
+    _say_without_workers.cache_clear()
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["num_workers=3"]
 
 

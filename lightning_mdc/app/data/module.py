@@ -296,19 +296,24 @@ class ImageDataModule(LightningDataModule):
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
 
-@cache
 def _startable(num_workers: int) -> int:
-    """`num_workers`, or 0 where this process is a worker itself that can't start any, which is said once."""
+    """`num_workers`, or 0 where this process is a worker itself that can't start any."""
     # Those of joblib's launcher have a start method that torch's loaders do not know; those of a Pool may start none.
-    known = multiprocessing.get_start_method() in ("fork", "spawn", "forkserver")
+    known = multiprocessing.get_start_method(allow_none=True) in (None, "fork", "spawn", "forkserver")
     if not num_workers or (known and not multiprocessing.current_process().daemon):
         return num_workers
+    _say_without_workers(num_workers)
+    return 0
+
+
+@cache
+def _say_without_workers(num_workers: int) -> None:
+    """Once in a process, which may run many trials."""
     log.warning(
         "num_workers=%d: this process is one of several that a launcher or pool has started, which can't start loading "
         "processes; it reads images itself, as with num_workers=0",
         num_workers,
     )
-    return 0
 
 
 def _is_stream(dataset: Dataset[Any]) -> bool:
