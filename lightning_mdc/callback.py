@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -163,6 +163,7 @@ class MultiDimPruneCallback(Callback):
         weakref.finalize(self, _remove, self._handover, os.getpid())
         self._restores_rng_now = False
         self._is_tried = False
+        self._has_warned_of_lost_work = False
         self._dashboard = Dashboard(())
         self.reset()
 
@@ -293,6 +294,7 @@ class MultiDimPruneCallback(Callback):
             self._schedule_end(trainer)
         self._mask(trainer, pl_module)
         self._warn_of_another_budget(pl_module)
+        self._warn_of_lost_work(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance(trainer, pl_module)
@@ -432,6 +434,17 @@ class MultiDimPruneCallback(Callback):
         if total is None or total < 0 or total == math.inf:
             raise CallbackError("schedule='cubic' with an endless Trainer: say when it is through, e.g. end=10")
         return max(self.start + 1, round(total * 2 / 3))
+
+    def _warn_of_lost_work(self, trainer: Trainer) -> None:
+        saving = trainer.checkpoint_callbacks  # none: that is meant
+        if any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in saving):
+            return
+        if saving and not self._has_warned_of_lost_work:
+            self._has_warned_of_lost_work = True
+            rank_zero_warn(
+                "no callback saves a checkpoint when the fit is told to end (SIGTERM, as by a cluster): what was "
+                "trained since the last one would be lost; give the Trainer ModelCheckpoint(save_on_exception=True)"
+            )
 
     def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
         """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""

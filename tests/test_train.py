@@ -3,8 +3,10 @@
 import atexit
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import sys
 from contextlib import ExitStack
 from functools import cache
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_mdc as mdc
 from lightning_mdc.app import fingerprints, pipeline, steps, sweep, trainer
@@ -439,6 +442,47 @@ def test_a_checkpoint_in_mid_epoch_is_gone_on_from(tmp_path, monkeypatch, caplog
     folder = pipeline.run({**chosen, "resume": True}).path
     assert any("going on from" in record.message for record in caplog.records)
     assert (folder / "dense").exists()
+
+
+@pytest.mark.parametrize(("method", "call", "steps_done"), [("training_step", 2, 2), ("validation_step", 1, 8)])
+def test_a_training_that_is_told_to_end_loses_no_step(tmp_path, monkeypatch, method, call, steps_done):
+    """SIGTERM in the first epoch, as of a cluster that takes its machine back; no checkpoint every few minutes."""
+    chosen = ("stage=dense", "dense.epochs=2", "data.batch_size=8", "data.augment=false")
+    chosen = (*chosen, "trainer.check_val_every_n_epoch=1")
+    whole = pipeline.run(settings(tmp_path / "whole", *chosen)).path
+    step, calls = getattr(DistillationModule, method), []
+
+    def stopped(self, batch, index):
+        if not self.trainer.sanity_checking:
+            calls.append(index)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DistillationModule, method, stopped)
+    with pytest.raises(SIGTERMException):
+        pipeline.run(settings(tmp_path, *chosen))
+    monkeypatch.setattr(DistillationModule, method, step)
+    (path,) = tmp_path.glob("tiny/*/checkpoints/*/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (0, steps_done)
+    folder = pipeline.run({**settings(tmp_path, *chosen), "resume": True}).path
+    expected, resumed = (mdc.load(place / "dense").state_dict() for place in (whole, folder))
+    for name, value in expected.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
+def test_a_training_that_fails_leaves_no_weights_to_go_on_from(tmp_path, monkeypatch):
+    def failed(self, batch, index):
+        if index == 2:
+            raise RuntimeError("NaN")
+        return step(self, batch, index)
+
+    step = DistillationModule.training_step
+    monkeypatch.setattr(DistillationModule, "training_step", failed)
+    with pytest.raises(RuntimeError, match="NaN"):
+        pipeline.run(settings(tmp_path, "stage=dense", "dense.epochs=2", "data.batch_size=8"))
+    assert not [*tmp_path.glob("tiny/*/checkpoints/*/last.ckpt")]
 
 
 def test_every_block_of_a_slim_model_is_a_shard(finished):
