@@ -60,6 +60,10 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
             *timm.list_models("vit_base_patch16_sapiens2"),  # an older timm has none
         ),
     ),
+    (
+        "timm's NaFlexVit (tokens: of plain images)",
+        ("naflexvit_base_patch16_gap", "naflexvit_base_patch16_map", "naflexvit_base_patch16_radio_v3"),
+    ),
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
     (
         "post-norm blocks",

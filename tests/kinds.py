@@ -13,6 +13,7 @@ from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -128,6 +129,25 @@ if "num_kv_heads" in inspect.signature(Eva).parameters:  # newer timm only
         attn_only_layer_scale=True,
         num_reg_tokens=2,
     )
+
+
+def _naflex(**kwargs: Any) -> Callable[[], nn.Module]:
+    options = {name: value for name, value in BASE.items() if name != "img_size"}
+    return lambda: NaFlexVit(**(options | {"pos_embed_grid_size": (4, 4)} | kwargs))
+
+
+NAFLEX_KINDS: dict[str, Callable[[], nn.Module]] = {
+    "naflex": _naflex(reg_tokens=2, init_values=1e-3, global_pool="avg", fc_norm=True),
+    "naflex_factorized": _naflex(
+        pos_embed="factorized", class_token=True, global_pool="token", qk_norm=True, embed_proj_type="conv"
+    ),
+    "naflex_map": _naflex(global_pool="map", act_layer="gelu_tanh", pos_embed_interp_mode="bilinear", pre_norm=True),
+    "naflex_rope": _naflex(
+        rope_type="axial", rope_temperature=4.0, pos_embed="none", class_token=True, global_pool="token"
+    ),
+}
+if "use_key_only_attn_mask" in NaFlexVitCfg.__dataclass_fields__:  # older timm's own cannot take batches of patches
+    NAFLEX_KINDS["naflex_mixed"] = _naflex(rope_type="mixed", rope_temperature=4.0, swiglu_mlp=True, global_pool="avg")
 EVA_POST_NORM = _eva(use_post_norm=True, global_pool="token")
 
 

@@ -50,7 +50,7 @@ def qualified_name(module: nn.Module) -> str:
 
 def in_chans(model: Any) -> int:
     """Channels of the images; older timm keeps them in the patch embedding only."""
-    embed = model.patch_embed
+    embed = model.embeds if hasattr(model, "embeds") else model.patch_embed
     return getattr(model, "in_chans", None) or getattr(embed, "in_chans", None) or embed.proj.in_channels
 
 
@@ -95,7 +95,7 @@ def describe(
             # int(dim * ratio) must give the hidden size back; half a unit keeps the product off the edge.
             "mlp_ratio": (hidden + 0.5) / model.embed_dim,
             **_model_args(model),
-            **_block_args(block),
+            **block_args(block),
             "drop_path_rate": getattr(unwrap(model.blocks[-1]).drop_path1, "drop_prob", None) or 0.0,
         },
     }
@@ -127,7 +127,7 @@ def _model_args(model: Any) -> dict[str, Any]:
     }
 
 
-def _block_args(block: Any) -> dict[str, Any]:
+def block_args(block: Any) -> dict[str, Any]:
     """Arguments that are read off one block, as all are alike."""
     attn, mlp = block.attn, block.mlp
     is_post_norm = isinstance(block, ResPostBlock)
@@ -258,7 +258,9 @@ def check_positive(args: Mapping[str, Any], *names: str) -> None:
         numbers = args[name] if isinstance(args[name], list) else [args[name]]
         is_pair = len(numbers) == 2 or name not in ("img_size", "patch_size")
         if not is_pair or not all(type(number) is int and 0 < number <= 65536 for number in numbers):
-            raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range: expected positive size(s)")
+            raise ArtifactError(
+                f"constructor argument {name}={args[name]!r} is out of range: expected positive size(s)"
+            )
 
 
 def one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:

@@ -48,7 +48,7 @@ from lightning_mdc.tokens.block import refuse_masks, restored, stage_of, step, t
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import Carried, grid_like
 
-_WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+_WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pool", "_pos_embed", "_forward_embeds")
 
 
 class TimmVisionTransformer(Family):
@@ -78,7 +78,7 @@ class TimmVisionTransformer(Family):
             block_of(kind, index, f"blocks.{index}", unwrap(block), model.embed_dim)
             for index, block in enumerate(model.blocks)
         )
-        height, width = model.patch_embed.img_size
+        size = self.own_size(model)
         distilled = isinstance(model, VisionTransformerDistilled)
         return Anatomy(
             model=model,
@@ -88,10 +88,10 @@ class TimmVisionTransformer(Family):
             dim=model.embed_dim,
             num_prefix_tokens=model.num_prefix_tokens,
             class_rows=((0, 1) if distilled else (0,)) if model.global_pool == "token" else (),
-            grid=tuple(model.patch_embed.grid_size),
-            input_size=(in_chans(model), height, width),
-            grid_of=partial(_grid_of, model),
-            fixed_macs=partial(_fixed_macs, model, self.embedding_macs),
+            grid=self.grid_of(model, size),
+            input_size=(in_chans(model), *size),
+            grid_of=partial(self.grid_of, model),
+            fixed_macs=lambda size, tokens: self.embedding_macs(model, size) + _head_macs(model, tokens),
             reader=kind.reader,
             no_tokens=_no_tokens(model, blocks, kind.post_norm),
             classifies=not isinstance(model.head, nn.Identity),
@@ -102,11 +102,20 @@ class TimmVisionTransformer(Family):
         """What the blocks of `model` are."""
         return PLAIN
 
+    def own_size(self, model: Any) -> tuple[int, int]:
+        """(height, width) of the images that `model` is made for."""
+        height, width = model.patch_embed.img_size
+        return height, width
+
+    def grid_of(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in patches of images of that (height, width)."""
+        return _grid_of(model, size)
+
     def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
         """MACs of the patch embedding for images of that (height, width)."""
         embed = model.patch_embed
         if type(embed) is PatchEmbed:
-            height, width = _grid_of(model, size)
+            height, width = self.grid_of(model, size)
             return height * width * embed.proj.weight.numel()
         return counted_macs(embed, (1, in_chans(model), *size), "patch_embed")
 
@@ -309,15 +318,10 @@ def _grid_of(model: VisionTransformer, size: tuple[int, int]) -> tuple[int, int]
     return grid
 
 
-def _fixed_macs(
-    model: VisionTransformer,
-    embedding_macs: Callable[[Any, tuple[int, int]], int],
-    size: tuple[int, int],
-    num_tokens: Any,
-) -> Any:
-    """MACs of patch embedding, pooling and classifier; `num_tokens` (int or array) reach the pooling."""
+def _head_macs(model: VisionTransformer, num_tokens: Any) -> Any:
+    """MACs of pooling and classifier; `num_tokens` (int or array) reach the pooling."""
     dim = model.embed_dim
-    total: Any = embedding_macs(model, size)
+    total: Any = 0
     if model.attn_pool is not None:
         whole = getattr(model, "pool_include_prefix", True)  # timm's Eva pools all
         pooled = num_tokens if whole else num_tokens - model.num_prefix_tokens
@@ -458,10 +462,15 @@ class TimmReader:
         """How the tokens that are left turn, of how all of them do."""
         return rope
 
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """(height, width) in patches of images x."""
+        height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        return height, width
+
     def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         refuse_masks(attn_mask, is_causal)
         for prior_grid in {stage.grid for stage in self.plan.leaving if stage.grid is not None}:
-            height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+            height, width = self._grid(x)
             if grid_like(prior_grid, height * width) != (height, width):
                 raise PlanError(
                     f"images of {x.shape[-2]}x{x.shape[-1]} have {height}x{width} patches, but the token prior is for "
