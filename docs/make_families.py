@@ -70,10 +70,11 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's Swin in all versions, BEiT, ViTs with relative positions, PiT",
+        "timm's Swin in all versions, SAM's encoder, Hiera, BEiT, ViTs with relative positions, PiT",
         (
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
             *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
+            *("samvit_base_patch16_224", "hiera_tiny_224", "hiera_small_abswin_256"),
         ),
     ),
     (
@@ -81,9 +82,11 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         ("vit_dlittle_patch16_reg1_gap_256", vit(attn_layer=OwnAttention)),
     ),
     (
-        "parallel or fused blocks",
-        ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
+        "timm's attentions side by side (`*_18x2_*`): each of them, and each MLP, counts as a block",
+        ("vit_small_patch16_18x2_224",),
     ),
+    ("CaiT: heads where the class token attends", ("cait_xxs24_224",)),
+    ("timm's fused blocks (`*_xp_*`)", ("vit_base_patch16_xp_224",)),
 )
 
 

@@ -11,15 +11,18 @@ import pytest
 import torch
 from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +44,20 @@ STAGED: dict[str, Any] = {
     "embed_dim": 16,
     "depths": (2, 2),
     "num_heads": (2, 4),
+    "num_classes": CLASSES,
+}
+# 16 x 16 tokens in mask units of 4 x 4, then 8 x 8 in units of 2 x 2, and in all at once.
+HIERA: dict[str, Any] = {
+    "img_size": (SIZE, SIZE),
+    "patch_kernel": (3, 3),
+    "patch_stride": (2, 2),
+    "patch_padding": (1, 1),
+    "embed_dim": 16,
+    "num_heads": 2,
+    "stages": (1, 3),
+    "q_pool": 1,
+    "mask_unit_size": (4, 4),
+    "mask_unit_attn": (True, False),
     "num_classes": CLASSES,
 }
 
@@ -75,7 +92,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 if "gated" in inspect.signature(Attention).parameters:  # the oldest timm we support has no gate
     KINDS["gated"] = _vit(attn_layer=GatedAttention)
-# Whose tokens are bound to their places.
+# Whose tokens cannot leave: most are bound to their places.
 BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
     "swin": lambda: SwinTransformer(**STAGED, window_size=4, drop_path_rate=0.1),
     "swin_filled_up": lambda: SwinTransformer(**STAGED, window_size=(3, 5), qkv_bias=False),
@@ -87,6 +104,26 @@ BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
     "relpos_table": lambda: VisionTransformerRelPos(
         **BASE, rel_pos_type="bias", class_token=True, block_fn=ResPostRelPosBlock
     ),
+    "parallel": _vit(block_fn=ParallelThingsBlock, depth=2, init_values=1e-3),
+    "sam": lambda: VisionTransformerSAM(
+        **(BASE | {"patch_size": 4}), use_rel_pos=True, window_size=3, global_attn_indexes=(1, 3), neck_chans=16
+    ),
+    "sam_rope": lambda: VisionTransformerSAM(
+        **(BASE | {"patch_size": 4}),
+        use_rope=True,
+        window_size=4,
+        global_attn_indexes=(3,),
+        qk_norm=True,
+        pre_norm=True,
+        init_values=1e-3,
+        neck_chans=0,
+        head_hidden_size=24,
+    ),
+    "hiera": lambda: Hiera(**HIERA, init_values=1e-3),
+    "hiera_abs_win": lambda: Hiera(
+        **HIERA, use_expand_proj=False, abs_win_pos_embed=True, global_pos_size=(4, 4), drop_path_rate=0.1
+    ),
+    "cait": lambda: Cait(**(BASE | {"depth": 2}), qkv_bias=False),
     "pit": lambda: PoolingVisionTransformer(
         img_size=SIZE, patch_size=4, stride=3, base_dims=[8, 8], depth=[2, 2], heads=[2, 4], num_classes=CLASSES
     ),

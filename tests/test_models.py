@@ -41,8 +41,7 @@ def test_prefix_tokens_and_class_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("hiera_tiny_224", "blocks.0"),  # pooled queries
-        ("vit_small_patch16_18x2_224", "blocks.0"),  # parallel blocks
+        ("xcit_nano_12_p16_224", "blocks.0"),  # heads that mix channels
         ("vit_base_patch16_xp_224", "blocks.0"),  # fused blocks
         ("resnet18", "ResNet"),
     ],
@@ -64,7 +63,7 @@ def test_a_refusal_says_what_is_true_of_the_module() -> None:
             return super().forward_features(x.flip(-1))
 
     with torch.device("meta"):
-        models = [timm.create_model(name) for name in ("naflexvit_base_patch16_gap", "cait_xxs24_224")]
+        models = [timm.create_model(name) for name in ("xcit_nano_12_p16_224", "levit_128")]
     for model in (*models, Own(**BASE)):
         with pytest.raises(UnsupportedModelError) as error:
             mdc.macs(model)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from timm import layers
 from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers import activations as timm_activations
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
@@ -21,7 +22,7 @@ from lightning_mdc.models.timm_stem import build_stem, check_stem, describe_stem
 
 # What a saved model may be made of. Loading looks classes up here and nowhere else.
 _MODELS = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
-_BLOCKS = {"Block": Block, "ResPostBlock": ResPostBlock}
+_BLOCKS = {"Block": Block, "ResPostBlock": ResPostBlock, "ParallelThingsBlock": ParallelThingsBlock}
 _ATTENTIONS = {"Attention": layers.Attention, "DiffAttention": layers.DiffAttention}
 MLPS = {"Mlp": layers.Mlp, "GluMlp": layers.GluMlp, "SwiGLU": layers.SwiGLU}  # whose neurons can leave
 _MLPS = MLPS | {"GeGluMlp": GeGluMlp}
@@ -67,7 +68,7 @@ def describe(
     Raises:
         ArtifactError: a part that no constructor argument expresses; names it.
     """
-    block: Any = unwrap(model.blocks[0])
+    block = _one_of_each(unwrap(model.blocks[0]))
     embed, attn, mlp = model.patch_embed, block.attn, block.mlp
     if type(embed) not in embeddings:
         raise ArtifactError(
@@ -79,7 +80,7 @@ def describe(
     hidden = 2 * neurons if isinstance(mlp, layers.GluMlp) else neurons
     return {
         "class": "VisionTransformerDistilled" if isinstance(model, VisionTransformerDistilled) else "VisionTransformer",
-        "block": "ResPostBlock" if isinstance(block, ResPostBlock) else "Block",
+        "block": name_of(_BLOCKS, unwrap(model.blocks[0]), "blocks.0", subclasses=True),
         "stem": describe_stem(embed) if isinstance(embed, HybridEmbed) else None,
         "attn": attention,
         "mlp": name_of(_MLPS, mlp, "blocks.0.mlp", subclasses=True),
@@ -96,9 +97,17 @@ def describe(
             "mlp_ratio": (hidden + 0.5) / model.embed_dim,
             **_model_args(model),
             **block_args(block),
-            "drop_path_rate": getattr(unwrap(model.blocks[-1]).drop_path1, "drop_prob", None) or 0.0,
+            "drop_path_rate": getattr(_one_of_each(unwrap(model.blocks[-1])).drop_path1, "drop_prob", None) or 0.0,
         },
     }
+
+
+def _one_of_each(block: Any) -> Any:
+    """A block, or one attention and one MLP of those side by side, under the names that a block gives them."""
+    if not isinstance(block, ParallelThingsBlock):
+        return block
+    first, second = block.attns[0], block.ffns[0]
+    return SimpleNamespace(attn=first.attn, mlp=second.mlp, norm1=first.norm, ls1=first.ls, drop_path1=first.drop_path)
 
 
 def _model_args(model: Any) -> dict[str, Any]:
