@@ -70,11 +70,11 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's Swin in all versions, SAM's encoder, Hiera, BEiT, ViTs with relative positions, PiT",
+        "timm's Swin in all versions, SAM's and SAM 2's encoders, Hiera, BEiT, ViTs with relative positions, PiT",
         (
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
             *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
-            *("samvit_base_patch16_224", "hiera_tiny_224", "hiera_small_abswin_256"),
+            *("samvit_base_patch16_224", "sam2_hiera_tiny", "hiera_tiny_224", "hiera_small_abswin_256"),
         ),
     ),
     (

@@ -15,6 +15,7 @@ from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
@@ -47,8 +48,7 @@ STAGED: dict[str, Any] = {
     "num_classes": CLASSES,
 }
 # 16 x 16 tokens in mask units of 4 x 4, then 8 x 8 in units of 2 x 2, and in all at once.
-HIERA: dict[str, Any] = {
-    "img_size": (SIZE, SIZE),
+HIERA_STAGES: dict[str, Any] = {
     "patch_kernel": (3, 3),
     "patch_stride": (2, 2),
     "patch_padding": (1, 1),
@@ -56,9 +56,13 @@ HIERA: dict[str, Any] = {
     "num_heads": 2,
     "stages": (1, 3),
     "q_pool": 1,
+    "global_pos_size": (4, 4),
+    "num_classes": CLASSES,
+}
+HIERA: dict[str, Any] = HIERA_STAGES | {
+    "img_size": (SIZE, SIZE),
     "mask_unit_size": (4, 4),
     "mask_unit_attn": (True, False),
-    "num_classes": CLASSES,
 }
 
 
@@ -120,9 +124,8 @@ BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
         head_hidden_size=24,
     ),
     "hiera": lambda: Hiera(**HIERA, init_values=1e-3),
-    "hiera_abs_win": lambda: Hiera(
-        **HIERA, use_expand_proj=False, abs_win_pos_embed=True, global_pos_size=(4, 4), drop_path_rate=0.1
-    ),
+    "hiera_abs_win": lambda: Hiera(**HIERA, use_expand_proj=False, abs_win_pos_embed=True, drop_path_rate=0.1),
+    "hieradet": lambda: HieraDet(**HIERA_STAGES, window_spec=(4, 3), global_att_blocks=(3,), init_values=1e-3),
     "cait": lambda: Cait(**(BASE | {"depth": 2}), qkv_bias=False),
     "pit": lambda: PoolingVisionTransformer(
         img_size=SIZE, patch_size=4, stride=3, base_dims=[8, 8], depth=[2, 2], heads=[2, 4], num_classes=CLASSES

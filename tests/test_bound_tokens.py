@@ -135,8 +135,14 @@ def test_sams_relative_positions_are_priced_at_images_of_its_shape() -> None:
         assert mdc.macs(model, input_size=size) == counted_macs(model, size)
     with pytest.raises(UnsupportedModelError, match=r"input_size=\(32, 48\): with relative positions, only images of"):
         mdc.macs(model, input_size=(32, 48))
-    turned = make("sam_rope")
-    assert mdc.macs(turned) == counted_macs(turned)
+
+
+def test_hieradet_is_priced_where_its_windows_of_positions_fit() -> None:
+    model = make("hieradet")
+    for size in ((32, 32), (24, 40)):
+        assert mdc.macs(model, input_size=size) == counted_macs(model, *size)
+    with pytest.raises(UnsupportedModelError, match=r"input_size=\(28, 32\): not a multiple of \(8, 8\), which a wind"):
+        mdc.macs(model, input_size=(28, 32))
 
 
 @pytest.mark.parametrize("kind", ["swin", "swin_v2_cr", "beit", "relpos_mlp", "pit", "hiera", "cait"])

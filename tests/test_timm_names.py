@@ -50,6 +50,7 @@ KINDS = (
     "hiera_tiny_224",
     "hiera_small_abswin_256",
     "cait_xxs24_224",
+    "hieradet_small",
     "naflexvit_base_patch16_radio_v3",
     "naflexvit_so150m2_patch16_reg1_map",
 )

@@ -16,6 +16,7 @@ from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_cait import TimmCait
 from lightning_mdc.models.timm_eva import TimmEva
 from lightning_mdc.models.timm_hiera import TimmHiera
+from lightning_mdc.models.timm_hieradet import TimmHieraDet
 from lightning_mdc.models.timm_naflex import TimmNaFlex
 from lightning_mdc.models.timm_pit import TimmPiT
 from lightning_mdc.models.timm_relpos import TimmRelPos
@@ -60,6 +61,7 @@ def register(family: F) -> F:
 register(TimmCait())
 register(TimmEva())
 register(TimmHiera())
+register(TimmHieraDet())
 register(TimmNaFlex())
 register(TimmPiT())
 register(TimmRelPos())

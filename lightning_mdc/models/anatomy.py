@@ -96,12 +96,10 @@ class Units:
             ``[u * width, (u + 1) * width)``.
         slices: of all tensors that belong to units, biases and tables included.
         sizes: attributes to set when there are fewer.
-        reader: the Linear layer that reads the units: its input is (..., count * width). It is watched to score
-            them, and refitted to make up for those that leave.
+        reader: the Linear layer that reads the units: its input is (..., count * width), all tokens of an image one
+            after another. It is watched to score them, and refitted to make up for those that leave.
         macs: (units kept, tokens that their half of the block sees) -> MACs.
         after_point: whether they see the tokens that are left behind the token point, as the second half does.
-        in_windows: whether `reader` sees the windows of an image as rows of their own, those of one image one after
-            another.
         norm: a normalisation over the units' channels, by name and class, for messages; None if there is none.
         behaviours: of modules that cannot do with fewer units by themselves.
     """
@@ -116,7 +114,6 @@ class Units:
     reader: nn.Linear
     macs: Macs
     after_point: bool = False
-    in_windows: bool = False
     norm: str | None = None
     behaviours: tuple[Behaviour, ...] = ()
 

@@ -134,6 +134,5 @@ def heads_of(
         sizes=(*row_sizes, *column_sizes, Size(attn, counter, lambda kept: kept), *bias.sizes),
         reader=attn.proj,
         macs=macs,
-        in_windows=window is not None,
         behaviours=(Behaviour(attn, mixin),),
     )

@@ -7,7 +7,7 @@ Heads and neurons can leave; tokens are places in a mask unit and cannot.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -132,8 +132,7 @@ def _block(index: int, block: Any) -> Block:
     window = attn.window_size * attn.q_stride if attn.use_mask_unit_attn else None
     out = PositionBias(sizes=[Size(attn, "dim_out", lambda kept: kept * attn.head_dim)])
     heads = heads_of(index, f"{name}.attn", attn, _NoneToo, out, window, attn.q_stride)
-    # Units of a window stay one after another in the sequence: the reader sees all of an image at once.
-    found = two_halves(index, name, block, block.dim, replace(heads, in_windows=False), block.norm2)
+    found = two_halves(index, name, block, block.dim, heads, block.norm2)
     if block.proj is None:
         return found
     return replace(found, rest=(lambda tokens: tokens * block.proj.weight.numel(), found.rest[1]))
@@ -146,64 +145,84 @@ def _own_size(model: Any) -> tuple[int, int]:
 
 def _outside_macs(model: Any, num_tokens: int) -> int:
     """Of patch embedding and head, which so many tokens reach."""
+    embedding: int = math.prod(model.tokens_spatial_shape) * model.patch_embed.proj.weight.numel()
+    return embedding + head_macs(model, (num_tokens,))
+
+
+def head_macs(model: Any, grid: tuple[int, ...]) -> int:
+    """Of the head, which a grid of tokens reaches."""
     head = model.head
-    total: int = math.prod(model.tokens_spatial_shape) * model.patch_embed.proj.weight.numel()
     if not isinstance(head, ClNormMlpClassifierHead):
-        return total + counted_macs(head, (1, num_tokens, model.num_features), "head")
+        return counted_macs(head, (1, *grid, model.num_features), "head")
     layers = sum(part.weight.numel() for part in head.modules() if isinstance(part, nn.Linear))
-    return total + layers * (1 if head.pool_type else num_tokens)
+    return layers * (1 if head.pool_type else math.prod(grid))
 
 
 # --- constructor arguments --------------------------------------------------------------------------------------------
 
-_LISTS = ("img_size", "stages", "q_stride", "mask_unit_size", "patch_kernel", "patch_stride", "patch_padding")
-_ARGS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys((*_LISTS, "mask_unit_attn", "global_pos_size"), (list,)),
-    **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "num_classes", "q_pool"), (int,)),
+STAGE_ARGS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
-        ("dim_mul", "head_mul", "mlp_ratio", "drop_rate", "drop_path_rate", "patch_drop_rate"), (int, float)
+        ("stages", "q_stride", "patch_kernel", "patch_stride", "patch_padding", "global_pos_size"), (list,)
     ),
-    **dict.fromkeys(("use_expand_proj", "sep_pos_embed", "abs_win_pos_embed"), (bool,)),
+    **dict.fromkeys(("in_chans", "embed_dim", "num_heads", "num_classes", "q_pool"), (int,)),
+    **dict.fromkeys(("dim_mul", "head_mul", "drop_rate", "drop_path_rate"), (int, float)),
     "global_pool": (str,),
     "init_values": (float, type(None)),
 }
+_ARGS: dict[str, tuple[type, ...]] = STAGE_ARGS | {
+    **dict.fromkeys(("img_size", "mask_unit_size", "mask_unit_attn"), (list,)),
+    **dict.fromkeys(("mlp_ratio", "patch_drop_rate"), (int, float)),
+    **dict.fromkeys(("use_expand_proj", "sep_pos_embed", "abs_win_pos_embed"), (bool,)),
+}
 
 
-def _args(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    blocks, conv = list(_blocks(model)), model.patch_embed.proj
-    heads, neurons = (sizes.get(dimension) or (0,) * len(blocks) for dimension in ("heads", "neurons"))
-    stages = [end - start for start, end in zip([-1, *model.stage_ends], model.stage_ends, strict=False)]
-    firsts = [end + 1 - stage for stage, end in zip(stages, model.stage_ends, strict=True)]
-    num_heads = [heads[first] or blocks[first].attn.heads for first in firsts]
+def firsts_of(model: Any) -> list[int]:
+    """The first block of each stage."""
+    return [0, *(end + 1 for end in model.stage_ends[:-1])]
+
+
+def stage_args(model: Any, sizes: Mapping[str, tuple[int, ...]], heads_now: Callable[[Any], int]) -> dict[str, Any]:
+    """What the stages are like; `heads_now` tells how many heads an attention has, of which none can leave."""
+    blocks, firsts = list(_blocks(model)), firsts_of(model)
+    heads = sizes.get("heads") or (0,) * len(blocks)
+    num_heads = [heads[first] or heads_now(blocks[first].attn) for first in firsts]
     dims = [blocks[first].dim_out for first in firsts]
-    # The attention of a stage begins one block late.
-    in_units = [blocks[min(first + 1, len(blocks) - 1)].attn.use_mask_unit_attn for first in firsts]
-    in_units[0] = blocks[0].attn.use_mask_unit_attn
-    widening = next((block for block in blocks if block.do_expand), None)
+    conv = model.patch_embed.proj
     return {
-        "img_size": list(_own_size(model)),
         "in_chans": in_chans(model),
         "embed_dim": dims[0],
         "num_heads": num_heads[0],
         "num_classes": model.num_classes,
         "global_pool": model.head.pool_type,
-        "stages": stages,
-        "q_pool": model.q_pool,
+        "stages": [end + 1 - first for first, end in zip(firsts, model.stage_ends, strict=True)],
         "q_stride": list(model.q_stride),
-        "mask_unit_size": list(model.mask_unit_size),
-        "mask_unit_attn": in_units,
-        "use_expand_proj": widening is None or widening.proj is not None,
         "dim_mul": dims[1] / dims[0] if len(dims) > 1 else 2.0,
         "head_mul": num_heads[1] / num_heads[0] if len(dims) > 1 else 2.0,
         "patch_kernel": list(conv.kernel_size),
         "patch_stride": list(conv.stride),
         "patch_padding": list(conv.padding),
-        # int(dim * ratio) gives the hidden size back in each stage: a quarter of a unit keeps the last off the edge.
-        "mlp_ratio": ((neurons[-1] or blocks[-1].mlp.fc2.in_features) + 0.25) / dims[-1],
         "drop_rate": model.head.drop.p,
         "drop_path_rate": getattr(blocks[-1].drop_path1, "drop_prob", None) or 0.0,
-        "patch_drop_rate": model.patch_drop_rate,
         "init_values": None if isinstance(blocks[0].ls1, nn.Identity) else 1e-5,  # only whether there is one
+    }
+
+
+def _args(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    blocks, firsts = list(_blocks(model)), firsts_of(model)
+    hidden = (sizes.get("neurons") or (0,))[-1] or blocks[-1].mlp.fc2.in_features
+    # The attention of a stage begins one block late.
+    in_units = [blocks[min(first + 1, len(blocks) - 1)].attn.use_mask_unit_attn for first in firsts]
+    in_units[0] = blocks[0].attn.use_mask_unit_attn
+    widening = next((block for block in blocks if block.do_expand), None)
+    return stage_args(model, sizes, lambda attn: attn.heads) | {
+        "img_size": list(_own_size(model)),
+        "q_pool": model.q_pool,
+        "mask_unit_size": list(model.mask_unit_size),
+        "mask_unit_attn": in_units,
+        "use_expand_proj": widening is None or widening.proj is not None,
+        # int(dim * ratio) gives the hidden size back in each stage: a quarter of a unit keeps the last off the edge.
+        "mlp_ratio": (hidden + 0.25) / model.num_features,
+        "patch_drop_rate": model.patch_drop_rate,
         "sep_pos_embed": model.pos_embed_spatial is not None,
         "abs_win_pos_embed": model.pos_embed_win is not None,
         "global_pos_size": list(model.pos_embed.shape[2:]) if model.pos_embed_win is not None else [14, 14],
@@ -213,12 +232,20 @@ def _args(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def _check_fields(spec: Mapping[str, Any]) -> None:
     check_args(spec, ("norm",), _ARGS)
     args = spec["args"]
-    for name in (*_LISTS, "global_pos_size", "embed_dim", "num_heads", "in_chans"):
+    check_stages(args, "img_size", "mask_unit_size")
+    if len(args["mask_unit_attn"]) != len(args["stages"]):
+        raise ArtifactError("constructor argument mask_unit_attn: expected one answer per stage")
+
+
+def check_stages(args: Mapping[str, Any], *pairs: str) -> None:
+    """Refuse, with an `ArtifactError`, stages that are none, and of `pairs` and what comes in pairs else other numbers
+    than two positive ones."""
+    pairs = (*pairs, "q_stride", "patch_kernel", "patch_stride", "patch_padding", "global_pos_size")
+    for name in (*pairs, "stages", "embed_dim", "num_heads", "in_chans"):
         numbers = args[name] if isinstance(args[name], list) else [args[name]]
         least = 0 if name == "patch_padding" else 1
-        is_pair = len(numbers) == 2 or name in ("stages", "embed_dim", "num_heads", "in_chans")
-        if not numbers or not is_pair or not all(type(size) is int and least <= size <= 65536 for size in numbers):
+        fits = len(numbers) == 2 if name in pairs else len(numbers) > 0
+        if not fits or not all(type(size) is int and least <= size <= 65536 for size in numbers):
             raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range: expected positive sizes")
-    stages = len(args["stages"])
-    if len(args["mask_unit_attn"]) != stages or not 0 <= args["q_pool"] < stages:
-        raise ArtifactError("constructor arguments mask_unit_attn and q_pool do not fit the stages")
+    if not 0 <= args["q_pool"] < len(args["stages"]):
+        raise ArtifactError(f"constructor argument q_pool={args['q_pool']!r} does not fit the stages")

@@ -31,7 +31,7 @@ from lightning_mdc.models.timm_constructor import (
     qualified_name,
 )
 from lightning_mdc.models.timm_eva import EvaReader, TimmEva, is_mixed
-from lightning_mdc.models.timm_vit import PLAIN, BlockKind, computes_as
+from lightning_mdc.models.timm_vit import PLAIN, BlockKind, computes_as, configured_size
 from lightning_mdc.tokens.selection import Carried
 
 
@@ -56,9 +56,8 @@ class TimmNaFlex(TimmEva):
 
     def own_size(self, model: Any) -> tuple[int, int]:
         """Of timm's configuration, or else that whose patches have a position each."""
-        if (configured := getattr(model, "pretrained_cfg", None) or {}).get("input_size"):
-            _, height, width = configured["input_size"]
-            return height, width
+        if (configured := configured_size(model)) is not None:
+            return configured
         rows, columns = model.embeds.pos_embed_grid_size or NaFlexVitCfg.pos_embed_grid_size
         height, width = model.embeds.patch_size
         return rows * height, columns * width

@@ -156,6 +156,12 @@ def check_size(model: nn.Module, size: tuple[int, int], own: tuple[int, int]) ->
         )
 
 
+def configured_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the images that timm's configuration of the model names, if it has one."""
+    found = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return None if found is None else (found[1], found[2])
+
+
 _LINEARS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
 
 
