@@ -62,7 +62,7 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
     ),
     (
         "timm's NaFlexVit (tokens: of plain images)",
-        ("naflexvit_base_patch16_gap", "naflexvit_base_patch16_map", "naflexvit_base_patch16_radio_v3"),
+        ("naflexvit_base_patch16_gap", "naflexvit_base_patch16_radio_v3"),
     ),
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
     (
@@ -70,11 +70,13 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's Swin in all versions, SAM's and SAM 2's encoders, Hiera, BEiT, ViTs with relative positions, PiT",
+        "timm's Swin in all versions, SAM's and SAM 2's encoders, Hiera, BEiT, ViTs with relative positions, PiT, "
+        "attention and MLP at once (`*_xp_*`, `vit_pwee_*`)",
         (
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
             *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
-            *("samvit_base_patch16_224", "sam2_hiera_tiny", "hiera_tiny_224", "hiera_small_abswin_256"),
+            *("samvit_base_patch16_224", "sam2_hiera_tiny", "hiera_tiny_224"),
+            "vit_base_patch16_xp_224",
         ),
     ),
     (
@@ -86,7 +88,6 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         ("vit_small_patch16_18x2_224",),
     ),
     ("CaiT: heads where the class token attends", ("cait_xxs24_224",)),
-    ("timm's fused blocks (`*_xp_*`)", ("vit_base_patch16_xp_224",)),
 )
 
 

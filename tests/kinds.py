@@ -21,7 +21,7 @@ from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
@@ -127,6 +127,8 @@ BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
     "hiera_abs_win": lambda: Hiera(**HIERA, use_expand_proj=False, abs_win_pos_embed=True, drop_path_rate=0.1),
     "hieradet": lambda: HieraDet(**HIERA_STAGES, window_spec=(4, 3), global_att_blocks=(3,), init_values=1e-3),
     "cait": lambda: Cait(**(BASE | {"depth": 2}), qkv_bias=False),
+    "fused": _vit(block_fn=ParallelScalingBlock, init_values=1e-3),
+    "fused_without_bias": _vit(block_fn=ParallelScalingBlock, qkv_bias=False, qk_norm=True, norm_layer=RmsNorm),
     "pit": lambda: PoolingVisionTransformer(
         img_size=SIZE, patch_size=4, stride=3, base_dims=[8, 8], depth=[2, 2], heads=[2, 4], num_classes=CLASSES
     ),

@@ -26,11 +26,11 @@ from tests.kinds import BASE, BOUND_KINDS, STAGED, counted_macs, everyday, image
 
 def readers_of(model: nn.Module, dimension: str) -> list[nn.Linear]:
     """What reads heads or neurons, by the names that timm gives, in order; not of heads that talk to each other."""
-    name = ".attn.proj" if dimension == "heads" else ".mlp.fc2"
+    names = (".attn.proj", ".attn_out_proj") if dimension == "heads" else (".mlp.fc2", ".mlp_out_proj")
     return [
         module
         for path, module in model.named_modules()
-        if path.endswith(name)
+        if path.endswith(names)
         and not (dimension == "neurons" and ".attn." in path)  # of positions
         and not hasattr(model.get_submodule(path.rpartition(".")[0]), "proj_l")
     ]
@@ -218,6 +218,7 @@ def test_a_shared_bias_leaves_the_neurons(model: Any, why: str) -> None:
         ("hiera", r"blocks\.0\.attn \(MaskUnitAttention\) attends in mask units"),
         ("cait", r"blocks\.0\.attn \(TalkingHeadAttn\) mixes the attention maps of all heads"),
         ("parallel", r"blocks\.0 \(ParallelThingsBlock\) has 2 attentions side by side"),
+        ("fused", r"blocks\.0 \(ParallelScalingBlock\) runs attention and MLP at once"),
         ("pit", r"transformers\.1\.pool \(Pooling\) is a convolution over the grid"),
     ],
 )

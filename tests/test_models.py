@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.layers import Attention
 from timm.layers.attention import Attention as TimmAttention
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
@@ -42,7 +42,7 @@ def test_prefix_tokens_and_class_rows() -> None:
     ("name", "module"),
     [
         ("xcit_nano_12_p16_224", "blocks.0"),  # heads that mix channels
-        ("vit_base_patch16_xp_224", "blocks.0"),  # fused blocks
+        ("vit_dpwee_patch16_reg1_gap_256", "blocks.0.out_proj"),  # one layer reads heads and neurons
         ("resnet18", "ResNet"),
     ],
 )
@@ -89,6 +89,11 @@ class _ScaledAttention(TimmAttention):
         return 2 * super().forward(x, **kwargs)
 
 
+class _OwnBlock(Block):
+    def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return super().forward(x, **kwargs)
+
+
 class _OtherMlp(nn.Module):
     def __init__(self, in_features: int, hidden_features: int, **kwargs: object) -> None:
         super().__init__()
@@ -116,7 +121,7 @@ def test_an_mlp_of_ones_own_leaves_the_heads_and_the_tokens() -> None:
 def test_an_odd_block_costs_only_that_block() -> None:
     model = make()
     model.blocks[1].mlp = randomised(_OtherMlp(48, 192))
-    model.blocks[2] = randomised(ParallelScalingBlock(48, 4))
+    model.blocks[2] = randomised(_OwnBlock(48, 4))
     anatomy = find_anatomy(model)
     assert anatomy.sizes == {"heads": (4, 4, 0, 4), "neurons": (192, 0, 0, 192)}
     assert anatomy.no_tokens is not None

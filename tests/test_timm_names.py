@@ -45,14 +45,9 @@ KINDS = (
     "vit_relpos_small_patch16_rpn_224",
     "vit_srelpos_small_patch16_224",  # all blocks share a bias
     "pit_ti_distilled_224",
-    "vit_small_patch16_18x2_224",  # attentions side by side
     "samvit_base_patch16_224",
     "hiera_tiny_224",
-    "hiera_small_abswin_256",
-    "cait_xxs24_224",
-    "hieradet_small",
     "naflexvit_base_patch16_radio_v3",
-    "naflexvit_so150m2_patch16_reg1_map",
 )
 
 

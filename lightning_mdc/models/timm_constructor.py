@@ -8,11 +8,18 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from timm import layers
 from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers import activations as timm_activations
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
@@ -22,7 +29,7 @@ from lightning_mdc.models.timm_stem import build_stem, check_stem, describe_stem
 
 # What a saved model may be made of. Loading looks classes up here and nowhere else.
 _MODELS = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
-_BLOCKS = {"Block": Block, "ResPostBlock": ResPostBlock, "ParallelThingsBlock": ParallelThingsBlock}
+_BLOCKS = {kind.__name__: kind for kind in (Block, ResPostBlock, ParallelThingsBlock, ParallelScalingBlock)}
 _ATTENTIONS = {"Attention": layers.Attention, "DiffAttention": layers.DiffAttention}
 MLPS = {"Mlp": layers.Mlp, "GluMlp": layers.GluMlp, "SwiGLU": layers.SwiGLU}  # whose neurons can leave
 _MLPS = MLPS | {"GeGluMlp": GeGluMlp}
@@ -103,11 +110,33 @@ def describe(
 
 
 def _one_of_each(block: Any) -> Any:
-    """A block, or one attention and one MLP of those side by side, under the names that a block gives them."""
+    """A block, or one attention and one MLP of those side by side or at once, by the names that a block gives them."""
+    if isinstance(block, ParallelScalingBlock):
+        return _as_if_apart(block)
     if not isinstance(block, ParallelThingsBlock):
         return block
     first, second = block.attns[0], block.ffns[0]
     return SimpleNamespace(attn=first.attn, mlp=second.mlp, norm1=first.norm, ls1=first.ls, drop_path1=first.drop_path)
+
+
+def _as_if_apart(block: Any) -> Block:
+    """A block without weights that has apart what `block` has at once, of the same arguments."""
+    dim = block.in_proj.in_features
+    with torch.device("meta"):
+        apart = Block(
+            dim,
+            num_heads=dim // block.head_dim,
+            mlp_ratio=(block.mlp_out_proj.in_features + 0.5) / dim,
+            qkv_bias=block.in_proj.bias is not None,
+            qk_norm=not isinstance(block.q_norm, nn.Identity),
+            proj_bias=block.attn_out_proj.bias is not None,
+            proj_drop=block.mlp_drop.p,
+            attn_drop=block.attn_drop.p,
+            init_values=None if isinstance(block.ls, nn.Identity) else 1e-5,
+            drop_path=getattr(block.drop_path, "drop_prob", None) or 0.0,
+        )
+    apart.norm1, apart.mlp.act = block.in_norm, block.mlp_act
+    return apart
 
 
 def _model_args(model: Any) -> dict[str, Any]:

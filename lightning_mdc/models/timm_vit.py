@@ -22,7 +22,7 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models._manipulate import checkpoint as timm_checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,6 +43,7 @@ from lightning_mdc.models.anatomy import (
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
+from lightning_mdc.models.timm_fused import fused_block_of
 from lightning_mdc.policy import TOKENS, UNIT_DIMENSIONS, Plan
 from lightning_mdc.tokens.block import refuse_masks, restored, stage_of, step, through
 from lightning_mdc.tokens.reduction import Evidence
@@ -162,7 +163,10 @@ def configured_size(model: Any) -> tuple[int, int] | None:
     return None if found is None else (found[1], found[2])
 
 
-_LINEARS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
+_LINEARS = (
+    *("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2"),
+    *("in_proj", "attn_out_proj", "mlp_out_proj"),
+)
 
 
 def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -203,8 +207,10 @@ def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Bl
     if not computes_as(block, (kind.pre_norm, kind.post_norm)):
         reason = (
             f"{name} is a {qualified_name(block)}, neither timm's {kind.pre_norm.__name__} nor "
-            f"{kind.post_norm.__name__} (parallel, fused or its own)"
+            f"{kind.post_norm.__name__} with its own forward"
         )
+        if isinstance(getattr(block, "out_proj", None), nn.Linear):
+            reason = f"{name}.out_proj ({type(block).__name__}) is one layer, which reads heads and neurons at once"
         reasons = dict.fromkeys(UNIT_DIMENSIONS, reason)
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     point = None
@@ -246,6 +252,9 @@ def two_halves(
 
 def _parts_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Iterator[Block]:
     """A block of the model; where it has attentions side by side, and MLPs after them, each is a block of its own."""
+    if is_plain(block, (ParallelScalingBlock,)) and block.out_proj is None:
+        yield fused_block_of(index, name, block)
+        return
     if not computes_as(block, (ParallelThingsBlock,)):
         yield block_of(kind, index, name, block, dim)
         return
