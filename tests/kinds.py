@@ -128,11 +128,14 @@ BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
     "hieradet": lambda: HieraDet(**HIERA_STAGES, window_spec=(4, 3), global_att_blocks=(3,), init_values=1e-3),
     "cait": lambda: Cait(**(BASE | {"depth": 2}), qkv_bias=False),
     "fused": _vit(block_fn=ParallelScalingBlock, init_values=1e-3),
-    "fused_without_bias": _vit(block_fn=ParallelScalingBlock, qkv_bias=False, qk_norm=True, norm_layer=RmsNorm),
     "pit": lambda: PoolingVisionTransformer(
         img_size=SIZE, patch_size=4, stride=3, base_dims=[8, 8], depth=[2, 2], heads=[2, 4], num_classes=CLASSES
     ),
 }
+if not hasattr(ParallelScalingBlock(8, 1), "qkv_bias"):  # older timm's puts its bias in the wrong place
+    BOUND_KINDS["fused_without_bias"] = _vit(
+        block_fn=ParallelScalingBlock, qkv_bias=False, qk_norm=True, norm_layer=RmsNorm
+    )
 
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
 

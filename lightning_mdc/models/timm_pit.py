@@ -17,7 +17,7 @@ from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.swapping import original_class
-from lightning_mdc.models.timm_constructor import check_args, check_depth, check_positive, in_chans
+from lightning_mdc.models.timm_constructor import check_args, check_depth, check_positive
 from lightning_mdc.models.timm_vit import PLAIN, block_of, check_size, computes_as, counted_macs, foreign_part
 
 _MODEL_METHODS = ("forward", "forward_features", "forward_head")
@@ -62,7 +62,7 @@ class TimmPiT(Family):
             num_prefix_tokens=model.num_tokens,
             class_rows=tuple(range(model.num_tokens)),
             grid=tuple(model.patch_embed.grid_size),
-            input_size=(in_chans(model), *model.patch_embed.img_size),
+            input_size=(model.patch_embed.conv.in_channels, *model.patch_embed.img_size),
             grid_of=partial(_grid_of, model),
             fixed_macs=lambda size, _: _outside_macs(model),
             tokens_at=lambda size: tokens,
@@ -87,7 +87,7 @@ class TimmPiT(Family):
                 # int(dim * ratio) gives the hidden size back in each stage: a quarter keeps the last off the edge.
                 "mlp_ratio": (hidden + 0.25) / model.embed_dim,
                 "num_classes": model.num_classes,
-                "in_chans": in_chans(model),
+                "in_chans": embed.conv.in_channels,
                 "global_pool": model.global_pool,
                 "distilled": model.head_dist is not None,
                 "drop_rate": model.head_drop.p,

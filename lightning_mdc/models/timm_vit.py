@@ -211,6 +211,8 @@ def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Bl
         )
         if isinstance(getattr(block, "out_proj", None), nn.Linear):
             reason = f"{name}.out_proj ({type(block).__name__}) is one layer, which reads heads and neurons at once"
+        elif _misplaces_bias(block):
+            reason = f"{name} adds its neurons' mlp_bias to queries, keys and values; newer timm does not"
         reasons = dict.fromkeys(UNIT_DIMENSIONS, reason)
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     point = None
@@ -252,7 +254,7 @@ def two_halves(
 
 def _parts_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Iterator[Block]:
     """A block of the model; where it has attentions side by side, and MLPs after them, each is a block of its own."""
-    if is_plain(block, (ParallelScalingBlock,)) and block.out_proj is None:
+    if is_plain(block, (ParallelScalingBlock,)) and block.out_proj is None and not _misplaces_bias(block):
         yield fused_block_of(index, name, block)
         return
     if not computes_as(block, (ParallelThingsBlock,)):
@@ -276,6 +278,11 @@ def _parts_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> I
             rest = (counted, None) if first else (None, counted)
             yield Block(path, branch, units, reasons, rest=rest, second_half=None if first else branch)
             index += 1
+
+
+def _misplaces_bias(block: Any) -> bool:
+    """Whether it is older timm's ParallelScalingBlock without biases of queries, keys and values."""
+    return isinstance(getattr(block, "qkv_bias", None), Tensor)
 
 
 def _heads_or_reason(kind: BlockKind, index: int, name: str, attn: Any) -> Units | str:
