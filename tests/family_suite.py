@@ -51,7 +51,7 @@ def sliced_like_slim(model: nn.Module, plan: mdc.Plan, name: str, tensor: Tensor
         for part in units.slices:
             if part.module is owner and part.name == parameter:
                 kept = plan.kept[units.dimension][units.block]
-                tensor = tensor.index_select(part.dim, units.entries(part, kept))
+                tensor = tensor.index_select(part.dim, units.left(part, kept, tensor.shape[part.dim]))
     return tensor
 
 
@@ -100,7 +100,7 @@ class FamilySuite:
             assert units.slices
             assert units.reader.weight.shape[1] == units.count * units.width
             for part in units.slices:
-                entries = units.entries(part, range(units.count))
+                entries = units.left(part, range(units.count), part.tensor.shape[part.dim])
                 assert entries.tolist() == list(range(part.tensor.shape[part.dim])), (units.name, part.name)
 
     def test_every_unit_gets_a_score(self, dense: nn.Module) -> None:

@@ -13,10 +13,15 @@ from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
+from lightning_mdc.models.timm_cait import TimmCait
 from lightning_mdc.models.timm_eva import TimmEva
+from lightning_mdc.models.timm_hiera import TimmHiera
+from lightning_mdc.models.timm_hieradet import TimmHieraDet
 from lightning_mdc.models.timm_hub import mdc_model
+from lightning_mdc.models.timm_naflex import TimmNaFlex
 from lightning_mdc.models.timm_pit import TimmPiT
 from lightning_mdc.models.timm_relpos import TimmRelPos
+from lightning_mdc.models.timm_sam import TimmSAM
 from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
@@ -55,9 +60,14 @@ def register(family: F) -> F:
     return family
 
 
+register(TimmCait())
 register(TimmEva())
+register(TimmHiera())
+register(TimmHieraDet())
+register(TimmNaFlex())
 register(TimmPiT())
 register(TimmRelPos())
+register(TimmSAM())
 register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
