@@ -43,11 +43,11 @@ from lightning_mdc.budget.timing import blank_images, settled_memory
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import BudgetError, check_number, check_whole
 from lightning_mdc.models import Anatomy, Block, Units, find_anatomy, probing
-from lightning_mdc.models.swapping import cut_units, original_class
+from lightning_mdc.models.swapping import cut_units, original_class, plain_copy
 from lightning_mdc.policy import TOKENS, Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.surgery.slim import plain_copy, slim, stage_tokens
+from lightning_mdc.surgery.slim import slim, stage_tokens
 from lightning_mdc.tokens.block import StagedBlock
 from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 

@@ -14,6 +14,7 @@ from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_eva import TimmEva
+from lightning_mdc.models.timm_mlps import TimmMlps
 from lightning_mdc.models.timm_pit import TimmPiT
 from lightning_mdc.models.timm_relpos import TimmRelPos
 from lightning_mdc.models.timm_swin import TimmSwin
@@ -54,6 +55,7 @@ def register(family: F) -> F:
 
 
 register(TimmEva())
+register(TimmMlps())
 register(TimmPiT())
 register(TimmRelPos())
 register(TimmSwin())

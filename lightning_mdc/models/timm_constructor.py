@@ -258,7 +258,19 @@ def check_positive(args: Mapping[str, Any], *names: str) -> None:
         numbers = args[name] if isinstance(args[name], list) else [args[name]]
         is_pair = len(numbers) == 2 or name not in ("img_size", "patch_size")
         if not is_pair or not all(type(number) is int and 0 < number <= 65536 for number in numbers):
-            raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range: expected positive size(s)")
+            raise ArtifactError(
+                f"constructor argument {name}={args[name]!r} is out of range: expected positive size(s)"
+            )
+
+
+def parts_of(value: Any) -> list[Any]:
+    """What is in a JSON list, of lists perhaps; what is no list is alone."""
+    return [part for inner in value for part in parts_of(inner)] if isinstance(value, list) else [value]
+
+
+def as_tuple(value: Any) -> Any:
+    """A JSON list, of lists perhaps, as constructors take it."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 
 def one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:

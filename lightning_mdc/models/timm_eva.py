@@ -75,8 +75,7 @@ class TimmEva(TimmVisionTransformer):
         return found
 
     def block_kind(self, model: Any) -> BlockKind:
-        heads = partial(_heads, turn_alike=not model.rope_mixed)
-        return BlockKind(EvaBlock, EvaBlockPostNorm, (EvaAttention, AttentionRope), heads, _point, EvaReader)
+        return eva_blocks(turn_alike=not model.rope_mixed)
 
     def describe(self, model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return _describe(model, sizes)
@@ -99,6 +98,12 @@ class TimmEva(TimmVisionTransformer):
             with torch.random.fork_rng(devices=[]):  # frequencies that are learnt begin at random; these are not taken
                 fresh = type(rope)(**{name: getattr(rope, name) for name in given if hasattr(rope, name)})
             rope._buffers.update(fresh.to(next(model.parameters()).dtype)._buffers)
+
+
+def eva_blocks(turn_alike: bool) -> BlockKind:
+    """Eva's blocks. turn_alike: whether there is one rotary table for all heads."""
+    heads = partial(_heads, turn_alike=turn_alike)
+    return BlockKind(EvaBlock, EvaBlockPostNorm, (EvaAttention, AttentionRope), heads, _point, EvaReader)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
