@@ -96,7 +96,6 @@ BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-
 def _created(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
     """A model that knows what it was created of, and at which size."""
     overlay = {"input_size": (3, SIZE, SIZE)}
@@ -133,9 +132,8 @@ MLP_KINDS: dict[str, Callable[[], nn.Module]] = {
     ),
     "mvitv2": lambda: MultiScaleVit(_MVIT, img_size=SIZE, num_classes=CLASSES),
     "davit": _created("davit_tiny", **_TWO_STAGES, window_size=3),
-    "twins": _created(
-        "twins_svt_small", **_TWO_STAGES, img_size=SIZE, mlp_ratios=(4, 4), sr_ratios=(2, 1), wss=(3, 3)
-    ),
+    "twins": _created("twins_svt_small", **_TWO_STAGES, img_size=SIZE, mlp_ratios=(4, 4), sr_ratios=(2, 1), wss=(3, 3)),
+    "xcit": _created("xcit_nano_12_p8_224", img_size=SIZE, embed_dim=32, depth=3, cls_attn_layers=1),
     "nest": lambda: Nest(**_TWO_STAGES, img_size=SIZE, num_levels=2, num_classes=CLASSES),
 }
 if timm.is_model("deepseek_vit_412m"):  # newer timm only, as its like

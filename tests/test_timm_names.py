@@ -45,6 +45,10 @@ KINDS = (
     "vit_relpos_small_patch16_rpn_224",
     "vit_srelpos_small_patch16_224",  # all blocks share a bias
     "pit_ti_distilled_224",
+    "pvt_v2_b0",
+    "convit_tiny",
+    "crossvit_9_240",
+    "qwen3_vit_88m_enc",  # as wide as its tag says
 )
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import timm
 import torch
 from filelock import FileLock
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mdc.budget.cost_model import CostModel
 from lightning_mdc.budget.latency_table import (
@@ -322,10 +322,10 @@ def _staged(anatomy: Anatomy, blocks: Sequence[Block], keep: float, tokens: Toke
     return staged
 
 
-def _what_reaches(module: nn.Module, anatomy: Anatomy, batch_size: int) -> Tensor:
+def _what_reaches(module: nn.Module, anatomy: Anatomy, batch_size: int) -> tuple[Any, ...]:
     """What a module is given while the model sees so many images."""
-    seen: list[Tensor] = []
-    with torch.no_grad(), probing([(module.register_forward_pre_hook, lambda _, args: seen.append(args[0]))]):
+    seen: list[tuple[Any, ...]] = []
+    with torch.no_grad(), probing([(module.register_forward_pre_hook, lambda _, args: seen.append(args))]):
         anatomy.model(blank_images(anatomy.model, batch_size, anatomy.input_size))
     return seen[0]
 
@@ -353,7 +353,8 @@ class _Blocks:
             blocks = [self._cut(original, [kept]) for kept in every[0]]
             # Each as the first stage of a model: it asks for nothing that happened before.
             self.stages = [_staged(anatomy, [block], _STAGE_KEEP, tokens).blocks[0] for block in blocks]
-        reaching = _what_reaches(original.module, anatomy, watch.batch_size)
+        reaching, *beside = _what_reaches(original.module, anatomy, watch.batch_size)
+        self.beside = () if can_drop else tuple(beside)
         shapes = {n: (watch.batch_size, n, anatomy.dim) if can_drop else reaching.shape for n in self.tokens}
         self.inputs = {n: reaching.new_empty(shape).normal_() for n, shape in shapes.items()}
 
@@ -377,7 +378,7 @@ class _Blocks:
             watch.wait()
             marks = [watch.mark()]
             for block in self.chain:
-                x = block.module(x)
+                x = block.module(x, *self.beside)
                 marks.append(watch.mark())
             watch.wait()
         seams = seams or marks[1:]  # no seam that anything is known of: all of a block counts as its first half

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm import models
+from timm.layers import to_2tuple
 from timm.models import pvt_v2
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ from lightning_mdc.models.timm_vit import PLAIN, BlockKind, block_of, computes_a
 def _of_embedding(name: str) -> Callable[[Any], tuple[tuple[int, int], int]]:
     def read(model: Any) -> tuple[tuple[int, int], int]:
         embed = model.get_submodule(name)
-        return tuple(embed.img_size), embed.patch_size[0]
+        return tuple(embed.img_size), to_2tuple(embed.patch_size)[0]
 
     return read
 
@@ -141,6 +142,13 @@ def _kinds() -> Iterator[_Kind]:
         any_size=True,
     )
     yield _Kind("Nest", _of_embedding("patch_embed"), f"{_PLACES} ConvPool pools", f"the attention {_AS_WIDE}")
+    yield _Kind(
+        "Xcit",
+        _of_embedding("patch_embed"),
+        f"{_PLACES} LPI convolves",
+        f"the attention (XCA) is between channels, and {_AS_WIDE}",
+        any_size=True,
+    )
     if not hasattr(models, "deepseek_vit"):  # newer timm only, as its like
         return
     eva = eva_blocks(turn_alike=True)
@@ -162,6 +170,11 @@ def _kinds() -> Iterator[_Kind]:
 
 _KINDS = {getattr(models, kind.name): kind for kind in _kinds()}
 _MLPS = ("mlp", "mlp_in")  # what they are called in all of these
+_HYBRIDS = {
+    *("coat", "edgenext", "efficientformer", "efficientformer_v2", "efficientvit_mit", "efficientvit_msra", "fastvit"),
+    *("gcvit", "iformer", "levit", "lowformer", "maxxvit", "metaformer", "mobilevit", "nextvit", "repvit", "shvit"),
+    *("swiftformer", "tiny_vit", "visformer"),
+}
 _METHODS = ("forward", "forward_features", "forward_head")
 
 
@@ -171,26 +184,25 @@ class TimmMlps(Family):
     name = "timm_mlps"
     description = (
         "timm CrossVit, Qwen3Vit, DeepseekVit (heads and neurons), VOLO, ConVit, TNT, MultiScaleVit (MViTv2), DaVit, "
-        "Twins, PyramidVisionTransformerV2, Nest, Gemma4Vit (neurons)"
+        "Twins, PyramidVisionTransformerV2, Nest, Xcit, Gemma4Vit (neurons)"
     )
 
     def accepts(self, module: nn.Module) -> bool:
-        return self._kind(module) is not None and self.refusal(module) is None
+        return _class_of(module) is not None and self.refusal(module) is None
 
     def refusal(self, module: nn.Module) -> str | None:
-        """The method of its own that makes one of these another model."""
-        found = next((kind for kind in _KINDS if isinstance(module, kind)), None)
-        if found is None:
-            return None
-        own = [name for name in _METHODS if not computes_as(module, (found,), (name,))]
-        return f"its class overrides {', '.join(own)} of timm's {found.__name__}" if own else None
-
-    def _kind(self, module: nn.Module) -> _Kind | None:
-        return next((kind for model, kind in _KINDS.items() if isinstance(module, model)), None)
+        """The method of its own that makes one of these another model; of timm's other transformers, what they are."""
+        library, _, file = type(module).__module__.rpartition(".")
+        if library == "timm.models" and file in _HYBRIDS:
+            return f"it is one of {library}.{file}, half a CNN: no family says which of its channels would be units"
+        found = _class_of(module)
+        own = [name for name in _METHODS if found and not computes_as(module, (found,), (name,))]
+        return f"its class overrides {', '.join(own)} of timm's {found.__name__}" if found and own else None
 
     def anatomy(self, model: Any) -> Anatomy:
-        kind = self._kind(model)
-        assert kind is not None  # it was accepted
+        found = _class_of(model)
+        assert found is not None  # it was accepted
+        kind = _KINDS[found]
         size, patch = kind.read(model)
         blocks = tuple(_blocks(model, kind))
         seen = cache(partial(_seen, model, blocks))
@@ -232,6 +244,10 @@ class TimmMlps(Family):
         return timm_factory.build(spec, tuple(_KINDS))
 
 
+def _class_of(module: nn.Module) -> type[nn.Module] | None:
+    return next((known for known in _KINDS if isinstance(module, known)), None)
+
+
 def _in_chans(model: Any) -> int:
     found: int | None = getattr(model, "in_chans", None)
     if found is None:  # older timm, where all of these begin with a convolution
@@ -262,10 +278,10 @@ def _blocks(model: nn.Module, kind: _Kind) -> Iterator[Block]:
 def _mlp(index: int, name: str, mlp: Any, no_heads: str) -> Block:
     """A block of which only the MLP is known. It is the block's module, too: in all of these it takes tokens and gives
     tokens, which the block around it does not."""
-    neurons = _neurons(index, name, mlp)
+    neurons, reasons = _neurons(index, name, mlp), {"heads": no_heads}
     if isinstance(neurons, str):
-        return Block(name, mlp, {}, {"heads": no_heads, "neurons": neurons})
-    return Block(name, mlp, {"neurons": replace(neurons, in_windows=True)}, {"heads": no_heads})
+        return Block(name, mlp, {}, reasons | {"neurons": neurons}, second_half=mlp)
+    return Block(name, mlp, {"neurons": replace(neurons, in_windows=True)}, reasons, second_half=mlp)
 
 
 def _neurons(index: int, name: str, mlp: Any) -> Units | str:
