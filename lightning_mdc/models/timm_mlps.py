@@ -389,7 +389,8 @@ def _seen(model: nn.Module, blocks: tuple[Block, ...], size: tuple[int, int]) ->
 def _without_weights(model: nn.Module) -> nn.Module:
     """A copy on the meta device, with nobody's hooks."""
     tensors: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    loose = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    for tensor in (*model.parameters(), *model.buffers(), *loose):  # older timm's ConViT has tables of no buffer
         bare = tensor.detach().to("meta")
         tensors[id(tensor)] = nn.Parameter(bare, False) if isinstance(tensor, nn.Parameter) else bare
     copied = plain_copy(model, tensors).eval()
