@@ -91,64 +91,67 @@ _ROTARY = "blocks.0 is given rotary positions of the whole grid, and what the la
 _PLACES = "tokens are places of a grid, which"
 
 
-def _kinds() -> Iterator[_Kind]:
-    yield _Kind(
-        "VOLO", _of_positions, f"{_PLACES} Outlooker unfolds and Downsample convolves", f"the attention {_AS_WIDE}"
-    )
-    yield _Kind(
+_OF_ANY_TIMM = (
+    _Kind("VOLO", _of_positions, f"{_PLACES} Outlooker unfolds and Downsample convolves", f"the attention {_AS_WIDE}"),
+    _Kind(
         "CrossVit",
         _of_embedding("patch_embed.0"),
         "blocks.0 (MultiScaleBlock) has branches with tokens of their own, which it fuses",
         blocks=PLAIN,
         any_size=True,
-    )
-    yield _Kind(
+    ),
+    _Kind(
         "ConVit",
         _of_embedding("patch_embed"),
         "blocks.0.attn (GPSA) has a score for each pair of places",
         f"the attention (GPSA, MHSA) {_AS_WIDE}",
-    )
-    yield _Kind(
+    ),
+    _Kind(
         "TNT",
         _of_embedding("pixel_embed"),
         "blocks.0 has pixels of its own for every token",
         "blocks have two attentions each (attn_in, attn_out), of a class that is not known here",
-    )
-    yield _Kind(
+    ),
+    _Kind(
         "MultiScaleVit",
         _of_stages,
         f"{_PLACES} MultiScaleAttention pools",
         "MultiScaleAttention pools what its heads compare, and what one of them costs is not known here",
-    )
-    yield _Kind(
+    ),
+    _Kind(
         "DaVit",
         _of_weights,
         f"{_PLACES} SpatialBlock cuts into windows and ConvPosEnc convolves",
         f"the attention (WindowAttention, ChannelAttention) {_AS_WIDE}",
         any_size=True,
-    )
-    yield _Kind(
+    ),
+    _Kind(
         "Twins",
         _of_embedding("patch_embeds.0"),
         f"{_PLACES} PosConv convolves",
         f"the attention {_AS_WIDE}",
         any_size=True,
-    )
-    yield _Kind(
+    ),
+    _Kind(
         "PyramidVisionTransformerV2",
         _of_weights,
         f"{_PLACES} MlpWithDepthwiseConv convolves",
         f"the attention {_AS_WIDE}",
         any_size=True,
-    )
-    yield _Kind("Nest", _of_embedding("patch_embed"), f"{_PLACES} ConvPool pools", f"the attention {_AS_WIDE}")
-    yield _Kind(
+    ),
+    _Kind("Nest", _of_embedding("patch_embed"), f"{_PLACES} ConvPool pools", f"the attention {_AS_WIDE}"),
+    _Kind(
         "Xcit",
         _of_embedding("patch_embed"),
         f"{_PLACES} LPI convolves",
         f"the attention (XCA) is between channels, and {_AS_WIDE}",
         any_size=True,
-    )
+    ),
+)
+
+
+def _towers() -> Iterator[_Kind]:
+    """Vision towers of large language models."""
     if not hasattr(models, "deepseek_vit"):  # newer timm only, as its like
         return
     eva = eva_blocks(turn_alike=True)
@@ -168,7 +171,7 @@ def _kinds() -> Iterator[_Kind]:
         )
 
 
-_KINDS = {getattr(models, kind.name): kind for kind in _kinds()}
+_KINDS = {getattr(models, kind.name): kind for kind in (*_OF_ANY_TIMM, *_towers())}
 _MLPS = ("mlp", "mlp_in")  # what they are called in all of these
 _HYBRIDS = {
     *("coat", "edgenext", "efficientformer", "efficientformer_v2", "efficientvit_mit", "efficientvit_msra", "fastvit"),
