@@ -28,6 +28,7 @@ from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.files import read_json
 from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, unwrap
+from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.models.timm_hub import (
     ENTRYPOINT,
     FIELDS,
@@ -42,7 +43,6 @@ from lightning_mdc.models.timm_hub import (
 from lightning_mdc.policy import Plan
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery import plan_of, slim
-from lightning_mdc.surgery.slim import plain_copy
 from lightning_mdc.weights import fitted
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -234,7 +234,11 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
     parts = {}
     for name, module in model.named_modules():
         module = unwrap(module)
-        tensors = {n: tuple(t.shape) for n, t in (module._parameters | module._buffers).items() if t is not None}
+        tensors = {
+            n: tuple(t.shape)
+            for n, t in (module._parameters | module._buffers).items()
+            if t is not None and n not in _STATE
+        }
         simple = {
             key: tuple(value) if isinstance(value, list) else value  # either says the same to a constructor
             for key, value in vars(module).items()
@@ -264,6 +268,7 @@ _STATE = {
     "target_shift_size",
     "head_init_scale",
     "flatten",
+    "rel_indices",
 }
 
 

@@ -18,8 +18,8 @@ from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
 from lightning_mdc.models import check_unmasked, find_anatomy
+from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.progress import bar
-from lightning_mdc.surgery.slim import plain_copy
 
 # By the suffix a file of each format has.
 FORMATS = {".onnx": "onnx", ".pt2": "torch_export"}

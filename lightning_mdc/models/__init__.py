@@ -18,6 +18,7 @@ from lightning_mdc.models.timm_eva import TimmEva
 from lightning_mdc.models.timm_hiera import TimmHiera
 from lightning_mdc.models.timm_hieradet import TimmHieraDet
 from lightning_mdc.models.timm_hub import mdc_model
+from lightning_mdc.models.timm_mlps import TimmMlps
 from lightning_mdc.models.timm_naflex import TimmNaFlex
 from lightning_mdc.models.timm_pit import TimmPiT
 from lightning_mdc.models.timm_relpos import TimmRelPos
@@ -65,6 +66,7 @@ register(TimmEva())
 register(TimmHiera())
 register(TimmHieraDet())
 register(TimmNaFlex())
+register(TimmMlps())
 register(TimmPiT())
 register(TimmRelPos())
 register(TimmSAM())
