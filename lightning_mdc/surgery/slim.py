@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -82,9 +83,9 @@ def plan_of(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy with nothing of it compiled or masked."""
-    copied = copy.deepcopy(model)
+def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy with nothing of it compiled or masked; `memo`, by ``id`` what is in it instead of a copy."""
+    copied = copy.deepcopy(model, memo)
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             if unwrap(child) is not child:  # a block compiled by itself
