@@ -136,7 +136,7 @@ class WeightSharingModule(DistillationModule):
         """What of the model the random policy of update number `step` keeps."""
         return make_plan(self.student, self.scores, self.policy(step), self.space.tokens)
 
-    def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def loss_parts(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """The scalars ``task``, ``shared`` and ``loss``; see `DistillationModule.loss_parts`."""
         logits = cast(Tensor, self(images))
         task = self._task_loss(logits, labels)
