@@ -140,6 +140,18 @@ def test_training_pulls_features_to_the_teachers_and_the_best_epoch_is_kept(labe
     assert torch.cat(run.predict(again, data)).shape == (24, 16)
 
 
+def test_of_two_transformers_hidden_states_are_not_compared_and_outputs_are() -> None:
+    two, images = nn.Sequential(backbone(0), nn.Identity(), nn.ModuleList([backbone(2)])), batch()[0]
+    two.forward = two[0].forward  # type: ignore[method-assign]
+    with pytest.raises(DistillationError, match=r"holds 2 vision transformers: .* Pass hidden_weight=0") as told:
+        DistillationModule(two, backbone(1), kd="squared", hidden_weight=1)
+    assert "say which" not in str(told.value)
+    module = DistillationModule(two, backbone(1), kd="squared", num_classes=0, hidden_weight=0)  # as it advises
+    torch.testing.assert_close(
+        module.loss_parts(images, None)["kd"], (two[0](images) - backbone(1)(images)).square().mean()
+    )
+
+
 def test_a_distilled_student_gives_the_mean_of_its_tokens_while_it_is_trained() -> None:
     student, teacher = backbone(0, VisionTransformerDistilled), backbone(1, VisionTransformerDistilled).eval()
     images, _ = batch()
