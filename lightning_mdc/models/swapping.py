@@ -133,7 +133,7 @@ def unmask(model: nn.Module) -> None:
 
 
 def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy with nothing of it compiled or masked; `memo` as of `copy.deepcopy`."""
+    """A copy with nothing of it compiled or masked; `memo`, by ``id`` what is in it instead of a copy."""
     copied = copy.deepcopy(model, memo)
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):

@@ -59,7 +59,7 @@ class Walk:
             self._thread.join()
 
     def _go_on(self) -> None:
-        # One setting that a pass may change around itself (Lightning's bf16-true does) is nobody's own: it is put aside.
+        # A setting that a pass may change around itself (Lightning's bf16-true does) is nobody's own: put aside.
         outside = torch.get_default_dtype()
         torch.set_default_dtype(self._dtype or outside)
         try:
