@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import timm
 import torch
+import torchvision.models
 from timm.layers import Attention
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
@@ -40,6 +41,10 @@ def post_norm_eva() -> nn.Module:
     return Eva(depth=2, embed_dim=64, num_heads=2, use_post_norm=True)
 
 
+def torchvision_model(name: str) -> nn.Module:
+    return torchvision.models.get_model(name)
+
+
 # What a row says, and the models that it is true of: names of timm, or what makes one.
 ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
     (
@@ -60,6 +65,7 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
             *timm.list_models("vit_base_patch16_sapiens2"),  # an older timm has none
         ),
     ),
+    ("torchvision's ViT", (partial(torchvision_model, "vit_b_16"),)),
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
     (
         "post-norm blocks",

@@ -22,6 +22,7 @@ from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTran
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import vision_transformer as torchvision_vit
 
 SIZE, CLASSES, DEPTH, HEADS, DIM = 32, 7, 4, 4, 48
 BASE: dict[str, Any] = {
@@ -89,6 +90,14 @@ BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
     "pit": lambda: PoolingVisionTransformer(
         img_size=SIZE, patch_size=4, stride=3, base_dims=[8, 8], depth=[2, 2], heads=[2, 4], num_classes=CLASSES
     ),
+}
+
+_TORCHVISION_BASE = {
+    **{"image_size": SIZE, "patch_size": 8, "num_classes": CLASSES},
+    **{"num_layers": DEPTH, "num_heads": HEADS, "hidden_dim": DIM, "mlp_dim": 96},
+}
+TORCHVISION_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda **options: torchvision_vit.VisionTransformer(**(_TORCHVISION_BASE | options)),
 }
 
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)

@@ -20,6 +20,7 @@ from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.models import Anatomy, Units, check_unmasked, evaluating, find_anatomy, probing
 from lightning_mdc.models.anatomy import Channels
+from lightning_mdc.models.swapping import calling_readers
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
@@ -179,7 +180,8 @@ class Scorer:
     def watching(self) -> Iterator[None]:
         """The probes are on inside."""
         try:
-            with probing(self._probes()):
+            watched = [group.units for group in self.groups.values() if group.units is not None]
+            with calling_readers(watched), probing(self._probes()):
                 yield
         finally:
             self._pass = _Pass()
