@@ -72,8 +72,9 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's Swin in all versions, BEiT, ViTs with relative positions, PiT",
+        "timm's and torchvision's Swin in all versions, BEiT, ViTs with relative positions, PiT",
         (
+            *(partial(torchvision_model, name) for name in ("swin_t", "swin_v2_t")),
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
             *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
         ),

@@ -35,6 +35,8 @@ from lightning_mdc.weights import fitted
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "lightning_mdc.model.1"
+# A batch norm's counter, and where the windows of torchvision's Swin look in their table.
+_WHOLE_NUMBERS = (".num_batches_tracked", ".relative_position_index")
 _FIELDS = {"format", "family", "constructor", "plan", "pretrained_cfg", "cost", "versions", "sha256"}
 # Of timm's pretrained_cfg: what says how images are prepared and what the classes mean.
 _CFG_KEYS = (
@@ -324,8 +326,7 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            # A batch norm's counter is a model's only whole number.
-            weights = [s for name, s in slices.items() if not name.endswith(".num_batches_tracked")]
+            weights = [s for name, s in slices.items() if not name.endswith(_WHOLE_NUMBERS)]
             odd = {s.get_dtype() for s in weights} - {"F64", "F32", "F16", "BF16"}
             if odd:
                 raise ArtifactError(f"{path} holds {', '.join(sorted(odd))} tensors; a model's are floating-point")

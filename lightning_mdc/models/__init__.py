@@ -18,6 +18,7 @@ from lightning_mdc.models.timm_pit import TimmPiT
 from lightning_mdc.models.timm_relpos import TimmRelPos
 from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
+from lightning_mdc.models.torchvision_swin import TorchvisionSwin
 from lightning_mdc.models.torchvision_vit import TorchvisionViT
 
 __all__ = [
@@ -60,6 +61,7 @@ register(TimmRelPos())
 register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
+register(TorchvisionSwin())
 register(TorchvisionViT())
 
 

@@ -104,7 +104,7 @@ class Units:
         macs: (units kept, tokens that their half of the block sees) -> MACs.
         after_point: whether they see the tokens that are left behind the token point, as the second half does.
         in_windows: whether `reader` sees the windows of an image as rows of their own, those of one image one after
-            another.
+            another, or the image as a map.
         norm: a normalisation over the units' channels, by name and class, for messages; None if there is none.
         behaviours: of modules that cannot do with fewer units by themselves.
     """
