@@ -20,6 +20,7 @@ from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.models import Anatomy, Units, check_unmasked, evaluating, find_anatomy, probing
 from lightning_mdc.models.anatomy import Channels
+from lightning_mdc.models.swapping import calling_readers
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
@@ -179,7 +180,8 @@ class Scorer:
     def watching(self) -> Iterator[None]:
         """The probes are on inside."""
         try:
-            with probing(self._probes()):
+            watched = [group.units for group in self.groups.values() if group.units is not None]
+            with calling_readers(watched), probing(self._probes()):
                 yield
         finally:
             self._pass = _Pass()
@@ -306,7 +308,7 @@ class Scorer:
     def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         (given,) = args
         # (images, tokens, channels), in whatever windows and grids they are seen
-        x = given.unflatten(0, (self._images, -1)).flatten(1, -2)
+        x = given.reshape(self._images, -1, given.shape[-1])
         if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
             with torch.no_grad(), _exactly(x):
                 self._moments.add(units, x)

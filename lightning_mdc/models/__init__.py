@@ -26,6 +26,8 @@ from lightning_mdc.models.timm_relpos import TimmRelPos
 from lightning_mdc.models.timm_sam import TimmSAM
 from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
+from lightning_mdc.models.torchvision_swin import TorchvisionSwin
+from lightning_mdc.models.torchvision_vit import TorchvisionViT
 
 __all__ = [
     "FAMILIES",
@@ -77,6 +79,8 @@ register(TimmSAM())
 register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
+register(TorchvisionSwin())
+register(TorchvisionViT())
 
 
 def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:

@@ -94,8 +94,8 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
             # Where there are no weights yet, what comes from the plan is there all the same.
             block.module.add_module("select", role.select if device.type == "meta" else role.select.to(device))
     if staged and anatomy.reader is not None:  # None: of blocks alone, which are timed
-        with_mixins(anatomy.model, anatomy.reader)
-        vars(anatomy.model)["plan"] = plan
+        with_mixins(anatomy.passage, anatomy.reader)
+        vars(anatomy.passage)["plan"] = plan
 
 
 def plan_of(model: nn.Module) -> Plan | None:
