@@ -10,6 +10,7 @@ from torch import nn
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Counts, Family, Units, unit_channels
 from lightning_mdc.models.compiled import is_compiled, probing, unwrap
+from lightning_mdc.models.logits import are_logits, gives_logits
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
@@ -36,11 +37,13 @@ __all__ = [
     "Counts",
     "Family",
     "Units",
+    "are_logits",
     "check_unmasked",
     "evaluating",
     "find_anatomy",
     "find_model",
     "find_whole",
+    "gives_logits",
     "is_compiled",
     "is_masked",
     "mdc_model",
