@@ -269,7 +269,9 @@ class Headed(nn.Module):
         return self.what(self.encoder(x))
 
 
-@pytest.mark.parametrize("what", [lambda x: 2 * x, lambda x: x.sigmoid(), lambda x: x[:, :1]], ids=str)
+@pytest.mark.parametrize(
+    "what", [lambda x: 2 * x, lambda x: x.sigmoid(), lambda x: x[:, :1]], ids=["twice", "sigmoid", "one"]
+)
 def test_only_what_a_known_classifier_has_said_is_softmaxed(what: Callable[[Tensor], Tensor]) -> None:
     batch = images(16)
     own = mdc.score(Headed(what), [batch], "hsic", progress=False)

@@ -67,7 +67,7 @@ def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | Non
             )
     if compensate == "sequential" and anatomy.stages:
         raise CompensationError(
-            f"compensate='sequential': tokens leave {anatomy.name} already (at block {anatomy.stages[0].block}), and not "
+            f"compensate='sequential': tokens leave {anatomy.name} already (block {anatomy.stages[0].block}), and not "
             "always those that leave the slim model; use compensate='lstsq'"
         )
     if compensate == "sequential" and not isinstance(batches, Iterable):
