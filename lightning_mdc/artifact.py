@@ -235,6 +235,8 @@ _STATE = {
     "training",
     "fused_attn",
     "grad_checkpointing",
+    "gradient_checkpointing",
+    "name_or_path",
     "distilled_training",
     "weight_init_mode",
     "fix_init",

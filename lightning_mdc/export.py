@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
-from lightning_mdc.models import check_unmasked, find_anatomy
+from lightning_mdc.models import check_unmasked, find_anatomy, said
 from lightning_mdc.progress import bar
 from lightning_mdc.surgery.slim import plain_copy
 
@@ -89,7 +89,7 @@ def export_model(
     anatomy.grid_of(size)  # says if the model cannot take it
     if format == "onnx":
         _check_onnx(anatomy.model)
-    network = plain_copy(anatomy.model).to("cpu", torch.float32).eval().requires_grad_(False)
+    network = _Answer(plain_copy(anatomy.model)).to("cpu", torch.float32).eval().requires_grad_(False)
     shape = (anatomy.input_size[0], *size)
     write, run = _FUNCTIONS[format]
     with bar("Exporting", 2, shown=progress) as advance:
@@ -108,6 +108,17 @@ def export_model(
                 f"{anatomy.name} cannot be exported as format={format!r}: {type(error).__name__}: {error}"
             ) from error
     return Exported(target, format, target.stat().st_size, difference)
+
+
+class _Answer(nn.Module):
+    """A network of which only the prediction is asked."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return said(self.network(images))
 
 
 def _format(path: Path, format: str | None) -> str:

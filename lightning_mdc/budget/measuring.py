@@ -371,7 +371,7 @@ class _Blocks:
             watch.wait()
             marks = [watch.mark()]
             for block in self.chain:
-                x = block.module(x)
+                x = block.alone(block.module, x)
                 marks.append(watch.mark())
             watch.wait()
         seams = seams or marks[1:]  # no seam that anything is known of: all of a block counts as its first half
@@ -383,7 +383,7 @@ class _Blocks:
         for kept, block in zip([*self.knots[0][0], *self.knots[0][1]], self.stages, strict=True):
             assert isinstance(block.module, StagedBlock) and block.module.role.select is not None
             with self.watch.at_calls(block.module.role.select, ends=True) as marks:
-                block.module(self.inputs[num_tokens])
+                block.alone(block.module, self.inputs[num_tokens])
                 self.watch.wait()
             self.watch.readings["stage", self.index, kept, num_tokens].append(self.watch.between(*marks))
 

@@ -29,12 +29,14 @@ from lightning_mdc.distillation.rising_loss import RisingLossWarning
 from lightning_mdc.distillation.settings import (
     check_loss_settings,
     check_student_can,
+    classes_of,
     compile_options,
     count_classes,
     plain,
 )
 from lightning_mdc.distillation.teacher import FrozenTeacher, Teacher
 from lightning_mdc.errors import DistillationError
+from lightning_mdc.models import said
 
 Batch = tuple[Tensor, Tensor]
 
@@ -114,7 +116,7 @@ class DistillationModule(LightningModule):
         self.teacher = None
         if teacher is not None:
             teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-            classes = num_classes or getattr(student, "num_classes", None)
+            classes = num_classes or classes_of(student)
             self.teacher = FrozenTeacher(teacher, student, classes, answers=kd_weight > 0)
         network = None if self.teacher is None else self.teacher.network
         check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
@@ -274,7 +276,7 @@ class DistillationModule(LightningModule):
 
     def _student_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits for the labels to teach and logits for the teacher to teach; the same tensor if there is one head."""
-        output = self.student(images)
+        output = said(self.student(images))
         if isinstance(output, Tensor):
             return output, output
         if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(o, Tensor) for o in output):

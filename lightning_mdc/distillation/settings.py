@@ -90,9 +90,14 @@ def check_student_can(
         comparable(student, teacher)
 
 
+def classes_of(network: Any) -> Any:
+    """The number of classes as timm's models say it, or transformers'; None: the network does not say."""
+    return getattr(network, "num_classes", getattr(network, "num_labels", None))
+
+
 def count_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None) -> int:
     """The number of classes, as given or as a network says it; student and teacher have to have as many."""
-    of_student, of_teacher = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
+    of_student, of_teacher = classes_of(student), classes_of(teacher)
     if num_classes is None:
         num_classes = of_student if of_student is not None else of_teacher
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:

@@ -18,7 +18,7 @@ from lightning_mdc.errors import CalibrationError, check_whole
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
 from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
-from lightning_mdc.models import Anatomy, Units, check_unmasked, evaluating, find_anatomy, probing
+from lightning_mdc.models import Anatomy, Units, check_unmasked, evaluating, find_anatomy, probing, said
 from lightning_mdc.models.anatomy import Channels
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
 from lightning_mdc.progress import bar
@@ -383,7 +383,7 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
     Raises:
         CalibrationError: the output is no (images, classes) tensor and `prediction` does not make one of it.
     """
-    result = output if prediction is None else prediction(output)
+    result = said(output) if prediction is None else prediction(output)
     if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():
         shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise CalibrationError(

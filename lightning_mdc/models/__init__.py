@@ -9,7 +9,9 @@ from torch import nn
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Counts, Family, Units, unit_channels
 from lightning_mdc.models.compiled import is_compiled, probing, unwrap
+from lightning_mdc.models.hf_vit import HfViT
 from lightning_mdc.models.modes import evaluating
+from lightning_mdc.models.outputs import said
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
@@ -32,6 +34,7 @@ __all__ = [
     "probing",
     "put_in_place",
     "register",
+    "said",
     "standing_in",
     "unit_channels",
     "unwrap",
@@ -53,6 +56,7 @@ def register(family: F) -> F:
 register(TimmEva())
 register(TimmVisionTransformer())
 register(T2TViT())
+register(HfViT())
 
 
 def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:

@@ -168,6 +168,7 @@ class Block:
         stage: the token stage that is built in (a slim model).
         rest: tokens -> MACs of what no units stand for, in the half before the token point and in the one after it.
         second_half: the module whose call begins that half, for clocks; None: not known.
+        alone: calls the module with tokens (batch, tokens, dim) and nothing else.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Block:
     stage: TokenStage | None = None
     rest: tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None] = (None, None)
     second_half: nn.Module | None = None
+    alone: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block(x)
 
 
 class Family(ABC):
@@ -267,6 +269,8 @@ class Anatomy:
         fixed_macs: (input (height, width), tokens at the end) -> MACs outside the blocks.
         reader: mixin for the model's class while tokens leave inside it, whose methods replace those that go through
             its blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
+        tower: the part that gets the `reader`, where that only begins a loop of the library's own over the blocks:
+            from the first token stage on each block takes part. None: the model itself, which calls them.
         no_tokens: why tokens cannot leave, naming the module; None if they can.
         classifies: whether a classifier is known to read the tokens.
         drops_patches_at_random: whether the model drops patches at random in training, so that a token's place in the
@@ -285,6 +289,7 @@ class Anatomy:
     grid_of: Callable[[tuple[int, int]], tuple[int, int]]
     fixed_macs: Callable[[tuple[int, int], Any], Any]
     reader: type | None = None
+    tower: nn.Module | None = None
     no_tokens: str | None = None
     classifies: bool = True
     drops_patches_at_random: bool = False
@@ -349,7 +354,12 @@ class Anatomy:
     @property
     def built_in(self) -> Plan | None:
         """The plan that says what happens at `stages`; None if there are none."""
-        return vars(self.model)["plan"] if self.stages else None
+        return vars(self.reading)["plan"] if self.stages else None
+
+    @property
+    def reading(self) -> nn.Module:
+        """What gets the `reader`."""
+        return self.model if self.tower is None else self.tower
 
     def default_dimensions(self, restore: bool | None = None) -> tuple[str, ...]:
         """What may be pruned if nobody says: all the model can lose, but tokens only where nobody misses one: where a

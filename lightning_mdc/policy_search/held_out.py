@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from lightning_mdc.distributed import gather, rank, world_size
 from lightning_mdc.errors import SearchError, UnsupportedModelError, check_prediction, check_whole
 from lightning_mdc.importance.calibration import num_images
-from lightning_mdc.models import check_unmasked, evaluating, find_anatomy, find_model, probing, standing_in
+from lightning_mdc.models import check_unmasked, evaluating, find_anatomy, find_model, probing, said, standing_in
 from lightning_mdc.policy_search.closeness import Closeness, log_probabilities
 from lightning_mdc.randomness import isolated_rng
 
@@ -184,6 +184,7 @@ class HeldOut(Judge):
         if self.prediction is not None:
             found = self.prediction(output)
         else:
+            output = said(output)
             is_logits = isinstance(output, Tensor) and output.ndim == 2
             found = log_probabilities(output).exp() if is_logits else output
         metric.update(found.to(labels.device), labels)

@@ -13,7 +13,7 @@ from lightning_mdc.models.swapping import cut_units, unmask, with_mixins
 from lightning_mdc.policy import ByDimension, Plan
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
 from lightning_mdc.surgery.token_stages import roles
-from lightning_mdc.tokens.block import StagedBlock
+from lightning_mdc.tokens.block import with_stage
 
 
 def slim(
@@ -65,15 +65,15 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
     for index, role in staged.items():
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
-        with_mixins(block.module, StagedBlock, block.point.halves)
+        with_mixins(block.module, *with_stage(block.point.halves))
         vars(block.module)["role"] = role
         if role.select is not None:
             device = next(block.module.parameters()).device
             # Where there are no weights yet, what comes from the plan is there all the same.
             block.module.add_module("select", role.select if device.type == "meta" else role.select.to(device))
     if staged and anatomy.reader is not None:  # None: of blocks alone, which are timed
-        with_mixins(anatomy.model, anatomy.reader)
-        vars(anatomy.model)["plan"] = plan
+        with_mixins(anatomy.reading, anatomy.reader)
+        vars(anatomy.reading)["plan"] = plan
 
 
 def plan_of(model: nn.Module) -> Plan | None:

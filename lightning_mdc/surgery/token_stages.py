@@ -17,12 +17,13 @@ def roles(anatomy: Anatomy, plan: Plan) -> dict[int, Role]:
     stages = {stage.block: stage for stage in plan.leaving}
     first = plan.leaving[0].block
     found = {}
-    for block in range(first, anatomy.depth) if reduction.proportional else stages:
+    every = anatomy.tower is not None
+    for block in range(first, anatomy.depth) if every or reduction.proportional else stages:
         stage, later = stages.get(block), block > first
         select = None
         if stage is not None:
             keeps_last = plan.restore and reduction.drops
             select = TokenSelection(stage, prefix, anatomy.class_rows, plan.reduction, keeps_last)
-        asks = later and (reduction.counts_sizes or (stage is not None and stage.prior is not None))
+        asks = later and (every or reduction.counts_sizes or (stage is not None and stage.prior is not None))
         found[block] = Role(select, reduction.proportional and later, asks, prefix)
     return found
