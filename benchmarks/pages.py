@@ -8,7 +8,7 @@ stands between: a test makes all of it again. A script ``benchmarks/NAME.py`` ma
 ``results/NAME.json``:
 
 - ``text``: Markdown for ``docs/benchmarks.md``;
-- ``headline``: for README.md; ``guide``: for ``docs/guide.md``;
+- ``headline``: for README.md; ``guide``: for ``docs/guide.md``; ``models``: for ``docs/models.md``;
 - ``rows``: header and rows of a table that is too long for a page, for ``results/NAME.csv``;
 - ``figure``: the picture, ``results/NAME.png``.
 
@@ -34,10 +34,15 @@ from lightning_mdc.files import csv_text, write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 # The page that each of a script's functions writes to.
-PAGES = {"text": ROOT / "docs" / "benchmarks.md", "headline": ROOT / "README.md", "guide": ROOT / "docs" / "guide.md"}
+PAGES = {
+    "text": ROOT / "docs" / "benchmarks.md",
+    "headline": ROOT / "README.md",
+    "guide": ROOT / "docs" / "guide.md",
+    "models": ROOT / "docs" / "models.md",
+}
 NAMES = (
     *("accuracy", "criteria", "scoring", "slim_speed", "training", "training_run", "search", "search_models"),
-    *("latency", "scale", "digits", "callback", "recipes", "weight_sharing"),
+    *("latency", "scale", "digits", "callback", "recipes", "weight_sharing", "coverage"),
 )
 
 

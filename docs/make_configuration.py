@@ -158,10 +158,14 @@ def _fields(settings: type, prefix: str) -> Iterator[Key]:
     for field in dataclasses.fields(settings):
         value = getattr(values, field.name)
         line = next(number for number, text in enumerate(lines) if text.strip().startswith(f"{field.name}:"))
-        default = None if dataclasses.is_dataclass(value) else yaml.safe_dump(value, default_flow_style=True)
-        text = None if default is None else default.removesuffix("\n").removesuffix("\n...")
         comment = " ".join(_comment_above(lines, line)) or _ABOUT_NAMES.get(field.name, "")
-        yield Key(f"{prefix}.{field.name}", text, comment)
+        leaves = {field.name: value}
+        if isinstance(value, dict) and value:
+            leaves = {f"{field.name}.{key}": inner for key, inner in value.items()}
+        for name, inner in leaves.items():
+            default = None if dataclasses.is_dataclass(inner) else yaml.safe_dump(inner, default_flow_style=True)
+            text = None if default is None else default.removesuffix("\n").removesuffix("\n...")
+            yield Key(f"{prefix}.{name}", text, comment)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

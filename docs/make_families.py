@@ -1,4 +1,4 @@
-"""Writes README's table of what can be pruned, by asking models of each row: ``make docs``."""
+"""Writes README's and ``docs/models.md``'s table of what can be pruned, by asking models of each row: ``make docs``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import DIMENSIONS, TOKENS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+DOCS = Path(__file__).resolve().parent
+PAGES = (DOCS.parent / "README.md", DOCS / "models.md")
 
 
 class OwnAttention(Attention):
@@ -66,15 +67,19 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
+        "timm's Swin in all versions, BEiT, ViTs with relative positions, PiT",
+        (
+            *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
+            *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
+        ),
+    ),
+    (
         "differential attention, a block with an attention of its own",
         ("vit_dlittle_patch16_reg1_gap_256", vit(attn_layer=OwnAttention)),
     ),
     (
-        "relative positions, windows, parallel or fused blocks",
-        (
-            *("beit_base_patch16_224", "vit_relpos_small_patch16_224"),
-            *("swin_tiny_patch4_window7_224", "vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
-        ),
+        "parallel or fused blocks",
+        ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
     ),
 )
 
@@ -105,11 +110,12 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str) -> str:
-    """README's text with the table of now."""
+def with_table(page: str) -> str:
+    """The text of a page with the table of now."""
     heading = "## What it can prune\n\n"
-    return re.sub(rf"(?<={heading})(\|.*\n)+", lambda _: table() + "\n", readme)
+    return re.sub(rf"(?<={heading})(\|.*\n)+", lambda _: table() + "\n", page)
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_table(page.read_text()))

@@ -110,7 +110,8 @@ def _add_compress(commands: Any) -> None:
     add("--policy", default="searched", metavar="WHICH", help=what)
     add("--criterion", default="conditional", metavar="NAME", help="what ranks units (default: %(default)s)")
     add("--trials", type=int, metavar="N", help="policies to try (default: 40)")
-    add("--compensate", choices=("lstsq", "none"), help="refit what stays by least squares (default: where possible)")
+    what = "how what stays is refitted by least squares (default: sequential)"
+    add("--compensate", choices=("sequential", "lstsq", "none"), help=what)
     what = "what may leave, of heads,neurons,tokens (default: all; heads,neurons for features)"
     add("--dimensions", metavar="LIST", help=what)
     add("--restore", action="store_true", help="give every image position a token again at the end, for dense outputs")

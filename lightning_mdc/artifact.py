@@ -1,7 +1,8 @@
 """Save and load a slim (or dense) model as a folder of two files: ``model.safetensors`` and ``config.json``.
 
-Nothing is pickled and nothing is imported by a name from the file: the config holds constructor arguments of a known
-family, the plan, and facts. A folder is written beside its place and moved there whole.
+Nothing is pickled and nothing is imported by a name from the file: the config holds a recipe (constructor arguments of
+a known family, and the plan) and facts, for timm's classes in timm's layout. A folder is written beside its place and
+moved there whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,14 +28,26 @@ from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.files import read_json
 from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, unwrap
+from lightning_mdc.models.timm_hub import (
+    ENTRYPOINT,
+    FIELDS,
+    LABELS,
+    RECIPE,
+    as_timm_writes_it,
+    described,
+    is_timms,
+    make_known,
+    recipe,
+)
 from lightning_mdc.policy import Plan
+from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery import plan_of, slim
 from lightning_mdc.surgery.slim import plain_copy
 from lightning_mdc.weights import fitted
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "lightning_mdc.model.1"
-_FIELDS = {"format", "family", "constructor", "plan", "pretrained_cfg", "cost", "versions", "sha256"}
+_FACTS = {"format", "pretrained_cfg", "cost", "versions", "sha256"}
 # Of timm's pretrained_cfg: what says how images are prepared and what the classes mean.
 _CFG_KEYS = (
     "architecture",
@@ -88,12 +102,11 @@ def save(
     if spec is not None and plan is not None:
         dense = find_anatomy(_built(anatomy.family, spec, None))
         cost |= {"dense_macs": CostModel(dense).of_model(), "dense_params": num_params(dense.model)}
+    made_of, cfg = recipe(anatomy.family, spec, plan), _pretrained_cfg(anatomy.model, class_names)
+    for_timm = spec is not None and is_timms(anatomy.model)
     config: dict[str, Any] = {
         "format": _FORMAT,
-        "family": anatomy.family.name,
-        "constructor": spec,
-        "plan": None if plan is None else json.loads(plan.to_json()),
-        "pretrained_cfg": _pretrained_cfg(anatomy.model, class_names),
+        **(as_timm_writes_it(anatomy, made_of, cfg or {}) if for_timm else {**made_of, "pretrained_cfg": cfg}),
         "cost": cost,
         "versions": _versions(),
     }
@@ -122,11 +135,11 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
     """
     folder = _recovered(Path(directory).resolve())
     config = _read_config(folder)
-    shapes = _read_header(folder / WEIGHTS)
-    plan = _plan(config)
+    shapes = read_header(folder / WEIGHTS)
+    plan = read_plan(_recipe(config))
     try:
         if model is None:
-            result = _rebuilt(config, plan, shapes, folder)
+            result = rebuilt(_recipe(config), plan, shapes, folder)
         else:
             own = find_anatomy(model, submodule).model
             result = plain_copy(own) if plan is None else slim(own, plan)
@@ -141,8 +154,12 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
             weights = {name: weights.get(name, own.to(like)) for name, own in result.state_dict().items()}
         result.load_state_dict(weights, assign=True)
         if model is None:
-            find_anatomy(result).family.complete(result)
-            _set_pretrained_cfg(result, config["pretrained_cfg"])
+            anatomy = find_anatomy(result)
+            fresh = partial(_built, anatomy.family, _recipe(config)["constructor"], plan, "cpu")
+            anatomy.family.complete(result, fresh)
+            _set_pretrained_cfg(result, config)
+            if is_timms(result):
+                make_known(anatomy, plan)
     except ArtifactError:
         raise
     except (MdcError, RuntimeError, TypeError, ValueError) as error:
@@ -166,7 +183,7 @@ def load_skeleton(directory: str | Path) -> nn.Module:
     """
     folder = _recovered(Path(directory).resolve())
     config = _read_config(folder)
-    return _rebuilt(config, _plan(config), _read_header(folder / WEIGHTS), folder).eval()
+    return rebuilt(_recipe(config), read_plan(_recipe(config)), read_header(folder / WEIGHTS), folder).eval()
 
 
 # --- building again ---------------------------------------------------------------------------------------------------
@@ -174,14 +191,12 @@ def load_skeleton(directory: str | Path) -> nn.Module:
 
 def _describe(anatomy: Anatomy, plan: Plan | None) -> dict[str, Any]:
     """Constructor arguments that are known to give this model, because they just did (on the meta device)."""
-    dense = anatomy if plan is None else plan
     advice = (
         "save(model, directory, constructor=False) keeps plan and weights; get them back with "
         "load(directory, model=my_dense_model)"
     )
     try:
-        # Through JSON and back, as a reader will see it.
-        spec = json.loads(json.dumps(anatomy.family.describe(anatomy.model, dense.sizes)))
+        spec = described(anatomy, plan)
         again = _built(anatomy.family, spec, plan)
     except Exception as error:
         raise ArtifactError(
@@ -193,9 +208,9 @@ def _describe(anatomy: Anatomy, plan: Plan | None) -> dict[str, Any]:
     return spec
 
 
-def _built(family: Family, spec: Mapping[str, Any], plan: Plan | None) -> nn.Module:
-    """The dense or slim model on the meta device: nothing is allocated until shapes are known to match a file."""
-    with torch.device("meta"):
+def _built(family: Family, spec: Mapping[str, Any], plan: Plan | None, device: str = "meta") -> nn.Module:
+    """The dense or slim model; on the meta device nothing is allocated until shapes are known to match a file."""
+    with torch.device(device), isolated_rng():
         model = family.build(spec)
         return model if plan is None else slim(model, plan)
 
@@ -221,13 +236,19 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
         module = unwrap(module)
         tensors = {n: tuple(t.shape) for n, t in (module._parameters | module._buffers).items() if t is not None}
         simple = {
-            key: value
+            key: tuple(value) if isinstance(value, list) else value  # either says the same to a constructor
             for key, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_") and key not in _STATE
+            if _is_simple(value) and not key.startswith("_") and key not in _STATE
         }
         what = (type(module).forward.__qualname__, module.extra_repr())
         parts[name] = (type(module).__qualname__, what, {"tensors": tensors, "settings": simple})
     return parts
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, (int, float, str)) for part in value)
+    return isinstance(value, (int, float, str, tuple))
 
 
 # Attributes that say how a model runs just now, or how it was once initialised; not how it is built.
@@ -242,28 +263,39 @@ _STATE = {
     "fix_init",
     "init_values",
     "strict_img_size",
+    "target_shift_size",
+    "head_init_scale",
     "flatten",
 }
 
 
-def _rebuilt(config: Mapping[str, Any], plan: Plan | None, shapes: Mapping[str, Any], folder: Path) -> nn.Module:
-    spec = config["constructor"]
+def rebuilt(
+    recipe: Mapping[str, Any], plan: Plan | None, shapes: Mapping[str, tuple[int, ...]] | None, folder: Path
+) -> nn.Module:
+    """The model of a recipe in `folder` on the meta device; `shapes` are those of its weights, None if not at hand.
+
+    Raises:
+        ArtifactError: the recipe has none, or says something else than `save` writes or than the weights are.
+    """
+    spec = recipe["constructor"]
     if spec is None:
         raise ArtifactError(
             f"{folder} was saved without a constructor; build the dense model yourself and pass load(..., model=it)"
         )
-    family = next((f for f in FAMILIES if f.name == config["family"]), None)
+    family = next((f for f in FAMILIES if f.name == recipe["family"]), None)
     if family is None or not isinstance(spec, dict):
         raise ArtifactError(
-            f"{folder / CONFIG}: family {config['family']!r} is unknown; known: {', '.join(f.name for f in FAMILIES)}"
+            f"{folder / CONFIG}: family {recipe['family']!r} is unknown; known: {', '.join(f.name for f in FAMILIES)}"
         )
     try:
-        family.check_spec(spec, shapes)
+        if shapes is not None:
+            family.check_spec(spec, shapes)
         result = _built(family, spec, plan)
     except Exception as error:
         reason = error if isinstance(error, ArtifactError) else f"its constructor arguments give no model ({error})"
         raise ArtifactError(f"{folder / CONFIG}: {reason}") from error
-    _check_shapes(result, shapes, folder)
+    if shapes is not None:
+        _check_shapes(result, shapes, folder)
     return result
 
 
@@ -296,21 +328,32 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path}: format {format!r} is not {_FORMAT!r}; it is no model of ours, or of a newer version"
         )
-    if set(config) != _FIELDS:
-        raise ArtifactError(f"{path}: fields {sorted(set(config) ^ _FIELDS)} are missing or unknown")
+    timms = "architecture" in config
+    fields = _FACTS | set(FIELDS if timms else RECIPE) | (set(LABELS) & set(config) if timms else set())
+    if set(config) != fields:
+        raise ArtifactError(f"{path}: fields {sorted(set(config) ^ fields)} are missing or unknown")
     types: dict[str, Any] = {
-        "pretrained_cfg": (dict, type(None)),
+        "pretrained_cfg": dict if timms else (dict, type(None)),
         "cost": dict,
         "versions": dict,
         "sha256": str,
+        **({"model_args": dict} if timms else {}),
     }
     for name, kind in types.items():
         if not isinstance(config[name], kind):
             raise ArtifactError(f"{path}: field {name} has the wrong type ({type(config[name]).__name__})")
+    if timms and (config["architecture"], set(config["model_args"])) != (ENTRYPOINT, set(RECIPE)):
+        raise ArtifactError(f"{path}: expected architecture {ENTRYPOINT!r} and model_args {', '.join(RECIPE)}")
     return config
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the model is made of: for timm it lies in ``model_args``."""
+    recipe: Mapping[str, Any] = config.get("model_args", config)
+    return recipe
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by name, without reading a weight."""
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -325,11 +368,16 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise ArtifactError(f"{path} is damaged or no safetensors file ({error}); get a fresh copy") from error
 
 
-def _plan(config: Mapping[str, Any]) -> Plan | None:
-    if config["plan"] is None:
+def read_plan(recipe: Mapping[str, Any]) -> Plan | None:
+    """The plan of a recipe; None if it is of a dense model.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    if recipe["plan"] is None:
         return None
     try:
-        return Plan.from_json(json.dumps(config["plan"]))
+        return Plan.from_json(json.dumps(recipe["plan"]))
     except PlanError as error:
         raise ArtifactError(f"{CONFIG}: {error}") from error
 
@@ -423,7 +471,10 @@ def _pretrained_cfg(model: nn.Module, class_names: list[str] | None) -> dict[str
         raise ArtifactError(f"pretrained_cfg holds something that is no JSON: {error}") from error
 
 
-def _set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any] | None) -> None:
+def _set_pretrained_cfg(model: nn.Module, config: Mapping[str, Any]) -> None:
+    cfg = config["pretrained_cfg"]
+    if "architecture" in config:  # where timm has them while a model lives
+        cfg = cfg | {key: config[key] for key in ("architecture", "num_classes", *LABELS) if key in config}
     if cfg is not None:
         cfg = {key: tuple(value) if key in ("mean", "std", "input_size") else value for key, value in cfg.items()}
         model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]

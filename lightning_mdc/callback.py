@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -56,8 +56,9 @@ from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
-from lightning_mdc.surgery.compensation import refit_readers
+from lightning_mdc.surgery.compensation import refit_readers, take_readers
 from lightning_mdc.surgery.plan import make_plan
+from lightning_mdc.surgery.sequential import refit_in_sequence
 
 _STATE_FORMAT = 1
 
@@ -84,9 +85,9 @@ class MultiDimPruneCallback(Callback):
             it prunes.
         calibration: how many images units are scored on and policies are judged on, over all ranks together; None:
             ``Calibration()``. In batches of the training loader's size, unless it says another.
-        compensate: ``"lstsq"`` refits, once, by least squares, the weights that read what leaves; see `slim`.
-            ``"none"`` leaves them. None: ``"lstsq"``, but ``"none"`` with ``schedule="cubic"``, and where a norm over
-            units stands in the way. An optimizer that has state by then keeps it.
+        compensate: ``"sequential"`` and ``"lstsq"`` refit, once, by least squares, the weights that read units; see
+            `slim`. ``"none"`` leaves them. None: ``"sequential"``, but ``"none"`` with ``schedule="cubic"``. An
+            optimizer that has state by then keeps it.
         n_trials: how many policies are tried; None: 40.
         evaluate: what the module is worth with a slim model in place, higher is better, instead of closeness; called
             as ``evaluate(pl_module)``, in eval mode and without gradients, by all ranks.
@@ -118,7 +119,7 @@ class MultiDimPruneCallback(Callback):
         space: Space | None = None,
         tokens: TokenOptions | None = None,
         calibration: Calibration | None = None,
-        compensate: Literal["lstsq", "none"] | None = None,
+        compensate: Literal["sequential", "lstsq", "none"] | None = None,
         n_trials: int | None = None,
         evaluate: Callable[[LightningModule], float] | None = None,
         schedule: Literal["one-shot", "cubic"] = "one-shot",
@@ -134,10 +135,10 @@ class MultiDimPruneCallback(Callback):
         super().__init__()
         _check_types(restore_rng=restore_rng, submodule=submodule, save_to=save_to)
         _check_schedule(schedule, start, end, unit)
-        if schedule == "cubic" and compensate == "lstsq":
+        if schedule == "cubic" and compensate not in (None, "none"):
             raise CallbackError(
-                "compensate='lstsq' with schedule='cubic': weights are refitted once, for what leaves at once; use "
-                "schedule='one-shot', or leave compensate out"
+                f"compensate={compensate!r} with schedule='cubic': weights are refitted once, for what leaves at once; "
+                "use schedule='one-shot', or leave compensate out"
             )
         self.method = Method(
             budget,
@@ -162,6 +163,7 @@ class MultiDimPruneCallback(Callback):
         weakref.finalize(self, _remove, self._handover, os.getpid())
         self._restores_rng_now = False
         self._is_tried = False
+        self._has_warned_of_lost_work = False
         self._dashboard = Dashboard(())
         self.reset()
 
@@ -292,6 +294,7 @@ class MultiDimPruneCallback(Callback):
             self._schedule_end(trainer)
         self._mask(trainer, pl_module)
         self._warn_of_another_budget(pl_module)
+        self._warn_of_lost_work(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance(trainer, pl_module)
@@ -432,6 +435,17 @@ class MultiDimPruneCallback(Callback):
             raise CallbackError("schedule='cubic' with an endless Trainer: say when it is through, e.g. end=10")
         return max(self.start + 1, round(total * 2 / 3))
 
+    def _warn_of_lost_work(self, trainer: Trainer) -> None:
+        saving = trainer.checkpoint_callbacks  # none: that is meant
+        if any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in saving):
+            return
+        if saving and not self._has_warned_of_lost_work:
+            self._has_warned_of_lost_work = True
+            rank_zero_warn(
+                "no callback saves a checkpoint when the fit is told to end (SIGTERM, as by a cluster): what was "
+                "trained since the last one would be lost; give the Trainer ModelCheckpoint(save_on_exception=True)"
+            )
+
     def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
         """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""
         _, model = find_model(pl_module, self.submodule)
@@ -566,9 +580,8 @@ class MultiDimPruneCallback(Callback):
                 f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})"
             )
         self._scores, self._plan, self._planned_for = scores.with_moments(None), plan, str(self.method.budget)
-        if task.compensate == "lstsq":
-            assert scores.moments is not None  # asked for
-            self._compensate(trainer, pl_module, plan, scores.moments)
+        if task.compensate != "none":
+            self._compensate(trainer, pl_module, scoring, scores.moments if task.compensate == "lstsq" else None)
         costs, budget = CostModel(task.anatomy, task.input_size), None if task.is_given else self.method.budget
         with evaluating(pl_module):
             self._dashboard.decided(Decision(costs, plan, self._scores, budget, self._search, first))
@@ -597,21 +610,49 @@ class MultiDimPruneCallback(Callback):
         settings = {name: value for name, value in vars(self.method).items() if name != "n_trials"}
         return SearchFolder(Path(root) / "mdc", settings, self.submodule, digest_of(pl_module.state_dict()), images)
 
-    def _compensate(self, trainer: Trainer, pl_module: LightningModule, plan: Plan, moments: Moments) -> None:
-        """Refit what reads units that leave, in the model and in the averages of it that callbacks keep."""
+    def _compensate(
+        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Any], moments: Moments | None
+    ) -> None:
+        """Refit what reads units, in the model and, alike, in the averages of it that callbacks keep: by `moments`, or
+        in sequence on the batches."""
+        plan = self._plan
+        assert plan is not None
         averaged = [
             other._average_model.module
             for other in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(other, WeightAveraging) and other._average_model is not None
         ]
         anatomies = [find_anatomy(module, self.submodule) for module in (pl_module, *averaged)]
-        readers = [units.reader for anatomy in anatomies for units in anatomy.units_leaving(plan)]
+        readers = [units.reader for anatomy in anatomies for units in anatomy.all_units]
         tensors = [tensor for reader in readers for tensor in (reader.weight, reader.bias) if tensor is not None]
         self._before = [(tensor, tensor.detach().cpu().clone()) for tensor in tensors]
-        for anatomy in anatomies:
-            on_every_rank(partial(refit_readers, anatomy, plan, moments))
+        if moments is not None:
+            for anatomy in anatomies:
+                on_every_rank(partial(refit_readers, anatomy, plan, moments))
+        else:
+            small = self._refitted_in_sequence(trainer, pl_module, anatomies[0].model, plan, batches)
+            take_readers(small, plan, *anatomies)
         for tensor in tensors:
             copy_from_first_rank(tensor)
+
+    def _refitted_in_sequence(
+        self, trainer: Trainer, pl_module: LightningModule, dense: nn.Module, plan: Plan, batches: Sequence[Any]
+    ) -> Anatomy:
+        """The slim model, whose layers are refitted on what the module shows it."""
+        small = find_anatomy(slim(dense, plan))
+        whole = small.model if pl_module is dense else pl_module
+        run = partial(self._run, trainer)
+        passes = [(partial(run, pl_module, batch), partial(run, whole, batch)) for batch in batches]
+        with evaluating(pl_module, small.model), isolated_rng():
+            refit_in_sequence(
+                find_anatomy(dense),
+                small,
+                passes,
+                standing_in=partial(standing_in, pl_module, dense, small.model),
+                over_ranks=True,
+                progress=trainer.progress_bar_callback is not None,
+            )
+        return small
 
     def _mask(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks on as far as the schedule has got, if a plan is known and they are not on already."""

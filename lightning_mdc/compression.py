@@ -33,7 +33,7 @@ from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, sear
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery import make_plan, slim
-from lightning_mdc.surgery.compensation import COMPENSATIONS, check_compensable
+from lightning_mdc.surgery.compensation import COMPENSATIONS, check_compensable, compensation_of_trials
 from lightning_mdc.tokens.surviving_patches import watched_patches
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Method:
 
     Args:
         policy: ``"searched"``, ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
-        compensate: ``"lstsq"``, ``"none"``, or None: least squares, where no norm over units stands in the way.
+        compensate: ``"sequential"``, ``"lstsq"``, ``"none"``, or None: ``"sequential"``.
         error: to raise where settings contradict each other.
         others: see `compress`.
 
@@ -135,6 +135,7 @@ class Compression:
         anatomy: of the model.
         policy: the policy, where it is known without a search.
         compensate: how the layers that read units are refitted.
+        compensate_trials: how they are where policies are tried: what rests on moments alone, as one pass serves all.
 
     Raises:
         BudgetError, PolicyError, SearchError, UnsupportedModelError: what is in the way.
@@ -167,7 +168,7 @@ class Compression:
             self._dimensions, self._stages = self._space.dimensions, self._space.grid.stages
         else:
             self._dimensions, self._stages = _pruned(self.policy), self.anatomy.counts(self.policy).stages
-        self.compensate = self._compensation()
+        self.compensate, self.compensate_trials = self._compensation()
 
     def for_images(self, run: Callable[[], Any] | None) -> Compression:
         """The same, priced for images of the size that the model is given when `run` runs, unless one was asked for.
@@ -202,7 +203,7 @@ class Compression:
 
     def scorer(self) -> Scorer:
         """What scores the model, and gathers what compensation has to know."""
-        moments = True if self.compensate == "lstsq" else None
+        moments = True if self.compensate_trials == "lstsq" else None
         wanted = self._dimensions or None
         return Scorer(
             self.anatomy, self.method.criterion, wanted, self._stages, self.method.prediction, moments=moments
@@ -225,7 +226,7 @@ class Compression:
                 method.dimensions,
                 method.space,
                 method.tokens,
-                self.compensate,
+                self.compensate_trials,
                 options,
                 input_size=self.input_size,
             )
@@ -233,16 +234,15 @@ class Compression:
         plan = make_plan(self.anatomy.model, scores, policy, method.tokens, input_size=self.input_size)
         return plan, result
 
-    def _compensation(self) -> str:
+    def _compensation(self) -> tuple[str, str]:
+        """How the layers are refitted in the end, and in trials."""
         pruned = [units for units in self.anatomy.all_units if units.dimension in self._dimensions]
-        norm = next((units.norm for units in pruned if units.norm is not None), None)
-        if self.method.compensate is not None:
+        compensate = self.method.compensate or "sequential"
+        if compensate != "sequential":
             for units in pruned:
-                check_compensable(units, self.method.compensate)
-            return self.method.compensate
-        if norm is not None:
-            self._say(f"no compensation: {norm} is taken over units, so those that stay change when others leave")
-        return "none" if norm is not None else "lstsq"
+                check_compensable(units, compensate)
+            return compensate, compensate
+        return compensate, "none" if self.policy is not None else compensation_of_trials(compensate, pruned)
 
 
 def _pruned(policy: Policy) -> tuple[str, ...]:
@@ -302,7 +302,8 @@ def compress(
         criterion: see `score`.
         evaluate: what a slim model (the transformer itself) is worth, instead of its closeness; see `search`.
         n_trials: how many policies are tried; None: 40.
-        compensate: see `slim`; None: ``"lstsq"``, or ``"none"`` where a norm over units stands in its way.
+        compensate: see `slim`; None: ``"sequential"``. Policies are tried with ``"lstsq"`` then, which one look at the
+            images serves, where no norm over units stands in its way.
         dimensions, space, tokens, input_size: see `uniform_policy` and `PolicySpace`.
         calibration: how many images score and judge; None: ``Calibration()``.
         prediction: makes of the model's output what criterion and judging look at; None: the softmax of its logits, or
@@ -344,8 +345,8 @@ def compress(
         log.info("%s", duration_in_words(judge, method.n_trials))
         evaluate = judge
     plan, found = task.decide(scores, evaluate, options)
-    moments = scores.moments if task.compensate == "lstsq" else None
-    small = slim(task.anatomy.model, plan, task.compensate, moments=moments)
+    needed: dict[str, Any] = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": scoring}}
+    small = slim(model, plan, task.compensate, **needed.get(task.compensate, {}), submodule=submodule)
     return Compressed(small, plan, plan.policy, scores, found)
 
 

@@ -62,7 +62,7 @@ def classes_in(
     if Path(path).suffix.lower() == ".npz":
         return None
     _, found = _found(model, _read(path, what, error), model.state_dict(), what, error)
-    return next((len(found[f"{head}weight"]) for head in _classifiers(model) if f"{head}weight" in found), 0)
+    return next((len(found[f"{head}weight"]) for head in classifiers_of(model) if f"{head}weight" in found), 0)
 
 
 def fitted(
@@ -75,7 +75,7 @@ def fitted(
     expected = model.state_dict()
     prefix, found = _found(model, tensors, expected, what, error)
     wrong = [name for name, own in expected.items() if name not in found or found[name].shape != own.shape]
-    classifiers = _classifiers(model)
+    classifiers = classifiers_of(model)
     # Whole or not at all: a weight without its bias is no head.
     new = tuple(head for head in classifiers if any(name.startswith(head) for name in wrong)) if new_head else ()
     wrong = [name for name in wrong if not name.startswith(new)]
@@ -119,7 +119,7 @@ def _found(
     # What has fewer than half of the names is no prefix of this model.
     shared = Counter(prefix for name in tensors for prefix in _prefixes(name))
     candidates = {
-        prefix: _adapted(model, _under(tensors, prefix), expected)
+        prefix: adapted(model, _under(tensors, prefix), expected)
         for prefix in ("", *(prefix for prefix, count in shared.items() if 2 * count >= len(expected)))
     }
     fitting = {
@@ -145,7 +145,7 @@ def _under(tensors: _Tensors, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _adapted(model: nn.Module, tensors: dict[str, Tensor], expected: _Tensors) -> _Tensors:
+def adapted(model: nn.Module, tensors: dict[str, Tensor], expected: _Tensors) -> _Tensors:
     """`tensors` as timm takes those of other forms for models of this kind; what fits as it is stays as it is."""
     if {name: t.shape for name, t in tensors.items()} == {name: t.shape for name, t in expected.items()}:
         return tensors
@@ -161,7 +161,7 @@ def _adapted(model: nn.Module, tensors: dict[str, Tensor], expected: _Tensors) -
         return tensors
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
+def classifiers_of(model: nn.Module) -> tuple[str, ...]:
     """What the names of the classifier's tensors begin with; a distilled model has two."""
     ask: Any = getattr(model, "get_classifier", None)
     classifiers = () if ask is None else ask()
@@ -228,7 +228,7 @@ def _foreign(path: str | Path) -> list[str]:
 
 def _load_arrays(model: nn.Module, path: str | Path, what: str, error: type[MdcError], new_head: bool) -> None:
     """From JAX's arrays (``.npz``), as Google has published ViTs: a format that timm's models read themselves."""
-    classifiers = _classifiers(model)
+    classifiers = classifiers_of(model)
     before = {name: own.clone() for name, own in model.state_dict().items() if name.startswith(classifiers)}
     try:
         load_checkpoint(model, str(path))

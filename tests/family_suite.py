@@ -71,12 +71,25 @@ def poisoned(
     return places
 
 
+def seeded(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model gives that may drop at random."""
+    torch.manual_seed(0)
+    output: Tensor = said(model(x))
+    return output
+
+
 class FamilySuite:
     """Subclass it and give the fixture `dense`."""
 
     @pytest.fixture
     def dense(self) -> nn.Module:
         raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    def _one_reduction_of_nothing(self, request: pytest.FixtureRequest, dense: nn.Module) -> None:
+        named = getattr(request.node, "callspec", None)
+        if named is not None and named.params.get("reduction", "fuse") != "fuse" and find_anatomy(dense).no_tokens:
+            pytest.skip("no tokens leave")
 
     # --- anatomy and scores ---------------------------------------------------------------------------------------
 
@@ -110,8 +123,8 @@ class FamilySuite:
         slim = mdc.slim(dense, plan)
         for mode in (True, False):
             with mdc.masked(dense.train(mode), plan):
-                masked = said(dense(x))
-            torch.testing.assert_close(masked, said(slim.train(mode)(x)), rtol=0, atol=1e-5)
+                masked = seeded(dense, x)
+            torch.testing.assert_close(masked, seeded(slim.train(mode), x), rtol=0, atol=1e-5)
         assert not torch.allclose(masked, before, atol=1e-3)
         assert torch.equal(said(dense(x)), before)
 

@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import torch
 from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.pit import PoolingVisionTransformer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +30,16 @@ BASE: dict[str, Any] = {
     "embed_dim": DIM,
     "depth": DEPTH,
     "num_heads": HEADS,
+    "num_classes": CLASSES,
+}
+
+# Of models whose stages differ in width and resolution: 16 x 16 tokens, then 8 x 8.
+STAGED: dict[str, Any] = {
+    "img_size": (SIZE, SIZE),
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
     "num_classes": CLASSES,
 }
 
@@ -58,6 +74,23 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 if "gated" in inspect.signature(Attention).parameters:  # the oldest timm we support has no gate
     KINDS["gated"] = _vit(attn_layer=GatedAttention)
+# Whose tokens are bound to their places.
+BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
+    "swin": lambda: SwinTransformer(**STAGED, window_size=4, drop_path_rate=0.1),
+    "swin_filled_up": lambda: SwinTransformer(**STAGED, window_size=(3, 5), qkv_bias=False),
+    "swin_v2": lambda: SwinTransformerV2(**STAGED, window_size=4),
+    "swin_v2_cr": lambda: SwinTransformerV2Cr(**STAGED, window_size=4, extra_norm_stage=True),
+    "beit": lambda: Beit(**BASE, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=1e-5),
+    "beit_swiglu": lambda: Beit(**BASE, use_rel_pos_bias=True, swiglu_mlp=True, scale_mlp=True, global_pool="token"),
+    "relpos_mlp": lambda: VisionTransformerRelPos(**BASE, qk_norm=True, fc_norm=True),
+    "relpos_table": lambda: VisionTransformerRelPos(
+        **BASE, rel_pos_type="bias", class_token=True, block_fn=ResPostRelPosBlock
+    ),
+    "pit": lambda: PoolingVisionTransformer(
+        img_size=SIZE, patch_size=4, stride=3, base_dims=[8, 8], depth=[2, 2], heads=[2, 4], num_classes=CLASSES
+    ),
+}
+
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
 
 
@@ -100,7 +133,7 @@ EVA_POST_NORM = _eva(use_post_norm=True, global_pool="token")
 
 def make(kind: str = "vit", seed: int = 0) -> nn.Module:
     """A randomised model of that kind, in eval mode."""
-    return randomised(KINDS[kind](), seed)
+    return randomised((KINDS | BOUND_KINDS)[kind](), seed)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -186,6 +186,10 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def remade(change: Callable[[dict[str, Any]], object]) -> Damage:
+    return edited(lambda config: change(config["model_args"]))
+
+
 def stem(name: str = "ResNetD", **sizes: list[Any]) -> dict[str, Any]:
     return {"class": name, "proj": True, "sizes": sizes}
 
@@ -200,6 +204,30 @@ def flipped_weight(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(data)
 
 
+# Of what the model is made of: mdc.load and timm's create_model have to refuse them.
+OF_RECIPES: dict[str, tuple[Damage, str]] = {
+    "unknown family": (remade(lambda r: r.update(family="os.system")), "family 'os.system' is unknown"),
+    "class of one's own": (remade(lambda r: r["constructor"].update({"class": "subprocess.Popen"})), "is not one of"),
+    "norm of one's own": (remade(lambda r: r["constructor"]["norm"].update({"class": "os.system"})), "is not one of"),
+    "act of one's own": (remade(lambda r: r["constructor"]["act"].update({"class": "eval"})), "is not one of"),
+    "attention of one's own": (remade(lambda r: r["constructor"].update(attn="os.system")), "is not one of"),
+    "stem of one's own": (remade(lambda r: r["constructor"].update(stem=stem("os.system"))), "stem=.*expected"),
+    "enormous stem": (remade(lambda r: r["constructor"].update(stem=stem(layers=[60000]))), "60000 layers do not fit"),
+    "unknown size": (remade(lambda r: r["constructor"].update(stem=stem(pretrained=[1]))), "give no model"),
+    "size of wrong type": (remade(lambda r: r["constructor"].update(stem=stem(layers=["2"]))), "lists of positive"),
+    "unknown argument": (remade(lambda r: r["constructor"]["args"].update(weight_init="jax")), "fields"),
+    "argument of wrong type": (remade(lambda r: r["constructor"]["args"].update(embed_dim="48")), "wrong type"),
+    "enormous width": (remade(lambda r: r["constructor"]["args"].update(embed_dim=10**9)), "out of range"),
+    "larger width": (remade(lambda r: r["constructor"]["args"].update(embed_dim=4800)), "loaded|shape|give no model"),
+    "enormous depth": (remade(lambda r: r["constructor"]["args"].update(depth=60000)), "depth=60000"),
+    "enormous image": (remade(lambda r: r["constructor"]["args"].update(img_size=[65536, 65536])), "pos_embed"),
+    "damaged plan": (remade(lambda r: r["plan"]["heads"].pop()), "plan.heads covers"),
+    "another plan": (remade(lambda r: r["plan"]["heads"][0].pop()), "has shape"),
+    "rate out of range": (remade(lambda r: r["constructor"]["args"].update(drop_path_rate=5)), "no rate in"),
+    "eps of nothing": (remade(lambda r: r["constructor"]["norm"].update(eps=float("nan"))), "eps=nan"),
+    "odd activation": (remade(lambda r: r["constructor"]["act"].update(approximate="foo")), "approximate"),
+    "enormous ratio": (remade(lambda r: r["plan"]["tokens"][0].update(keep=10**400)), "keep=1000"),
+}
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "has no config.json"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no model.safetensors"),
@@ -213,31 +241,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "config is a list": (lambda f: (f / CONFIG).write_text("[]"), "no model of ours"),
     "deeply nested": (lambda f: (f / CONFIG).write_text("[" * 100_000), "cannot be parsed"),
     "newer format": (edited(lambda c: c.update(format="lightning_mdc.model.9")), "newer version"),
-    "unknown family": (edited(lambda c: c.update(family="os.system")), "family 'os.system' is unknown"),
-    "class of one's own": (edited(lambda c: c["constructor"].update({"class": "subprocess.Popen"})), "is not one of"),
-    "norm of one's own": (edited(lambda c: c["constructor"]["norm"].update({"class": "os.system"})), "is not one of"),
-    "act of one's own": (edited(lambda c: c["constructor"]["act"].update({"class": "eval"})), "is not one of"),
-    "attention of one's own": (edited(lambda c: c["constructor"].update(attn="os.system")), "is not one of"),
-    "stem of one's own": (edited(lambda c: c["constructor"].update(stem=stem("os.system"))), "stem=.*expected"),
-    "enormous stem": (edited(lambda c: c["constructor"].update(stem=stem(layers=[60000]))), "60000 layers do not fit"),
-    "unknown size": (edited(lambda c: c["constructor"].update(stem=stem(pretrained=[1]))), "give no model"),
-    "size of wrong type": (edited(lambda c: c["constructor"].update(stem=stem(layers=["2"]))), "lists of positive"),
-    "unknown argument": (edited(lambda c: c["constructor"]["args"].update(weight_init="jax")), "fields"),
-    "argument of wrong type": (edited(lambda c: c["constructor"]["args"].update(embed_dim="48")), "wrong type"),
-    "enormous width": (edited(lambda c: c["constructor"]["args"].update(embed_dim=10**9)), "out of range"),
-    "larger width": (edited(lambda c: c["constructor"]["args"].update(embed_dim=4800)), "loaded|shape|give no model"),
-    "enormous depth": (edited(lambda c: c["constructor"]["args"].update(depth=60000)), "depth=60000"),
-    "enormous image": (edited(lambda c: c["constructor"]["args"].update(img_size=[65536, 65536])), "pos_embed"),
-    "damaged plan": (edited(lambda c: c["plan"]["heads"].pop()), "plan.heads covers"),
-    "another plan": (edited(lambda c: c["plan"]["heads"][0].pop()), "has shape"),
     "other mean": (edited(lambda c: c.update(pretrained_cfg={"mean": [0, 0, 0]})), "changed after it was saved"),
-    "rate out of range": (edited(lambda c: c["constructor"]["args"].update(drop_path_rate=5)), "no rate in"),
-    "eps of nothing": (edited(lambda c: c["constructor"]["norm"].update(eps=float("nan"))), "eps=nan"),
-    "odd activation": (edited(lambda c: c["constructor"]["act"].update(approximate="foo")), "approximate"),
     "integer weights": (lambda f: save_file({"a": torch.ones(2, dtype=torch.int64)}, f / WEIGHTS), "I64 tensors"),
     "cost of text": (edited(lambda c: c.update(cost="cheap")), "cost has the wrong type"),
-    "enormous ratio": (edited(lambda c: c["plan"]["tokens"][0].update(keep=10**400)), "keep=1000"),
     "missing field": (edited(lambda c: c.pop("cost")), "cost"),
+    **OF_RECIPES,
 }
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
@@ -45,6 +46,34 @@ def fitted(root: Path, callback: lightning.Callback | None, data: Any, *more: An
     fit = trainer(root, *([callback] if callback else []), *more, **options)
     fit.fit(module, data, loader(), ckpt_path=ckpt_path)
     return module
+
+
+# --- what a stop costs ------------------------------------------------------------------------------------------------
+
+
+def lost_work(root: Path, *checkpoints: lightning.Callback) -> list[str]:
+    """Warnings of work that would be lost, of two fits with one callback."""
+    callback = uniform(0.6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            trainer(root, callback, *checkpoints, epochs=1, enable_checkpointing=bool(checkpoints)).fit(
+                Stranger(), loader()
+            )
+            callback.reset()
+    return [str(each.message) for each in caught if "save_on_exception=True" in str(each.message)]
+
+
+def test_a_fit_that_would_lose_work_at_a_stop_is_warned_about_once(tmp_path):
+    (said,) = lost_work(tmp_path, ModelCheckpoint(tmp_path / "a"))
+    assert said.startswith("no callback saves a checkpoint when the fit is told to end (SIGTERM")
+    assert len(lost_work(tmp_path, ModelCheckpoint(tmp_path / "b", save_last=True, every_n_train_steps=1))) == 1
+
+
+def test_a_fit_that_saves_at_a_stop_or_never_is_not(tmp_path):
+    assert not lost_work(tmp_path, ModelCheckpoint(tmp_path / "a", save_on_exception=True))
+    assert not lost_work(tmp_path, OnExceptionCheckpoint(tmp_path / "b"))
+    assert not lost_work(tmp_path)  # without checkpoints at all
 
 
 # --- it does no harm --------------------------------------------------------------------------------------------------

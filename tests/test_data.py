@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import tarfile
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import IterableImageDataset
+from timm.data.readers import get_img_extensions
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_mdc.app.data import DigitsDataModule, ImageFolderDataModule, split_indices
+from lightning_mdc.app.data.class_folders import _order
 from lightning_mdc.errors import DataError
 
 CLASSES = ("cat", "dog", "fox")
@@ -186,6 +189,142 @@ def test_a_tar_read_before_workers_start_is_read_right_by_them(folder, tmp_path)
     assert len(pickle.loads(pickle.dumps(data.splits.test))) == 15  # as spawned workers get it
 
 
+# --- what is a class, and what is an image -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "cat/.ipynb_checkpoints"])
+@pytest.mark.parametrize("reader", ["folder", "tar", "torch/image_folder"])
+def test_hidden_folders_are_no_classes_and_are_counted(folder, tmp_path, caplog, name, reader):
+    write_images(folder / name, per_class=2, classes=("dog",))
+    Image.new("RGB", (12, 12)).save(folder / name / "0.png")
+    root = write_tar(tmp_path / "images.tar", folder) if reader == "tar" else folder
+    with caplog.at_level(logging.WARNING):
+        data = ImageFolderDataModule(
+            root, name=reader if "/" in reader else "", data_config=PLAIN, val_fraction=0.0, test_fraction=0.0
+        )
+        assert data.class_names == CLASSES
+    assert len(data.calibration_dataset()) == 30
+    assert identities(data.calibration_dataset()) == {(label, index) for label in range(3) for index in range(10)}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"root='{root}': left out 3 hidden files ({name.removeprefix('cat/')}: 3)"
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_no_image_is_counted_by_its_ending(folder, tmp_path, caplog, packed):
+    for name in ("Thumbs.db", "cat/scan.dcm", "cat/next.DCM", "cat/._000.png", "dog/.DS_Store", "fox/notes"):
+        (folder / name).write_bytes(b"no image")
+    root = write_tar(tmp_path / "images.tar", folder) if packed else folder
+    with caplog.at_level(logging.WARNING):
+        data = ImageFolderDataModule(root, data_config=PLAIN)
+        assert len(data.splits.train) + len(data.splits.val) + len(data.splits.test) == 30
+    (record,) = caplog.records
+    for words in ("left out 2 hidden files", "._*: 1", ".DS_Store: 1", ".dcm: 2", ".db: 1", "without an ending: 1"):
+        assert words in record.getMessage()
+    assert "4 files that are no images" in record.getMessage()
+
+
+@pytest.mark.parametrize("reader", ["folder", "tar", "torch/image_folder"])
+@pytest.mark.parametrize("ending", ["webp", "TIF", "bmp", "gif", "jfif"])
+def test_every_format_that_pil_reads_is_used(folder, tmp_path, caplog, ending, reader):
+    for path in sorted((folder / "dog").iterdir())[:5]:
+        options = {"lossless": True} if ending == "webp" else {}
+        Image.open(path).save(path.with_suffix(f".{ending}"), **options)
+        path.unlink()
+    root = write_tar(tmp_path / "images.tar", folder) if reader == "tar" else folder
+    data = ImageFolderDataModule(
+        root, name=reader if "/" in reader else "", data_config=PLAIN, val_fraction=0.0, test_fraction=0.0
+    )
+    assert np.bincount(data.splits.train.labels).tolist() == [10] * 3
+    dogs = [image for image, label in map(data.calibration_dataset().__getitem__, range(30)) if label == 1]
+    assert all(abs(dog[0, 0, 0].item() * 255 - 40) < 4 for dog in dogs)
+    assert not caplog.records
+    assert get_img_extensions() == (".png", ".jpg", ".jpeg")  # timm's own list is as it was
+
+
+@pytest.mark.parametrize("reader", ["folder", "tar", "torch/image_folder"])
+def test_the_first_folder_is_the_label_and_deeper_ones_are_said(tmp_path, caplog, reader):
+    """As torchvision has it. timm takes the last, in which both classes are 2020 and 2021."""
+    for label, name in enumerate(("benign", "malignant")):
+        for year in ("2020", "2021/spring"):
+            folder = tmp_path / "scans" / name / year
+            folder.mkdir(parents=True)
+            Image.new("RGB", (12, 12), (40 * label, len(year), 0)).save(folder / "x.png")
+    root = write_tar(tmp_path / "scans.tar", tmp_path / "scans") if reader == "tar" else tmp_path / "scans"
+    with caplog.at_level(logging.WARNING):
+        data = ImageFolderDataModule(
+            root, name=reader if "/" in reader else "", data_config=PLAIN, val_fraction=0.0, test_fraction=0.0
+        )
+        assert data.class_names == ("benign", "malignant")
+    assert identities(data.calibration_dataset()) == {(0, 4), (1, 4), (0, 11), (1, 11)}
+    calibration = [data.calibration_dataset()[i] for i in range(4)]
+    assert all(round(image[0, 0, 0].item() * 255) == 40 * label for image, label in calibration)
+    (record,) = caplog.records
+    assert "the classes are benign, malignant, the first folders" in record.getMessage()
+    assert "(2020, 2021)" in record.getMessage()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("deep", ["pets", "archive/pets"])
+def test_a_single_folder_of_folders_is_gone_into(tmp_path, caplog, packed, deep):
+    write_images(tmp_path / "root" / deep)
+    (tmp_path / "root" / "__MACOSX" / "pets").mkdir(parents=True)
+    (tmp_path / "root" / "README.md").write_text("pets")
+    root = write_tar(tmp_path / "root.tar", tmp_path / "root") if packed else tmp_path / "root"
+    data = ImageFolderDataModule(root, data_config=PLAIN)
+    assert data.class_names == CLASSES
+    with caplog.at_level(logging.INFO):
+        write_images(tmp_path / "train", classes=("cat",))
+        only = ImageFolderDataModule(tmp_path / "train")
+        with pytest.raises(DataError, match=r"holds 1 class \(\['cat'\]\)"):
+            only.setup()
+
+
+def test_a_single_folder_may_hold_train_and_val(tmp_path):
+    for split, number in (("train", 10), ("val", 2)):
+        write_images(tmp_path / "root" / "pets" / split, per_class=number)
+    data = ImageFolderDataModule(tmp_path / "root", data_config=PLAIN, val_fraction=0.0)
+    assert (len(data.splits.train), len(data.splits.test)) == (30, 6)
+
+
+def test_a_test_folder_of_one_class_with_folders_is_of_that_class(tmp_path):
+    for name in ("benign", "malignant"):
+        write_images(tmp_path / "train" / name, per_class=2, classes=("2020", "2021"))
+    write_images(tmp_path / "test" / "malignant", per_class=2, classes=("2020", "2021"))
+    data = ImageFolderDataModule(tmp_path, data_config=PLAIN)
+    assert data.class_names == ("benign", "malignant")
+    assert data.splits.test.labels == [1] * 4
+
+
+def test_labels_do_not_depend_on_the_order_of_a_set():
+    """timm's order does not tell Cat from cat, and that of a set differs from process to process."""
+    for names in permutations(["cat", "Cat", "10", "9"]):
+        assert sorted(names, key=_order) == ["9", "10", "Cat", "cat"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_map_says_which_first_folders_count(folder, tmp_path, packed):
+    write_images(folder / "dog", classes=("puppies",), per_class=3)
+    root = write_tar(tmp_path / "images.tar", folder) if packed else folder
+    options = {"dataset_options": {"class_map": {"dog": 0, "cat": 1}}, "val_fraction": 0.0, "test_fraction": 0.0}
+    data = ImageFolderDataModule(root, data_config=PLAIN, **options)
+    assert data.class_names == ("dog", "cat")
+    assert np.bincount(data.splits.train.labels).tolist() == [13, 10]
+
+
+def test_a_tar_of_tars_has_a_class_per_tar(folder, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as outer:
+        for name in CLASSES:
+            inner = tmp_path / f"{name}.tar"
+            with tarfile.open(inner, "w") as tar:
+                for path in sorted((folder / name).iterdir()):
+                    tar.add(path, path.name)
+            outer.add(inner, inner.name)
+    data = ImageFolderDataModule(tmp_path / "all.tar", data_config=PLAIN, val_fraction=0.0, test_fraction=0.0)
+    assert data.class_names == CLASSES
+    assert identities(data.calibration_dataset()) == {(label, index) for label in range(3) for index in range(10)}
+
+
 @pytest.mark.parametrize("test_name", ["val", "test"])
 def test_a_folder_beside_train_is_what_is_reported(tmp_path, test_name):
     write_images(tmp_path / "train", per_class=10)
@@ -297,6 +436,29 @@ def test_streams_are_read_by_their_own_splits():
         assert labels.tolist() == [0, 1]
         if level != 10:  # the training transform jitters colours
             torch.testing.assert_close(images, torch.full((2, 3, 12, 12), level / 255))
+
+
+@pytest.mark.usefixtures("streams")
+def test_streamed_images_are_scaled_as_those_of_files(monkeypatch):
+    """timm's readers of streams would clip; they are asked to leave it to us."""
+    asked = []
+
+    def create(name, root, split, input_img_mode, **kwargs):
+        asked.append(input_img_mode)
+        reader = Stream(split)
+        pixels = np.full((12, 12), reader.level * 257, dtype=np.uint16)
+        return IterableImageDataset(root, reader=Reader([(Image.fromarray(pixels), 0), (Image.fromarray(pixels), 1)]))
+
+    class Reader(list):
+        class_to_idx = Stream.class_to_idx
+
+    monkeypatch.setattr("lightning_mdc.app.data.image_folder.create_dataset", create)
+    data = ImageFolderDataModule(
+        None, name="wds/scans", val_split="dev", test_split="test", data_config=PLAIN, num_workers=0
+    )
+    images, _ = next(iter(data.test_dataloader()))
+    torch.testing.assert_close(images, torch.full((2, 3, 12, 12), 30 / 255))
+    assert set(asked) == {""}
 
 
 @pytest.mark.usefixtures("streams")

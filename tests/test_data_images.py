@@ -28,6 +28,119 @@ def folder(tmp_path) -> Path:
     return write_images(tmp_path / "images")
 
 
+# --- kinds of images --------------------------------------------------------------------------------------------------
+
+RAMP = np.arange(144, dtype=np.uint8).reshape(12, 12)  # 144 grays
+
+
+def seen(path: Path, picture: Image.Image, in_chans: int = 3, **options) -> np.ndarray:
+    """(channels, 12, 12) from 0 to 255: a file as the model sees it, by the evaluation transforms."""
+    ending = options.pop("ending", "png")
+    for name in ("a", "b"):
+        (path / name).mkdir(exist_ok=True, parents=True)
+        picture.save(path / name / f"1.{ending}", **options)
+    data = ImageFolderDataModule(path, data_config=PLAIN, in_chans=in_chans, val_fraction=0.0, test_fraction=0.5)
+    return data.splits.test[0][0].numpy() * 255
+
+
+def sixteen() -> np.ndarray:
+    return RAMP.astype(np.uint16) * 257  # the same grays: 255 is 65535
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, ending, in_chans):
+    """PIL makes white of all above 255, which is 143 of these 144 grays."""
+    picture = Image.fromarray(sixteen())
+    np.testing.assert_allclose(seen(tmp_path, picture, in_chans, ending=ending), np.stack([RAMP] * in_chans), atol=0.51)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(("kind", "words"), [(np.int32, "32-bit whole"), (np.float32, "floating-point")])
+def test_numbers_without_a_range_are_refused_and_never_replaced(tmp_path, kind, words, in_chans):
+    picture = Image.fromarray(RAMP.astype(kind) * 300)
+    words = rf"^{tmp_path}/[ab]/1.tif holds {words} numbers .*; convert it to 8 or 16 bits"
+    with pytest.raises(DataError, match=words):
+        seen(tmp_path, picture, in_chans, ending="tif")
+    with pytest.raises(DataError, match=words):
+        read(module(tmp_path, in_chans=in_chans).train_dataloader())
+
+
+def test_lab_colours_are_refused(tmp_path):
+    with pytest.raises(DataError, match="holds LAB colours"):
+        seen(tmp_path, Image.new("LAB", (12, 12)), ending="tif")
+
+
+def kinds() -> dict[str, tuple[Image.Image, np.ndarray]]:
+    """Pictures of 144 grays in PIL's other modes, and what there is to see in them, in gray."""
+    gray = Image.fromarray(RAMP)
+    alpha = gray.copy()
+    alpha.putalpha(255)
+    palette = Image.fromarray(143 - RAMP, "P")  # an index is no gray
+    palette.putpalette([gray for index in range(144) for gray in [143 - index] * 3])
+    return {
+        "LA": (alpha, RAMP),
+        "RGBA": (alpha.convert("RGBA"), RAMP),
+        "P": (palette, RAMP),
+        "1": (gray.point(lambda value: value > 70, mode="1"), (RAMP > 70) * 255),
+        "CMYK": (gray.convert("RGB").convert("CMYK"), RAMP),
+    }
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("mode", kinds())
+def test_other_modes_are_what_they_show(tmp_path, caplog, mode, in_chans):
+    picture, expected = kinds()[mode]
+    assert picture.mode == mode
+    ending = "tif" if mode == "CMYK" else "png"
+    pixels = seen(tmp_path, picture, in_chans, ending=ending)
+    np.testing.assert_allclose(pixels, np.stack([expected] * in_chans), atol=1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("mode", ["LA", "P, one colour", "P, each colour", "RGB, one colour"])
+def test_transparency_is_left_out_and_that_is_said_once(tmp_path, caplog, mode):
+    """As PIL, timm and torchvision do; what the model was trained on looked like that."""
+    picture, options = Image.fromarray(RAMP), {}
+    if mode == "LA":
+        picture.putalpha(Image.fromarray(RAMP))
+    elif mode.startswith("P"):
+        picture = kinds()["P"][0]
+        options = {"transparency": 5 if "one" in mode else bytes(range(144))}
+    else:
+        picture, options = picture.convert("RGB"), {"transparency": (3, 3, 3)}
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_allclose(seen(tmp_path, picture, **options), np.stack([RAMP] * 3), atol=0.51)
+        data = ImageFolderDataModule(tmp_path, data_config=PLAIN, val_fraction=0.0, test_fraction=0.0)
+        first = len(caplog.records)
+        for _ in range(2):
+            assert [data.splits.calibration[i][1] for i in range(2)] == [0, 1]
+    assert [first, len(caplog.records)] == [1, 2]
+    assert "1.png is transparent in part, which is left out" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(tmp_path, ending, orientation):
+    """Whatever way up the camera was: what it noted is applied. The reference turns by numpy, not by PIL."""
+    upright = np.zeros((12, 12, 3), dtype=np.uint8)
+    upright[:6, :6], upright[:6, 6:] = 255, 100
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = seen(tmp_path, Image.fromarray(np.ascontiguousarray(stored)), ending=ending, exif=exif, quality=100)
+    assert np.abs(picture[0] - upright[..., 0]).mean() < 12
+
+
 # --- damaged images -------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Which image is read when: the same images per step on any number of processes, and after any interruption."""
 
+import multiprocessing
 import warnings
 from collections import Counter
 from itertools import chain
@@ -18,6 +19,7 @@ from torch.utils.data import IterableDataset, SequentialSampler
 
 from lightning_mdc.app.data import DigitsDataModule, ImageDataModule, Splits
 from lightning_mdc.app.data.digits import TensorImages
+from lightning_mdc.app.data.module import _say_without_workers
 from lightning_mdc.errors import DataError
 
 
@@ -88,6 +90,37 @@ def fit(data, root: Path, *callbacks, ckpt_path=None, module=None, **options) ->
 
 def every_step(root: Path, **options) -> ModelCheckpoint:
     return ModelCheckpoint(root, filename="{step}", auto_insert_metric_name=False, save_top_k=-1, **options)
+
+
+# --- processes that load images ---------------------------------------------------------------------------------------
+
+
+def _read_with_workers(_: int) -> tuple[int, int]:
+    data = DigitsDataModule(num_workers=2, batch_size=64, max_train_images=100)
+    return data.num_workers, sum(len(labels) for _, labels in data.train_dataloader())
+
+
+def test_a_worker_of_a_pool_reads_images_itself():
+    """It is a daemon, which may start no process."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.map(_read_with_workers, [0]) == [(0, 64)]
+    assert DigitsDataModule(num_workers=2).num_workers == 2
+
+
+@pytest.mark.slow
+def test_a_job_of_joblibs_launcher_reads_images_itself():
+    """What starts its processes is no start method that torch knows."""
+    joblib = pytest.importorskip("joblib")
+    assert joblib.Parallel(n_jobs=2)(joblib.delayed(_read_with_workers)(i) for i in range(2)) == [(0, 64)] * 2
+
+
+def test_it_is_said_once_that_there_are_no_workers(monkeypatch, caplog):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "loky")
+    _say_without_workers.cache_clear()
+    assert [DigitsDataModule(num_workers=3).num_workers for _ in range(2)] == [0, 0]
+    assert DigitsDataModule(num_workers=0).num_workers == 0
+    _say_without_workers.cache_clear()
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["num_workers=3"]
 
 
 # --- going on in mid-epoch ------------------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared, monkeypatch)
         if block.mark.startswith("not run: ") or (needs and importlib.util.find_spec(needs[1]) is None):
             continue
         assert not block.mark or needs, f"{page.name}:{block.line}: unknown mark {block.mark!r}"
-        if needs and not hasattr(prepared["model"], "timm_model"):
+        if needs and needs[1] == "transformers" and not hasattr(prepared["model"], "timm_model"):
             prepared["model"] = wrapped_by_hugging_face()
         exec(block.compiled, prepared)
 

@@ -6,10 +6,12 @@ import pytest
 from torch import nn
 
 from tests.family_suite import FamilySuite
-from tests.kinds import KINDS, POST_NORM, randomised
+from tests.kinds import BOUND_KINDS, KINDS, POST_NORM, randomised
+
+ALL_KINDS = KINDS | {"post_norm": POST_NORM} | BOUND_KINDS
 
 
-@pytest.mark.parametrize("maker", [*KINDS.values(), POST_NORM], ids=[*KINDS, "post_norm"])
+@pytest.mark.parametrize("maker", ALL_KINDS.values(), ids=ALL_KINDS)
 class TestTimm(FamilySuite):
     @pytest.fixture
     def dense(self, maker: Callable[[], nn.Module]) -> nn.Module:

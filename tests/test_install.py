@@ -8,11 +8,13 @@ import shlex
 import shutil
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import lightning_mdc as mdc
 from tests.kinds import images, make
@@ -81,6 +83,13 @@ def test_a_slim_model_loads_where_nothing_is_known_but_the_wheel(tmp_path, insta
     assert Path(where.strip()).is_relative_to(installed.parent)
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "y.pt"), slim(images()))
+
+
+def test_releases_of_lightning_that_were_malicious_are_no_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (lightning,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "lightning")
+    taken = [version for version in ("2.6.1", "2.6.2", "2.6.3", "2.6.4", "3.0") if version in lightning.specifier]
+    assert taken == ["2.6.1", "2.6.4"]
 
 
 def test_mdc_says_what_it_can_without_loading_anything():

@@ -291,6 +291,37 @@ def test_another_search_is_refused_by_what_differs(
     assert path.read_bytes() == data
 
 
+def reordered(*kinds: Any) -> GpEi:
+    axes = [Axis("kind", choices=kinds), SPACE.axes[1], SPACE.axes[0]]
+    return GpEi(Space(axes), n_initial_points=99)
+
+
+def test_order_means_nothing_and_choices_may_be_added(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    with Study(search(), path, ABOUT) as study:
+        before = run(study, 4)
+    for kinds in ((None, "y", "x"), ("new", "x", None, "y"), ("y", "x", "new", None, 1)):
+        with Study(reordered(*kinds), path, ABOUT) as study:
+            assert study.trials[:4] == before
+            assert [o.value for o in study.search.history[:4]] == [trial.value for trial in before]
+            points = [study.search.space.params(o.point) for o in study.search.history[:4]]
+            assert points == [dict(trial.params) for trial in before]
+            run(study, len(study.finished) + 3)
+    with pytest.raises(SearchError, match=r"another search: parameter.kind could be 1, which is no choice now"):
+        Study(reordered("y", "x", "new", None, True), path, ABOUT)  # True is not 1
+    assert read_study(path).header["space"][0]["choices"] == ["y", "x", "new", None, 1]
+
+
+def test_a_search_learns_from_one_of_another_order(tmp_path: Path) -> None:
+    study_file(tmp_path / "study.jsonl")
+    here, there = (
+        observations(tmp_path / "study.jsonl", s, "maximize") for s in (SPACE, reordered("y", None, "x").space)
+    )
+    assert [o.value for o in here] == [o.value for o in there]
+    names = [SPACE.params(o.point) for o in here]
+    assert names == [reordered("y", None, "x").space.params(o.point) for o in there]
+
+
 @contextlib.contextmanager
 def room_for(count: int, path: Path) -> Iterator[None]:
     """No file of this process may become larger than that at `path` and `count` bytes."""

@@ -278,6 +278,51 @@ def test_what_cannot_be_searched_is_refused(line, says):
         read_params({}, [line])
 
 
+@pytest.mark.parametrize(
+    ("value", "instead"),
+    [
+        ("choice(null,1)", "x=null,1"),
+        ("choice(1, 2, null)", "x=1,2,null"),
+        ("shuffle(choice(null,a))", "x=null,1"),
+        ("sort(null,1)", "x=null,1"),
+    ],
+)
+@pytest.mark.parametrize("place", ["conf", "command line"])
+def test_a_null_in_a_function_of_hydras_has_a_remedy(value, instead, place):
+    given = ({"x": value}, []) if place == "conf" else ({}, [f"x={value}"])
+    with pytest.raises(SearchError, match=re.escape(f"x={value}: Hydra's functions take no null; list")) as caught:
+        read_params(*given)
+    assert str(caught.value).endswith(f": {instead}")
+    assert None in read_params({}, [instead]).axes[0].choices
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("hydra.sweeper.sampler.seed=3", "hydra.sweeper.sampler={'seed': 3} is a key of Optuna's sweeper"),
+        (
+            "+hydra.sweeper.sampler._target_=optuna.samplers.TPESampler",
+            "n_initial_points and xi are hydra.sweeper.seed",
+        ),
+        ("hydra.sweeper.storage=sqlite:///a.db", "leave it out; the file of trials is hydra.sweeper.study"),
+        ("hydra.sweeper.study_name=mine", "leave it out; the file of trials is hydra.sweeper.study"),
+        ("hydra.sweeper.search_space=x", "what is searched is hydra.sweeper.params"),
+    ],
+)
+def test_keys_of_optunas_sweeper_are_refused_with_ours(sweep, tmp_path, given, says):
+    code, printed = sweep(*XY, given)
+    assert code == 1
+    assert says in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "out" / "study.jsonl").exists()
+
+
+def test_keys_of_optunas_sweeper_that_say_nothing_are_let_be(sweep):
+    """As copied from a file of it."""
+    code, _ = sweep(*XY, "hydra.sweeper.storage=null", "hydra.sweeper.study_name=null", n_trials=1)
+    assert code == 0
+
+
 def test_hydra_says_what_it_cannot_read():
     with pytest.raises(OverrideParseException, match="missing a required argument: 'end'"):
         read_params({"x": "interval(0)"}, [])
@@ -562,6 +607,21 @@ def test_a_study_of_another_search_is_left_alone(sweep, tmp_path, in_one_process
     assert says in printed
     assert "Traceback" not in printed
     assert (tmp_path / "out" / "study.jsonl").read_bytes() == before
+
+
+def test_the_order_of_choices_and_parameters_means_nothing_and_a_choice_may_grow(sweep, tmp_path):
+    assert sweep("x=interval(0,1)", "kind=choice(b,a)", n_trials=3)[0] == 0
+    first = [(row["x"], row["kind"], row["value"]) for row in rows(tmp_path / "out")]
+    code, printed = sweep("kind=choice(c,a,b)", "x=interval(0,1)", n_trials=6)
+    assert code == 0, printed
+    grown = rows(tmp_path / "out")
+    assert [(row["x"], row["kind"], row["value"]) for row in grown[:3]] == first
+    code, printed = sweep("x=interval(0,1)", "kind=choice(a,b,c)", n_trials=7)  # and again, whatever was tried of c
+    assert code == 0, printed
+    assert len(rows(tmp_path / "out")) == 7
+    code, printed = sweep("x=interval(0,1)", "kind=choice(a,b)", n_trials=8)
+    assert code == 1
+    assert "belongs to another search: parameter.kind could be 'c', which is no choice now" in printed
 
 
 def test_a_file_that_is_no_study_is_left_alone(sweep, tmp_path):

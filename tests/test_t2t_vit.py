@@ -503,7 +503,7 @@ def test_an_edited_folder_is_refused(damage: Damage, message: str, tmp_path: Pat
     mdc.save(make(), tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     config = json.loads(path.read_text())
-    damage(config["constructor"])
+    damage(config["model_args"]["constructor"])
     path.write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=message):
         mdc.load(tmp_path / "m")

@@ -343,6 +343,11 @@ def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeyp
             "there is no setting 'epochs'; did you mean distillation.epochs or dense.epochs",
         ),
         ("logger=wanb", "logger='wanb' is none of csv, none, tensorboard, wandb, wandb_offline"),
+        (
+            "dense.epochs=choice(null,1)",
+            "'dense.epochs=choice(null,1)': Hydra's functions take no null; list the values",
+        ),
+        ("hydra/sweeper/sampler=tpe", "'hydra/sweeper/sampler=tpe' is of Optuna's sweeper; leave it out"),
         ("budget", "'budget' gives no value; write budget=VALUE"),
         ("xyzzy=1", "there is no setting 'xyzzy'; mdc train --cfg job shows all of them"),
         ("~logger.csw=1", "there is no setting 'logger.csw'; did you mean logger.csv? mdc train"),

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import is_model_in_modules
 from torch import nn
 
 import lightning_mdc as mdc
@@ -39,13 +38,19 @@ KINDS = (
     "vit_small_plus_patch16_dinov3_qkvb",
     "t2t_vit_7",
     "t2t_vit_t_14",
+    "swin_tiny_patch4_window7_224",
+    "swin_s3_tiny_224",  # windows of two sizes
+    "swinv2_tiny_window8_256",
+    "beit_base_patch16_224",
+    "vit_relpos_small_patch16_rpn_224",
+    "vit_srelpos_small_patch16_224",  # all blocks share a bias
+    "pit_ti_distilled_224",
 )
 
 
 @pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
 def test_a_name_is_pruned_in_its_dimensions_and_comes_back(name: str, tmp_path: Path) -> None:
-    options = {} if is_model_in_modules(name, ["eva"]) else {"weight_init": "skip"}  # Eva knows no such option
-    row, model = ROWS[name], timm_names.create(name, **options)
+    row, model = ROWS[name], timm_names.create(name)
     anatomy = find_anatomy(model)
     assert set(row["dimensions"].split()) <= set(anatomy.dimensions)
     assert mdc.macs(model) == int(row["macs"])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.tracking import RunInfo, Tracker, Trackers, contents
 from lightning_mdc.app.tracking.contents import published
 from lightning_mdc.app.tracking.tracker import Model, Shown
+from lightning_mdc.app.tracking.wandb_tracker import _NOT_IN_ARTIFACT, WandbTracker, _accepted
 from lightning_mdc.errors import ConfigError
 from lightning_mdc.figures.charts import Chart
 from lightning_mdc.figures.items import Histogram, Numbers, Picture, Summary, Table
@@ -521,6 +523,33 @@ def test_wrong_settings_are_refused_before_anything_is_trained(overrides, words,
     monkeypatch.setattr(steps, "train", lambda *_, **__: pytest.fail("trained before it was refused"))
     with pytest.raises(ConfigError, match=words):
         pipeline.run(settings(tmp_path, *overrides))
+
+
+@pytest.mark.usefixtures("recorder")  # for its caplog
+def test_names_that_wandb_would_refuse_are_cut_and_cleaned_and_that_is_said_once(tmp_path, monkeypatch, caplog):
+    import wandb
+
+    opened, run = [], SimpleNamespace(settings=SimpleNamespace(mode="disabled"))
+    monkeypatch.setattr(wandb, "init", lambda **given: opened.append(given) or run)
+    monkeypatch.setattr(wandb, "setup", lambda *_: None)
+    for ending in "aab":
+        tracker = WandbTracker(project="my: photos?", mode="offline")
+        tracker.start(RunInfo(tmp_path, "x" * 200 + ending, "y" * 200 + ending, "trial", {"name": "my photos"}))
+    assert all(len(given[key]) <= 128 for given in opened for key in ("name", "group", "project"))
+    assert len({given["group"] for given in opened}) == len({given["name"] for given in opened}) == 2
+    assert {given["project"] for given in opened} == {"my- photos-"}
+    wandb.Settings(project=opened[0]["project"])  # which refuses characters by itself
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("wandb takes no")]
+    assert len(said) == len(set(said)) == 5  # two groups, two names, a project
+
+
+@pytest.mark.parametrize("name", ["my photos", "Größe/2: ä", "n" * 300, "fine-name_1.0"])
+def test_a_model_of_any_name_becomes_an_artifact(name):
+    import wandb
+
+    taken = _accepted("artifact", f"{name}-dense", _NOT_IN_ARTIFACT)
+    assert wandb.Artifact(taken, type="model").name == taken
+    assert (taken == f"{name}-dense") == (name == "fine-name_1.0")
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -3,8 +3,10 @@
 import atexit
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import sys
 from contextlib import ExitStack
 from functools import cache
@@ -14,10 +16,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_mdc as mdc
-from lightning_mdc.app import fingerprints, pipeline, steps, trainer
+from lightning_mdc.app import fingerprints, pipeline, steps, sweep, trainer
 from lightning_mdc.app.main import main
+from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.settings import plain
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.trainer import fsdp, num_processes
@@ -145,9 +149,12 @@ def test_finetuning_trains_in_training_mode_from_the_slim_weights(finished):
     other = mdc.load(finished / "finetuned/seed1")
     for name, tensor in slim.state_dict().items():
         assert tensor.shape == tuned.state_dict()[name].shape
-    weights = [model.blocks[0].mlp.fc1.weight for model in (slim, tuned, other)]
-    assert 0 < (weights[0] - weights[1]).abs().max() < 0.1
-    assert not torch.equal(weights[1], weights[2])
+    start, *ends = (model.blocks[0].mlp.fc1.weight for model in (slim, tuned, other))
+    for seed, end in enumerate(ends):  # what training does not make better is left as it was
+        training = RunFolder(finished).record(f"finetuned/seed{seed}/training")
+        moved = float((end - start).detach().abs().max())
+        assert 0 < moved < 0.1 if training["after"] > training["before"] else moved == 0
+    assert not torch.equal(ends[0], ends[1]) or torch.equal(start, ends[0])
 
 
 def test_results_are_those_of_the_saved_models(finished):
@@ -388,7 +395,8 @@ def test_what_removed_units_did_is_given_back_unless_told_not_to(copied, caplog,
     moments = Moments.load(copied / "moments.safetensors")
     assert moments.images == 32
     again = mdc.load(copied / "slim").state_dict()
-    wanted = cut(compensate="lstsq", moments=moments)
+    run = sweep.prepared(settings(copied.parent.parent, f"resume={copied}", *short))
+    wanted = cut(compensate="sequential", batches=steps.calibration_batches(run))
     assert all(torch.equal(again[key], value) for key, value in wanted.items())
     assert all(torch.equal(again[key], value) for key, value in before.state_dict().items())
     dense = mdc.load(copied / "dense").state_dict()
@@ -434,6 +442,47 @@ def test_a_checkpoint_in_mid_epoch_is_gone_on_from(tmp_path, monkeypatch, caplog
     folder = pipeline.run({**chosen, "resume": True}).path
     assert any("going on from" in record.message for record in caplog.records)
     assert (folder / "dense").exists()
+
+
+@pytest.mark.parametrize(("method", "call", "steps_done"), [("training_step", 2, 2), ("validation_step", 1, 8)])
+def test_a_training_that_is_told_to_end_loses_no_step(tmp_path, monkeypatch, method, call, steps_done):
+    """SIGTERM in the first epoch, as of a cluster that takes its machine back; no checkpoint every few minutes."""
+    chosen = ("stage=dense", "dense.epochs=2", "data.batch_size=8", "data.augment=false")
+    chosen = (*chosen, "trainer.check_val_every_n_epoch=1")
+    whole = pipeline.run(settings(tmp_path / "whole", *chosen)).path
+    step, calls = getattr(DistillationModule, method), []
+
+    def stopped(self, batch, index):
+        if not self.trainer.sanity_checking:
+            calls.append(index)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(DistillationModule, method, stopped)
+    with pytest.raises(SIGTERMException):
+        pipeline.run(settings(tmp_path, *chosen))
+    monkeypatch.setattr(DistillationModule, method, step)
+    (path,) = tmp_path.glob("tiny/*/checkpoints/*/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (0, steps_done)
+    folder = pipeline.run({**settings(tmp_path, *chosen), "resume": True}).path
+    expected, resumed = (mdc.load(place / "dense").state_dict() for place in (whole, folder))
+    for name, value in expected.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
+def test_a_training_that_fails_leaves_no_weights_to_go_on_from(tmp_path, monkeypatch):
+    def failed(self, batch, index):
+        if index == 2:
+            raise RuntimeError("NaN")
+        return step(self, batch, index)
+
+    step = DistillationModule.training_step
+    monkeypatch.setattr(DistillationModule, "training_step", failed)
+    with pytest.raises(RuntimeError, match="NaN"):
+        pipeline.run(settings(tmp_path, "stage=dense", "dense.epochs=2", "data.batch_size=8"))
+    assert not [*tmp_path.glob("tiny/*/checkpoints/*/last.ckpt")]
 
 
 def test_every_block_of_a_slim_model_is_a_shard(finished):
@@ -583,7 +632,7 @@ WRONG = [
     ("surgery.token_score=looks", MdcError, "score='looks'"),
     ("surgery.restore=maybe", ConfigError, "surgery.restore='maybe'"),
     (("stage=slim", "surgery.reduction=melt"), MdcError, "reduction='melt' is unknown; known are drop, fuse"),
-    ("surgery.compensate=all", ConfigError, "surgery.compensate='all': expected one of none, lstsq"),
+    ("surgery.compensate=all", ConfigError, "surgery.compensate='all': expected one of none, lstsq, sequential"),
     (("surgery.compensate=lstsq", "+model.args.scale_mlp_norm=true"), MdcError, r"blocks\.0\.mlp\.norm"),
     ("dense.epochs=0", ConfigError, "leaves the model untrained"),
     ("dense.epochs=-1", ConfigError, "dense.epochs=-1"),

@@ -26,6 +26,8 @@ class MdcGpEiConf:
     """The settings of ``hydra/sweeper=mdc_gp_ei``."""
 
     _target_: str = "hydra_plugins.hydra_mdc_sweeper.mdc_sweeper.MdcGpEiSweeper"
+    # Nothing below is made by Hydra: a sampler of Optuna's would be, before it could be refused.
+    _recursive_: bool = False
     # What to search, in Hydra's sweep syntax; overrides on the command line add to it and replace.
     #   interval(0.1, 1)           a number            tag(log, interval(1e-5, 1e-2))   where ratios count
     #   int(interval(1, 8))        1, 2, ..., 8        range(1, 10, 2)                  1, 3, 5, 7, 9
@@ -57,3 +59,13 @@ class MdcGpEiConf:
     constraint: ConstraintConf | None = field(default_factory=ConstraintConf)
     # Dotted path of a function ``f(results, sweep_dir, config)`` to call after the last trial.
     on_end: str | None = None
+    # Of Optuna's sweeper: refused with what to write instead.
+    sampler: Any = field(default_factory=lambda: {"seed": None, "n_startup_trials": None})
+    # Likewise.
+    storage: Any = None
+    # Likewise.
+    study_name: Any = None
+    # Likewise.
+    search_space: Any = None
+    # Likewise.
+    custom_search_space: Any = None

@@ -18,12 +18,14 @@ from hydra.core.override_parser.types import (
     QuotedString,
     ValueType,
 )
+from hydra.errors import OverrideParseException
 
 from lightning_mdc.errors import SearchError
 from lightning_mdc.gp_ei.space import Axis
 
 _MOST_VALUES = 100_000
 _TAG, _QUOTES = re.compile(r"\btag\s*\("), re.compile(r"'[^']*'|\"[^\"]*\"")
+_NULL_IN_FUNCTION = re.compile(r"\b[a-z]+\(.*\bnull\b")
 _LIST_TAG = re.compile(r"x([1-9][0-9]*)")
 # What Hydra's grammar reads as this very text, if it is no word for something else.
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
@@ -117,7 +119,7 @@ def read_params(params: Mapping[str, Any], arguments: Sequence[str]) -> Params:
     """
     lines = [f"{key}={value if isinstance(value, str) else text(value)}" for key, value in params.items()]
     parameters: dict[str, Parameter] = {}
-    for override in OverridesParser.create().parse_overrides([*lines, *arguments]):
+    for override in _parsed([*lines, *arguments]):
         parameter = _parameter(override)
         parameters[parameter.name] = parameter
     all_params = Params(tuple(parameters.values()))
@@ -127,6 +129,26 @@ def read_params(params: Mapping[str, Any], arguments: Sequence[str]) -> Params:
             "command line, or to hydra.sweeper.params"
         )
     return all_params
+
+
+def _parsed(lines: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(lines))
+    except OverrideParseException as error:
+        if without_null(error.override) is None:
+            raise
+        raise SearchError(f"{error.override}: {without_null(error.override)}") from error
+
+
+def without_null(line: str) -> str | None:
+    """What to write instead of an override in which a function of Hydra's has a null, which Hydra refuses; None if it
+    has none."""
+    key, _, value = line.partition("=")
+    if not _NULL_IN_FUNCTION.search(value):
+        return None
+    choice = re.fullmatch(r"choice\((.*)\)", value.strip())
+    given = f"{key}={choice[1].replace(' ', '')}" if choice else f"{key}=null,1"
+    return f"Hydra's functions take no null; list the values without one: {given}"
 
 
 def text(value: Any) -> str:

@@ -34,6 +34,14 @@ from ._params import Params, read_params, text
 log = logging.getLogger(__name__)
 
 _STUDY = "study.jsonl"
+# What to write instead of keys of Optuna's sweeper.
+_INSTEAD = {
+    "sampler": "seed, n_initial_points and xi are hydra.sweeper.seed, .n_initial_points and .xi",
+    "storage": "the file of trials is hydra.sweeper.study",
+    "study_name": "the file of trials is hydra.sweeper.study",
+    "search_space": "what is searched is hydra.sweeper.params, in Hydra's sweep syntax",
+    "custom_search_space": "a search over what a function prices is hydra.sweeper.constraint.callable",
+}
 
 
 class SweepError(CompactHydraException, SearchError):
@@ -90,6 +98,7 @@ class Sweep:
             SweepError: see `SearchError` and `BudgetError`.
         """
         with _as_sweep_errors():
+            self._check_keys()
             n_trials = self.settings.n_trials
             check_whole("n_trials", n_trials, 1, SearchError)
             check_number("n_jobs", self.settings.n_jobs, "no more than n_trials", SearchError, least=1, most=n_trials)
@@ -150,6 +159,17 @@ class Sweep:
         return _results.results(study, self.params, self.folders)
 
     # --- before the first trial -----------------------------------------------------------------------------------
+
+    def _check_keys(self) -> None:
+        for key, instead in _INSTEAD.items():
+            value = getattr(self.settings, key)
+            if isinstance(value, dict):
+                value = {name: given for name, given in value.items() if given is not None}
+            if value:
+                raise SearchError(
+                    f"hydra.sweeper.{key}={value!r} is a key of Optuna's sweeper, which mdc_gp_ei has no use for: "
+                    f"leave it out; {instead}"
+                )
 
     def _checked_config(self) -> DictConfig:
         """The config of a trial, but for what is searched: that is as the app's config has it.

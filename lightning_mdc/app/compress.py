@@ -126,7 +126,7 @@ def build_network(given: Namespace) -> nn.Module:
     if folder.is_dir():
         _refuse(given, "a folder has its own weights", "checkpoint", "pretrained", "random_weights")
         config = read_json(folder / CONFIG)
-        if isinstance(config, dict) and "architecture" in config:  # timm's layout of the hub
+        if isinstance(config, dict) and "architecture" in config and "format" not in config:  # timm's, not ours
             return _created(given, f"local-dir:{folder}", pretrained=True)
         _refuse(given, "mdc.save has kept the sizes of the model", "num_classes", "img_size")
         return mdc.load(folder)

@@ -161,8 +161,7 @@ _STEPS = (
         "slim",
         (Output("slim/", "the slim model before finetuning"), Output("plan.json", "which units each block keeps")),
         needs=("dense", "score", "share", "search"),
-        settings=("surgery",),
-        uses_data=False,
+        settings=("seed", "calibration", "surgery"),
         on_all_ranks=False,
     ),
     Step(

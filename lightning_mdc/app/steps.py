@@ -54,9 +54,11 @@ from lightning_mdc.figures.numbers import percent, scaled
 from lightning_mdc.figures.search_items import trial_numbers
 from lightning_mdc.files import write_text
 from lightning_mdc.importance import Moments, Scores
+from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import DIMENSIONS, Plan, Policy
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
+from lightning_mdc.surgery import compensation
 
 log = logging.getLogger(__name__)
 
@@ -128,12 +130,17 @@ class Run:
         return {name: self.fingerprints[name] for name in names}
 
 
-def pruned(run: Run, model: nn.Module, policy: Policy) -> tuple[Plan, nn.Module]:
-    """(plan, slim model) that a policy comes to, with the scores and the compensation of the run."""
+def pruned(run: Run, model: nn.Module, policy: Policy, compensate: str) -> tuple[Plan, nn.Module]:
+    """(plan, slim model) that a policy comes to, with the scores of the run."""
     plan = mdc.make_plan(model, run.scores, policy, token_options(run.settings))
-    compensate = run.settings["surgery"]["compensate"]
-    moments = None if compensate == "none" else run.moments
-    return plan, mdc.slim(model, plan, compensate=compensate, moments=moments)
+    moments = run.moments if compensate == "lstsq" else None
+    batches = calibration_batches(run, share=False) if compensate == "sequential" else None
+    return plan, mdc.slim(model, plan, compensate, moments=moments, batches=batches)
+
+
+def compensation_of_trials(run: Run, model: nn.Module) -> str:
+    """How the slim model is compensated for where policies are tried."""
+    return compensation.compensation_of_trials(run.settings["surgery"]["compensate"], find_anatomy(model).all_units)
 
 
 def _moments_of(weights: str) -> str:
@@ -237,10 +244,11 @@ def search(run: Run) -> str:
 
 def slim(run: Run) -> str:
     """Decide which units stay and make the slim model; leaves ``plan.json`` and ``slim/``."""
-    model = run.model(run.weights)
-    plan, slim_model = pruned(run, model, Policy.load(run.output("search")))
+    model = run.model(run.weights).to(run.device)
+    policy = Policy.load(run.output("search"))
+    plan, slim_model = pruned(run, model, policy, run.settings["surgery"]["compensate"])
     write_text(run.folder / "plan.json", plan.to_json())
-    mdc.save(slim_model, run.output("slim"))
+    mdc.save(slim_model.cpu(), run.output("slim"))
     return (
         f"{mdc.macs(slim_model) / mdc.macs(model):.1%} of the MACs, "
         f"{num_params(slim_model) / num_params(model):.1%} of the parameters"
@@ -417,7 +425,7 @@ def search_for_policy(run: Run, model: nn.Module) -> SearchResult:
     if state.exists():
         log.info("  going on from %s", state)
     held_out = build.build_held_out(options, held_out_batches(run), model, run.device)
-    compensate = run.settings["surgery"]["compensate"]
+    compensate = compensation_of_trials(run, model)
     scores = run.scores if compensate == "none" else run.scores.with_moments(run.moments)
     result = mdc.search(
         model,
@@ -457,20 +465,22 @@ def held_out_batches(run: Run) -> DataLoader[Any]:
     return DataLoader(dataset, run.data.batch_size, num_workers=run.data.num_workers)
 
 
-def calibration_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of a seeded sample of the training images under the evaluation transforms, with labels."""
+def calibration_batches(run: Run, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    """A seeded sample of the training images under the evaluation transforms, with labels: all of it, or this rank's
+    `share`."""
+    first, step = (rank(), world_size()) if share else (0, 1)
     images, batch_size = run.settings["calibration"]["images"], run.settings["calibration"]["batch_size"]
     dataset = run.data.splits.calibration
     workers = run.data.num_workers
     if isinstance(dataset, IterableDataset):
-        wanted = -(-images // (batch_size * world_size()))
+        wanted = -(-images // (batch_size * step))
         return islice(iter(DataLoader(dataset, batch_size, num_workers=workers)), wanted)
     total = len(dataset)  # type: ignore[arg-type]
     order = np.random.default_rng(run.settings["seed"]).permutation(total)[:images].tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if len(batches) > 1 and 2 * len(batches[-1]) < batch_size:
         batches.pop()  # as `score` would, if it saw them all
-    return iter(DataLoader(dataset, batch_sampler=batches[rank() :: world_size()], num_workers=workers))
+    return iter(DataLoader(dataset, batch_sampler=batches[first::step], num_workers=workers))
 
 
 # --- testing ----------------------------------------------------------------------------------------------------------

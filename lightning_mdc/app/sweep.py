@@ -27,7 +27,7 @@ from lightning_mdc.app import build, pipeline, terminal, tracking
 from lightning_mdc.app.fingerprints import fingerprint_of, fingerprints
 from lightning_mdc.app.run_folder import RunFolder
 from lightning_mdc.app.settings import plain, token_options
-from lightning_mdc.app.steps import Run, held_out_batches, pruned
+from lightning_mdc.app.steps import Run, compensation_of_trials, held_out_batches, pruned
 from lightning_mdc.app.tracking import RunInfo, Trackers
 from lightning_mdc.app.tracking.contents import sweep_items, trial_items
 from lightning_mdc.app.trainer import num_processes
@@ -151,7 +151,7 @@ def trial(settings: build.Settings, folder: Path) -> float:
         policy = build.given_policy(settings, model)
         if policy is None:
             raise ConfigError("stage=trial judges a policy that is given; give policy.keep.heads=..., or policy.file")
-        _, slim_model = pruned(run, model, policy)
+        _, slim_model = pruned(run, model, policy, compensation_of_trials(run, model))
         held_out = build_held_out(run, model)
         value = held_out(slim_model)
         write_text(folder / "policy.json", policy.to_json())

@@ -117,6 +117,10 @@ def hint(arguments: Sequence[str], conf: Path) -> str | None:
     """
     words = [word for word in arguments if not word.startswith("-")]
     names = {word: word.lstrip("+~").partition("=")[0] for word in words}
+    if null := next((word for word in words if re.search(r"\b[a-z]+\(.*\bnull\b", word.partition("=")[2])), None):
+        return f"{null!r}: Hydra's functions take no null; list the values without one, as in {names[null]}=null,1"
+    if sampler := next((word for word in words if word.lstrip("+").startswith("hydra/sweeper/sampler")), None):
+        return f"{sampler!r} is of Optuna's sweeper; leave it out; hydra.sweeper.seed, .xi, .n_initial_points are ours"
     if missing := [word for word in words if "=" not in word and not word.startswith("~")]:
         return f"{missing[0]!r} gives no value; write {missing[0]}=VALUE"
     groups = {

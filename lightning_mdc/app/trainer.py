@@ -29,7 +29,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from safetensors import SafetensorError
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ def build_trainer(
     title: str,
     best: BestEpoch | None = None,
 ) -> L.Trainer:
-    """A Trainer that leaves ``last.ckpt`` in `checkpoints` after every epoch, and now and then in between.
+    """A Trainer that leaves ``last.ckpt`` in `checkpoints` after every epoch, now and then in between, and at SIGTERM.
 
     `options` are those of the training: ``epochs``, and ``ema_decay`` if it has one. With `best` the start is judged on
     all held-out images, too.
@@ -132,7 +132,7 @@ def build_trainer(
     minutes = settings["checkpoint_minutes"]
     keep: dict[str, Any] = {"dirpath": checkpoints, "filename": "last", "enable_version_counter": False}
     callbacks: list[Callback] = [
-        ModelCheckpoint(**keep, save_on_train_epoch_end=True),
+        _LastCheckpoint(**keep, save_on_train_epoch_end=True, save_on_exception=True),
         *([] if minutes is None else [ModelCheckpoint(**keep, train_time_interval=timedelta(minutes=minutes))]),
         _RandomState(),
         *([RichProgressBar()] if terminal else []),
@@ -303,6 +303,15 @@ class _RandomState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         set_rng_state(state_dict)
+
+
+class _LastCheckpoint(ModelCheckpoint):
+    """Saves at SIGTERM, too, at which Lightning ends all ranks between two steps; not after an error or Ctrl-C, which
+    come within one: what a loss of NaN has made of the weights is nothing to go on from."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            super().on_exception(trainer, pl_module, exception)
 
 
 class BestEpoch(ModelCheckpoint):

@@ -154,6 +154,8 @@ class CostModel:
 
     def flow(self, kept: Kept) -> list[BlockTokens]:
         """The tokens that each block sees."""
+        if self.anatomy.tokens_at is not None:
+            return [BlockTokens(before, None, after) for before, after in self.anatomy.tokens_at(self.size)]
         by_block = {drop.block: drop for drop in (*kept.drops, *self._built_in)}
         tokens: Any = np.float64(self.num_tokens)
         blocks = []

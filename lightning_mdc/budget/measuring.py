@@ -26,7 +26,7 @@ import numpy as np
 import timm
 import torch
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mdc.budget.cost_model import CostModel
 from lightning_mdc.budget.latency_table import (
@@ -42,7 +42,7 @@ from lightning_mdc.budget.latency_table import (
 from lightning_mdc.budget.timing import blank_images, settled_memory
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import BudgetError, check_number, check_whole
-from lightning_mdc.models import Anatomy, Block, Units, find_anatomy
+from lightning_mdc.models import Anatomy, Block, Units, find_anatomy, probing
 from lightning_mdc.models.swapping import cut_units, original_class
 from lightning_mdc.policy import TOKENS, Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.progress import bar
@@ -322,6 +322,14 @@ def _staged(anatomy: Anatomy, blocks: Sequence[Block], keep: float, tokens: Toke
     return staged
 
 
+def _what_reaches(module: nn.Module, anatomy: Anatomy, batch_size: int) -> Tensor:
+    """What a module is given while the model sees so many images."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), probing([(module.register_forward_pre_hook, lambda _, args: seen.append(args[0]))]):
+        anatomy.model(blank_images(anatomy.model, batch_size, anatomy.input_size))
+    return seen[0]
+
+
 class _Blocks:
     """Blocks of one kind, that of block `index`, cut to all widths of interest, with clocks at their seams."""
 
@@ -345,11 +353,9 @@ class _Blocks:
             blocks = [self._cut(original, [kept]) for kept in every[0]]
             # Each as the first stage of a model: it asks for nothing that happened before.
             self.stages = [_staged(anatomy, [block], _STAGE_KEEP, tokens).blocks[0] for block in blocks]
-        parameter = next(anatomy.model.parameters())
-        self.inputs = {
-            n: torch.randn(watch.batch_size, n, anatomy.dim, device=parameter.device, dtype=parameter.dtype)
-            for n in self.tokens
-        }
+        reaching = _what_reaches(original.module, anatomy, watch.batch_size)
+        shapes = {n: (watch.batch_size, n, anatomy.dim) if can_drop else reaching.shape for n in self.tokens}
+        self.inputs = {n: reaching.new_empty(shape).normal_() for n, shape in shapes.items()}
 
     def _cut(self, original: Block, widths: Sequence[int]) -> Block:
         """A copy with so many units in the first half, and the second if that is said."""

@@ -43,7 +43,7 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], num_
     stream of a slim block is smaller.
 
     Args:
-        student: per block (n, tokens, dim); blocks may have different numbers of tokens.
+        student: per block (n, tokens, dim), or (n, height, width, dim); blocks may have different numbers of tokens.
         teacher: per block (n, its tokens, dim).
         num_prefix_tokens: how many tokens at the front are prefix tokens, in both.
 
@@ -57,7 +57,7 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], num_
 
 def _normalised(hidden: Tensor, num_prefix_tokens: int) -> Tensor:
     hidden = at_least_float32(hidden)
-    compared = hidden[:, :num_prefix_tokens] if num_prefix_tokens else hidden.mean(dim=1)
+    compared = hidden[:, :num_prefix_tokens] if num_prefix_tokens else hidden.flatten(1, -2).mean(dim=1)
     return F.layer_norm(compared, compared.shape[-1:])
 
 

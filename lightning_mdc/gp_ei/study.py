@@ -218,6 +218,8 @@ class Study(StudyFile):
         _check_same_search(journal.path, found.header or self.header, self.header)
         if found.unreadable or found.is_torn:
             _mend(journal, found, self.header)
+        if found.header and found.header["space"] != self.header["space"]:  # in another order, or with more choices
+            self._write(self.header)
         vars(self).update(vars(found) | {"header": self.header})
         search.prior = tuple(
             Observation(search.space.point(params, anywhere=True), value) for params, value in found.prior
@@ -271,6 +273,10 @@ def _differences(before: Any, now: Any, where: str = "") -> list[str]:
         only = [f"its parameter {name!r} is not in this search" for name in sorted(set(before) - set(now))]
         only += [f"parameter {name!r} is not in it" for name in sorted(set(now) - set(before))]
         return only or _differences(before, now, "parameter")
+    if where.startswith("parameter.") and where.endswith(".choices") and before and now:
+        # Values by name, whatever their order; those that are new have not been tried yet.
+        gone = [choice for choice in before if json.dumps(choice) not in map(json.dumps, now)]
+        return [f"{where.removesuffix('.choices')} could be {choice!r}, which is no choice now" for choice in gone]
     return [] if before == now else [f"{where} was {before!r}, now {now!r}"]
 
 
@@ -310,7 +316,7 @@ def _add(record: dict[str, Any], study: StudyFile, space: Space | None) -> None:
         study.metadata |= record["metadata"]
     elif "asked" in record:
         number, cost, improvement = record["asked"], record["cost"], record["improvement"]
-        if space is not None and study.header and study.header["space"] == space.describe():
+        if space is not None and study.header and not _differences(study.header["space"], space.describe(), "space"):
             space.point(record["params"])  # of another space everything is: that is said once, by the header
         if not isinstance(number, int) or number < 0 or number in study.by_number:
             raise ValueError(f"trial number {number!r}")
@@ -396,7 +402,7 @@ def observations(
             f"{called} was to {study.header['direction']}, this search is to {direction}: its values mean the opposite"
         )
     known, axes = [axis["name"] for axis in study.header["space"]], [axis.name for axis in space.axes]
-    if known != axes:
+    if sorted(known) != sorted(axes):
         raise SearchError(
             f"{called} searched {len(known)} parameters ({', '.join(known[:3])}, ...), this one {len(axes)} "
             f"({', '.join(axes[:3])}, ...); use the same dimensions and groups"

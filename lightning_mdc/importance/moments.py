@@ -163,7 +163,7 @@ class MomentSums:
         self._prefix = anatomy.num_prefix_tokens
         self._blocks = {name: len(anatomy.units(name)) for name in UNIT_DIMENSIONS}
         self._sums = {
-            (units.dimension, units.block): _Sum(units.reader.weight)
+            (units.dimension, units.block): MomentSum(units.reader.weight.shape[1], units.reader.weight)
             for units in anatomy.all_units
             if units.dimension in dimensions
         }
@@ -171,7 +171,7 @@ class MomentSums:
 
     def add(self, units: Units, x: Tensor) -> None:
         """Count in what a reader is given: (..., tokens, channels)."""
-        self._sums[units.dimension, units.block].add(self._some(x))
+        self._sums[units.dimension, units.block].add(drawn_rows(x, self._prefix, self.tokens, self._draw))
 
     def sum_over_ranks(self) -> None:
         """From here on they are of what all ranks have seen; one that saw nothing adds nothing."""
@@ -203,26 +203,31 @@ class MomentSums:
         }
         return Moments(ByDimension(layers), images)
 
-    def _some(self, x: Tensor) -> Tensor:
-        """The rows that count, (rows, channels)."""
-        rows, patches = x.flatten(0, -2), x.shape[-2] - self._prefix
-        if self.tokens is None or patches <= self.tokens:
-            return rows
-        images = len(rows) // x.shape[-2]
-        drawn = torch.rand(images, patches, generator=self._draw).topk(self.tokens).indices + self._prefix
-        tokens = torch.cat([torch.arange(self._prefix).expand(images, -1), drawn], dim=1)
-        starts = x.shape[-2] * torch.arange(images)[:, None]
-        return rows.index_select(0, (starts + tokens).flatten().to(rows.device))
+
+def drawn_rows(x: Tensor, prefix: int, tokens: int | None, draw: torch.Generator) -> Tensor:
+    """Rows of x (..., tokens, channels) that moments are of, (rows, channels): of each image the `prefix` tokens, and
+    so many of the others; None: all."""
+    rows, patches = x.flatten(0, -2), x.shape[-2] - prefix
+    if tokens is None or patches <= tokens:
+        return rows
+    images = len(rows) // x.shape[-2]
+    drawn = torch.rand(images, patches, generator=draw).topk(tokens).indices + prefix
+    drawn = torch.cat([torch.arange(prefix).expand(images, -1), drawn], dim=1)
+    starts = x.shape[-2] * torch.arange(images)[:, None]
+    return rows.index_select(0, (starts + drawn).flatten().to(rows.device))
 
 
-class _Sum:
-    """Moments of one layer. Of `scatter` only the part from the panels on the diagonal to the right is kept up."""
+class MomentSum:
+    """Moments of rows of so many channels, summed in the precision of `like` or fp32, where it is.
 
-    def __init__(self, weight: Tensor) -> None:
-        channels, dtype = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
+    Of `scatter` only the part from the panels on the diagonal to the right is kept up.
+    """
+
+    def __init__(self, channels: int, like: Tensor) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
         self.rows = torch.zeros((), dtype=torch.int64)
-        self.mean = torch.zeros(channels, dtype=dtype, device=weight.device)
-        self.scatter = torch.zeros(channels, channels, dtype=dtype, device=weight.device)
+        self.mean = torch.zeros(channels, dtype=dtype, device=like.device)
+        self.scatter = torch.zeros(channels, channels, dtype=dtype, device=like.device)
 
     def add(self, z: Tensor) -> None:
         for part in z.split(_ROWS_AT_ONCE):

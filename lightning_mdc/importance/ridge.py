@@ -17,3 +17,11 @@ def ridge_cholesky(symmetric: Tensor, ridge: float) -> Tensor:
         lowest = float(torch.linalg.eigvalsh(symmetric)[0])
         factor = torch.linalg.cholesky(symmetric - 2 * lowest * identity)
     return factor
+
+
+def ridge_weights(xx: Tensor, xy: Tensor, ridge: float) -> Tensor:
+    """Weights (n, m) with which x best gives y, for second moments `xx` (n, n) and `xy` (n, m); 0 without a ridge: then
+    nothing varies."""
+    if not len(xx) or not ridge > 0:
+        return torch.zeros_like(xy)
+    return torch.cholesky_solve(xy, ridge_cholesky(xx, ridge))

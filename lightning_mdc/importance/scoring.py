@@ -159,6 +159,7 @@ class Scorer:
         self.groups = dict(self._groups())
         self._pass = _Pass()
         self._two_passes = False
+        self._images = 0  # of the batch at hand
 
     def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
         for dimension in self.dimensions:
@@ -204,6 +205,7 @@ class Scorer:
                 f"a batch of {images} images: criterion={self.criterion.name!r} needs at least {self.needs.images} in "
                 "each; raise the batch size"
             )
+        self._images = images
         with torch.set_grad_enabled(self.needs.gradients):
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
@@ -302,12 +304,14 @@ class Scorer:
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 
     def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        (x,) = args  # (images, tokens, channels)
+        (given,) = args
+        # (images, tokens, channels), in whatever windows they are seen
+        x = given.unflatten(0, (self._images, -1)).flatten(1, 2) if units.in_windows else given
         if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
             with torch.no_grad(), _exactly(x):
                 self._moments.add(units, x)
         gated = self._see(name, x.unflatten(-1, (units.count, units.width)))
-        return None if gated is None else (gated.flatten(-2),)
+        return None if gated is None else (gated.flatten(-2).reshape(given.shape),)
 
     def _see_values(self, name: str, at: Channels, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         prefix = self.anatomy.num_prefix_tokens

@@ -16,6 +16,10 @@ from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_eva import TimmEva
+from lightning_mdc.models.timm_hub import mdc_model
+from lightning_mdc.models.timm_pit import TimmPiT
+from lightning_mdc.models.timm_relpos import TimmRelPos
+from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "find_model",
     "is_compiled",
     "is_masked",
+    "mdc_model",
     "probing",
     "put_in_place",
     "register",
@@ -54,6 +59,9 @@ def register(family: F) -> F:
 
 
 register(TimmEva())
+register(TimmPiT())
+register(TimmRelPos())
+register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
 register(HfViT())

@@ -7,7 +7,7 @@ count them, and none of these knows what the module around them is called.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,8 @@ class Units:
             them, and refitted to make up for those that leave.
         macs: (units kept, tokens that their half of the block sees) -> MACs.
         after_point: whether they see the tokens that are left behind the token point, as the second half does.
+        in_windows: whether `reader` sees the windows of an image as rows of their own, those of one image one after
+            another.
         norm: a normalisation over the units' channels, by name and class, for messages; None if there is none.
         behaviours: of modules that cannot do with fewer units by themselves.
     """
@@ -114,6 +116,7 @@ class Units:
     reader: nn.Linear
     macs: Macs
     after_point: bool = False
+    in_windows: bool = False
     norm: str | None = None
     behaviours: tuple[Behaviour, ...] = ()
 
@@ -220,10 +223,17 @@ class Family(ABC):
         """
         raise ArtifactError(f"the family {self.name!r} does not say how its models are built")
 
-    def complete(self, model: Any) -> None:
-        """Compute, on the CPU and in place, what no file holds (rotary tables) of a model that was built on the meta
-        device and has its weights by now."""
-        return
+    def complete(self, model: Any, again: Callable[[], nn.Module]) -> None:
+        """Put in place, on the CPU, what no file holds (tables of positions) of a model that was built on the meta
+        device and has its weights by now. `again` makes another like it, with fresh weights, on the CPU."""
+        missing = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+        if not missing:
+            return
+        buffers, dtype = dict(again().named_buffers()), next(model.parameters()).dtype
+        for name in missing:
+            owner, _, attribute = name.rpartition(".")
+            buffer = buffers[name].to(dtype) if buffers[name].is_floating_point() else buffers[name]
+            setattr(model.get_submodule(owner), attribute, buffer)
 
     def check_spec(self, spec: Mapping[str, Any], tensors: Collection[str]) -> None:
         """Refuse, before anything is built, a `spec` whose model would not have the `tensors` of these names.
@@ -260,13 +270,15 @@ class Anatomy:
         name: class name, for messages.
         family: that said so.
         blocks: in order of execution.
-        dim: width of the residual stream.
+        dim: width of the residual stream; where stages differ, of the last.
         num_prefix_tokens: class, distillation and register tokens at the front; they never leave.
         class_rows: rows of the tokens the classifier reads; empty when it pools over all tokens.
         grid: (height, width) in patches at the model's own input size.
         input_size: (channels, height, width) of the model's own input.
         grid_of: input (height, width) in pixels -> grid in patches.
         fixed_macs: (input (height, width), tokens at the end) -> MACs outside the blocks.
+        tokens_at: input (height, width) -> tokens that the halves of each block see, where not all see the same and
+            none can leave: stages of another resolution, windows that are padded. None: what the first block sees.
         reader: mixin for the model's class while tokens leave inside it, whose methods replace those that go through
             its blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
         tower: the part that gets the `reader`, where that only begins a loop of the library's own over the blocks:
@@ -288,6 +300,7 @@ class Anatomy:
     input_size: tuple[int, int, int]
     grid_of: Callable[[tuple[int, int]], tuple[int, int]]
     fixed_macs: Callable[[tuple[int, int], Any], Any]
+    tokens_at: Callable[[tuple[int, int]], Sequence[tuple[int, int]]] | None = None
     reader: type | None = None
     tower: nn.Module | None = None
     no_tokens: str | None = None

@@ -180,15 +180,6 @@ class HfViT(Family):
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
         return build(spec, _PACKAGES)
 
-    def complete(self, model: Any) -> None:
-        tower: Any = _tower(model)
-        if hasattr(tower, "rope_embeddings"):
-            rope = tower.rope_embeddings
-            rope.inv_freq = type(rope)(rope.config).inv_freq
-        elif hasattr(tower.embeddings, "position_ids"):
-            embeddings = tower.embeddings
-            embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
-
 
 def _package(module: nn.Module, packages: Mapping[str, str]) -> str:
     """Of a class that is known."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from timm import layers
 from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers import activations as timm_activations
@@ -86,8 +87,7 @@ def describe(
         "glu_gate_last": bool(getattr(mlp, "gate_last", False)),
         "norm": norm_spec(block.norm1, "blocks.0.norm1"),
         "embed_norm": None if isinstance(embed_norm, nn.Identity) else norm_spec(embed_norm, "patch_embed.norm"),
-        "act": {"class": name_of(_ACTIVATIONS, mlp.act, "blocks.0.mlp.act")}
-        | ({"approximate": mlp.act.approximate} if hasattr(mlp.act, "approximate") else {}),
+        "act": act_spec(mlp.act, "blocks.0.mlp.act"),
         "gated": getattr(attn, "gate", None) is not None,
         "head_dim": attn.head_dim * (2 if attention == "DiffAttention" else 1),  # of v; its q and k are pairs
         "args": {
@@ -180,8 +180,8 @@ def build(spec: Mapping[str, Any], models: Mapping[str, Any] = _MODELS) -> Visio
         mlp_layer=mlp,
         norm_layer=norm,
         embed_norm_layer=None if spec["embed_norm"] is None else norm_from(spec["embed_norm"]),
-        act_layer=_act_from(spec["act"]),
-        weight_init="skip",
+        act_layer=act_from(spec["act"]),
+        weight_init="skip" if torch.get_default_device().type == "meta" else "",
     )
     if spec["gated"] or spec["head_dim"] * args["num_heads"] != args["embed_dim"]:
         # The model's constructor has no way to say these, its attention's has.
@@ -215,11 +215,11 @@ def check_spec(spec: Mapping[str, Any], tensors: Collection[str]) -> None:
         check_stem(spec["stem"], sum(name.startswith("patch_embed.") for name in tensors))
 
 
-def check_depth(depth: int, tensors: Collection[str]) -> None:
-    """Refuse, with an `ArtifactError`, a depth that the `tensors` of these names do not have."""
-    blocks = {match[0] for name in tensors if (match := re.match(r"blocks\.\d+\.", name))}
-    if depth != len(blocks):
-        raise ArtifactError(f"depth={depth!r} does not fit the {len(blocks)} blocks that there are weights of")
+def check_depth(depth: int, tensors: Collection[str], blocks: str = r"blocks\.\d+\.") -> None:
+    """Refuse, with an `ArtifactError`, another depth than there are different `blocks` (a pattern) among `tensors`."""
+    found = {match[0] for name in tensors if (match := re.match(blocks, name))}
+    if depth != len(found):
+        raise ArtifactError(f"depth={depth!r} does not fit the {len(found)} blocks that there are weights of")
 
 
 _FIELDS = {"class", "block", "stem", "attn", "mlp", "glu_gate_last", "norm", "embed_norm", "act", "gated", "head_dim"}
@@ -227,6 +227,7 @@ _FIELDS = {"class", "block", "stem", "attn", "mlp", "glu_gate_last", "norm", "em
 
 def _check_fields(spec: Mapping[str, Any]) -> None:
     check_args(spec, _FIELDS, _ARG_TYPES)
+    check_positive(spec["args"], "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
     if type(spec["head_dim"]) is not int or not 0 < spec["head_dim"] <= 65536:
         raise ArtifactError(f"constructor field head_dim={spec['head_dim']!r} is out of range")
     if spec["stem"] is not None:
@@ -237,22 +238,28 @@ def _check_fields(spec: Mapping[str, Any]) -> None:
 
 
 def check_args(spec: Mapping[str, Any], fields: Collection[str], types: Mapping[str, tuple[type, ...]]) -> None:
-    """Refuse, with an `ArtifactError`, a spec of other `fields`, and arguments of other JSON types or out of range."""
-    args: Any = spec.get("args")
-    if set(spec) != {*fields, "args"} or not isinstance(args, dict) or set(args) != set(types):
+    """Refuse a spec that has not just `fields` and `args`, and these of `types`, rates from 0 to 1.
+
+    Raises:
+        ArtifactError: it has not; names the first that is wrong.
+    """
+    if set(spec) != {*fields, "args"} or not isinstance(spec["args"], dict) or set(spec["args"]) != set(types):
         raise ArtifactError("the constructor's fields are not those this version writes")
-    for name, value in args.items():
+    for name, value in spec["args"].items():
         # bool is an int to Python, not to us
         if not isinstance(value, types[name]) or (isinstance(value, bool) and bool not in types[name]):
             raise ArtifactError(f"constructor argument {name}={value!r} has the wrong type")
-        if name.endswith("_rate") and not 0 <= args[name] < 1:
+        if name.endswith("_rate") and not 0 <= spec["args"][name] < 1:
             raise ArtifactError(f"constructor argument {name}={value!r} is no rate in [0, 1)")
-    for name in ("img_size", "patch_size"):
-        if len(args[name]) != 2 or not all(type(side) is int and 0 < side <= 65536 for side in args[name]):
-            raise ArtifactError(f"constructor argument {name}={args[name]!r}: expected two positive sizes")
-    for name in ("in_chans", "embed_dim", "depth", "num_heads"):
-        if not 0 < args[name] <= 65536:
-            raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range")
+
+
+def check_positive(args: Mapping[str, Any], *names: str) -> None:
+    """Refuse, with an `ArtifactError`, sizes and counts that are none; those of images and patches come in pairs."""
+    for name in names:
+        numbers = args[name] if isinstance(args[name], list) else [args[name]]
+        is_pair = len(numbers) == 2 or name not in ("img_size", "patch_size")
+        if not is_pair or not all(type(number) is int and 0 < number <= 65536 for number in numbers):
+            raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range: expected positive sizes")
 
 
 def one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:
@@ -280,10 +287,18 @@ def look_up(table: Mapping[str, Any], name: Any, field: str) -> Any:
 
 
 def norm_spec(norm: Any, where: str) -> dict[str, Any]:
+    """A known norm, JSON-ready; an `ArtifactError` that says `where` if it is another."""
     return {"class": name_of(NORMS, norm, where), "eps": float(norm.eps)}
 
 
-def _act_from(spec: Any) -> Any:
+def act_spec(act: Any, where: str) -> dict[str, Any]:
+    """A known activation, JSON-ready; an `ArtifactError` that says `where` if it is another."""
+    approximate = {"approximate": act.approximate} if hasattr(act, "approximate") else {}
+    return {"class": name_of(_ACTIVATIONS, act, where)} | approximate
+
+
+def act_from(spec: Any) -> Any:
+    """What makes the activation of an `act_spec`."""
     approximate = isinstance(spec, dict) and spec.get("approximate", "none")
     if not isinstance(spec, dict) or set(spec) - {"approximate"} != {"class"} or approximate not in ("none", "tanh"):
         raise ArtifactError(f"constructor act {spec!r:.80}: expected a class, and approximate 'none' or 'tanh'")
@@ -292,6 +307,7 @@ def _act_from(spec: Any) -> Any:
 
 
 def norm_from(spec: Any) -> Any:
+    """What makes norms of a `norm_spec`, given their width."""
     if not isinstance(spec, dict) or set(spec) != {"class", "eps"} or not isinstance(spec["eps"], float):
         raise ArtifactError(f"constructor norm {spec!r:.80}: expected class and eps")
     if not 0 < spec["eps"] < 1:

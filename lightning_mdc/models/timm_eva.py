@@ -6,7 +6,7 @@ Two classes of attention, rotary positions or none, grouped queries. What of its
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.timm_constructor import (
     check_args,
     check_depth,
+    check_positive,
     in_chans,
     look_up,
     name_of,
@@ -89,7 +90,7 @@ class TimmEva(TimmVisionTransformer):
         args = {name: tuple(value) if isinstance(value, list) else value for name, value in spec["args"].items()}
         return Eva(**args, norm_layer=norm_from(spec["norm"]))
 
-    def complete(self, model: Any) -> None:
+    def complete(self, model: Any, again: Callable[[], nn.Module]) -> None:
         for block in model.blocks:
             if getattr(block.attn, "k_bias", None) is not None:  # always 0
                 block.attn.k_bias = torch.zeros_like(block.attn.q_bias)
@@ -437,6 +438,7 @@ def _rope_args(rope: Any, attn: Any) -> dict[str, Any]:
 def _check_fields(spec: Mapping[str, Any]) -> None:
     check_args(spec, {"norm"}, _ARG_TYPES)
     args = spec["args"]
+    check_positive(args, "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
     look_up(_ROPES, args["rope_type"], "rope_type")
     if args["img_size"][0] * args["img_size"][1] > _MOST_PATCHES * args["patch_size"][0] * args["patch_size"][1]:
         raise ArtifactError(f"constructor argument img_size={args['img_size']!r} is out of range")

@@ -63,18 +63,21 @@ class TimmVisionTransformer(Family):
 
     def accepts(self, module: nn.Module) -> bool:
         """Whether this is one of `models` whose forward is timm's own."""
-        return _computes_as(module, self.models, _WHOLE_MODEL_METHODS)
+        return computes_as(module, self.models, _WHOLE_MODEL_METHODS)
 
     def refusal(self, module: nn.Module) -> str | None:
         """The method of its own that makes one of `models` another model."""
         if not isinstance(module, self.models):
             return None
-        own = [name for name in _WHOLE_MODEL_METHODS if not _computes_as(module, self.models, (name,))]
+        own = [name for name in _WHOLE_MODEL_METHODS if not computes_as(module, self.models, (name,))]
         return f"its class overrides {', '.join(own)} of timm's {self.models[0].__name__}" if own else None
 
     def anatomy(self, model: Any) -> Anatomy:
         kind = self.block_kind(model)
-        blocks = _blocks(kind, model)
+        blocks = tuple(
+            block_of(kind, index, f"blocks.{index}", unwrap(block), model.embed_dim)
+            for index, block in enumerate(model.blocks)
+        )
         height, width = model.patch_embed.img_size
         distilled = isinstance(model, VisionTransformerDistilled)
         return Anatomy(
@@ -97,7 +100,7 @@ class TimmVisionTransformer(Family):
 
     def block_kind(self, model: Any) -> BlockKind:
         """What the blocks of `model` are."""
-        return BlockKind(TimmBlock, ResPostBlock, (layers.Attention,), _heads, _point, TimmReader)
+        return PLAIN
 
     def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
         """MACs of the patch embedding for images of that (height, width)."""
@@ -117,7 +120,7 @@ class TimmVisionTransformer(Family):
         return build(spec)
 
 
-def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
+def computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
     """Whether the module is of one of `kinds` and has its `methods`, none of its own."""
     return any(
         isinstance(module, kind)
@@ -129,12 +132,12 @@ def _computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str,
 _LINEARS = ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
 
 
-def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether the module computes what one of `kinds` does, on Linear layers that can be sliced."""
     children = (module._modules.get(name) for name in _LINEARS)
-    return _computes_as(module, kinds) and all(
+    return computes_as(module, kinds) and all(
         # no parametrisation, no torch.nn.utils.prune
-        child is None or (_computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
+        child is None or (computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
         for child in children
     )
 
@@ -162,14 +165,9 @@ class BlockKind:
     reader: type
 
 
-def _blocks(kind: BlockKind, model: Any) -> tuple[Block, ...]:
-    """The blocks of a model, each of that kind, or else one that loses nothing."""
-    return tuple(_block_of(kind, index, unwrap(block), model.embed_dim) for index, block in enumerate(model.blocks))
-
-
-def _block_of(kind: BlockKind, index: int, block: Any, dim: int) -> Block:
-    name = f"blocks.{index}"
-    if not _computes_as(block, (kind.pre_norm, kind.post_norm)):
+def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Block:
+    """What the block of that index and name is made of: of that kind, or else one that loses nothing."""
+    if not computes_as(block, (kind.pre_norm, kind.post_norm)):
         reason = (
             f"{name} is a {qualified_name(block)}, neither timm's {kind.pre_norm.__name__} nor "
             f"{kind.post_norm.__name__} (parallel, fused or its own)"
@@ -181,8 +179,8 @@ def _block_of(kind: BlockKind, index: int, block: Any, dim: int) -> Block:
     # MACs of either half, and where tokens can leave, in case no units stand for them.
     rest: list[Callable[[Any], Any] | None] = [None, None]
     point = None
-    pre_norm = _computes_as(block, (kind.pre_norm,))
-    if not _is_plain(block.attn, kind.attentions):
+    pre_norm = computes_as(block, (kind.pre_norm,))
+    if not is_plain(block.attn, kind.attentions):
         known = " or ".join(f"timm's {attention.__name__}" for attention in kind.attentions)
         reasons["heads"] = (
             f"{name}.attn is a {qualified_name(block.attn)}, not {known} with its own forward and Linears"
@@ -196,7 +194,7 @@ def _block_of(kind: BlockKind, index: int, block: Any, dim: int) -> Block:
             units["heads"] = attention
         else:
             reasons["heads"], rest[0] = why_not, partial(attention.macs, attention.count)
-    neurons = _neurons(index, f"{name}.mlp", block.mlp)
+    neurons = neurons_of(index, f"{name}.mlp", block.mlp)
     if isinstance(neurons, Units):
         units["neurons"] = neurons
     else:
@@ -238,9 +236,9 @@ def _point(block: Any, heads: Units) -> TokenPoint:
     return TokenPoint(TimmHalves, heads, Channels(block.attn.qkv, channels * 2 // 3, channels))
 
 
-def _neurons(index: int, name: str, mlp: Any) -> Units | str:
+def neurons_of(index: int, name: str, mlp: Any) -> Units | str:
     """The neurons, or why they cannot be cut."""
-    if not _is_plain(mlp, tuple(MLPS.values())):
+    if not is_plain(mlp, tuple(MLPS.values())):
         return f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears"
     if (reason := _unknown_norm(f"{name}.norm", mlp.norm)) is not None:
         return reason
@@ -283,7 +281,7 @@ def _no_tokens(model: Any, blocks: tuple[Block, ...], post_norm: type) -> str | 
             return f"{block.name} already drops tokens: this model is slim; prune tokens of the dense one"
     for block in blocks:
         if block.point is None:
-            if _computes_as(block.module, (post_norm,)):
+            if computes_as(block.module, (post_norm,)):
                 return f"{block.name} is a post-norm block ({qualified_name(block.module)}); tokens need pre-norm"
             return next(iter(block.reasons.values()))
     if getattr(model.attn_pool, "pos_embed", None) is not None:
@@ -362,13 +360,14 @@ def counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
 
 
 class CountedMacs:
-    """MACs of a part without a formula of its own by how many tokens it sees, counted on the meta device."""
+    """MACs of a part without a formula of its own by how many tokens it sees, counted on the meta device; all at once,
+    or in windows of so many."""
 
     # Per part, since anatomies come and go: by number of tokens.
     _known: ClassVar[WeakKeyDictionary[nn.Module, dict[int, int]]] = WeakKeyDictionary()
 
-    def __init__(self, module: nn.Module, dim: int, name: str) -> None:
-        self._module, self._dim, self._name = module, dim, name
+    def __init__(self, module: nn.Module, dim: int, name: str, window: int | None = None) -> None:
+        self._module, self._dim, self._name, self._window = module, dim, name, window
 
     def __call__(self, tokens: Any) -> Any:
         values, places = np.unique(tokens, return_inverse=True)
@@ -377,7 +376,8 @@ class CountedMacs:
     def _of(self, tokens: int) -> int:
         known = self._known.setdefault(self._module, {})
         if tokens not in known:
-            known[tokens] = counted_macs(self._module, (1, tokens, self._dim), self._name)
+            window = self._window or tokens
+            known[tokens] = counted_macs(self._module, (tokens // window, window, self._dim), self._name)
         return known[tokens]
 
 
@@ -489,3 +489,6 @@ class TimmReader:
         vars(stand_in)["blocks"] = [partial(read, block) for block in self.blocks]
         vars(stand_in)["grad_checkpointing"] = False  # it would call blocks twice
         return super(TimmReader, stand_in).forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+
+
+PLAIN = BlockKind(TimmBlock, ResPostBlock, (layers.Attention,), _heads, _point, TimmReader)

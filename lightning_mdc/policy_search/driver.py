@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget, InputSize, LatencyTable
 from lightning_mdc.distributed import failures_of, is_first, on_every_rank, on_first_rank
-from lightning_mdc.errors import SearchError, as_number, check_kind, check_whole
+from lightning_mdc.errors import CompensationError, SearchError, as_number, check_kind, check_whole
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.gp_ei.study import Study, observations
@@ -214,6 +214,11 @@ def search(
 
 
 def _check_compensation(space: PolicySpace, scores: Scores, compensate: str) -> None:
+    if compensate == "sequential":
+        raise CompensationError(
+            "compensate='sequential' takes passes of its own for each policy; search with 'lstsq', which one look at "
+            "the images serves, and refit what is found: slim(model, plan, 'sequential', batches=...)"
+        )
     check_compensation(space.anatomy, compensate, None if compensate == "none" else scores.moments)
     for dimension in space.dimensions:
         for units in space.anatomy.units(dimension):

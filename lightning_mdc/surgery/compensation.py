@@ -13,16 +13,19 @@ gets none; its weights alone are refitted (S uncentred).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_mdc.errors import CompensationError, UnsupportedModelError, check_one_of
 from lightning_mdc.importance.moments import LayerMoments, Moments
-from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
+from lightning_mdc.importance.ridge import RIDGE, ridge_weights
 from lightning_mdc.models import Anatomy, Units, unit_channels
 from lightning_mdc.policy import Plan
 
-COMPENSATIONS = ("none", "lstsq")
+COMPENSATIONS = ("none", "lstsq", "sequential")
 
 
 def refitted(
@@ -44,25 +47,29 @@ def refitted(
     new_weight, lost = weight[:, kept], weight[:, removed]
     new_bias = None if bias is None else bias.detach().double() + lost @ moments.mean[removed].double()
     centred = bias is not None
-    scale = moments.scale(centred=centred)
-    if not len(kept) or scale <= 0:  # nobody left to take over, or nothing that varies
-        return new_weight, new_bias
     shared = moments.second(kept, removed, centred=centred) @ lost.T  # (kept, out)
-    factor = ridge_cholesky(moments.second(kept, kept, centred=centred), float(ridge * scale))
-    update = torch.cholesky_solve(shared, factor).T
+    ridge = float(ridge * moments.scale(centred=centred))
+    update = ridge_weights(moments.second(kept, kept, centred=centred), shared, ridge).T
     if new_bias is not None:
         new_bias = new_bias - update @ moments.mean[kept].double()
     return new_weight + update, new_bias
 
 
-def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | None) -> None:
-    """Refuse, with a `CompensationError`, an unknown way, and moments that are missing or of another model."""
+def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | None, batches: Any = None) -> None:
+    """Refuse, with a `CompensationError`, an unknown way, what another way needs, and moments that are missing or of
+    another model."""
     check_one_of("compensate", compensate, COMPENSATIONS, CompensationError)
-    if compensate == "none":
-        if moments is not None:
+    for name, given, way in (("moments", moments, "lstsq"), ("batches", batches, "sequential")):
+        if given is not None and compensate != way:
             raise CompensationError(
-                "moments are given, but compensate='none' does not use them; pass compensate='lstsq', or leave them out"
+                f"{name} are given, but compensate={compensate!r} does not use them; pass compensate={way!r}, or leave "
+                "them out"
             )
+    if compensate == "sequential" and not isinstance(batches, Iterable):
+        raise CompensationError(
+            f"batches={batches!r:.80}: compensate='sequential' looks at images; pass those that units were scored on"
+        )
+    if compensate != "lstsq":
         return
     if not isinstance(moments, Moments):
         raise CompensationError(
@@ -86,7 +93,7 @@ def check_compensable(units: Units, compensate: str, moments: Moments | None = N
         UnsupportedModelError: there is such a norm.
         CompensationError: moments of other dimensions are given.
     """
-    if compensate == "none":
+    if compensate != "lstsq":
         return
     if units.norm is not None:
         raise UnsupportedModelError(
@@ -97,6 +104,14 @@ def check_compensable(units: Units, compensate: str, moments: Moments | None = N
         raise CompensationError(
             f"moments are not of the {units.dimension}, which are to leave; score with this dimension and moments=True"
         )
+
+
+def compensation_of_trials(compensate: str, pruned: Iterable[Units]) -> str:
+    """How policies are tried that are delivered with `compensate`: by moments of the dense model, which one look at the
+    images gathers for all of them, where no norm over units stands in the way."""
+    if compensate != "sequential":
+        return compensate
+    return "lstsq" if all(units.norm is None for units in pruned) else "none"
 
 
 def refit_readers(anatomy: Anatomy, plan: Plan, moments: Moments) -> None:
@@ -123,3 +138,21 @@ def _refit(units: Units, kept: tuple[int, ...], moments: Moments) -> None:
         weight[:, channels.to(weight.device)] = new_weight.to(weight.device, weight.dtype)
         if new_bias is not None:
             bias.copy_(new_bias)
+
+
+def take_readers(small: Anatomy, plan: Plan, dense: Anatomy, *others: Anatomy) -> None:
+    """Put what layers of `small`, the slim model of `plan`, were refitted to into those of the `dense` one, and add
+    what that changes to the same layers of `others`, such as averages of the dense one. In place."""
+    for units in dense.all_units:
+        kept = plan.kept[units.dimension][units.block]
+        layers = [each.blocks[units.block].units[units.dimension].reader for each in (small, *others)]
+        weight, bias, given = units.reader.weight, units.reader.bias, layers.pop(0)
+        channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=weight.device), units.width)
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight[:, channels] += given.weight - weight[:, channels]
+                if bias is not None:
+                    layer.bias.add_(given.bias - bias)
+            weight[:, channels] = given.weight
+            if bias is not None:
+                bias.copy_(given.bias)

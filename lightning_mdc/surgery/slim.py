@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from lightning_mdc.importance.moments import Moments
-from lightning_mdc.models import Anatomy, find_anatomy, unwrap
+from lightning_mdc.importance.scoring import on_device_of, split_batch
+from lightning_mdc.models import Anatomy, evaluating, find_anatomy, standing_in, unwrap
 from lightning_mdc.models.swapping import cut_units, unmask, with_mixins
+from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
+from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
+from lightning_mdc.surgery.sequential import refit_in_sequence
 from lightning_mdc.surgery.token_stages import roles
 from lightning_mdc.tokens.block import with_stage
 
@@ -22,6 +29,7 @@ def slim(
     compensate: str = "none",
     *,
     moments: Moments | None = None,
+    batches: Iterable[Any] | None = None,
     submodule: str | None = None,
 ) -> nn.Module:
     """A physically smaller copy of the vision transformer in `model`, as `plan` says; the dense one is unchanged.
@@ -35,8 +43,10 @@ def slim(
         plan: what is kept.
         compensate: ``"none"`` slices the weights. ``"lstsq"`` also refits, by least squares, each layer that reads
             heads or neurons: from the kept ones it then puts out what it put out from all, as nearly as it can. That
-            costs nothing at run time.
+            costs nothing at run time. ``"sequential"`` does so from the first block to the last, on what each layer is
+            given in the slim model, so that it makes up for what went before, too; see `surgery.sequential`.
         moments: of `model`, for ``"lstsq"``: `moments` of scores.
+        batches: of images, for ``"sequential"``; what `score` takes. Read once, and kept.
         submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
 
     Raises:
@@ -47,7 +57,7 @@ def slim(
     """
     dense = find_anatomy(model, submodule)
     dense.check(plan)
-    check_compensation(dense, compensate, moments)
+    check_compensation(dense, compensate, moments, batches)
     copied = plain_copy(dense.model)
     anatomy = find_anatomy(copied)
     if moments is not None:
@@ -55,8 +65,21 @@ def slim(
     for units in anatomy.all_units:
         cut_units(units, plan.kept[units.dimension][units.block])
     stage_tokens(anatomy, plan)
-    copied.mdc_plan = _since_dense(dense, plan)  # type: ignore[assignment]
+    copied.mdc_plan = made_by = _since_dense(dense, plan)  # type: ignore[assignment]
+    if batches is not None:
+        _refit_on(model, dense, find_anatomy(copied), batches)
+    if is_timms(copied):
+        make_known(anatomy, made_by)
     return copied
+
+
+def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterable[Any]) -> None:
+    images = [on_device_of(dense, split_batch(batch)[0]) for batch in batches]
+    whole = small.model if model is dense.model else model  # which holds the dense one
+    passes = [(partial(model, batch), partial(whole, batch)) for batch in images]
+    in_place = partial(standing_in, model, dense.model, small.model)
+    with evaluating(model, small.model), isolated_rng():
+        refit_in_sequence(dense, small, passes, standing_in=in_place)
 
 
 def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:

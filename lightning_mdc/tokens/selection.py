@@ -64,6 +64,11 @@ class TokenSelection(nn.Module):
         prior = None if stage.prior is None else torch.tensor(stage.prior, dtype=torch.float32, device="cpu")
         self.register_buffer("prior", prior, persistent=False)
 
+    def init_non_persistent_buffers(self) -> None:
+        """Take from the plan what no state_dict holds: transformers asks its modules for it, as timm's have it."""
+        if self.prior is not None:
+            self.prior.copy_(torch.tensor(self.stage.prior))
+
     def forward(self, x: Tensor, evidence: Evidence, carried: Carried | None) -> tuple[Tensor, Carried | None]:
         """The tokens that go on, and what travels beside them; `x` itself if nothing is to leave.
 

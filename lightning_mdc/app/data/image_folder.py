@@ -1,22 +1,28 @@
 """Any data set that ``timm.data.create_dataset`` reads, under timm's own transforms."""
 
 import inspect
+import logging
 import math
 import os
 import tarfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import IterableDataset
+from torchvision.transforms import Compose
 
+from lightning_mdc.app.data import class_folders
 from lightning_mdc.app.data.image_view import ImageView
 from lightning_mdc.app.data.module import ImageDataModule, Splits
+from lightning_mdc.app.data.pixels import as_mode, opened
 from lightning_mdc.app.data.splits import cap_indices, check_fraction, split_indices
 from lightning_mdc.errors import DataError, check_number, check_whole
+
+log = logging.getLogger(__name__)
 
 # Sub-folders that hold images to report on, in the order they are looked for beside `train`.
 _TEST_FOLDERS = ("test", "val", "valid", "validation", "eval")
@@ -98,12 +104,12 @@ class ImageFolderDataModule(ImageDataModule):
         check_fraction("test_fraction", test_fraction)
         for argument, path in (("root", root), ("test_root", test_root)):
             _check_path(argument, path, named=bool(name))
-        self.root = root
+        self.root = root if name or root is None else class_folders.data_folder(Path(root), split)
         self.name = name
         self.split = split
         self.val_split = val_split
         self.test_root = test_root
-        self.test_split = test_split if test_split is not None else _find_test_folder(root, name, split, test_root)
+        self.test_split = test_split if test_split is not None else _find_test_folder(self.root, name, split, test_root)
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.max_train_images = max_train_images
@@ -116,6 +122,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.data_config = config
         self.train_transform = _train_transform(config, augmentation)
         self.eval_transform = create_transform(**config, is_training=False)
+        self.mode = "L" if self.in_chans == 1 else "RGB"  # by PIL's names
 
     def make_splits(self) -> Splits:
         source = self._open("root", self.root, self.split, is_training=True)
@@ -131,20 +138,20 @@ class ImageFolderDataModule(ImageDataModule):
 
         val_source, val_labels, val = source, labels, split.val
         if self.val_split is not None:
-            val_source = self._open("val_split", self.root, self.val_split)
+            val_source = self._open("val_split", self.root, self.val_split, known=names)
             val_labels = self._aligned_labels(val_source, names, "val_split", self.val_split)
             val = np.arange(len(val_labels))
         test_source, test_labels, test = source, labels, split.test
         if held_apart:
             argument, where = ("test_root", self.test_root) if self.test_root is not None else ("root", self.root)
-            test_source = self._open(argument, where, self.test_split or "validation")
+            test_source = self._open(argument, where, self.test_split or "validation", known=names)
             test_labels = self._aligned_labels(test_source, names, argument, where)
             test = np.arange(len(test_labels))
 
         train = self._cap("max_train_images", split.train, labels)
         val = self._cap("max_val_images", val, val_labels)
         test = self._cap("max_test_images", test, test_labels)
-        mode = "L" if self.in_chans == 1 else "RGB"
+        mode = self.mode
         return Splits(
             train=ImageView(source, train, labels, self.train_transform, mode, self.max_corrupt_images),
             val=ImageView(val_source, val, val_labels, self.eval_transform, mode),
@@ -158,20 +165,35 @@ class ImageFolderDataModule(ImageDataModule):
         mean: none where there are not two or more class folders, and no image outside them."""
         source = self._open("root", self.root, self.split, is_training=True)
         labels, names = _labels(source), self.given_class_names or _names_of(source) or ()
-        mode = "L" if self.in_chans == 1 else "RGB"
-        view = ImageView(source, np.arange(len(labels)), labels, self.eval_transform, mode)
+        view = ImageView(source, np.arange(len(labels)), labels, self.eval_transform, self.mode)
         return view, names if len(names) > 1 and "" not in names else ()
 
     def _cap(self, name: str, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
         return cap_indices(indices, labels, getattr(self, name), self.split_seed, name)
 
-    def _open(self, argument: str, root: str | Path | None, split: str, is_training: bool = False) -> Any:
-        """timm's data set of PIL images.
+    def _open(
+        self,
+        argument: str,
+        root: str | Path | None,
+        split: str,
+        is_training: bool = False,
+        known: Sequence[str] = (),
+    ) -> Any:
+        """timm's data set of PIL images, with `class_folders`' word on what is a class.
+
+        Args:
+            known: the classes of the training images.
 
         Raises:
             DataError: timm can't read it.
         """
-        options = {"input_img_mode": "L" if self.in_chans == 1 else "RGB", **self.dataset_options}
+        options = {"input_img_mode": self.mode, **self.dataset_options}
+        class_map = options.pop("class_map", None)
+        name = str(self.name).lower()
+        if name.startswith(("wds/", "hfids/")):
+            options["input_img_mode"] = ""  # timm leaves to us what its readers would clip
+        if name in ("torch/image_folder", "torch/folder"):
+            options |= {"is_valid_file": class_folders.is_image, "allow_empty": True}
         if root is not None and Path(root).suffix == ".tar":
             # A tar kept open is shared by forked workers, which then move one another's file position.
             options["cache_tarfiles"] = False
@@ -179,9 +201,11 @@ class ImageFolderDataModule(ImageDataModule):
         _, processes = self.rank_and_processes()
         images = max(1, self.batch_size // processes)  # of a batch, by which readers of streams round
         try:
-            dataset = create_dataset(
-                self.name, root=path, split=split, is_training=is_training, batch_size=images, **options
-            )
+            with class_folders.all_formats():
+                dataset = create_dataset(
+                    self.name, root=path, split=split, is_training=is_training, batch_size=images, **options
+                )
+            layout = class_folders.set_classes(dataset, class_map, known)
         except (RuntimeError, ValueError, AssertionError, TypeError, KeyError, OSError, ImportError) as error:
             raise DataError(
                 f"{argument}={path!r} (name={self.name!r}, split={split!r}) can't be read as images:"
@@ -193,9 +217,32 @@ class ImageFolderDataModule(ImageDataModule):
                 f"{argument}={path!r} can't be read as a tar: {error}; it is damaged or compressed - pack the class"
                 " folders again, uncompressed (tar -cf)"
             ) from error
-        if "class_map" not in options:  # which may leave out folders on purpose
-            _check_class_folders(argument, dataset)
+        if hasattr(dataset, "loader"):  # torchvision's would convert, and clip
+            dataset.loader = opened
+        if layout is not None:
+            self._say(argument, dataset, layout)
+            if not class_map:  # which may leave out folders on purpose
+                _check_class_folders(argument, dataset, layout)
         return dataset
+
+    def _say(self, argument: str, dataset: Any, layout: class_folders.Layout) -> None:
+        """What of the folder is left out, and what its folders are taken for where that is not the plain case."""
+        root = getattr(dataset, "reader", dataset).root
+        if self.rank_and_processes()[0]:
+            return
+        if skipped := class_folders.left_out(root):
+            log.warning("%s='%s': left out %s", argument, root, skipped)
+        if layout.above:
+            log.info("%s='%s': the classes are the folders in %s", argument, root, "/".join(layout.above))
+        if layout.within:
+            log.warning(
+                "%s='%s': the classes are %s, the first folders, whatever the folders in them are (%s); give a folder "
+                "in which each class is a folder if that is not meant",
+                argument,
+                root,
+                _some(sorted(set(layout.class_of.values()))),
+                _some(layout.within),
+            )
 
     def _class_names(self, dataset: Any, argument: str, root: str | Path | None) -> tuple[str, ...]:
         names = self.given_class_names or _names_of(dataset)
@@ -245,12 +292,19 @@ class ImageFolderDataModule(ImageDataModule):
                     " limit_train_batches, limit_val_batches, limit_test_batches"
                 )
         names = self._class_names(source, "root", self.root)
-        source.transform = self.train_transform
+        source.transform = self._of_stream(self.train_transform)
         others = (("val_split", self.val_split), ("test_split", self.test_split), ("root", self.split))
         val, test, calibration = (self._open(argument, self.root, split) for argument, split in others)
         for stream in (val, test, calibration):
-            stream.transform = self.eval_transform
+            stream.transform = self._of_stream(self.eval_transform)
         return Splits(source, val, test, calibration, names)
+
+    def _of_stream(self, transform: Any) -> Any:
+        return Compose([partial(as_mode, mode=self.mode), transform])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _names_of(dataset: Any) -> tuple[str, ...] | None:
@@ -315,23 +369,14 @@ def _is_whole_tar(path: Path) -> bool:
         return not any(file.read())
 
 
-def _check_class_folders(argument: str, dataset: Any) -> None:
-    """A class folder without images is no class to timm: the labels of all that follow would move up.
-
-    Raises:
-        DataError: there is one, of the folders that are not hidden.
-    """
-    reader = getattr(dataset, "reader", None)
-    if not isinstance(reader, ReaderImageFolder):
-        return
-    root = os.path.join(reader.root, "")
-    folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith((".", "_"))}
-    filled = {path[len(root) :].partition(os.sep)[0] for path, _ in reader.samples}
-    empty = sorted(folders - filled)
+def _check_class_folders(argument: str, dataset: Any, layout: class_folders.Layout) -> None:
+    """Raises: DataError: a class folder holds no image."""
+    empty = class_folders.empty_folders(dataset, layout.above)
     if empty:
+        root = getattr(dataset, "reader", dataset).root
         raise DataError(
-            f"{argument}={reader.root!r} has folders without any image: {empty[:5]}; fill them (an interrupted"
-            " copy?), or remove them"
+            f"{argument}={root!r} has folders without any image: {empty[:5]}; fill them (an interrupted copy?), or "
+            "remove them"
         )
 
 

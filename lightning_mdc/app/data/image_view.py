@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_mdc.app.data.pixels import as_mode, is_see_through
 from lightning_mdc.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _DAMAGE = (
 
 
 class CorruptImageError(DataError):
-    """An image can't be decoded."""
+    """An image can't be decoded, or not into 8 bits per channel."""
 
     def __init__(self, message: str) -> None:
         # torch raises the error of a worker process again with the worker's whole traceback as its message, of which
@@ -70,6 +71,7 @@ class ImageView(Dataset[tuple[Tensor, int]]):
         # Which were found corrupt in this epoch, in memory that worker processes share. They write to different places,
         # and an image that two of them meet counts once, so no lock is needed.
         self.corrupt = torch.zeros(len(indices) if max_corrupt_images else 0, dtype=torch.bool).share_memory_()
+        self.saw_through = torch.zeros(1, dtype=torch.bool).share_memory_()  # which is said once
 
     def set_epoch(self, epoch: int) -> None:
         """Corrupt images are counted anew."""
@@ -81,17 +83,47 @@ class ImageView(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """
         Raises:
-            CorruptImageError: the image can't be decoded, and no more of them are to be replaced.
+            CorruptImageError: the image can't be decoded, and no more of them are to be replaced; or it says nothing
+                of its range of values.
         """
         for tried in range(len(self)):
             index = (index + bool(tried)) % len(self)
             try:
-                image = _decode(self.source, int(self.indices[index]), self.mode)
+                image = self._decode(int(self.indices[index]))
+            except CorruptImageError:  # a kind of file, not a damaged one: the others are likely the same
+                raise
             except _DAMAGE as error:
                 self._note_corrupt(index, error)
             else:
                 return self.transform(image), self.labels[index]
         raise CorruptImageError(f"none of the {len(self)} training images can be decoded; replace them")
+
+    def _decode(self, index: int) -> Image.Image:
+        """One image of the data set, decoded.
+
+        timm's data sets are read past their own ``__getitem__``: at a damaged image that returns the next one, whose
+        label is another.
+        """
+        reader = getattr(self.source, "reader", None)
+        if reader is None:
+            return self._as_mode(self.source[index][0], index)
+        with reader[index][0] as file, Image.open(file) as encoded:
+            encoded.load()  # some say where up is after the pixels
+            given = self.source.input_img_mode
+            return self._as_mode(encoded if given in (None, "", "L", "RGB") else encoded.convert(given), index)
+
+    def _as_mode(self, image: Image.Image, index: int) -> Image.Image:
+        if not self.saw_through and is_see_through(image):
+            self.saw_through[0] = True
+            log.warning(
+                "%s is transparent in part, which is left out, as timm does: what lies below is seen; so it is in "
+                "others like it",
+                _file_of(self.source, index),
+            )
+        try:
+            return as_mode(image, self.mode)
+        except DataError as error:
+            raise CorruptImageError(f"{_file_of(self.source, index)} {error}") from error
 
     def _note_corrupt(self, index: int, error: Exception) -> None:
         file = _file_of(self.source, int(self.indices[index]))
@@ -116,21 +148,6 @@ class ImageView(Dataset[tuple[Tensor, int]]):
             count,
             self.max_corrupt_images,
         )
-
-
-def _decode(source: Any, index: int, mode: str) -> Image.Image:
-    """One image of a data set, decoded.
-
-    timm's data sets are read past their own ``__getitem__``: at a damaged image that returns the next one, whose label
-    is another.
-    """
-    reader = getattr(source, "reader", None)
-    if reader is None:
-        image: Image.Image = source[index][0]
-        return image.convert(mode) if image.mode != mode else image
-    with reader[index][0] as file, Image.open(file) as encoded:
-        image = encoded.convert(source.input_img_mode or mode)
-    return image.convert(mode) if image.mode != mode else image
 
 
 def _file_of(source: Any, index: int) -> str:

@@ -1,9 +1,11 @@
 """What every LightningDataModule of ours answers: four data sets, their loaders, and the facts a model needs."""
 
+import logging
+import multiprocessing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from lightning_mdc import distributed
 from lightning_mdc.app.data.order import StreamLoader, TrainingSampler, order_seed
 from lightning_mdc.errors import DataError, check_whole
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class ImageDataModule(LightningDataModule):
         self.in_chans = in_chans
         self.img_size = img_size
         self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.num_workers = _startable(num_workers)
         self.pin_memory = pin_memory
         self.prefetch_factor = prefetch_factor
         self.persistent_workers = persistent_workers
@@ -290,6 +294,26 @@ class ImageDataModule(LightningDataModule):
         else:
             # Lightning looks for a state in the loader; it is here, where it comes early enough for worker processes.
             warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+
+def _startable(num_workers: int) -> int:
+    """`num_workers`, or 0 where this process is a worker itself that can't start any."""
+    # Those of joblib's launcher have a start method that torch's loaders do not know; those of a Pool may start none.
+    known = multiprocessing.get_start_method(allow_none=True) in (None, "fork", "spawn", "forkserver")
+    if not num_workers or (known and not multiprocessing.current_process().daemon):
+        return num_workers
+    _say_without_workers(num_workers)
+    return 0
+
+
+@cache
+def _say_without_workers(num_workers: int) -> None:
+    """Once in a process, which may run many trials."""
+    log.warning(
+        "num_workers=%d: this process is one of several that a launcher or pool has started, which can't start loading "
+        "processes; it reads images itself, as with num_workers=0",
+        num_workers,
+    )
 
 
 def _is_stream(dataset: Dataset[Any]) -> bool:

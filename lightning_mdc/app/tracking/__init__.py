@@ -53,4 +53,4 @@ def run_info(folder: Path, settings: Mapping[str, Any], kind: str = "pipeline") 
     if kind == "trial":
         return RunInfo(folder, f"trial {folder.name}", group, kind, settings)
     name = f"{hydra.job.num}: {hydra.job.override_dirname}"
-    return RunInfo(folder, name[:128], group, kind, settings)
+    return RunInfo(folder, name, group, kind, settings)

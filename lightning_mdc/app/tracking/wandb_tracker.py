@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,22 @@ log = logging.getLogger(__name__)
 # More lines than one start of a run logs. ``wandb sync`` drops lines whose step is not above all it has seen, so the
 # second start of an offline run begins at this step, the third at twice of it.
 _STEPS_PER_START = 1_000_000
+
+
+# What wandb's server, and its client, take for a name.
+_LONGEST, _NOT_IN_PROJECT, _NOT_IN_ARTIFACT = 128, r"[/\\#?%:]", r"[^A-Za-z0-9_.-]"
+
+
+@cache
+def _accepted(what: str, name: str, unknown: str = "$^") -> str:
+    """A name as wandb takes it, which is said once: 128 characters at most, a hash in place of the rest, so that
+    different names stay different, and no characters that match `unknown`."""
+    taken = re.sub(unknown, "-", name)
+    if len(taken) > _LONGEST:
+        taken = f"{taken[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    if taken != name:
+        log.info("wandb takes no %s named %r: it is %r there", what, name, taken)
+    return taken
 
 
 @dataclass(eq=False)
@@ -88,13 +106,13 @@ class WandbTracker(Tracker):
 
         opened: Callable[..., Any] = partial(
             wandb.init,
-            project=self.project,
+            project=_accepted("project", self.project, _NOT_IN_PROJECT),
             entity=self.entity,
             id=run_id,
             resume="allow",
             dir=str(folder),
-            name=self._info.name,
-            group=self._info.group,
+            name=_accepted("name", self._info.name),
+            group=None if self._info.group is None else _accepted("group", self._info.group),
             job_type=self._info.kind,
             config=dict(self._info.settings),
             settings=settings,
@@ -140,6 +158,7 @@ class WandbTracker(Tracker):
         if not self.models or self._run.settings.mode == "disabled":
             return
         title = f"{self._info.settings.get('name', 'model')}-{model.name.replace('/', '-')}"
+        title = _accepted("artifact", title, _NOT_IN_ARTIFACT)
         parent = self._artifacts.get(model.parent or "")
         # Offline there is no lineage to write to (use_artifact refuses), so the parent is said here as well.
         facts = {**model.metadata, "parent": model.parent, "run": self._run.id}
