@@ -61,16 +61,23 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
             *timm.list_models("vit_base_patch16_sapiens2"),  # an older timm has none
         ),
     ),
+    (
+        "timm's NaFlexVit (tokens: of plain images)",
+        ("naflexvit_base_patch16_gap", "naflexvit_base_patch16_radio_v3"),
+    ),
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
     (
         "post-norm blocks",
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's Swin in all versions, BEiT, ViTs with relative positions, PiT",
+        "timm's Swin in all versions, SAM's and SAM 2's encoders, Hiera, BEiT, ViTs with relative positions, PiT, "
+        "attention and MLP at once (`*_xp_*`, `vit_pwee_*`)",
         (
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
             *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
+            *("samvit_base_patch16_224", "sam2_hiera_tiny", "hiera_tiny_224"),
+            "vit_base_patch16_xp_224",
         ),
     ),
     (
@@ -78,9 +85,10 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         ("vit_dlittle_patch16_reg1_gap_256", vit(attn_layer=OwnAttention)),
     ),
     (
-        "parallel or fused blocks",
-        ("vit_small_patch16_18x2_224", "vit_base_patch16_xp_224"),
+        "timm's attentions side by side (`*_18x2_*`): each of them, and each MLP, counts as a block",
+        ("vit_small_patch16_18x2_224",),
     ),
+    ("CaiT: heads where the class token attends", ("cait_xxs24_224",)),
 )
 
 

@@ -264,6 +264,7 @@ _STATE = {
     "init_values",
     "strict_img_size",
     "target_shift_size",
+    "shift_size",  # which transformers' Swin sets by what it is shown
     "head_init_scale",
     "flatten",
 }

@@ -200,6 +200,18 @@ def _stable_sort(x: Any, *, stable: bool | None = None, dim: int = -1, descendin
     return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
 
 
+def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, scale: float | None = None) -> Any:
+    """``aten.scaled_dot_product_attention`` in ONNX, of any number of dimensions; torch's translation knows only 4."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    width, rank = query.shape[-1], len(query.shape)
+    factor = scale or max(width, 1) ** -0.5
+    turned = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
+    logits = op.MatMul(op.Mul(query, op.Constant(value_float=factor)), turned)
+    return op.MatMul(op.Softmax(logits if attn_mask is None else op.Add(logits, attn_mask), axis=-1), value)
+
+
 def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
     # What the exporter says of its progress, and of its own deprecations, is nothing that a user could act on.
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -208,7 +220,10 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
             _program(network, images),
             input_names=[INPUT],
             output_names=[OUTPUT],
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+            custom_translation_table={
+                torch.ops.aten.sort.stable: _stable_sort,
+                torch.ops.aten.scaled_dot_product_attention.default: _attention,
+            },
             dynamo=True,
         )
     assert written is not None  # without a file name the program is handed out

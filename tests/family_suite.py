@@ -11,6 +11,7 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def sliced_like_slim(model: nn.Module, plan: mdc.Plan, name: str, tensor: Tensor
         for part in units.slices:
             if part.module is owner and part.name == parameter:
                 kept = plan.kept[units.dimension][units.block]
-                tensor = tensor.index_select(part.dim, units.entries(part, kept))
+                tensor = tensor.index_select(part.dim, units.left(part, kept, tensor.shape[part.dim]))
     return tensor
 
 
@@ -78,6 +79,11 @@ def seeded(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
+def tokens_of(output: Any) -> Any:
+    """In what a block gives, alone or with its attention's map."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class FamilySuite:
     """Subclass it and give the fixture `dense`."""
 
@@ -100,7 +106,7 @@ class FamilySuite:
             assert units.slices
             assert units.reader.weight.shape[1] == units.count * units.width
             for part in units.slices:
-                entries = units.entries(part, range(units.count))
+                entries = units.left(part, range(units.count), part.tensor.shape[part.dim])
                 assert entries.tolist() == list(range(part.tensor.shape[part.dim])), (units.name, part.name)
 
     def test_every_unit_gets_a_score(self, dense: nn.Module) -> None:
@@ -156,9 +162,9 @@ class FamilySuite:
         tensors = [id(tensor) for tensor in (*dense.parameters(), *dense.buffers())]
         names = [name for name, _ in dense.named_modules()]
         blocks = [block.module for block in find_anatomy(dense).blocks]
-        handles = [blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))]
+        handles = [blocks[1].register_forward_hook(lambda module, args, output: seen.append(tokens_of(output)))]
         with mdc.masked(dense, plan):
-            handles.append(blocks[2].register_forward_hook(lambda module, args, output: seen.append(output)))
+            handles.append(blocks[2].register_forward_hook(lambda module, args, output: seen.append(tokens_of(output))))
             expected = said(dense(x))
             assert all(isinstance(output, Tensor) for output in seen)
             assert [id(tensor) for tensor in (*dense.parameters(), *dense.buffers())] == tensors
@@ -170,7 +176,7 @@ class FamilySuite:
         of_slim: list[Tensor] = []
         for block in find_anatomy(slim).blocks[1:3]:
             block.module._forward_hooks.clear()
-            block.module.register_forward_hook(lambda module, args, output: of_slim.append(output))
+            block.module.register_forward_hook(lambda module, args, output: of_slim.append(tokens_of(output)))
         slim(x)
         for one, other in zip(seen[:2], of_slim, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -11,14 +11,19 @@ import pytest
 import torch
 from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +46,23 @@ STAGED: dict[str, Any] = {
     "depths": (2, 2),
     "num_heads": (2, 4),
     "num_classes": CLASSES,
+}
+# 16 x 16 tokens in mask units of 4 x 4, then 8 x 8 in units of 2 x 2, and in all at once.
+HIERA_STAGES: dict[str, Any] = {
+    "patch_kernel": (3, 3),
+    "patch_stride": (2, 2),
+    "patch_padding": (1, 1),
+    "embed_dim": 16,
+    "num_heads": 2,
+    "stages": (1, 3),
+    "q_pool": 1,
+    "global_pos_size": (4, 4),
+    "num_classes": CLASSES,
+}
+HIERA: dict[str, Any] = HIERA_STAGES | {
+    "img_size": (SIZE, SIZE),
+    "mask_unit_size": (4, 4),
+    "mask_unit_attn": (True, False),
 }
 
 
@@ -74,7 +96,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 if "gated" in inspect.signature(Attention).parameters:  # the oldest timm we support has no gate
     KINDS["gated"] = _vit(attn_layer=GatedAttention)
-# Whose tokens are bound to their places.
+# Whose tokens cannot leave: most are bound to their places.
 BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
     "swin": lambda: SwinTransformer(**STAGED, window_size=4, drop_path_rate=0.1),
     "swin_filled_up": lambda: SwinTransformer(**STAGED, window_size=(3, 5), qkv_bias=False),
@@ -86,10 +108,34 @@ BOUND_KINDS: dict[str, Callable[[], nn.Module]] = {
     "relpos_table": lambda: VisionTransformerRelPos(
         **BASE, rel_pos_type="bias", class_token=True, block_fn=ResPostRelPosBlock
     ),
+    "parallel": _vit(block_fn=ParallelThingsBlock, depth=2, init_values=1e-3),
+    "sam": lambda: VisionTransformerSAM(
+        **(BASE | {"patch_size": 4}), use_rel_pos=True, window_size=3, global_attn_indexes=(1, 3), neck_chans=16
+    ),
+    "sam_rope": lambda: VisionTransformerSAM(
+        **(BASE | {"patch_size": 4}),
+        use_rope=True,
+        window_size=4,
+        global_attn_indexes=(3,),
+        qk_norm=True,
+        pre_norm=True,
+        init_values=1e-3,
+        neck_chans=0,
+        head_hidden_size=24,
+    ),
+    "hiera": lambda: Hiera(**HIERA, init_values=1e-3),
+    "hiera_abs_win": lambda: Hiera(**HIERA, use_expand_proj=False, abs_win_pos_embed=True, drop_path_rate=0.1),
+    "hieradet": lambda: HieraDet(**HIERA_STAGES, window_spec=(4, 3), global_att_blocks=(3,), init_values=1e-3),
+    "cait": lambda: Cait(**(BASE | {"depth": 2}), qkv_bias=False),
+    "fused": _vit(block_fn=ParallelScalingBlock, init_values=1e-3),
     "pit": lambda: PoolingVisionTransformer(
         img_size=SIZE, patch_size=4, stride=3, base_dims=[8, 8], depth=[2, 2], heads=[2, 4], num_classes=CLASSES
     ),
 }
+if not hasattr(ParallelScalingBlock(8, 1), "qkv_bias"):  # older timm's puts its bias in the wrong place
+    BOUND_KINDS["fused_without_bias"] = _vit(
+        block_fn=ParallelScalingBlock, qkv_bias=False, qk_norm=True, norm_layer=RmsNorm
+    )
 
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
 
@@ -128,6 +174,25 @@ if "num_kv_heads" in inspect.signature(Eva).parameters:  # newer timm only
         attn_only_layer_scale=True,
         num_reg_tokens=2,
     )
+
+
+def _naflex(**kwargs: Any) -> Callable[[], nn.Module]:
+    options = {name: value for name, value in BASE.items() if name != "img_size"}
+    return lambda: NaFlexVit(**(options | {"pos_embed_grid_size": (4, 4)} | kwargs))
+
+
+NAFLEX_KINDS: dict[str, Callable[[], nn.Module]] = {
+    "naflex": _naflex(reg_tokens=2, init_values=1e-3, global_pool="avg", fc_norm=True),
+    "naflex_factorized": _naflex(
+        pos_embed="factorized", class_token=True, global_pool="token", qk_norm=True, embed_proj_type="conv"
+    ),
+    "naflex_map": _naflex(global_pool="map", act_layer="gelu_tanh", pos_embed_interp_mode="bilinear", pre_norm=True),
+    "naflex_rope": _naflex(
+        rope_type="axial", rope_temperature=4.0, pos_embed="none", class_token=True, global_pool="token"
+    ),
+}
+if "use_key_only_attn_mask" in NaFlexVitCfg.__dataclass_fields__:  # older timm's own cannot take batches of patches
+    NAFLEX_KINDS["naflex_mixed"] = _naflex(rope_type="mixed", rope_temperature=4.0, swiglu_mlp=True, global_pool="avg")
 EVA_POST_NORM = _eva(use_post_norm=True, global_pool="token")
 
 

@@ -3,7 +3,7 @@
 import copy
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,23 @@ from torch import Tensor, nn
 import lightning_mdc as mdc
 from lightning_mdc.budget import CostModel, measure_latency_table
 from lightning_mdc.distillation.losses import hidden_state_loss
-from lightning_mdc.errors import UnsupportedModelError
+from lightning_mdc.errors import BudgetError, UnsupportedModelError
 from lightning_mdc.importance import Criterion
 from lightning_mdc.models import find_anatomy
 from tests.family_suite import random_plan
 from tests.kinds import BASE, BOUND_KINDS, STAGED, counted_macs, everyday, images, make, randomised
 
 
-def blocks_of(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if hasattr(module, "attn") and hasattr(module, "mlp"))
+def readers_of(model: nn.Module, dimension: str) -> list[nn.Linear]:
+    """What reads heads or neurons, by the names that timm gives, in order; not of heads that talk to each other."""
+    names = (".attn.proj", ".attn_out_proj") if dimension == "heads" else (".mlp.fc2", ".mlp_out_proj")
+    return [
+        module
+        for path, module in model.named_modules()
+        if path.endswith(names)
+        and not (dimension == "neurons" and ".attn." in path)  # of positions
+        and not hasattr(model.get_submodule(path.rpartition(".")[0]), "proj_l")
+    ]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BOUND_KINDS if kind != "beit_swiglu"])  # a norm is over its neurons
@@ -33,11 +41,11 @@ def blocks_of(model: nn.Module) -> Iterator[Any]:
 def test_a_masked_unit_is_one_whose_outputs_are_zeroed_by_hand(kind: str) -> None:
     model, x = make(kind), images()
     plan, zeroed = random_plan(model), copy.deepcopy(model)
-    for block, heads, neurons in zip(blocks_of(zeroed), plan.heads, plan.neurons, strict=True):
-        of_heads = block.attn.proj.weight.view(len(block.attn.proj.weight), block.attn.num_heads, -1)
-        of_heads[:, [head for head in range(block.attn.num_heads) if head not in heads]] = 0
-        of_neurons = block.mlp.fc2.weight
-        of_neurons[:, [neuron for neuron in range(of_neurons.shape[1]) if neuron not in neurons]] = 0
+    for dimension, sizes in plan.sizes.items():
+        units = [(count, kept) for count, kept in zip(sizes, plan.kept[dimension], strict=True) if count]
+        for reader, (count, kept) in zip(readers_of(zeroed, dimension), units, strict=True):
+            gone = [unit for unit in range(count) if unit not in kept]
+            reader.weight.unflatten(1, (count, -1))[:, gone] = 0
     with mdc.masked(model, plan):
         torch.testing.assert_close(model(x), zeroed(x), rtol=0, atol=1e-5)
 
@@ -46,7 +54,9 @@ def test_a_masked_unit_is_one_whose_outputs_are_zeroed_by_hand(kind: str) -> Non
 def test_blocks_may_lose_all_heads_and_all_neurons(kind: str) -> None:
     model, x = make(kind), images()
     scores = mdc.score(model, [images(8)], "activation", progress=False)
-    plan = mdc.make_plan(model, scores, mdc.Policy(heads=[0, 1, 0.5, 0], neurons=[0.5, 0, 1, 0]))
+    depth = find_anatomy(model).depth
+    heads, neurons = ((ratios * depth)[:depth] for ratios in ([0, 1, 0.5, 0], [0.5, 0, 1, 0]))
+    plan = mdc.make_plan(model, scores, mdc.Policy(heads=heads, neurons=neurons))
     slim = mdc.slim(model, plan)
     with mdc.masked(model, plan):
         torch.testing.assert_close(model(x), slim(x), rtol=0, atol=1e-5)
@@ -73,7 +83,7 @@ class Seen(Criterion):
         return sums["sum"]
 
 
-@pytest.mark.parametrize("kind", ["swin", "swin_filled_up", "swin_v2_cr", "beit", "pit"])
+@pytest.mark.parametrize("kind", ["swin", "swin_filled_up", "swin_v2_cr", "beit", "sam", "pit"])
 def test_a_criterion_sees_the_tokens_of_each_image(kind: str) -> None:
     model, x = make(kind), images(3)
     together, alone = Seen(), Seen()
@@ -119,7 +129,23 @@ def test_a_model_of_any_size_is_priced_at_any_size(window: Any) -> None:
         mdc.macs(model, input_size=(33, 32))
 
 
-@pytest.mark.parametrize("kind", ["swin", "swin_v2_cr", "beit", "relpos_mlp", "pit"])
+def test_sams_relative_positions_are_priced_at_images_of_its_shape() -> None:
+    model = make("sam")
+    for size in (32, 48):
+        assert mdc.macs(model, input_size=size) == counted_macs(model, size)
+    with pytest.raises(UnsupportedModelError, match=r"input_size=\(32, 48\): with relative positions, only images of"):
+        mdc.macs(model, input_size=(32, 48))
+
+
+def test_hieradet_is_priced_where_its_windows_of_positions_fit() -> None:
+    model = make("hieradet")
+    for size in ((32, 32), (24, 40)):
+        assert mdc.macs(model, input_size=size) == counted_macs(model, *size)
+    with pytest.raises(UnsupportedModelError, match=r"input_size=\(28, 32\): not a multiple of \(8, 8\), which a wind"):
+        mdc.macs(model, input_size=(28, 32))
+
+
+@pytest.mark.parametrize("kind", ["swin", "swin_v2_cr", "beit", "relpos_mlp", "pit", "hiera", "cait"])
 def test_a_model_of_one_size_says_so(kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"input_size=\(48, 48\): this .* takes \(32, 32\) images only"):
         mdc.macs(make(kind), input_size=48)
@@ -188,6 +214,11 @@ def test_a_shared_bias_leaves_the_neurons(model: Any, why: str) -> None:
     [
         ("swin", r"layers\.0\.blocks\.0\.attn \(WindowAttention\) attends in windows"),
         ("beit", r"blocks\.0\.attn \(Attention\) has a bias for each pair of places"),
+        ("sam", r"blocks\.0 \(Block\) takes its tokens as a grid"),
+        ("hiera", r"blocks\.0\.attn \(MaskUnitAttention\) attends in mask units"),
+        ("cait", r"blocks\.0\.attn \(TalkingHeadAttn\) mixes the attention maps of all heads"),
+        ("parallel", r"blocks\.0 \(ParallelThingsBlock\) has 2 attentions side by side"),
+        ("fused", r"blocks\.0 \(ParallelScalingBlock\) runs attention and MLP at once"),
         ("pit", r"transformers\.1\.pool \(Pooling\) is a convolution over the grid"),
     ],
 )
@@ -205,16 +236,22 @@ def test_hidden_states_on_a_grid_are_compared_by_their_mean_token() -> None:
     torch.testing.assert_close(hidden_state_loss([student], [teacher], 0), flat)
 
 
-@pytest.mark.parametrize("kind", ["swin", "pit"])
+@pytest.mark.parametrize("kind", ["swin", "pit", "parallel"])
 def test_the_latency_of_stages_is_measured(kind: str, tmp_path: Path) -> None:
     model = make(kind)
     table = measure_latency_table(model, seconds=0.2, cache=tmp_path, progress=False)
-    assert len(table.kinds) == 2  # one of each stage
+    assert len(table.kinds) == 2  # one of each stage, or of each half
     dense, half = (table.of_policy(model, mdc.Policy(heads=keep, neurons=keep)) for keep in (1.0, 0.5))
     assert 0 < half <= dense
 
 
-@pytest.mark.parametrize("kind", everyday("swin", "pit"))
+@pytest.mark.parametrize(("kind", "block"), [("hiera", r"blocks\.1"), ("cait", r"blocks_token_only\.0")])
+def test_the_latency_of_blocks_that_change_the_shape_is_refused(kind: str, block: str, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=rf"{block} \(.*\) gives tokens of another shape.*limit macs or params"):
+        measure_latency_table(make(kind), seconds=0.2, cache=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("kind", everyday("swin", "pit", "parallel", "sam", "hiera", "cait"))
 def test_searched_within_the_budget(kind: str) -> None:
     model, rng = make(kind), random.Random(0)
     scores = mdc.score(model, [images(8)], progress=False)

@@ -64,12 +64,24 @@ MODELS: dict[str, Callable[..., Any]] = {
     "siglip_headless": maker("SiglipVisionModel", "SiglipVisionConfig", **WITH_MLP, vision_use_head=False),
     "siglip_classes": maker("SiglipForImageClassification", "SiglipConfig", classes=True, **two_towers(WITH_MLP)),
 }
+BEIT = WITH_MLP | {"drop_path_rate": 0.0, "layer_scale_init_value": 0.5}
+SWIN: dict[str, Any] = {
+    **{"image_size": SIZE, "patch_size": 4, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    "drop_path_rate": 0.0,
+}
+BOUND: dict[str, Callable[..., Any]] = {
+    "swin": maker("SwinForImageClassification", "SwinConfig", classes=True, **SWIN),
+    "beit": maker("BeitForImageClassification", "BeitConfig", classes=True, **BEIT, use_relative_position_bias=True),
+    "beit_shared": maker("BeitModel", "BeitConfig", **BEIT, use_shared_relative_position_bias=True),
+    "swin_model": maker("SwinModel", "SwinConfig", **SWIN | {"window_size": 3}, attn_implementation="eager"),
+}
+MODELS |= BOUND
 BACKBONES: dict[str, Callable[..., Any]] = {
     "dinov3": maker("DINOv3ViTBackbone", "DINOv3ViTConfig", **DINOV3, **STAGES),
     "dinov2": maker("Dinov2Backbone", "Dinov2Config", **SIZES, **STAGES, mlp_ratio=2),
     "registers": maker("Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", **SIZES, **STAGES, mlp_ratio=2),
 }
-DAILY = ("vit", "dinov3")
+DAILY = ("vit", "dinov3", "swin", "beit")
 
 
 def make(kind: str, **more: Any) -> Any:

@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.layers import Attention
 from timm.layers.attention import Attention as TimmAttention
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
@@ -41,9 +41,8 @@ def test_prefix_tokens_and_class_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("hiera_tiny_224", "blocks.0"),  # pooled queries
-        ("vit_small_patch16_18x2_224", "blocks.0"),  # parallel blocks
-        ("vit_base_patch16_xp_224", "blocks.0"),  # fused blocks
+        ("xcit_nano_12_p16_224", "blocks.0"),  # heads that mix channels
+        ("vit_dpwee_patch16_reg1_gap_256", "blocks.0.out_proj"),  # one layer reads heads and neurons
         ("resnet18", "ResNet"),
     ],
 )
@@ -64,7 +63,7 @@ def test_a_refusal_says_what_is_true_of_the_module() -> None:
             return super().forward_features(x.flip(-1))
 
     with torch.device("meta"):
-        models = [timm.create_model(name) for name in ("naflexvit_base_patch16_gap", "cait_xxs24_224")]
+        models = [timm.create_model(name) for name in ("xcit_nano_12_p16_224", "levit_128")]
     for model in (*models, Own(**BASE)):
         with pytest.raises(UnsupportedModelError) as error:
             mdc.macs(model)
@@ -88,6 +87,11 @@ def test_post_norm_loses_heads_and_neurons_only() -> None:
 class _ScaledAttention(TimmAttention):
     def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
         return 2 * super().forward(x, **kwargs)
+
+
+class _OwnBlock(Block):
+    def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return super().forward(x, **kwargs)
 
 
 class _OtherMlp(nn.Module):
@@ -117,7 +121,7 @@ def test_an_mlp_of_ones_own_leaves_the_heads_and_the_tokens() -> None:
 def test_an_odd_block_costs_only_that_block() -> None:
     model = make()
     model.blocks[1].mlp = randomised(_OtherMlp(48, 192))
-    model.blocks[2] = randomised(ParallelScalingBlock(48, 4))
+    model.blocks[2] = randomised(_OwnBlock(48, 4))
     anatomy = find_anatomy(model)
     assert anatomy.sizes == {"heads": (4, 4, 0, 4), "neurons": (192, 0, 0, 192)}
     assert anatomy.no_tokens is not None

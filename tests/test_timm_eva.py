@@ -58,16 +58,24 @@ def splits_of(slim: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[Tensor, Te
     return logits, splits
 
 
+def embedded(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What reaches the first block, and how it turns."""
+    if isinstance(model, Eva):
+        x, rope = model._pos_embed(model.patch_embed(x))
+        return model.norm_pre(x), rope
+    found = model._forward_embeds(x, None, None, None)
+    return found["patches"], found["rope_embeds"]
+
+
 def by_masking(model: Any, x: Tensor, splits: list[tuple[Tensor, Tensor]], fuse: bool, shift: int = 0) -> Tensor:
     """Logits by timm's own modules over the whole sequence: tokens that have left are masked as keys, and a fused one,
     which does not turn, is put at its end. `shift` turns every token as the one so many places after it."""
-    x, rope = model._pos_embed(model.patch_embed(x))
-    x, prefix = model.norm_pre(x), model.num_prefix_tokens
+    (x, rope), prefix = embedded(model, x), model.num_prefix_tokens
     rope = rope.roll(shift, dims=-2)
     ids = torch.arange(x.shape[1] - prefix).expand(len(x), -1)
     there = torch.ones(x.shape[:2], dtype=torch.bool)
     for index, block in enumerate(model.blocks):
-        table = rope[index] if model.rope_mixed else rope
+        table = rope[index] if rope.ndim == 4 else rope  # of each block, or of all
         extra = x.shape[1] - prefix - table.shape[-2]
         half = table.shape[-1] // 2
         still = torch.cat([torch.zeros(half), torch.ones(half)]).expand(*table.shape[:-2], extra, -1)
@@ -80,7 +88,7 @@ def by_masking(model: Any, x: Tensor, splits: list[tuple[Tensor, Tensor]], fuse:
             if fuse:
                 fused = x.gather(1, (leave + prefix)[:, :, None].expand(-1, -1, x.shape[2])).mean(1, keepdim=True)
                 ids = torch.cat([stay, torch.full_like(stay[:, :1], x.shape[1] - prefix)], dim=1)
-                x, there = torch.cat([x, fused], dim=1), torch.cat([there, there[:, :1]], dim=1)
+                x, there = torch.cat([x, fused], dim=1), torch.cat([there, torch.ones_like(there[:, :1])], dim=1)
         y = block.mlp(block.norm2(x))
         x = x + (y if block.gamma_2 is None else block.gamma_2 * y)
     kept = torch.cat([torch.arange(prefix).expand(len(x), -1), ids + prefix], dim=1)

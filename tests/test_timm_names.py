@@ -45,6 +45,9 @@ KINDS = (
     "vit_relpos_small_patch16_rpn_224",
     "vit_srelpos_small_patch16_224",  # all blocks share a bias
     "pit_ti_distilled_224",
+    "samvit_base_patch16_224",
+    "hiera_tiny_224",
+    "naflexvit_base_patch16_radio_v3",
 )
 
 

@@ -38,10 +38,10 @@ def main() -> None:
     for name in timm.list_models(exclude_filters="mdc_model"):  # what that makes is in the folder it is given
         model = create(name)
         try:
-            dimensions = find_anatomy(model).dimensions
+            anatomy = find_anatomy(model)
         except UnsupportedModelError:
             continue
-        rows.append((name, " ".join(dimensions), counted_macs(model, *model.patch_embed.img_size)))
+        rows.append((name, " ".join(anatomy.dimensions), counted_macs(model, *anatomy.input_size[1:])))
     with FILE.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("name", "dimensions", "macs"), *rows])
 

@@ -134,6 +134,7 @@ def _measured_table(
     batch_size, tokens = conditions["batch_size"], TokenOptions(**(conditions["tokens"] or {}))
     watch = _Stopwatch(device, batch_size)
     dense = _copy_on(model, device)
+    _check_shapes(find_anatomy(dense))
     kinds, kind_of_block = block_kinds(find_anatomy(dense))
     blocks = [_Blocks(dense, index, tokens, watch) for _, index in kinds]
     outside, whole = _OutsideBlocks(dense, tokens, watch), _WholeModels(dense, tokens, watch)
@@ -320,6 +321,21 @@ def _staged(anatomy: Anatomy, blocks: Sequence[Block], keep: float, tokens: Toke
     policy = Policy(tokens=[keep] * len(blocks), stages=range(len(blocks)))
     stage_tokens(staged, first_units(staged, policy, tokens))
     return staged
+
+
+def _check_shapes(anatomy: Anatomy) -> None:
+    """Refuse, with a `BudgetError`, blocks that give tokens of another shape than they take: copies are timed one
+    after another, and what is outside the blocks without most of them."""
+
+    def compare(block: Block, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if block.stage is None and isinstance(output, Tensor) and output.shape != args[0].shape:
+            raise BudgetError(
+                f"latency of {anatomy.name}: {block.name} ({type(block.module).__name__}) gives tokens of another "
+                "shape than it takes, so that it cannot be timed by itself; limit macs or params"
+            )
+
+    with torch.no_grad(), probing((b.module.register_forward_hook, partial(compare, b)) for b in anatomy.blocks):
+        anatomy.model(blank_images(anatomy.model, 1, anatomy.input_size))
 
 
 def _what_reaches(module: nn.Module, anatomy: Anatomy, batch_size: int) -> Tensor:

@@ -233,7 +233,8 @@ class Magnitude(Criterion):
         for part in group.units.slices:
             if part.name in part.module._parameters and part.tensor.ndim > 1:  # weights; no biases, no norms
                 of_entry = part.tensor.detach().float().square().movedim(part.dim, 0).flatten(1).sum(dim=1)
-                squares = squares + of_entry.view(part.groups, group.count, -1).sum(dim=(0, 2)).cpu()
+                own = of_entry.cpu()[group.units.entries(part, range(group.count))]
+                squares = squares + own.view(part.groups, group.count, -1).sum(dim=(0, 2))
         return squares.sqrt()
 
 

@@ -305,8 +305,8 @@ class Scorer:
 
     def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         (given,) = args
-        # (images, tokens, channels), in whatever windows they are seen
-        x = given.unflatten(0, (self._images, -1)).flatten(1, 2) if units.in_windows else given
+        # (images, tokens, channels), in whatever windows and grids they are seen
+        x = given.unflatten(0, (self._images, -1)).flatten(1, -2)
         if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
             with torch.no_grad(), _exactly(x):
                 self._moments.add(units, x)

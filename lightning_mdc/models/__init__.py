@@ -9,16 +9,22 @@ from torch import nn
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Counts, Family, Units, unit_channels
 from lightning_mdc.models.compiled import is_compiled, probing, unwrap
+from lightning_mdc.models.hf_swin import HfSwin
 from lightning_mdc.models.hf_vit import HfViT
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.outputs import said
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
+from lightning_mdc.models.timm_cait import TimmCait
 from lightning_mdc.models.timm_eva import TimmEva
+from lightning_mdc.models.timm_hiera import TimmHiera
+from lightning_mdc.models.timm_hieradet import TimmHieraDet
 from lightning_mdc.models.timm_hub import mdc_model
+from lightning_mdc.models.timm_naflex import TimmNaFlex
 from lightning_mdc.models.timm_pit import TimmPiT
 from lightning_mdc.models.timm_relpos import TimmRelPos
+from lightning_mdc.models.timm_sam import TimmSAM
 from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
 
@@ -58,13 +64,19 @@ def register(family: F) -> F:
     return family
 
 
+register(TimmCait())
 register(TimmEva())
+register(TimmHiera())
+register(TimmHieraDet())
+register(TimmNaFlex())
 register(TimmPiT())
 register(TimmRelPos())
+register(TimmSAM())
 register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
 register(HfViT())
+register(HfSwin())
 
 
 def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:

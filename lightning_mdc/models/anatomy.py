@@ -45,6 +45,9 @@ class Slice:
         name: of the tensor in it.
         width: entries of one unit in a run, if that is not what it is in the units' activation: 1 for a table with a
             column per head.
+        start: of the first run, in a tensor that heads and neurons share: what is before and behind the runs stays.
+            Heads are the first to be cut or masked, so theirs have to be behind the neurons'. None: the tensor is
+            theirs alone.
     """
 
     module: nn.Module
@@ -52,6 +55,7 @@ class Slice:
     dim: int = 0
     groups: int = 1
     width: int | None = None
+    start: int | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -96,12 +100,10 @@ class Units:
             ``[u * width, (u + 1) * width)``.
         slices: of all tensors that belong to units, biases and tables included.
         sizes: attributes to set when there are fewer.
-        reader: the Linear layer that reads the units: its input is (..., count * width). It is watched to score
-            them, and refitted to make up for those that leave.
+        reader: the Linear layer that reads the units: its input is (..., count * width), all tokens of an image one
+            after another. It is watched to score them, and refitted to make up for those that leave.
         macs: (units kept, tokens that their half of the block sees) -> MACs.
         after_point: whether they see the tokens that are left behind the token point, as the second half does.
-        in_windows: whether `reader` sees the windows of an image as rows of their own, those of one image one after
-            another.
         norm: a normalisation over the units' channels, by name and class, for messages; None if there is none.
         behaviours: of modules that cannot do with fewer units by themselves.
     """
@@ -116,21 +118,35 @@ class Units:
     reader: nn.Linear
     macs: Macs
     after_point: bool = False
-    in_windows: bool = False
     norm: str | None = None
     behaviours: tuple[Behaviour, ...] = ()
 
     @property
     def params(self) -> int:
         """Parameters that leave with one unit."""
-        found = (part.module._parameters.get(part.name) for part in self.slices)  # whole, even under a mask
-        return sum(p.numel() // self.count for p in found if p is not None) if self.count else 0
+        if not self.count:
+            return 0
+        found = ((part, part.module._parameters.get(part.name)) for part in self.slices)  # whole, even under a mask
+        entries = ((part.groups * self._in_run(part), part.dim, p) for part, p in found if p is not None)
+        return sum(p.numel() // p.shape[dim] * count for count, dim, p in entries)
+
+    def _in_run(self, part: Slice) -> int:
+        return self.width if part.width is None else part.width
 
     def entries(self, part: Slice, kept: Iterable[int]) -> Tensor:
         """Which entries along ``part.dim`` the `kept` units own: int64, on the CPU."""
-        width = self.width if part.width is None else part.width
-        run = unit_channels(torch.tensor(list(kept), dtype=torch.long, device="cpu"), width)
+        width = self._in_run(part)
+        run = unit_channels(torch.tensor(list(kept), dtype=torch.long, device="cpu"), width) + (part.start or 0)
         return torch.cat([run + group * self.count * width for group in range(part.groups)])
+
+    def left(self, part: Slice, kept: Iterable[int], size: int) -> Tensor:
+        """Which of `size` entries along ``part.dim`` are left: those of the `kept` units, and what is no unit's."""
+        own = self.entries(part, kept)
+        if part.start is None:
+            return own
+        behind = part.start + part.groups * self.count * self._in_run(part)
+        before, after = (torch.arange(*ends, device="cpu") for ends in ((0, part.start), (behind, size)))
+        return torch.cat([before, own, after])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Hugging Face's ViT, DeiT, DINOv2 (with registers), DINOv3, CLIP and SigLIP: models, classifiers, backbones.
+"""Hugging Face's ViT, DeiT, DINOv2 (with registers), DINOv3, CLIP, SigLIP and BEiT: models, classifiers, backbones.
 
 transformers calls the blocks in loops of its own, which hand what a model is called with on to all of them: so the
 `Way` of one call reaches every block. Only the hf_* files know transformers' attribute names; none imports it.
@@ -32,6 +32,7 @@ from lightning_mdc.models.anatomy import (
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.hf_classes import build, check_spec, computes_as, describe, known_class
 from lightning_mdc.models.swapping import original_class
+from lightning_mdc.models.timm_attention import bias_table
 from lightning_mdc.models.timm_constructor import qualified_name
 from lightning_mdc.models.timm_eva import rope_of
 from lightning_mdc.models.timm_vit import CountedMacs, counted_macs
@@ -69,6 +70,9 @@ _MODELS = {
     "CLIPForImageClassification": _Model("clip", "vision_model", ()),
     "SiglipVisionModel": _Model("siglip", "", ()),
     "SiglipForImageClassification": _Model("siglip", "vision_model", ()),
+    "BeitModel": _Model("beit", "", ()),
+    "BeitForImageClassification": _Model("beit", "beit", ()),
+    "BeitBackbone": _Model("beit", "beit", ()),
 }
 _BLOCKS = {
     "vit": "layers",
@@ -78,6 +82,7 @@ _BLOCKS = {
     "dinov3_vit": "model.layer",
     "clip": "encoder.layers",
     "siglip": "encoder.layers",
+    "beit": "layers",
 }
 _PACKAGES = {name: model.package for name, model in _MODELS.items()}
 _LAYERS = {
@@ -88,6 +93,7 @@ _LAYERS = {
     "DINOv3ViTLayer": "dinov3_vit",
     "CLIPEncoderLayer": "clip",
     "SiglipEncoderLayer": "siglip",
+    "BeitLayer": "beit",
 }
 _ATTENTIONS = {
     "ViTAttention": "vit",
@@ -97,6 +103,7 @@ _ATTENTIONS = {
     "DINOv3ViTAttention": "dinov3_vit",
     "CLIPAttention": "clip",
     "SiglipAttention": "siglip",
+    "BeitAttention": "beit",
 }
 _MLPS = {
     "ViTMLP": "vit",
@@ -109,7 +116,9 @@ _MLPS = {
     "DINOv3ViTGatedMLP": "dinov3_vit",
     "CLIPMLP": "clip",
     "SiglipMLP": "siglip",
+    "BeitMLP": "beit",
 }
+_BIAS = "relative_position_bias"
 _OPTIONS = ("add_pooling_layer", "use_mask_token")
 
 
@@ -118,8 +127,8 @@ class HfViT(Family):
 
     name = "hf_vit"
     description = (
-        "transformers' ViT, DeiT, DINOv2 (with registers), DINOv3, CLIP and SigLIP vision models, classifiers and "
-        "backbones"
+        "transformers' ViT, DeiT, DINOv2 (with registers), DINOv3, CLIP, SigLIP and BEiT (heads and neurons) vision "
+        "models, classifiers and backbones"
     )
 
     def accepts(self, module: nn.Module) -> bool:
@@ -140,14 +149,16 @@ class HfViT(Family):
             _listed_blocks(tower)
         except AttributeError:
             return "this release of transformers builds it otherwise than 5.24, which is known"
+        if not isinstance(module._modules.get("fpn", nn.Identity()), nn.Identity):
+            return "fpn makes maps of its feature maps, whose cost is not known; use a backbone with add_fpn=False"
         return None
 
     def anatomy(self, model: Any) -> Anatomy:
         kind: Any = known_class(model, _PACKAGES)
         tower: Any = _tower(model)
         config = tower.config
-        size = _pair(config.image_size)
-        grid = partial(_grid_of, _pair(config.patch_size))
+        size = pair(config.image_size)
+        grid = partial(_grid_of, pair(config.patch_size))
         blocks = _blocks(model)
         return Anatomy(
             model=model,
@@ -163,7 +174,7 @@ class HfViT(Family):
             fixed_macs=partial(_fixed_macs, model),
             reader=HfReader,
             tower=tower,
-            no_tokens=_no_tokens(blocks),
+            no_tokens=_no_tokens(tower, blocks),
             classifies=_classifies(model),
         )
 
@@ -171,7 +182,8 @@ class HfViT(Family):
         options = {}
         if hasattr(model, "pooler"):
             options["add_pooling_layer"] = model.pooler is not None
-            options["use_mask_token"] = model.embeddings.mask_token is not None
+            if not hasattr(model.config, "use_mask_token"):
+                options["use_mask_token"] = model.embeddings.mask_token is not None
         return describe(model, _PACKAGES, **options)
 
     def check_spec(self, spec: Mapping[str, Any], tensors: Collection[str]) -> None:
@@ -199,7 +211,7 @@ def _listed_blocks(tower: nn.Module) -> list[nn.Module]:
     return list(tower.get_submodule(_BLOCKS[_package(tower, _PACKAGES)]).children())
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
@@ -232,12 +244,11 @@ def _classifies(model: Any) -> bool:
 
 @dataclass(frozen=True)
 class Names:
-    """Of the parts of a block: the norms before its halves, its attention, the Linear that reads its heads, and what
-    each half's result goes through before it is added."""
+    """Of the parts of a block: the norms before its halves, its attention, and what each half's result goes through
+    before it is added."""
 
     norms: tuple[str, str]
     attention: str
-    out: str
     after: tuple[tuple[str, ...], tuple[str, ...]]
 
 
@@ -245,40 +256,45 @@ def _blocks(model: Any) -> tuple[Block, ...]:
     tower: Any = _tower(model)
     kind: Any = known_class(model, _PACKAGES)
     path = ".".join(filter(None, (_MODELS[kind.__name__].tower, _BLOCKS[_package(tower, _PACKAGES)])))
-    dim = tower.config.hidden_size
     return tuple(
-        _block_of(index, f"{path}.{index}", unwrap(block), dim) for index, block in enumerate(_listed_blocks(tower))
+        _block_of(index, f"{path}.{index}", unwrap(block), tower) for index, block in enumerate(_listed_blocks(tower))
     )
 
 
-def _block_of(index: int, name: str, block: Any, dim: int) -> Block:
+def _block_of(index: int, name: str, block: Any, tower: Any) -> Block:
+    dim = tower.config.hidden_size
     if not computes_as(block, _LAYERS):
         reasons = dict.fromkeys(UNIT_DIMENSIONS, f"{name} is a {qualified_name(block)}, whose forward is its own")
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     package = _package(block, _LAYERS)
-    halves = _HALVES[package]
-    names = halves.names
+    names = _HALVES[package].names
     attn, mlp = block._modules[names.attention], block.mlp
     units: dict[str, Units] = {}
     reasons = {}
     rest: list[Any] = [None, None]
     point = None
-    if _is_plain(attn, _ATTENTIONS, ("q_proj", "k_proj", "v_proj", names.out)):
-        heads = units["heads"] = _heads(index, f"{name}.{names.attention}", attn, attn._modules[names.out])
-        point = TokenPoint(halves, heads, Channels(attn.v_proj, 0, attn.v_proj.out_features))
+    if getattr(tower, "shared_position_bias", None) is not None:
+        reasons["heads"] = "shared_position_bias has a column for the heads of all blocks"
+        rest[0] = partial(heads_of(index, name, attn).macs, attn.num_attention_heads)
+    elif is_plain(attn, _ATTENTIONS, PROJECTIONS):
+        heads = units["heads"] = heads_of(index, f"{name}.{names.attention}", attn, block._modules.get(_BIAS))
+        if package != "beit":
+            point = TokenPoint(_HALVES[package], heads, Channels(attn.v_proj, 0, attn.v_proj.out_features))
     else:
-        reasons["heads"] = _not_plain(f"{name}.{names.attention}", attn)
+        reasons["heads"] = not_plain(f"{name}.{names.attention}", attn)
         rest[0] = CountedMacs(attn, dim, f"{name}.{names.attention}")
-    if _is_plain(mlp, _MLPS, _MAKERS + _READERS):
-        units["neurons"] = _neurons(index, f"{name}.mlp", mlp)
+    if is_plain(mlp, _MLPS, MAKERS + READERS):
+        units["neurons"] = neurons_of(index, f"{name}.mlp", mlp)
     else:
-        reasons["neurons"], rest[1] = _not_plain(f"{name}.mlp", mlp), CountedMacs(mlp, dim, f"{name}.mlp")
+        reasons["neurons"], rest[1] = not_plain(f"{name}.mlp", mlp), CountedMacs(mlp, dim, f"{name}.mlp")
     second_half = block._modules[names.norms[1]]
-    alone = _alone_turning if package == "dinov3_vit" else _alone
+    alone: Any = _alone_turning if package == "dinov3_vit" else _alone
+    if package == "beit":
+        alone = partial(_alone, resolution=pair(tower.config.image_size))
     return Block(name, block, units, reasons, point, stage_of(block), (rest[0], rest[1]), second_half, alone)
 
 
-def _is_plain(module: nn.Module, classes: Mapping[str, str], linears: tuple[str, ...]) -> bool:
+def is_plain(module: nn.Module, classes: Mapping[str, str], linears: tuple[str, ...]) -> bool:
     """Whether the module computes what one of the classes does, on Linear layers that can be sliced."""
     children = (module._modules.get(name) for name in linears)
     return computes_as(module, classes) and all(
@@ -287,31 +303,40 @@ def _is_plain(module: nn.Module, classes: Mapping[str, str], linears: tuple[str,
     )
 
 
-def _not_plain(name: str, module: nn.Module) -> str:
+def not_plain(name: str, module: nn.Module) -> str:
     return f"{name} is a {qualified_name(module)}, not transformers' own with its own forward and Linears"
 
 
-def _heads(index: int, name: str, attn: Any, out: nn.Linear) -> Units:
-    width = attn.head_dim
+def heads_of(index: int, name: str, attn: Any, bias: Any = None, window: int | None = None) -> Units:
+    """The heads of transformers' attention of block `index`, called `name`.
+
+    `bias` owns a table of positions with a column per head. A token attends to all, or to those of its `window`.
+    """
+    width, out = attn.head_dim, _out(attn)
     makers = (attn.q_proj, attn.k_proj, attn.v_proj)
     parts = [*(rows_of(maker, width=width) for maker in makers), columns_of(out, width)]
     count = attn.q_proj.out_features // width
     per_head = sum(layer.weight.numel() for layer in (*makers, out)) // max(count, 1)
     counts = (of for of in ("num_heads", "num_attention_heads") if hasattr(attn, of))
+    table = () if bias is None else bias_table(bias).slices
+
+    def macs(heads: Any, tokens: Any) -> Any:
+        return tokens * heads * (per_head + 2 * width * (tokens if window is None else window))
+
     return Units(
         dimension="heads",
         block=index,
         name=name,
         count=count,
         width=width,
-        slices=tuple(part for slices, _ in parts for part in slices),
+        slices=(*(part for slices, _ in parts for part in slices), *table),
         sizes=(
             *(size for _, sizes in parts for size in sizes),
             *(Size(attn, of, lambda kept: kept) for of in counts),
         ),
         reader=out,
-        macs=lambda heads, tokens: tokens * heads * per_head + 2 * tokens * tokens * heads * width,
-        behaviours=(Behaviour(attn, AnyHeads),),
+        macs=macs,
+        behaviours=(Behaviour(attn, AnyHeads), *([] if bias is None else [Behaviour(bias, AnyTable)])),
     )
 
 
@@ -328,18 +353,31 @@ class AnyHeads:
         return _out(self)(hidden_states[..., :0]), hidden_states.new_zeros(batch, 0, tokens, tokens)
 
 
+class AnyTable:
+    """Mixin: a bias of positions, which may be of no heads."""
+
+    relative_position_bias_table: Tensor
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        if self.relative_position_bias_table.shape[1]:
+            found: Tensor = super().forward(*args, **options)  # type: ignore[misc]
+            return found
+        return self.relative_position_bias_table.new_zeros(1, 0, 1, 1)
+
+
 def _out(attn: Any) -> nn.Linear:
     """The layer that reads the heads."""
     found: nn.Linear = attn._modules.get("o_proj") or attn.out_proj
     return found
 
 
-_MAKERS, _READERS = ("fc1", "gate_proj", "up_proj"), ("fc2", "down_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
+MAKERS, READERS = ("fc1", "gate_proj", "up_proj"), ("fc2", "down_proj")
 
 
-def _neurons(index: int, name: str, mlp: Any) -> Units:
-    makers = [mlp._modules[maker] for maker in _MAKERS if maker in mlp._modules]
-    reader: Any = next(mlp._modules[reader] for reader in _READERS if reader in mlp._modules)
+def neurons_of(index: int, name: str, mlp: Any) -> Units:
+    makers = [mlp._modules[maker] for maker in MAKERS if maker in mlp._modules]
+    reader: Any = next(mlp._modules[reader] for reader in READERS if reader in mlp._modules)
     parts = [*map(rows_of, makers), columns_of(reader)]
     count = reader.in_features
     weights = sum(layer.weight.numel() for layer in (*makers, reader)) // max(count, 1)
@@ -357,16 +395,18 @@ def _neurons(index: int, name: str, mlp: Any) -> Units:
     )
 
 
-def _no_tokens(blocks: tuple[Block, ...]) -> str | None:
+def _no_tokens(tower: nn.Module, blocks: tuple[Block, ...]) -> str | None:
     """Why tokens cannot leave; None if they can."""
+    if _package(tower, _PACKAGES) == "beit":
+        return f"{blocks[0].name} (BeitLayer) has a bias for each pair of places of the whole grid"
     for block in blocks:
         if block.stage is not None:
             return f"{block.name} already drops tokens: this model is slim; prune tokens of the dense one"
     return next((next(iter(block.reasons.values())) for block in blocks if block.point is None), None)
 
 
-def _alone(block: nn.Module, x: Tensor) -> Tensor:
-    found: Tensor = block(x, attention_mask=None)
+def _alone(block: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    found: Tensor = block(x, attention_mask=None, **options)
     return found
 
 
@@ -385,7 +425,7 @@ def _heads_of(model: Any) -> dict[str, nn.Module]:
     names = ("classifier", "cls_classifier", "distillation_classifier", "visual_projection")
     found = {name: unwrap(model._modules[name]) for name in names if name in model._modules}
     pooler: Any = getattr(_tower(model), "pooler", None)
-    return found if pooler is None else {**found, "pooler.dense": pooler.dense}
+    return {**found, "pooler.dense": pooler.dense} if hasattr(pooler, "dense") else found
 
 
 def _fixed_macs(model: Any, size: tuple[int, int], num_tokens: Any) -> Any:
@@ -393,7 +433,7 @@ def _fixed_macs(model: Any, size: tuple[int, int], num_tokens: Any) -> Any:
     tower: Any = _tower(model)
     dim, embeddings = tower.config.hidden_size, tower.embeddings
     found = getattr(embeddings, "patch_embeddings", None) or embeddings.patch_embedding
-    height, width = _grid_of(_pair(tower.config.patch_size), size)
+    height, width = _grid_of(pair(tower.config.patch_size), size)
     total: Any = height * width * getattr(found, "projection", found).weight.numel()
     for name, head in _heads_of(model).items():
         if isinstance(head, nn.Linear):
@@ -476,25 +516,23 @@ class _Halves(StagedBlock):
 class VitHalves(_Halves):
     """Of ViT and DeiT."""
 
-    names = Names(("layernorm_before", "layernorm_after"), "attention", "o_proj", (("dropout",), ("dropout",)))
+    names = Names(("layernorm_before", "layernorm_after"), "attention", (("dropout",), ("dropout",)))
 
 
 class DinoHalves(_Halves):
     """Of DINOv2 and DINOv3."""
 
-    names = Names(
-        ("norm1", "norm2"), "attention", "o_proj", (("layer_scale1", "drop_path"), ("layer_scale2", "drop_path"))
-    )
+    names = Names(("norm1", "norm2"), "attention", (("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")))
 
 
 class ClipHalves(_Halves):
     """Of CLIP and SigLIP."""
 
-    names = Names(("layer_norm1", "layer_norm2"), "self_attn", "out_proj", ((), ()))
+    names = Names(("layer_norm1", "layer_norm2"), "self_attn", ((), ()))
 
 
 _HALVES: dict[str, type[_Halves]] = {
-    **dict.fromkeys(("vit", "deit"), VitHalves),
+    **dict.fromkeys(("vit", "deit", "beit"), VitHalves),  # of BEiT the names alone are used
     **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), DinoHalves),
     **dict.fromkeys(("clip", "siglip"), ClipHalves),
 }
@@ -562,7 +600,7 @@ class HfReader:
                 "TokenOptions(restore=True), or with tokens=1.0"
             )
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        check_grid(self.plan, size, _grid_of(_pair(self.config.patch_size), size))
+        check_grid(self.plan, size, _grid_of(pair(self.config.patch_size), size))
         way = Way(unwrap(_listed_blocks(self)[-1]), restore, shows)  # type: ignore[arg-type]
         return super().forward(pixel_values, *args, journey=way, **options)  # type: ignore[misc]
 

@@ -83,7 +83,7 @@ def mask_units(chosen: Iterable[tuple[Units, tuple[int, ...]]]) -> None:
     """Have modules compute with the kept ones of their units, given with their indices, until `unmask`."""
     for units, kept in chosen:
         for part in units.slices:
-            entries = units.entries(part, kept).to(part.tensor.device)
+            entries = units.left(part, kept, part.tensor.shape[part.dim]).to(part.tensor.device)
             _mask(part.module, entries={part.name: (part.dim, entries)})
         for size in units.sizes:
             _mask(size.module, sizes={size.name: size.of(len(kept))})
@@ -175,7 +175,7 @@ def cut_units(units: Units, kept: tuple[int, ...]) -> None:
         return
     for part in units.slices:
         old = part.tensor
-        new = old.detach().index_select(part.dim, units.entries(part, kept).to(old.device))
+        new = old.detach().index_select(part.dim, units.left(part, kept, old.shape[part.dim]).to(old.device))
         if part.name in part.module._parameters:
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(part.module, part.name, new)

@@ -6,7 +6,7 @@ place of their forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,18 +56,31 @@ class AnyHeads:
         return bias
 
 
+class NoneToo:
+    """Mixin: an attention whose own forward takes any number of heads but none."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if self.num_heads:
+            result: Tensor = super().forward(x)  # type: ignore[misc]
+        else:
+            result = self.proj_drop(self.proj(x[..., :0]))
+        return result
+
+
 class PositionBias(NamedTuple):
     """What a bias of positions is made of.
 
     Attributes:
         slices, sizes: per head, beside those of the attention's Linear layers.
         fixed, per_head: its MACs, whatever the number of heads and for each.
+        per_token: tokens -> its MACs for each head and token.
     """
 
     slices: Sequence[Slice] = ()
     sizes: Sequence[Size] = ()
     fixed: int = 0
     per_head: int = 0
+    per_token: Callable[[Any], Any] = lambda tokens: 0
 
 
 def bias_table(owner: nn.Module) -> PositionBias:
@@ -86,20 +99,30 @@ def bias_mlp(first: nn.Linear, last: nn.Linear, positions: int) -> PositionBias:
     )
 
 
-def heads_of(index: int, name: str, attn: Any, mixin: type, bias: PositionBias, window: int | None = None) -> Units:
+def heads_of(
+    index: int,
+    name: str,
+    attn: Any,
+    mixin: type,
+    bias: PositionBias,
+    window: int | None = None,
+    pooled: int = 1,
+) -> Units:
     """The heads of an attention of block `index`, called `name`, that `mixin` computes where there are fewer.
 
-    A token attends to all, or to those of its window of so many.
+    A token attends to all, or to those of its window of so many; so many queries are pooled to one.
     """
-    count = attn.num_heads
+    counter = "num_heads" if hasattr(attn, "num_heads") else "heads"
+    count = getattr(attn, counter)
     width = attn.proj.in_features // count if count else 1  # of no heads any width is true
-    per_head = (attn.qkv.weight.numel() + attn.proj.weight.numel()) // max(count, 1)
+    of_qkv, of_proj = (layer.weight.numel() // max(count, 1) for layer in (attn.qkv, attn.proj))
     (rows, row_sizes), (columns, column_sizes) = rows_of(attn.qkv, 3, width), columns_of(attn.proj, width)
     biases = [Slice(attn, n) for n in ("q_bias", "k_bias", "v_bias") if getattr(attn, n, None) is not None]
 
     def macs(heads: Any, tokens: Any) -> Any:
-        of_pairs = 2 * tokens * (tokens if window is None else window) * width
-        return heads * (tokens * per_head + of_pairs + bias.per_head) + np.greater(heads, 0) * bias.fixed
+        queries, keys = tokens // pooled, tokens if window is None else window
+        of_queries = queries * (of_proj + 2 * keys * width + bias.per_token(tokens))
+        return heads * (tokens * of_qkv + of_queries + bias.per_head) + np.greater(heads, 0) * bias.fixed
 
     return Units(
         dimension="heads",
@@ -108,9 +131,8 @@ def heads_of(index: int, name: str, attn: Any, mixin: type, bias: PositionBias, 
         count=count,
         width=width,
         slices=(*rows, *columns, *biases, *bias.slices),
-        sizes=(*row_sizes, *column_sizes, Size(attn, "num_heads", lambda kept: kept), *bias.sizes),
+        sizes=(*row_sizes, *column_sizes, Size(attn, counter, lambda kept: kept), *bias.sizes),
         reader=attn.proj,
         macs=macs,
-        in_windows=window is not None,
         behaviours=(Behaviour(attn, mixin),),
     )

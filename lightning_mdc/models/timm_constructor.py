@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from timm import layers
 from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers import activations as timm_activations
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
@@ -22,7 +29,7 @@ from lightning_mdc.models.timm_stem import build_stem, check_stem, describe_stem
 
 # What a saved model may be made of. Loading looks classes up here and nowhere else.
 _MODELS = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
-_BLOCKS = {"Block": Block, "ResPostBlock": ResPostBlock}
+_BLOCKS = {kind.__name__: kind for kind in (Block, ResPostBlock, ParallelThingsBlock, ParallelScalingBlock)}
 _ATTENTIONS = {"Attention": layers.Attention, "DiffAttention": layers.DiffAttention}
 MLPS = {"Mlp": layers.Mlp, "GluMlp": layers.GluMlp, "SwiGLU": layers.SwiGLU}  # whose neurons can leave
 _MLPS = MLPS | {"GeGluMlp": GeGluMlp}
@@ -51,7 +58,7 @@ def qualified_name(module: nn.Module) -> str:
 
 def in_chans(model: Any) -> int:
     """Channels of the images; older timm keeps them in the patch embedding only."""
-    embed = model.patch_embed
+    embed = model.embeds if hasattr(model, "embeds") else model.patch_embed
     return getattr(model, "in_chans", None) or getattr(embed, "in_chans", None) or embed.proj.in_channels
 
 
@@ -68,7 +75,7 @@ def describe(
     Raises:
         ArtifactError: a part that no constructor argument expresses; names it.
     """
-    block: Any = unwrap(model.blocks[0])
+    block = _one_of_each(unwrap(model.blocks[0]))
     embed, attn, mlp = model.patch_embed, block.attn, block.mlp
     if type(embed) not in embeddings:
         raise ArtifactError(
@@ -80,7 +87,7 @@ def describe(
     hidden = 2 * neurons if isinstance(mlp, layers.GluMlp) else neurons
     return {
         "class": "VisionTransformerDistilled" if isinstance(model, VisionTransformerDistilled) else "VisionTransformer",
-        "block": "ResPostBlock" if isinstance(block, ResPostBlock) else "Block",
+        "block": name_of(_BLOCKS, unwrap(model.blocks[0]), "blocks.0", subclasses=True),
         "stem": describe_stem(embed) if isinstance(embed, HybridEmbed) else None,
         "attn": attention,
         "mlp": name_of(_MLPS, mlp, "blocks.0.mlp", subclasses=True),
@@ -96,10 +103,40 @@ def describe(
             # int(dim * ratio) must give the hidden size back; half a unit keeps the product off the edge.
             "mlp_ratio": (hidden + 0.5) / model.embed_dim,
             **_model_args(model),
-            **_block_args(block),
-            "drop_path_rate": getattr(unwrap(model.blocks[-1]).drop_path1, "drop_prob", None) or 0.0,
+            **block_args(block),
+            "drop_path_rate": getattr(_one_of_each(unwrap(model.blocks[-1])).drop_path1, "drop_prob", None) or 0.0,
         },
     }
+
+
+def _one_of_each(block: Any) -> Any:
+    """A block, or one attention and one MLP of those side by side or at once, by the names that a block gives them."""
+    if isinstance(block, ParallelScalingBlock):
+        return _as_if_apart(block)
+    if not isinstance(block, ParallelThingsBlock):
+        return block
+    first, second = block.attns[0], block.ffns[0]
+    return SimpleNamespace(attn=first.attn, mlp=second.mlp, norm1=first.norm, ls1=first.ls, drop_path1=first.drop_path)
+
+
+def _as_if_apart(block: Any) -> Block:
+    """A block without weights that has apart what `block` has at once, of the same arguments."""
+    dim = block.in_proj.in_features
+    with torch.device("meta"):
+        apart = Block(
+            dim,
+            num_heads=dim // block.head_dim,
+            mlp_ratio=(block.mlp_out_proj.in_features + 0.5) / dim,
+            qkv_bias=block.in_proj.bias is not None,
+            qk_norm=not isinstance(block.q_norm, nn.Identity),
+            proj_bias=block.attn_out_proj.bias is not None,
+            proj_drop=block.mlp_drop.p,
+            attn_drop=block.attn_drop.p,
+            init_values=None if isinstance(block.ls, nn.Identity) else 1e-5,
+            drop_path=getattr(block.drop_path, "drop_prob", None) or 0.0,
+        )
+    apart.norm1, apart.mlp.act = block.in_norm, block.mlp_act
+    return apart
 
 
 def _model_args(model: Any) -> dict[str, Any]:
@@ -128,7 +165,7 @@ def _model_args(model: Any) -> dict[str, Any]:
     }
 
 
-def _block_args(block: Any) -> dict[str, Any]:
+def block_args(block: Any) -> dict[str, Any]:
     """Arguments that are read off one block, as all are alike."""
     attn, mlp = block.attn, block.mlp
     is_post_norm = isinstance(block, ResPostBlock)

@@ -75,7 +75,7 @@ class TimmEva(TimmVisionTransformer):
         return found
 
     def block_kind(self, model: Any) -> BlockKind:
-        heads = partial(_heads, turn_alike=not model.rope_mixed)
+        heads = partial(_heads, turn_alike=not is_mixed(model.rope))
         return BlockKind(EvaBlock, EvaBlockPostNorm, (EvaAttention, AttentionRope), heads, _point, EvaReader)
 
     def describe(self, model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -99,6 +99,11 @@ class TimmEva(TimmVisionTransformer):
             with torch.random.fork_rng(devices=[]):  # frequencies that are learnt begin at random; these are not taken
                 fresh = type(rope)(**{name: getattr(rope, name) for name in given if hasattr(rope, name)})
             rope._buffers.update(fresh.to(next(model.parameters()).dtype)._buffers)
+
+
+def is_mixed(rope: nn.Module | None) -> bool:
+    """Whether each head of each block has rotary positions of its own."""
+    return type(rope) is _ROPES["mixed"]
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -337,21 +342,21 @@ def _describe(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
     """
     if type(model.patch_embed) is not PatchEmbed:
         raise ArtifactError(f"patch_embed is a {qualified_name(model.patch_embed)}, which no constructor makes here")
-    num_heads, kv_heads = _head_counts(model, sizes)
+    num_heads, kv_heads = head_counts(model, sizes)
     block: Any = unwrap(model.blocks[0])
     found = {
         "depth": len(model.blocks),
         "num_heads": num_heads,
         "num_kv_heads": None if set(kv_heads) == {num_heads} else kv_heads,
         **_model_args(model),
-        **_block_args(block, one_size(sizes, "neurons", lambda: block.mlp.fc2.in_features), model.embed_dim),
-        **_rope_args(model.rope, block.attn),
+        **block_args(block, one_size(sizes, "neurons", lambda: block.mlp.fc2.in_features), model.embed_dim),
+        **rope_args(model.rope, block.attn),
         "drop_path_rate": getattr(unwrap(model.blocks[-1]).drop_path1, "drop_prob", None) or 0.0,
     }
     return {"norm": norm_spec(block.norm1, "blocks.0.norm1"), "args": {name: found[name] for name in _ARG_TYPES}}
 
 
-def _head_counts(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, list[int]]:
+def head_counts(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, list[int]]:
     """Heads of every dense block, and of each block those that have keys."""
     units = sizes.get("heads") or (0,) * len(model.blocks)
     heads: set[int] = set()
@@ -395,7 +400,7 @@ def _model_args(model: Any) -> dict[str, Any]:
     }
 
 
-def _block_args(block: Any, neurons: int, dim: int) -> dict[str, Any]:
+def block_args(block: Any, neurons: int, dim: int) -> dict[str, Any]:
     """Arguments that are read off one block, as all are alike."""
     attn, mlp = block.attn, block.mlp
     maker = attn.q_proj if attn.qkv is None else attn.qkv
@@ -419,7 +424,7 @@ def _block_args(block: Any, neurons: int, dim: int) -> dict[str, Any]:
     }
 
 
-def _rope_args(rope: Any, attn: Any) -> dict[str, Any]:
+def rope_args(rope: Any, attn: Any) -> dict[str, Any]:
     """Arguments that are read off the rotary positions; timm's own values where there are none."""
     section, of_shape = getattr(rope, "mrope_section", None), getattr(rope, "ref_feat_shape", None)
     return {

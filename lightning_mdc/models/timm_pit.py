@@ -13,12 +13,12 @@ from typing import Any
 from timm.models import pit
 from torch import nn
 
-from lightning_mdc.errors import ArtifactError, UnsupportedModelError
+from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.swapping import original_class
-from lightning_mdc.models.timm_constructor import check_args, check_depth, check_positive, in_chans, qualified_name
-from lightning_mdc.models.timm_vit import PLAIN, block_of, computes_as, counted_macs
+from lightning_mdc.models.timm_constructor import check_args, check_depth, check_positive
+from lightning_mdc.models.timm_vit import PLAIN, block_of, check_size, computes_as, counted_macs, foreign_part
 
 _MODEL_METHODS = ("forward", "forward_features", "forward_head")
 
@@ -38,15 +38,12 @@ class TimmPiT(Family):
             return None
         if not computes_as(module, (pit.PoolingVisionTransformer,), _MODEL_METHODS):
             return "its class overrides a forward of timm's PoolingVisionTransformer"
-        parts: list[tuple[str, Any, type]] = [("patch_embed", module.patch_embed, pit.ConvEmbedding)]
+        parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, (pit.ConvEmbedding,))]
         for index, stage in enumerate(module.transformers):
-            parts.append((f"transformers.{index}", stage, pit.Transformer))
+            parts.append((f"transformers.{index}", stage, (pit.Transformer,)))
             if index:
-                parts.append((f"transformers.{index}.pool", stage.pool, pit.Pooling))
-        for name, part, kind in parts:
-            if not computes_as(part, (kind,)):
-                return f"{name} is a {qualified_name(part)}, not timm's {kind.__name__} with its own forward"
-        return None
+                parts.append((f"transformers.{index}.pool", stage.pool, (pit.Pooling,)))
+        return foreign_part(parts)
 
     def anatomy(self, model: Any) -> Anatomy:
         blocks: list[Block] = []
@@ -65,7 +62,7 @@ class TimmPiT(Family):
             num_prefix_tokens=model.num_tokens,
             class_rows=tuple(range(model.num_tokens)),
             grid=tuple(model.patch_embed.grid_size),
-            input_size=(in_chans(model), *model.patch_embed.img_size),
+            input_size=(model.patch_embed.conv.in_channels, *model.patch_embed.img_size),
             grid_of=partial(_grid_of, model),
             fixed_macs=lambda size, _: _outside_macs(model),
             tokens_at=lambda size: tokens,
@@ -90,7 +87,7 @@ class TimmPiT(Family):
                 # int(dim * ratio) gives the hidden size back in each stage: a quarter keeps the last off the edge.
                 "mlp_ratio": (hidden + 0.25) / model.embed_dim,
                 "num_classes": model.num_classes,
-                "in_chans": in_chans(model),
+                "in_chans": embed.conv.in_channels,
                 "global_pool": model.global_pool,
                 "distilled": model.head_dist is not None,
                 "drop_rate": model.head_drop.p,
@@ -124,13 +121,8 @@ def _stages(model: Any) -> Iterator[tuple[Any, tuple[int, int], int]]:
 
 
 def _grid_of(model: Any, size: tuple[int, int]) -> tuple[int, int]:
-    embed = model.patch_embed
-    if tuple(size) != tuple(embed.img_size):
-        raise UnsupportedModelError(
-            f"input_size={tuple(size)}: this {original_class(model).__name__} takes {tuple(embed.img_size)} images "
-            "only; create it with img_size="
-        )
-    return tuple(embed.grid_size)
+    check_size(model, size, model.patch_embed.img_size)
+    return tuple(model.patch_embed.grid_size)
 
 
 def _outside_macs(model: Any) -> int:

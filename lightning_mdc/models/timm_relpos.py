@@ -32,7 +32,7 @@ from lightning_mdc.models.timm_constructor import (
     one_size,
     qualified_name,
 )
-from lightning_mdc.models.timm_vit import CountedMacs, computes_as, counted_macs, is_plain, neurons_of
+from lightning_mdc.models.timm_vit import computes_as, counted_macs, foreign_part, is_plain, two_halves
 
 # --- the kinds --------------------------------------------------------------------------------------------------------
 
@@ -123,10 +123,7 @@ class TimmRelPos(Family):
         kinds = tuple(kind.blocks.values())
         parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, (PatchEmbed,))]
         parts += [(f"blocks.{index}", block, kinds) for index, block in enumerate(_blocks(module))]
-        for name, part, known in parts:
-            if not computes_as(part, known):
-                return f"{name} is a {qualified_name(part)}, not timm's {known[0].__name__} with its own forward"
-        return None
+        return foreign_part(parts)
 
     def anatomy(self, model: Any) -> Anatomy:
         kind = _kind(model)
@@ -186,22 +183,10 @@ def _blocks(model: Any) -> Iterator[Any]:
 
 
 def _block(index: int, block: Any, model: Any, kind: _Kind) -> Block:
-    name, attn, dim = f"blocks.{index}", block.attn, model.embed_dim
-    units: dict[str, Units] = {}
-    reasons: dict[str, str] = {}
-    rest: list[Callable[[Any], Any] | None] = [None, None]
-    heads = _heads(index, f"{name}.attn", attn, model, kind)
-    if isinstance(heads, Units):
-        units["heads"] = heads
-    else:
-        reasons["heads"], rest[0] = heads, CountedMacs(attn, dim, f"{name}.attn")
-    neurons = neurons_of(index, f"{name}.mlp", block.mlp)
-    if isinstance(neurons, Units):
-        units["neurons"] = neurons
-    else:
-        reasons["neurons"], rest[1] = neurons, CountedMacs(block.mlp, dim, f"{name}.mlp")
+    name = f"blocks.{index}"
+    heads = _heads(index, f"{name}.attn", block.attn, model, kind)
     second_half = block.mlp if isinstance(block, relpos.ResPostRelPosBlock) else block.norm2
-    return Block(name, block, units, reasons, rest=(rest[0], rest[1]), second_half=second_half)
+    return two_halves(index, name, block, model.embed_dim, heads, second_half)
 
 
 def _heads(index: int, name: str, attn: Any, model: Any, kind: _Kind) -> Units | str:

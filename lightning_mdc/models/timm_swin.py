@@ -34,7 +34,7 @@ from lightning_mdc.models.timm_constructor import (
     norm_spec,
     qualified_name,
 )
-from lightning_mdc.models.timm_vit import CountedMacs, computes_as, counted_macs, is_plain, neurons_of
+from lightning_mdc.models.timm_vit import computes_as, counted_macs, foreign_part, is_plain, two_halves
 
 # --- the generations --------------------------------------------------------------------------------------------------
 
@@ -158,10 +158,7 @@ class TimmSwin(Family):
             parts.append((name, stage, (kind.stage,)))
             parts.append((f"{name}.downsample", stage.downsample, (kind.merging, nn.Identity)))
         parts += [(name, block, (kind.block,)) for name, block in _blocks(module, kind)]
-        for name, part, kinds in parts:
-            if not computes_as(part, kinds, _PART_METHODS):
-                return f"{name} is a {qualified_name(part)}, not timm's {kinds[0].__name__} with its own forward"
-        return None
+        return foreign_part(parts, _PART_METHODS)
 
     def anatomy(self, model: Any) -> Anatomy:
         kind = _generation(model)
@@ -177,7 +174,7 @@ class TimmSwin(Family):
             class_rows=(),
             grid=tuple(model.patch_embed.grid_size),
             input_size=(in_chans(model), *model.patch_embed.img_size),
-            grid_of=partial(_grid_of, model),
+            grid_of=partial(grid_of, model),
             fixed_macs=lambda size, tokens: _outside_macs(model, kind, size),
             tokens_at=partial(_tokens_at, model, kind),
             no_tokens=f"{blocks[0].name}.attn ({kind.attention.__name__}) attends in windows, where tokens are places",
@@ -230,27 +227,17 @@ def _blocks(model: Any, kind: _Generation) -> Iterator[tuple[str, Any]]:
 
 def _block(index: int, name: str, block: Any, kind: _Generation) -> Block:
     attn, area = block.attn, math.prod(block.window_size)
-    units: dict[str, Units] = {}
-    reasons: dict[str, str] = {}
-    rest: list[Callable[[Any], Any] | None] = [None, None]
     if is_plain(attn, (kind.attention,)):
-        units["heads"] = heads_of(index, f"{name}.attn", attn, kind.heads, kind.bias(attn), window=area)
+        heads: Units | str = heads_of(index, f"{name}.attn", attn, kind.heads, kind.bias(attn), window=area)
     else:
-        reasons["heads"] = f"{name}.attn is a {qualified_name(attn)}, not timm's {kind.attention.__name__} as it is"
-        rest[0] = CountedMacs(attn, block.dim, f"{name}.attn", window=area)
-    neurons = neurons_of(index, f"{name}.mlp", block.mlp)
-    if isinstance(neurons, Units):
-        units["neurons"] = neurons
-    else:
-        reasons["neurons"], rest[1] = neurons, CountedMacs(block.mlp, block.dim, f"{name}.mlp")
-    second_half = block.norm2 if kind.is_pre_norm else block.mlp
-    return Block(name, block, units, reasons, rest=(rest[0], rest[1]), second_half=second_half)
+        heads = f"{name}.attn is a {qualified_name(attn)}, not timm's {kind.attention.__name__} as it is"
+    return two_halves(index, name, block, block.dim, heads, block.norm2 if kind.is_pre_norm else block.mlp, area)
 
 
 # --- what it costs outside the blocks ---------------------------------------------------------------------------------
 
 
-def _grid_of(model: Any, size: tuple[int, int]) -> tuple[int, int]:
+def grid_of(model: Any, size: tuple[int, int]) -> tuple[int, int]:
     embed = model.patch_embed
     if tuple(size) == tuple(embed.img_size):
         return tuple(embed.grid_size)
@@ -269,7 +256,7 @@ def _grid_of(model: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 def _grids(model: Any, kind: _Generation, size: tuple[int, int]) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Each stage, with the grid that its blocks see."""
-    height, width = _grid_of(model, size)
+    height, width = grid_of(model, size)
     for _, stage in _stages(model, kind):
         if not isinstance(stage.downsample, nn.Identity):
             height, width = (height + 1) // 2, (width + 1) // 2
@@ -288,7 +275,7 @@ def _tokens_at(model: Any, kind: _Generation, size: tuple[int, int]) -> list[tup
 
 def _outside_macs(model: Any, kind: _Generation, size: tuple[int, int]) -> int:
     """Of patch embedding, merging and head."""
-    total = math.prod(_grid_of(model, size)) * model.patch_embed.proj.weight.numel()
+    total = math.prod(grid_of(model, size)) * model.patch_embed.proj.weight.numel()
     area = 0
     for stage, grid in _grids(model, kind, size):
         area = math.prod(grid)

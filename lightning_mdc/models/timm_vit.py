@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models._manipulate import checkpoint as timm_checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,12 +43,13 @@ from lightning_mdc.models.anatomy import (
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
-from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
+from lightning_mdc.models.timm_fused import fused_block_of
+from lightning_mdc.policy import TOKENS, UNIT_DIMENSIONS, Plan
 from lightning_mdc.tokens.block import check_grid, refuse_masks, restored, stage_of, step, through
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import Carried
 
-_WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+_WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pool", "_pos_embed", "_forward_embeds")
 
 
 class TimmVisionTransformer(Family):
@@ -74,24 +75,23 @@ class TimmVisionTransformer(Family):
 
     def anatomy(self, model: Any) -> Anatomy:
         kind = self.block_kind(model)
-        blocks = tuple(
-            block_of(kind, index, f"blocks.{index}", unwrap(block), model.embed_dim)
-            for index, block in enumerate(model.blocks)
-        )
-        height, width = model.patch_embed.img_size
+        blocks: list[Block] = []
+        for index, block in enumerate(model.blocks):
+            blocks += _parts_of(kind, len(blocks), f"blocks.{index}", unwrap(block), model.embed_dim)
+        size = self.own_size(model)
         distilled = isinstance(model, VisionTransformerDistilled)
         return Anatomy(
             model=model,
             name=original_class(model).__name__,
             family=self,
-            blocks=blocks,
+            blocks=tuple(blocks),
             dim=model.embed_dim,
             num_prefix_tokens=model.num_prefix_tokens,
             class_rows=((0, 1) if distilled else (0,)) if model.global_pool == "token" else (),
-            grid=tuple(model.patch_embed.grid_size),
-            input_size=(in_chans(model), height, width),
-            grid_of=partial(_grid_of, model),
-            fixed_macs=partial(_fixed_macs, model, self.embedding_macs),
+            grid=self.grid_of(model, size),
+            input_size=(in_chans(model), *size),
+            grid_of=partial(self.grid_of, model),
+            fixed_macs=lambda size, tokens: self.embedding_macs(model, size) + _head_macs(model, tokens),
             reader=kind.reader,
             no_tokens=_no_tokens(model, blocks, kind.post_norm),
             classifies=not isinstance(model.head, nn.Identity),
@@ -102,11 +102,20 @@ class TimmVisionTransformer(Family):
         """What the blocks of `model` are."""
         return PLAIN
 
+    def own_size(self, model: Any) -> tuple[int, int]:
+        """(height, width) of the images that `model` is made for."""
+        height, width = model.patch_embed.img_size
+        return height, width
+
+    def grid_of(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in patches of images of that (height, width)."""
+        return _grid_of(model, size)
+
     def embedding_macs(self, model: Any, size: tuple[int, int]) -> int:
         """MACs of the patch embedding for images of that (height, width)."""
         embed = model.patch_embed
         if type(embed) is PatchEmbed:
-            height, width = _grid_of(model, size)
+            height, width = self.grid_of(model, size)
             return height * width * embed.proj.weight.numel()
         return counted_macs(embed, (1, in_chans(model), *size), "patch_embed")
 
@@ -129,7 +138,35 @@ def computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, 
     )
 
 
-_LINEARS = ("qkv", "q_proj", "k_proj", "v_proj", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
+def foreign_part(
+    parts: Iterable[tuple[str, Any, tuple[type, ...]]], methods: tuple[str, ...] = ("forward",)
+) -> str | None:
+    """What the first of `parts` (name, module, timm's classes) is that computes another way; None if none does."""
+    for name, part, kinds in parts:
+        if not computes_as(part, kinds, methods):
+            return f"{name} is a {qualified_name(part)}, not timm's {kinds[0].__name__} with its own forward"
+    return None
+
+
+def check_size(model: nn.Module, size: tuple[int, int], own: tuple[int, int]) -> None:
+    """Refuse, with an `UnsupportedModelError`, images of another size than the model's own."""
+    if tuple(size) != tuple(own):
+        raise UnsupportedModelError(
+            f"input_size={tuple(size)}: this {original_class(model).__name__} takes {tuple(own)} images only; create "
+            "it with img_size="
+        )
+
+
+def configured_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the images that timm's configuration of the model names, if it has one."""
+    found = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return None if found is None else (found[1], found[2])
+
+
+_LINEARS = (
+    *("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "gate", "proj", "fc1", "fc1_g", "fc1_x", "fc2"),
+    *("in_proj", "attn_out_proj", "mlp_out_proj"),
+)
 
 
 def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -170,37 +207,90 @@ def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Bl
     if not computes_as(block, (kind.pre_norm, kind.post_norm)):
         reason = (
             f"{name} is a {qualified_name(block)}, neither timm's {kind.pre_norm.__name__} nor "
-            f"{kind.post_norm.__name__} (parallel, fused or its own)"
+            f"{kind.post_norm.__name__} with its own forward"
         )
+        if isinstance(getattr(block, "out_proj", None), nn.Linear):
+            reason = f"{name}.out_proj ({type(block).__name__}) is one layer, which reads heads and neurons at once"
+        elif _misplaces_bias(block):
+            reason = f"{name} adds its neurons' mlp_bias to queries, keys and values; newer timm does not"
         reasons = dict.fromkeys(UNIT_DIMENSIONS, reason)
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
-    units: dict[str, Units] = {}
-    reasons = {}
-    # MACs of either half, and where tokens can leave, in case no units stand for them.
-    rest: list[Callable[[Any], Any] | None] = [None, None]
     point = None
     pre_norm = computes_as(block, (kind.pre_norm,))
-    if not is_plain(block.attn, kind.attentions):
-        known = " or ".join(f"timm's {attention.__name__}" for attention in kind.attentions)
-        reasons["heads"] = (
-            f"{name}.attn is a {qualified_name(block.attn)}, not {known} with its own forward and Linears"
-        )
-        rest[0] = CountedMacs(block.attn, dim, f"{name}.attn")
+    if pre_norm and is_plain(block.attn, kind.attentions):
+        point = kind.point(block, kind.heads(index, f"{name}.attn", block.attn))
+    heads = _heads_or_reason(kind, index, f"{name}.attn", block.attn)
+    found = two_halves(index, name, block, dim, heads, block.norm2 if pre_norm else block.mlp)
+    return replace(found, point=point, stage=stage_of(block))
+
+
+def two_halves(
+    index: int,
+    name: str,
+    block: Any,
+    dim: int,
+    heads: Units | str,
+    second_half: nn.Module,
+    window: int | None = None,
+) -> Block:
+    """A block of timm's with the `heads` of its ``attn``, or why they cannot be cut, and an ``mlp``.
+
+    Attributes of `Block`; `window`: tokens that its attention sees at once, if those are not all.
+    """
+    units: dict[str, Units] = {}
+    reasons: dict[str, str] = {}
+    rest: list[Callable[[Any], Any] | None] = [None, None]  # of either half, in case no units stand for it
+    if isinstance(heads, Units):
+        units["heads"] = heads
     else:
-        attention = kind.heads(index, f"{name}.attn", block.attn)
-        if pre_norm:
-            point = kind.point(block, attention)
-        if (why_not := _unknown_norm(f"{name}.attn.norm", block.attn.norm)) is None:
-            units["heads"] = attention
-        else:
-            reasons["heads"], rest[0] = why_not, partial(attention.macs, attention.count)
+        reasons["heads"], rest[0] = heads, CountedMacs(block.attn, dim, f"{name}.attn", window)
     neurons = neurons_of(index, f"{name}.mlp", block.mlp)
     if isinstance(neurons, Units):
         units["neurons"] = neurons
     else:
         reasons["neurons"], rest[1] = neurons, CountedMacs(block.mlp, dim, f"{name}.mlp")
-    second_half = block.norm2 if pre_norm else block.mlp
-    return Block(name, block, units, reasons, point, stage_of(block), (rest[0], rest[1]), second_half)
+    return Block(name, block, units, reasons, rest=(rest[0], rest[1]), second_half=second_half)
+
+
+def _parts_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Iterator[Block]:
+    """A block of the model; where it has attentions side by side, and MLPs after them, each is a block of its own."""
+    if is_plain(block, (ParallelScalingBlock,)) and block.out_proj is None and not _misplaces_bias(block):
+        yield fused_block_of(index, name, block)
+        return
+    if not computes_as(block, (ParallelThingsBlock,)):
+        yield block_of(kind, index, name, block, dim)
+        return
+    side_by_side = f"{name} (ParallelThingsBlock) has {len(block.attns)} attentions side by side"
+    for branches in (block.attns, block.ffns):
+        for place, branch in enumerate(branches):
+            first = branches is block.attns
+            path = f"{name}.{'attns' if first else 'ffns'}.{place}"
+            dimension, other = ("heads", "neurons") if first else ("neurons", "heads")
+            part = branch.attn if first else branch.mlp
+            owner = f"{path}.{'attn' if first else 'mlp'}"
+            found = _heads_or_reason(kind, index, owner, part) if first else neurons_of(index, owner, part)
+            reasons = {other: f"{path} is one half of a block, without {other}"}
+            reasons[TOKENS] = f"{side_by_side}, and no single one to rank its tokens by"
+            counted = None
+            if isinstance(found, str):
+                reasons[dimension], counted = found, CountedMacs(part, dim, owner)
+            units = {dimension: found} if isinstance(found, Units) else {}
+            rest = (counted, None) if first else (None, counted)
+            yield Block(path, branch, units, reasons, rest=rest, second_half=None if first else branch)
+            index += 1
+
+
+def _misplaces_bias(block: Any) -> bool:
+    """Whether it is older timm's ParallelScalingBlock without biases of queries, keys and values."""
+    return isinstance(getattr(block, "qkv_bias", None), Tensor)
+
+
+def _heads_or_reason(kind: BlockKind, index: int, name: str, attn: Any) -> Units | str:
+    """The heads, or why they cannot be cut."""
+    if not is_plain(attn, kind.attentions):
+        known = " or ".join(f"timm's {attention.__name__}" for attention in kind.attentions)
+        return f"{name} is a {qualified_name(attn)}, not {known} with its own forward and Linears"
+    return _unknown_norm(f"{name}.norm", attn.norm) or kind.heads(index, name, attn)
 
 
 def _heads(index: int, name: str, attn: Any) -> Units:
@@ -274,7 +364,7 @@ def _unknown_norm(name: str, norm: nn.Module) -> str | None:
     return f"{name} is a {qualified_name(norm)}; known norms are {', '.join(NORMS)}"
 
 
-def _no_tokens(model: Any, blocks: tuple[Block, ...], post_norm: type) -> str | None:
+def _no_tokens(model: Any, blocks: Sequence[Block], post_norm: type) -> str | None:
     """Why tokens cannot leave; None if they can."""
     for block in blocks:
         if block.stage is not None:
@@ -283,7 +373,7 @@ def _no_tokens(model: Any, blocks: tuple[Block, ...], post_norm: type) -> str | 
         if block.point is None:
             if computes_as(block.module, (post_norm,)):
                 return f"{block.name} is a post-norm block ({qualified_name(block.module)}); tokens need pre-norm"
-            return next(iter(block.reasons.values()))
+            return block.reasons.get(TOKENS) or next(iter(block.reasons.values()))
     if getattr(model.attn_pool, "pos_embed", None) is not None:
         return "attn_pool (AttentionPoolLatent) adds a position to every token it pools"
     return None
@@ -309,15 +399,10 @@ def _grid_of(model: VisionTransformer, size: tuple[int, int]) -> tuple[int, int]
     return grid
 
 
-def _fixed_macs(
-    model: VisionTransformer,
-    embedding_macs: Callable[[Any, tuple[int, int]], int],
-    size: tuple[int, int],
-    num_tokens: Any,
-) -> Any:
-    """MACs of patch embedding, pooling and classifier; `num_tokens` (int or array) reach the pooling."""
+def _head_macs(model: VisionTransformer, num_tokens: Any) -> Any:
+    """MACs of pooling and classifier; `num_tokens` (int or array) reach the pooling."""
     dim = model.embed_dim
-    total: Any = embedding_macs(model, size)
+    total: Any = 0
     if model.attn_pool is not None:
         whole = getattr(model, "pool_include_prefix", True)  # timm's Eva pools all
         pooled = num_tokens if whole else num_tokens - model.num_prefix_tokens
@@ -458,9 +543,14 @@ class TimmReader:
         """How the tokens that are left turn, of how all of them do."""
         return rope
 
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """(height, width) in patches of images x."""
+        height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        return height, width
+
     def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         refuse_masks(attn_mask, is_causal)
-        check_grid(self.plan, x.shape[-2:], self.patch_embed.dynamic_feat_size(x.shape[-2:]))
+        check_grid(self.plan, x.shape[-2:], self._grid(x))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As timm's; if the plan restores them, every position has a token in what each block gives.
