@@ -81,6 +81,21 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         ),
     ),
     (
+        "timm's CrossViT, the vision towers of Qwen3-VL and DeepSeek",
+        (
+            "crossvit_tiny_240",
+            *timm.list_models(["qwen3_vit_88m*", "deepseek_vit_412m_enc"]),  # an older timm has none
+        ),
+    ),
+    (
+        "timm's VOLO, ConViT, TNT, MViTv2, DaViT, Twins, PVTv2, Nest, XCiT, Gemma 4's vision tower",
+        (
+            *("volo_d1_224", "convit_tiny", "tnt_s_patch16_224", "mvitv2_tiny", "davit_tiny"),
+            *("twins_svt_small", "pvt_v2_b0", "nest_tiny", "xcit_nano_12_p8_224"),
+            *timm.list_models("gemma4_vit_167m_enc"),
+        ),
+    ),
+    (
         "differential attention, a block with an attention of its own",
         ("vit_dlittle_patch16_reg1_gap_256", vit(attn_layer=OwnAttention)),
     ),

@@ -1,5 +1,7 @@
 """Save and load a slim (or dense) model as a folder of two files: ``model.safetensors`` and ``config.json``.
 
+Of a module that is more than its vision transformer, the weights of all else are in a third, ``rest.safetensors``.
+
 Nothing is pickled and nothing is imported by a name from the file: the config holds a recipe (constructor arguments of
 a known family, and the plan) and facts, for timm's classes in timm's layout. A folder is written beside its place and
 moved there whole.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,12 +25,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.files import read_json
-from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, unwrap
+from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, find_model, unwrap
+from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.models.timm_hub import (
     ENTRYPOINT,
     FIELDS,
@@ -42,10 +46,11 @@ from lightning_mdc.models.timm_hub import (
 from lightning_mdc.policy import Plan
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery import plan_of, slim
-from lightning_mdc.surgery.slim import plain_copy
 from lightning_mdc.weights import fitted
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+log = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG, REST = "model.safetensors", "config.json", "rest.safetensors"
 _FORMAT = "lightning_mdc.model.1"
 _FACTS = {"format", "pretrained_cfg", "cost", "versions", "sha256"}
 # Of timm's pretrained_cfg: what says how images are prepared and what the classes mean.
@@ -79,12 +84,15 @@ def save(
     class_names: list[str] | None = None,
     submodule: str | None = None,
 ) -> None:
-    """Write the vision transformer in `model` to `directory`, replacing a model that is there.
+    """Write `model` to `directory`, replacing a model that is there.
 
-    The constructor's arguments are read off the modules and checked by building the model again, before anything is
-    written. With ``constructor=False`` only plan and weights are kept, for ``load(directory, model=my_dense_model)``.
-    `class_names`, in label order, are kept in ``pretrained_cfg``. `submodule` is the attribute path of the vision
-    transformer in `model`; None finds it if there is just one.
+    Of a module that is more than its vision transformer all weights are written: ``load(directory)`` gives the
+    transformer alone, ``load(directory, model=mine)`` all. `submodule` is the transformer's attribute path in `model`;
+    None finds it if there is just one.
+
+    Its constructor's arguments are read off the modules and checked by building it again, before anything is written.
+    With ``constructor=False`` only plan and weights are kept, for ``load(directory, model=my_dense_model)``.
+    `class_names`, in label order, are kept in ``pretrained_cfg``.
 
     Raises:
         ArtifactError: a part of the model that the constructor cannot express (it is named), a model with masks on, a
@@ -110,8 +118,12 @@ def save(
         "cost": cost,
         "versions": _versions(),
     }
+    rest = {name: tensor.detach().cpu().contiguous() for name, tensor in _rest(model, anatomy.model).items()}
+    about = {"module": type(unwrap(model)).__name__, "submodule": find_model(model, submodule)[0]}
     with _replacing(target) as folder:
         save_file(tensors, str(folder / WEIGHTS), metadata={"format": _FORMAT})
+        if rest:
+            save_file(rest, str(folder / REST), metadata=about)
         config["sha256"] = _content_hash(config, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -124,24 +136,26 @@ def check_savable(model: nn.Module, directory: str | Path) -> None:
 
 
 def load(directory: str | Path, model: nn.Module | None = None, submodule: str | None = None) -> nn.Module:
-    """The model saved in `directory`, on the CPU, in eval mode.
+    """The model saved in `directory`, on the CPU, in eval mode. Of a module that was more than its vision transformer
+    that alone, which is logged.
 
-    With `model`, a dense instance of your own: a copy of it is slimmed by the saved plan and gets the saved weights,
-    positions resampled where it takes images of another size; a head of another size stays as it is, which is logged.
-    `submodule` is the attribute path of the vision transformer in it; None finds it if there is just one.
+    With `model`, a dense instance of your own: a copy of it, the vision transformer in it slimmed by the saved plan,
+    with the saved weights. Positions are resampled where it takes images of another size; a head of another size stays
+    as it is, and so does what is around the transformer if the folder has none of it; both are logged. `submodule` is
+    the attribute path of the vision transformer in it; None finds it if there is just one.
 
     Raises:
         ArtifactError: the folder is missing, incomplete, damaged, edited or not ours; says what and what to do.
     """
     folder = _recovered(Path(directory).resolve())
     config = _read_config(folder)
-    shapes = read_header(folder / WEIGHTS)
+    shapes = read_header(folder / WEIGHTS, whole_numbers=model is not None)
     plan = read_plan(_recipe(config))
     try:
-        if model is None:
+        own = None if model is None else find_anatomy(model, submodule).model
+        if own is None:
             result = rebuilt(_recipe(config), plan, shapes, folder)
         else:
-            own = find_anatomy(model, submodule).model
             result = plain_copy(own) if plan is None else slim(own, plan)
         if config["sha256"] != _content_hash(config, folder / WEIGHTS):
             raise ArtifactError(
@@ -160,6 +174,10 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
             _set_pretrained_cfg(result, config)
             if is_timms(result):
                 make_known(anatomy, plan)
+        if model is None or own is None or unwrap(model) is own:
+            _say_if_alone(folder)
+        else:
+            result = _around(result, own, unwrap(model), folder)
     except ArtifactError:
         raise
     except (MdcError, RuntimeError, TypeError, ValueError) as error:
@@ -173,6 +191,55 @@ def _savable(model: nn.Module, submodule: str | None = None) -> Anatomy:
         anatomy.model, ArtifactError, "the dense weights would be saved, without them", "save mdc.slim(model, plan)"
     )
     return anatomy
+
+
+def _rest(module: nn.Module, transformer: nn.Module) -> dict[str, Tensor]:
+    """What `module` has beside its vision transformer: every tensor once, by its first name."""
+    seen = {id(tensor) for tensor in transformer.state_dict(keep_vars=True).values()}
+    rest = {}
+    for name, tensor in unwrap(module).state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            rest[name.replace("_orig_mod.", "")] = tensor
+    return rest
+
+
+def _around(loaded: nn.Module, own: nn.Module, module: nn.Module, folder: Path) -> nn.Module:
+    """A copy of `module` with `loaded` in the place of `own`, its vision transformer, and with the saved rest."""
+    old, new = own.state_dict(keep_vars=True), loaded.state_dict(keep_vars=True)
+    shared = {id(tensor): new[name] for name, tensor in old.items() if name in new}  # with what is around it
+    whole = plain_copy(module, {id(own): loaded, **shared})
+    kind, expected = type(whole).__name__, _rest(whole, loaded)
+    if not (folder / REST).is_file():
+        if expected:
+            log.warning("  %s has a vision transformer alone: the rest of %s stays as it is", folder, kind)
+        return whole
+    saved = load_file(str(folder / REST))
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (expected, saved)]
+    if shapes[0] != shapes[1]:
+        differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        raise ArtifactError(
+            f"{folder / REST} does not fit {kind}: {', '.join(differing[:3])} is missing, unknown or of another shape; "
+            "give a module built like the one that was saved, or take its vision transformer alone, without model="
+        )
+    tensors = {
+        id(tensor): nn.Parameter(saved[name]) if isinstance(tensor, nn.Parameter) else saved[name]
+        for name, tensor in expected.items()
+    }
+    # By all names: what is tied stays tied.
+    by_name = {n: tensors[id(t)] for n, t in whole.state_dict(keep_vars=True).items() if id(t) in tensors}
+    whole.load_state_dict(by_name, strict=False, assign=True)
+    return whole
+
+
+def _say_if_alone(folder: Path) -> None:
+    if (folder / REST).is_file():
+        with safe_open(str(folder / REST), framework="pt") as file:
+            of = file.metadata()
+        log.warning(
+            "  %s: of the %s that was saved, its vision transformer %s alone; load(directory, model=mine) gives all",
+            *(folder, of["module"], of["submodule"]),
+        )
 
 
 def load_skeleton(directory: str | Path) -> nn.Module:
@@ -234,7 +301,11 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
     parts = {}
     for name, module in model.named_modules():
         module = unwrap(module)
-        tensors = {n: tuple(t.shape) for n, t in (module._parameters | module._buffers).items() if t is not None}
+        tensors = {
+            n: tuple(t.shape)
+            for n, t in (module._parameters | module._buffers).items()
+            if t is not None and n not in _STATE
+        }
         simple = {
             key: tuple(value) if isinstance(value, list) else value  # either says the same to a constructor
             for key, value in vars(module).items()
@@ -267,6 +338,7 @@ _STATE = {
     "shift_size",  # which transformers' Swin sets by what it is shown
     "head_init_scale",
     "flatten",
+    "rel_indices",
 }
 
 
@@ -354,15 +426,15 @@ def _recipe(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return recipe
 
 
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, without reading a weight."""
+def read_header(path: Path, *, whole_numbers: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, without reading a weight. Somebody's own model may have buffers of `whole_numbers`."""
     try:
         with safe_open(str(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             # A batch norm's counter is a model's only whole number.
             weights = [s for name, s in slices.items() if not name.endswith(".num_batches_tracked")]
             odd = {s.get_dtype() for s in weights} - {"F64", "F32", "F16", "BF16"}
-            if odd:
+            if odd and not whole_numbers:
                 raise ArtifactError(f"{path} holds {', '.join(sorted(odd))} tensors; a model's are floating-point")
             return {name: tuple(s.get_shape()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
@@ -384,11 +456,14 @@ def read_plan(recipe: Mapping[str, Any]) -> Plan | None:
 
 
 def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
-    """SHA-256 over the weights file and all of the config but the hash itself."""
+    """SHA-256 over the files of weights and all of the config but the hash itself."""
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
-    rest = {key: value for key, value in config.items() if key != "sha256"}
-    digest.update(json.dumps(rest, sort_keys=True).encode())
+    if (rest := weights.with_name(REST)).is_file():
+        with rest.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    unsigned = {key: value for key, value in config.items() if key != "sha256"}
+    digest.update(json.dumps(unsigned, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -398,7 +473,7 @@ def _free_folder(directory: str | Path) -> Path:
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"directory={str(directory)!r} is a file; give a folder")
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    if names and (names != {CONFIG, WEIGHTS} or not _is_ours(target / CONFIG)):
+    if names and (names - {REST} != {CONFIG, WEIGHTS} or not _is_ours(target / CONFIG)):
         raise ArtifactError(
             f"directory={str(directory)!r} holds something else ({', '.join(sorted(names)[:3])}); give an empty or new "
             "folder: what is in it would be replaced"
@@ -435,7 +510,8 @@ def _replacing(target: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         # Made private while unfinished; who may read it is for the user's umask to say, as with any new file.
         mode = (folder / CONFIG).stat().st_mode
-        (folder / WEIGHTS).chmod(mode)
+        for path in folder.iterdir():
+            path.chmod(mode)
         folder.chmod(mode | (mode & 0o444) >> 2)  # whoever may read may look inside
         if target.is_dir():
             shutil.rmtree(_previous(target), ignore_errors=True)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
-from lightning_mdc.models import check_unmasked, find_anatomy, said
+from lightning_mdc.models import check_unmasked, find_whole, said
+from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.progress import bar
-from lightning_mdc.surgery.slim import plain_copy
 
 # By the suffix a file of each format has.
 FORMATS = {".onnx": "onnx", ".pt2": "torch_export"}
@@ -60,20 +60,20 @@ def export_model(
     submodule: str | None = None,
     progress: bool = True,
 ) -> Exported:
-    """Write the vision transformer in `model` (dense or slim) as one file that runs without this package.
+    """Write `model` (dense or slim) as one file that runs without this package.
 
-    Its input ``images`` is (batch, channels, height, width) in fp32 with any batch, its output ``logits``; it computes
-    what the model does in eval mode, token stages included. Weights of another precision are written as fp32. Before
-    the file is put in its place, it is run and compared with the model.
+    Its input ``images`` is (batch, channels, height, width) in fp32 with any batch, its output, one tensor, ``logits``;
+    it computes what the model does in eval mode, token stages included. Weights of another precision are written as
+    fp32. Before the file is put in its place, it is run and compared with the model.
 
     Args:
-        model: a supported model or a module that holds one; left as it is.
+        model: a supported model, or a module that holds one, which is exported whole; left as it is.
         path: where to; a file that is there is replaced.
         format: ``"onnx"``, for ONNX Runtime and others, needs the packages of the extra ``export``;
             ``"torch_export"``, for ``torch.export.load(path).module()``, where there is only torch. None: by the
             path's suffix, ``.onnx`` or ``.pt2``.
         input_size: a side, (height, width) or (channels, height, width) in pixels; None means the model's own.
-        submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
+        submodule: of the vision transformer in `model`, as an attribute path: it is exported alone.
         progress: show a bar (on a terminal).
 
     Raises:
@@ -83,17 +83,19 @@ def export_model(
     """
     target = Path(path)
     format = _format(target, format)
-    anatomy = find_anatomy(model, submodule)
+    path_inside, whole, anatomy = find_whole(model, submodule)
     check_unmasked(anatomy.model, ArtifactError, "they are no part of a program", "export mdc.slim(model, plan)")
     size = image_size(input_size) or anatomy.input_size[1:]
     anatomy.grid_of(size)  # says if the model cannot take it
     if format == "onnx":
-        _check_onnx(anatomy.model)
-    network = _Answer(plain_copy(anatomy.model)).to("cpu", torch.float32).eval().requires_grad_(False)
+        _check_onnx(whole)
+    network = _Answer(plain_copy(whole).to("cpu", torch.float32)).eval()
+    network.requires_grad_(False)
     shape = (anatomy.input_size[0], *size)
     write, run = _FUNCTIONS[format]
     with bar("Exporting", 2, shown=progress) as advance:
         try:
+            _check_output(network, shape)
             with replacing(target) as beside:
                 write(network, torch.zeros(_TRACED, *shape), beside)
                 advance("comparing")
@@ -104,8 +106,10 @@ def export_model(
         except MdcError:
             raise
         except Exception as error:  # whatever exporters and runtimes raise
+            alone = f"; submodule={path_inside!r} exports its vision transformer alone"
             raise ArtifactError(
-                f"{anatomy.name} cannot be exported as format={format!r}: {type(error).__name__}: {error}"
+                f"{type(whole).__name__} cannot be exported as format={format!r}: {type(error).__name__}: {error}"
+                f"{'' if whole is anatomy.model else alone}"
             ) from error
     return Exported(target, format, target.stat().st_size, difference)
 
@@ -148,6 +152,16 @@ def _check_onnx(model: nn.Module) -> None:
         raise ArtifactError(
             f"format='onnx': weights of {size / 1e9:.1f} GB do not fit into one ONNX file (2.1 GB); use "
             "format='torch_export'"
+        )
+
+
+def _check_output(network: _Answer, shape: tuple[int, ...]) -> None:
+    with torch.no_grad():
+        output = network(torch.zeros(_TRACED, *shape))
+    if not isinstance(output, Tensor):
+        raise ArtifactError(
+            f"{type(network.network).__name__} puts out a {type(output).__name__}, where a program has one tensor; "
+            "wrap it in a module that returns the one you want"
         )
 
 

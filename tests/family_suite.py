@@ -246,10 +246,14 @@ class FamilySuite:
         assert mdc.Plan.from_json(plan.to_json()) == plan
         assert json.loads(plan.to_json())["reduction"] == "fuse"
         slim = mdc.slim(dense, plan)
-        mdc.save(slim, tmp_path / "slim")
-        loaded = mdc.load(tmp_path / "slim")
+        loaded = self.saved_and_loaded(slim, dense, tmp_path / "slim")
         assert torch.equal(said(loaded(x)), said(slim(x)))
         assert list(loaded.state_dict()) == list(dense.state_dict())
+
+    def saved_and_loaded(self, slim: nn.Module, dense: nn.Module, folder: Path) -> nn.Module:
+        """`slim`, made of `dense`, after it was in `folder`."""
+        mdc.save(slim, folder)
+        return mdc.load(folder)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("reduction", REDUCTIONS)

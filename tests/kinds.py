@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers import Attention, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.beit import Beit
@@ -16,7 +17,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
 from timm.models.hieradet_sam2 import HieraDet
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+from timm.models.nest import Nest
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -24,6 +27,7 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,6 +141,58 @@ if not hasattr(ParallelScalingBlock(8, 1), "qkv_bias"):  # older timm's puts its
         block_fn=ParallelScalingBlock, qkv_bias=False, qk_norm=True, norm_layer=RmsNorm
     )
 
+
+def _created(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    """A model that knows what it was created of, and at which size."""
+    overlay = {"input_size": (3, SIZE, SIZE)}
+    return lambda: timm.create_model(name, num_classes=CLASSES, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+_TWO_STAGES: dict[str, Any] = {"embed_dims": (16, 32), "num_heads": (2, 4), "depths": (2, 2)}
+_MVIT = MultiScaleVitCfg(
+    depths=(1, 2, 1),
+    embed_dim=(16, 32, 64),
+    num_heads=(1, 2, 4),
+    use_cls_token=True,
+    stride_q=((1, 1), (2, 2), (2, 2)),
+)
+# Whose attention is anything, and whose MLPs are timm's; some are not of timm's `create_model`.
+MLP_KINDS: dict[str, Callable[[], nn.Module]] = {
+    "pvt_v2": _created("pvt_v2_b2_li", **_TWO_STAGES, mlp_ratios=(4, 4), sr_ratios=(2, 1)),
+    "tnt": _created(
+        "tnt_s_patch16_224",
+        **{"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "inner_dim": 8, "depth": 2},
+        **{"num_heads_inner": 2, "num_heads_outer": 4, "drop_path_rate": 0.1},
+    ),
+    "crossvit": _created(
+        "crossvit_9_240",
+        **{"img_size": SIZE, "img_scale": (1.0, 0.75), "patch_size": (8, 12), "embed_dim": (16, 32)},
+        **{"depth": ((1, 2, 0), (1, 1, 0)), "num_heads": (2, 4)},
+    ),
+    "volo": lambda: VOLO(
+        **{"img_size": SIZE, "patch_size": 4, "stem_hidden_dim": 8, "num_classes": CLASSES},
+        **{"layers": (1, 2, 1, 1), "embed_dims": (16, 32, 32, 32), "num_heads": (2, 4, 4, 4)},
+    ),
+    "convit": _created(
+        "convit_tiny", img_size=SIZE, patch_size=8, embed_dim=12, num_heads=4, depth=4, local_up_to_layer=2
+    ),
+    "mvitv2": lambda: MultiScaleVit(_MVIT, img_size=SIZE, num_classes=CLASSES),
+    "davit": _created("davit_tiny", **_TWO_STAGES, window_size=3),
+    "twins": _created("twins_svt_small", **_TWO_STAGES, img_size=SIZE, mlp_ratios=(4, 4), sr_ratios=(2, 1), wss=(3, 3)),
+    "xcit": _created("xcit_nano_12_p8_224", img_size=SIZE, embed_dim=32, depth=3, cls_attn_layers=1),
+    "nest": lambda: Nest(**_TWO_STAGES, img_size=SIZE, num_levels=2, num_classes=CLASSES),
+}
+if timm.is_model("deepseek_vit_412m"):  # newer timm only, as its like
+    _SMALL: dict[str, Any] = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "num_heads": 4, "depth": 3}
+    MLP_KINDS["qwen3"] = _created("qwen3_vit_88m_merge", **_SMALL, pos_embed_grid_size=6, rope_temperature=4.0)
+    MLP_KINDS["deepseek"] = _created("deepseek_vit_412m", **_SMALL, rope_temperature=4.0)
+    MLP_KINDS["gemma4"] = _created(
+        "gemma4_vit_167m_enc",
+        **_SMALL,
+        **{"head_dim": 8, "intermediate_size": 96, "position_embedding_size": 16},
+        **{"pooling_kernel_size": 2, "use_clipped_linears": True},
+    )
+
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
 
 
@@ -198,7 +254,7 @@ EVA_POST_NORM = _eva(use_post_norm=True, global_pool="token")
 
 def make(kind: str = "vit", seed: int = 0) -> nn.Module:
     """A randomised model of that kind, in eval mode."""
-    return randomised((KINDS | BOUND_KINDS)[kind](), seed)
+    return randomised((KINDS | BOUND_KINDS | MLP_KINDS)[kind](), seed)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

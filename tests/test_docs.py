@@ -464,7 +464,7 @@ def test_readme_is_short():
 # Names with a number in them, what it takes to install, and a batch of one.
 NAMES_WITH_NUMBERS = (
     r"arXiv \d{4}\.\d{5}|Python \d\.\d+|Apache-2\.0|CIFAR-10|T2T-ViT|EVA-02|Sapiens2|"
-    r"DINOv\d|DeiT-III|several GB|batch 1\b"
+    r"DINOv\d|DeiT-III|Qwen3-VL|MViTv2|PVTv2|Gemma 4|several GB|batch 1\b"
 )
 
 

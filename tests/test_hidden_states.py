@@ -202,8 +202,8 @@ def test_what_cannot_be_compared_is_refused():
         (student, network(1, depth=3), "teacher=VisionTransformer has 3 blocks and student=VisionTransformer has 4"),
         (student, network(1, embed_dim=32), "has 32 channels and .* has 16"),
         (student, network(1, reg_tokens=2), "has 3 prefix tokens and .* has 1"),
-        (student, no_vit, "teacher=Sequential has none that are known"),
-        (no_vit, student, "student=Sequential has none that are known"),
+        (student, no_vit, "teacher=Sequential does not have just one: Sequential holds no supported"),
+        (no_vit, student, "student=Sequential does not have just one: Sequential holds no supported"),
         (student, None, "hidden_weight=1.0 needs a teacher"),
     ]
     for one, other, words in cases:

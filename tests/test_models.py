@@ -1,7 +1,10 @@
 """Finding the vision transformer, and saying clearly what cannot be pruned."""
 
 import importlib.util
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,8 +15,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.errors import UnsupportedModelError
+from lightning_mdc.budget import measure_latency_table
+from lightning_mdc.errors import MdcError, UnsupportedModelError
 from lightning_mdc.models import find_anatomy, find_model
+from lightning_mdc.models.swapping import unmask
+from lightning_mdc.policy_search.sensitivity import measure_sensitivity
 from tests.kinds import BASE, KINDS, POST_NORM, counted_macs, images, make, randomised
 
 
@@ -204,9 +210,61 @@ def test_the_part_that_is_meant_can_be_said_everywhere(tmp_path: Path) -> None:
     assert mdc.search(owner, scores, lambda slim: 1.0, 0.6, 1, options=quietly, **which).policy == policy
     mdc.save(owner, tmp_path / "student", **which)
     assert torch.equal(mdc.load(tmp_path / "student")(images()), student(images()))
-    for missing in (mdc.macs, lambda model: mdc.save(model, tmp_path / "x"), mdc.uniform_policy):
-        with pytest.raises(UnsupportedModelError, match="submodule='student'"):
-            missing(owner)
+    assert torch.equal(mdc.load(tmp_path / "student", model=owner, **which)["student"](images()), student(images()))
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = make(), make("glu")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.student(images) + self.teacher(images)
+
+
+def test_what_an_error_advises_is_taken_by_every_function_that_finds_a_transformer(tmp_path: Path) -> None:
+    """Of two: `find_model` says submodule='student', and each goes on from there."""
+    owner = Both()
+    student, few = owner.student, [images(8), images(8, seed=2)]
+    scores = mdc.score(student, few, "activation", progress=False)
+    policy = mdc.uniform_policy(student, 0.6)
+    plan = mdc.make_plan(student, scores, policy)
+    mdc.save(student, tmp_path / "m")
+    quietly = {"progress": False}
+    one_trial = {"n_trials": 1, "options": mdc.SearchOptions(**quietly)}
+    judged = one_trial | {"evaluate": lambda slim: 1.0, "calibration": mdc.Calibration(8, 8)}
+    held_out = mdc.HeldOut([(images(8), torch.zeros(8, dtype=torch.long))], "kl", dense=student)
+    calls: dict[str, Callable[..., Any]] = {
+        "score": lambda **which: mdc.score(owner, few, "activation", **quietly, **which),
+        "uniform_policy": lambda **which: mdc.uniform_policy(owner, 0.6, **which),
+        "make_plan": lambda **which: mdc.make_plan(owner, scores, policy, **which),
+        "masked": lambda **which: mdc.masked(owner, plan, **which).__enter__(),
+        "slim": lambda **which: mdc.slim(owner, plan, **which),
+        "macs": lambda **which: mdc.macs(owner, **which),
+        "policy_macs": lambda **which: mdc.policy_macs(owner, policy, **which),
+        "plan_macs": lambda **which: mdc.plan_macs(owner, plan, **which),
+        "search": lambda **which: mdc.search(owner, scores, lambda slim: 1.0, 0.6, **one_trial, **which),
+        "compress": lambda **which: mdc.compress(owner, few, 0.6, **judged, **which),
+        "sensitivity": lambda **which: measure_sensitivity(
+            owner, scores, held_out, levels={"heads": [0.5], "neurons": [], "tokens": []}, **quietly, **which
+        ),
+        "latency": lambda **which: measure_latency_table(owner, **quietly, **which),
+        "save": lambda **which: mdc.save(owner, tmp_path / "both", **which),
+        "load": lambda **which: mdc.load(tmp_path / "m", model=owner, **which),
+        "export_model": lambda **which: mdc.export_model(owner, tmp_path / "m.pt2", **quietly, **which),
+        "WeightSharingModule": lambda **which: mdc.WeightSharingModule(
+            owner, scores, 0.6, num_classes=7, **which
+        ).loss_parts(images(), torch.zeros(6, dtype=torch.long)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(MdcError, match=r"(?s)student .*teacher .*say which, e\.g\. submodule='student'") as told:
+            call()
+        advised = re.search(r"submodule='([\w.]+)'", str(told.value).split("say which")[1])
+        assert advised is not None
+        if name not in ("latency", "export_model"):  # which take seconds; tests of their own give them submodule
+            call(submodule=advised[1])
+        if name == "masked":
+            unmask(owner)
 
 
 def test_the_tables_of_models_are_what_models_answer() -> None:

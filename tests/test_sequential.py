@@ -234,6 +234,28 @@ def test_passes_go_on_together_and_one_at_a_time() -> None:
     assert threading.active_count() == before  # what was left of it is left out
 
 
+def test_a_default_dtype_is_that_of_each_pass_alone() -> None:
+    seen: list[torch.dtype] = []
+
+    def run() -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            halt(0)
+            seen.append(torch.get_default_dtype())
+            halt(1)
+        finally:
+            torch.set_default_dtype(before)
+
+    with walking([run, run]) as walks:
+        for _ in range(2):
+            for walk in walks:
+                walk.to_next()
+                assert torch.get_default_dtype() == torch.float32
+    assert seen == [torch.bfloat16] * 2
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_an_error_of_a_pass_is_raised_where_it_is_waited_for() -> None:
     class Broken(nn.Module):
         def __init__(self, encoder: nn.Module) -> None:

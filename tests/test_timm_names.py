@@ -48,6 +48,10 @@ KINDS = (
     "samvit_base_patch16_224",
     "hiera_tiny_224",
     "naflexvit_base_patch16_radio_v3",
+    "pvt_v2_b0",
+    "convit_tiny",
+    "crossvit_9_240",
+    "qwen3_vit_88m_enc",  # as wide as its tag says
 )
 
 

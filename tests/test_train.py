@@ -38,6 +38,7 @@ from lightning_mdc.errors import (
 from lightning_mdc.importance import Moments
 from lightning_mdc.policy_search.held_out import HeldOut
 from tests.conftest import WITHOUT_CHARTS
+from tests.kinds import randomised
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -499,6 +500,37 @@ def test_asking_where_to_train_leaves_nothing_behind(tmp_path):
     at_exit = atexit._ncallbacks()
     assert [num_processes(composed) for _ in range(3)] == [2, 2, 2]
     assert atexit._ncallbacks() == at_exit
+
+
+def test_a_backbone_is_pruned_and_finetuned_without_its_labels(finished, tmp_path, caplog):
+    given = randomised(mdc.load(finished / "dense"))
+    with torch.no_grad():  # what it says depends on the image, and on all of its units
+        for parameter in given.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    mdc.save(given, tmp_path / "given")
+    options = (f"model.checkpoint={tmp_path}/given", "+model.args.num_classes=0", "search.metric=kl")
+    with pytest.raises(ConfigError, match=r"dense\.epochs=1 trains on labels.*dense\.epochs=0"):
+        pipeline.run(settings(tmp_path, *options, NO_REPORT))
+    options = (*options, "dense.epochs=0", "distillation.seeds=[0]", "distillation.reference_seeds=[]")
+    with pytest.raises(ConfigError, match=r"stage='test' counts classes.*skip=\[test,report\]"):
+        pipeline.run(settings(tmp_path, *options, NO_REPORT))
+    assert not list(tmp_path.glob("tiny/*"))
+    options = (*options, "skip=[test,report]", "distillation.hidden_weight=0.5", "distillation.epochs=4")
+    options = (*options, "distillation.optimizer.lr=1e-3", "surgery.compensate=none")
+    folder = pipeline.run(settings(tmp_path, *options)).path  # as both advise
+    (line,) = (text for text in caplog.messages if "epoch 4 of 4" in text)
+    assert "train/kd" in line
+    assert "val/kd" in line
+    assert "top1" not in line
+    assert not any("go on with" in text for text in caplog.messages)  # there is nothing else that such a run can do
+    dense, slim, tuned = (mdc.load(folder / name) for name in ("dense", "slim", "finetuned/seed0"))
+    images = next(iter(steps.Run(settings(tmp_path), steps.RunFolder(folder)).data.train_dataloader()))[0]
+    with torch.no_grad():
+        assert torch.equal(dense(images), given.forward_features(images)[:, 0])
+        before, after = ((model(images) - dense(images)).square().mean() for model in (slim, tuned))
+    assert after < before
+    assert mdc.macs(slim) <= 0.6 * mdc.macs(dense)
+    assert "label_names" not in dense.pretrained_cfg
 
 
 def test_finetuning_can_be_left_out(copied):

@@ -92,7 +92,8 @@ def build_data(settings: Settings) -> ImageDataModule:
 
 
 def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = True) -> nn.Module:
-    """The dense model, sized to the data: a timm model by name, or timm's `VisionTransformer` by its arguments.
+    """The dense model, sized to the data: a timm model by name, or timm's `VisionTransformer` by its arguments. With
+    ``model.args.num_classes=0`` it has no classifier.
 
     Args:
         weights: load those that ``model.pretrained`` or ``model.checkpoint`` name.
@@ -102,7 +103,8 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
     """
     model = settings["model"]
     size = data.img_size
-    facts = {"img_size": size, "in_chans": data.in_chans, "num_classes": data.num_classes}
+    classes = 0 if is_backbone(settings) else data.num_classes
+    facts = {"img_size": size, "in_chans": data.in_chans, "num_classes": classes}
     args = {key: value for key, value in {**model["args"], **facts}.items() if value is not None}
     if model["name"] is not None:
         check_name("model.name", model["name"])
@@ -134,6 +136,11 @@ def build_model(settings: Settings, data: ImageDataModule, *, weights: bool = Tr
     return network
 
 
+def is_backbone(settings: Settings) -> bool:
+    """Whether the model is asked for without a classifier."""
+    return settings["model"]["args"].get("num_classes") == 0
+
+
 def check_name(argument: str, name: Any) -> None:
     """Refuse what is no model of timm; `argument` is what it was given as.
 
@@ -151,7 +158,7 @@ def _note_preprocessing(network: nn.Module, data: ImageDataModule) -> None:
     known = getattr(network, "pretrained_cfg", None) or {}
     used = getattr(data, "data_config", {})
     size = (data.in_chans, data.img_size, data.img_size)
-    cfg = {**known, **used, "input_size": size, "num_classes": data.num_classes}
+    cfg = {**known, **used, "input_size": size, "num_classes": network.num_classes}
     network.pretrained_cfg = cfg  # type: ignore[assignment]
     if hasattr(network, "default_cfg"):
         network.default_cfg = cfg  # type: ignore[assignment]

@@ -83,7 +83,8 @@ def _run_steps(run: Run, selected: tuple[str, ...]) -> None:
 def _say_what_next(run: Run) -> None:
     done = [name for name in STEPS if run.is_done(name)]
     log.info("all of it is in %s: %s", run.folder, ", ".join(run.output(name).name for name in done))
-    left = [name for name in select({**run.settings, "stage": "all", "skip": []}) if name not in done]
+    skip = ["test", "report"] if build.is_backbone(run.settings) else []
+    left = [name for name in select({**run.settings, "stage": "all", "skip": skip}) if name not in done]
     if left:
         log.info("go on with %s:", ", ".join(left))
         log.info("  %s", terminal.again(terminal.started(), run.folder.path, without=("stage", "skip")))
@@ -235,6 +236,8 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
         raise ConfigError(
             "dense.epochs=0 leaves the model untrained; give dense.epochs, model.pretrained=true or model.checkpoint"
         )
+    if build.is_backbone(settings):
+        _check_backbone(settings, selected)
     run.data.setup()
     with torch.device("meta"):
         model = build.build_model(settings, run.data, weights=False)
@@ -243,6 +246,20 @@ def check(settings: build.Settings, selected: tuple[str, ...]) -> None:
     if policy is None:
         build.check_search(settings, model)
     build.check_compensation(settings, model, policy)
+
+
+def _check_backbone(settings: build.Settings, selected: tuple[str, ...]) -> None:
+    """Raises: ConfigError: something is asked of a model without classes that only labels could teach or tell."""
+    if settings["dense"]["epochs"]:
+        raise ConfigError(
+            f"dense.epochs={settings['dense']['epochs']} trains on labels, but model.args.num_classes=0 leaves no "
+            "classes; give dense.epochs=0 and the weights, model.pretrained=true or model.checkpoint"
+        )
+    if "test" in selected:
+        raise ConfigError(
+            "stage='test' counts classes that are right, but model.args.num_classes=0 leaves none; give "
+            "skip=[test,report]"
+        )
 
 
 def _check_sharding(settings: build.Settings, selected: tuple[str, ...]) -> None:

@@ -201,7 +201,7 @@ class _Distillation(_Dense):
     teacher_compile: Any
     teacher_normalization: Any
     ema_decay: float | None = _limited("a number between 0 and 1, or null", lambda value: 0 < value < 1)
-    kd: str
+    kd: str | None
     kd_weight: float
     distill_token: bool | None
     hidden_weight: float

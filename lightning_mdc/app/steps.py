@@ -340,10 +340,10 @@ def train(
         training: the group of its settings: ``epochs``, and ``ema_decay`` if it has one.
         fingerprint: of the result. Checkpoints are named by it: weights of other settings are never gone on from.
         judged: keep what gets the most held-out images right, of the start and the epochs that are validated; else, and
-            where no images are held out, the last epoch is kept.
+            where no images are held out, or the student has no classes, the last epoch is kept.
     """
     checkpoints = run.folder / "checkpoints" / f"{artifact.replace('/', '-')}-{fingerprint[:12]}"
-    last, best = checkpoints / "last.ckpt", BestEpoch(checkpoints) if judged else None
+    last, best = checkpoints / "last.ckpt", BestEpoch(checkpoints) if judged and module.has_classes else None
     begun = on_first_rank(last.exists)
     if begun:
         log.info("  %s: going on from %s", artifact, last)
@@ -405,7 +405,7 @@ def finetune(run: Run, artifact: str, start: str, seed: int) -> None:
 
 
 def _save(run: Run, model: nn.Module, artifact: str) -> None:
-    class_names = list(run.data.class_names) if artifact == "dense" else None
+    class_names = list(run.data.class_names) if artifact == "dense" and model.num_classes else None
     mdc.save(model.cpu().eval(), run.folder / artifact, class_names=class_names)
 
 

@@ -89,7 +89,8 @@ def check_training(settings: Settings, model: nn.Module) -> None:
     Raises:
         DistillationError: what is wrong.
     """
-    build_module(settings["dense"], model, None)
+    if settings["dense"]["epochs"] or model.num_classes:  # else there is nothing that labels could teach
+        build_module(settings["dense"], model, None)
     if settings["sharing"]["epochs"]:
         build_module({k: v for k, v in settings["sharing"].items() if k != "shared_weight"}, model, None)
     options = settings["distillation"]

@@ -43,11 +43,11 @@ from lightning_mdc.budget.timing import blank_images, settled_memory
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import BudgetError, check_number, check_whole
 from lightning_mdc.models import Anatomy, Block, Units, find_anatomy, probing
-from lightning_mdc.models.swapping import cut_units, original_class
+from lightning_mdc.models.swapping import cut_units, original_class, plain_copy
 from lightning_mdc.policy import TOKENS, Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.surgery.slim import plain_copy, slim, stage_tokens
+from lightning_mdc.surgery.slim import slim, stage_tokens
 from lightning_mdc.tokens.block import StagedBlock
 from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 
@@ -328,7 +328,7 @@ def _check_shapes(anatomy: Anatomy) -> None:
     after another, and what is outside the blocks without most of them."""
 
     def compare(block: Block, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if block.stage is None and isinstance(output, Tensor) and output.shape != args[0].shape:
+        if block.stage is None and not (isinstance(output, Tensor) and output.shape == args[0].shape):
             raise BudgetError(
                 f"latency of {anatomy.name}: {block.name} ({type(block.module).__name__}) gives tokens of another "
                 "shape than it takes, so that it cannot be timed by itself; limit macs or params"
@@ -338,10 +338,10 @@ def _check_shapes(anatomy: Anatomy) -> None:
         anatomy.model(blank_images(anatomy.model, 1, anatomy.input_size))
 
 
-def _what_reaches(module: nn.Module, anatomy: Anatomy, batch_size: int) -> Tensor:
+def _what_reaches(module: nn.Module, anatomy: Anatomy, batch_size: int) -> tuple[Any, ...]:
     """What a module is given while the model sees so many images."""
-    seen: list[Tensor] = []
-    with torch.no_grad(), probing([(module.register_forward_pre_hook, lambda _, args: seen.append(args[0]))]):
+    seen: list[tuple[Any, ...]] = []
+    with torch.no_grad(), probing([(module.register_forward_pre_hook, lambda _, args: seen.append(args))]):
         anatomy.model(blank_images(anatomy.model, batch_size, anatomy.input_size))
     return seen[0]
 
@@ -369,7 +369,8 @@ class _Blocks:
             blocks = [self._cut(original, [kept]) for kept in every[0]]
             # Each as the first stage of a model: it asks for nothing that happened before.
             self.stages = [_staged(anatomy, [block], _STAGE_KEEP, tokens).blocks[0] for block in blocks]
-        reaching = _what_reaches(original.module, anatomy, watch.batch_size)
+        reaching, *beside = _what_reaches(original.module, anatomy, watch.batch_size)
+        self.beside = () if can_drop else tuple(beside)
         shapes = {n: (watch.batch_size, n, anatomy.dim) if can_drop else reaching.shape for n in self.tokens}
         self.inputs = {n: reaching.new_empty(shape).normal_() for n, shape in shapes.items()}
 
@@ -393,7 +394,7 @@ class _Blocks:
             watch.wait()
             marks = [watch.mark()]
             for block in self.chain:
-                x = block.alone(block.module, x)
+                x = block.alone(block.module, x, *self.beside)
                 marks.append(watch.mark())
             watch.wait()
         seams = seams or marks[1:]  # no seam that anything is known of: all of a block counts as its first half

@@ -93,9 +93,10 @@ def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Anatomy, Anatomy
         try:
             both.append(find_anatomy(network))
         except UnsupportedModelError as error:
+            reason = str(error).partition("; say which")[0]  # which is no argument here
             raise DistillationError(
-                f"hidden_weight > 0 compares blocks, but {name}={type(network).__name__} has none that are known:"
-                f" {error} Pass hidden_weight=0"
+                "hidden_weight > 0 compares the blocks of one vision transformer with those of another, but"
+                f" {name}={type(network).__name__} does not have just one: {reason} Pass hidden_weight=0"
             ) from error
     of_student, of_teacher = both
     for what, attribute in {"blocks": "depth", "channels": "dim", "prefix tokens": "num_prefix_tokens"}.items():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def soft_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -32,6 +34,29 @@ def hard_distillation_loss(student_logits: Tensor, teacher_logits: Tensor) -> Te
     Touvron et al. 2021, equation 3.
     """
     return F.cross_entropy(at_least_float32(student_logits), teacher_logits.argmax(dim=-1))
+
+
+def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], kind: str) -> Tensor:
+    """Distance between outputs of equal shapes that are no classes, a mean over the tensors.
+
+    ``squared`` is the mean squared difference. ``cosine`` is 1 − the cosine of the angle between the channels, a mean
+    over everything else; it leaves out how large they are. Channels are the last dimension, (n, dim) or
+    (n, tokens, dim), and of maps (n, channels, height, width) the second.
+
+    Returns:
+        Scalar, at least 0, in float32 at least.
+    """
+    losses = []
+    for s, t in zip(map(at_least_float32, student), map(at_least_float32, teacher), strict=True):
+        cosine = F.cosine_similarity(s, t, dim=1 if s.ndim == 4 else -1) if kind == "cosine" else None
+        losses.append(F.mse_loss(s, t) if cosine is None else 1 - cosine.mean())
+    return torch.stack(losses).mean()
+
+
+def features_in(output: Any) -> list[Tensor]:
+    """The float tensors in a network's output, which may be any nest of them; none if there are none."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.is_floating_point() and leaf.ndim > 1]
 
 
 def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], num_prefix_tokens: int) -> Tensor:

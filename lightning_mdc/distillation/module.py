@@ -15,7 +15,13 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mdc.distillation.hidden_states import HiddenStates, hidden_states
-from lightning_mdc.distillation.losses import at_least_float32, hard_distillation_loss, soft_distillation_loss
+from lightning_mdc.distillation.losses import (
+    at_least_float32,
+    feature_loss,
+    features_in,
+    hard_distillation_loss,
+    soft_distillation_loss,
+)
 from lightning_mdc.distillation.mixing import Mixing, check_mixup
 from lightning_mdc.distillation.optimization import (
     Groups,
@@ -27,10 +33,12 @@ from lightning_mdc.distillation.optimization import (
 )
 from lightning_mdc.distillation.rising_loss import RisingLossWarning
 from lightning_mdc.distillation.settings import (
+    check_features,
     check_loss_settings,
     check_student_can,
     classes_of,
     compile_options,
+    complete_kd,
     count_classes,
     plain,
 )
@@ -52,6 +60,11 @@ class DistillationModule(LightningModule):
     as ``train/task_step`` etc. every ``log_every_n_steps``. ``val/top1`` and ``test/top1`` are fractions of images;
     with a teacher, ``test/agreement`` is the fraction on which both predict the same class.
 
+    A student without classes (``num_classes=0``, or one that does not say and a `kd` of features) learns from the
+    teacher alone, on ``kd_weight · kd + hidden_weight · hidden``: pooled features, tokens, maps, any nest of tensors
+    whose shapes are the teacher's. Batches may then be images without labels, and ``val/kd`` and ``test/kd`` take the
+    place of accuracies.
+
     A distilled timm student returns two logits while it is trained: the labels teach the first and the teacher the
     second, as in DeiT (Touvron et al., arXiv 2012.12877). Without a teacher their mean is trained.
 
@@ -63,7 +76,7 @@ class DistillationModule(LightningModule):
         self,
         student: nn.Module,
         teacher: nn.Module | str | Path | Teacher | None = None,
-        kd: Literal["soft", "hard"] = "soft",
+        kd: Literal["soft", "hard", "cosine", "squared"] | None = None,
         kd_weight: float = 0.5,
         temperature: float = 2.0,
         label_smoothing: float = 0.0,
@@ -79,11 +92,12 @@ class DistillationModule(LightningModule):
     ) -> None:
         """
         Args:
-            student: images (n, in_chans, H, W) -> logits (n, classes). Trained in the mode it is in: what ``mdc.load``
-                gives is in eval mode, ``.train()`` it.
+            student: images (n, in_chans, H, W) -> logits (n, classes), or features. Trained in the mode it is in:
+                what ``mdc.load`` gives is in eval mode, ``.train()`` it.
             teacher: with settings of its own, or else the `source` of a `Teacher`: a module, a timm model name or a
                 folder that ``mdc.save`` wrote; ``None`` for plain supervised training.
-            kd: ``soft`` compares distributions, ``hard`` uses the teacher's class as a label.
+            kd: ``soft`` compares distributions, ``hard`` uses the teacher's class as a label; ``squared`` and
+                ``cosine`` compare outputs as they are (`feature_loss`). ``None``: ``soft``, of features ``squared``.
             kd_weight: share of *kd* in the loss, in [0, 1].
             temperature: of the soft kind; has no effect on the hard one.
             label_smoothing: of the task loss, in [0, 1).
@@ -95,7 +109,7 @@ class DistillationModule(LightningModule):
             schedule: keyword arguments of ``timm.scheduler.create_scheduler_v2``, over ``DEFAULT_SCHEDULE``; in epochs,
                 stepped after every update. Its length is the Trainer's; ``warmup_epochs=None``: one, and at most a
                 fifth of that. ``{"sched": "none"}`` keeps the rate constant.
-            num_classes: asked of the student when not given.
+            num_classes: asked of the student when not given; 0: it has none.
             distill_token: whether the distillation head of a distilled student learns from the teacher, and the other
                 from the labels alone; ``None``: if it has one and there is a teacher.
             hidden_weight: factor of *hidden* in the loss, at least 0; needs a teacher of the same depth and width.
@@ -120,11 +134,16 @@ class DistillationModule(LightningModule):
             self.teacher = FrozenTeacher(teacher, student, classes, answers=kd_weight > 0)
         network = None if self.teacher is None else self.teacher.network
         check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
-        num_classes = count_classes(num_classes, student, network)
+        num_classes = count_classes(num_classes, student, network, kd)
+        kd = cast(Any, complete_kd(kd, num_classes))
+        if not num_classes:
+            of_labels = {"label_smoothing": label_smoothing, "mixup": mixup, "distill_token": distill_token}
+            check_features(student, network, kd_weight, hidden_weight, of_labels)
         # After the defaults are filled in: the checkpoint then says what was in force.
         self.save_hyperparameters(ignore=["student", "teacher"])
 
         self.student = student
+        self.has_classes = num_classes > 0
         self.kd = kd
         self.kd_weight = kd_weight
         self.temperature = temperature
@@ -138,45 +157,46 @@ class DistillationModule(LightningModule):
         self.mixing = None if mixup is None else Mixing(mixup, num_classes)
         self._groups: Groups | None = None
         self._hidden_states: HiddenStates | None = None
-        self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.test_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.test_agreement = MulticlassAccuracy(num_classes, average="micro")
+        if self.has_classes:
+            self.val_top1 = MulticlassAccuracy(num_classes, average="micro")
+            self.test_top1 = MulticlassAccuracy(num_classes, average="micro")
+            self.test_agreement = MulticlassAccuracy(num_classes, average="micro")
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Student logits, (n, classes)."""
+    def forward(self, images: Tensor) -> Any:
+        """Student logits, (n, classes), or its output as it is where there are no classes."""
         for_labels, for_teacher = self._student_logits(images)
         return for_labels if for_labels is for_teacher else (for_labels + for_teacher) / 2
 
-    def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The scalars ``task``, ``loss`` and, with a teacher, ``kd`` and (``hidden_weight > 0``) ``hidden``.
+    def loss_parts(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """The scalars ``task`` (of classes), ``loss`` and, with a teacher, ``kd`` and (``hidden_weight > 0``)
+        ``hidden``.
 
         Args:
             images: (n, in_chans, H, W).
-            labels: classes (n,), or class probabilities (n, classes) as Mixup makes them.
+            labels: classes (n,), or class probabilities (n, classes) as Mixup makes them; without effect on a student
+                without classes.
 
         Raises:
-            DistillationError: the teacher's logits have another shape than the student's, or it takes no such images.
+            DistillationError: the teacher's output has another shape than the student's, or it takes no such images.
         """
         if self.teacher is None:
             task = self._task_loss(self(images), labels)
             return {"task": task, "loss": task}
         with self._watching():
             for_labels, for_teacher = self._student_logits(images)
-            teacher_logits = self._teacher_logits(images, for_teacher)
-            parts = {"task": self._task_loss(for_labels, labels)}
-            if self.kd == "soft":
-                parts["kd"] = soft_distillation_loss(for_teacher, teacher_logits, self.temperature)
-            else:
-                parts["kd"] = hard_distillation_loss(for_teacher, teacher_logits)
-            loss = (1 - self.kd_weight) * parts["task"] + self.kd_weight * parts["kd"]
+            kd = self._distance(for_teacher, self._teacher_logits(images, for_teacher))
+            parts, loss = {"kd": kd}, self.kd_weight * kd
+            if self.has_classes:
+                parts = {"task": self._task_loss(for_labels, labels), **parts}
+                loss = (1 - self.kd_weight) * parts["task"] + loss
             if self._hidden_states is not None:
                 parts["hidden"] = self._hidden_states.loss()
                 loss = loss + self.hidden_weight * parts["hidden"]
             return {**parts, "loss": loss}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images, labels = batch
-        if self.mixing is not None:
+        images, labels = self._parts_of(batch)
+        if self.mixing is not None and labels is not None:
             images, labels = self.mixing(images, labels)
         parts = self.loss_parts(images, labels)
         for name, value in parts.items():
@@ -186,17 +206,17 @@ class DistillationModule(LightningModule):
         return parts["loss"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_top1)
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self._evaluate(batch, "test", self.test_top1)
-        if self.teacher is not None:
+        logits = self._evaluate(batch, "test")
+        if self.teacher is not None and self.has_classes:
             images, _ = batch
             self.test_agreement(logits, self._teacher_logits(images, logits).argmax(dim=-1))
             self._log("test/agreement", self.test_agreement, len(images))
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Logits, (n, classes)."""
+        """See `forward`."""
         return cast(Tensor, self(batch if isinstance(batch, Tensor) else batch[0]))
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -211,7 +231,8 @@ class DistillationModule(LightningModule):
         ``fit`` is all inside.
         """
         student: Any = self.student  # a strategy may wrap it meanwhile
-        teaches = self.distill_token if self.teacher is None or self.distill_token is not None else True
+        # Of features there is one, the mean of both, as in evaluation.
+        teaches = self.distill_token if self.teacher is None or self.distill_token is not None else self.has_classes
         with ExitStack() as stack:
             if teaches is not None and hasattr(student, "set_distilled_training"):
                 stack.callback(student.set_distilled_training, student.distilled_training)
@@ -275,9 +296,10 @@ class DistillationModule(LightningModule):
         return nullcontext()
 
     def _student_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits for the labels to teach and logits for the teacher to teach; the same tensor if there is one head."""
+        """Logits for the labels to teach and logits for the teacher to teach; the same tensor if there is one head.
+        Without classes, both are the output."""
         output = said(self.student(images))
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) or not self.has_classes:
             return output, output
         if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(o, Tensor) for o in output):
             return output[0], output[1]
@@ -289,6 +311,8 @@ class DistillationModule(LightningModule):
     def _teacher_logits(self, images: Tensor, student_logits: Tensor) -> Tensor:
         assert self.teacher is not None  # both callers ask first
         logits = self.teacher(images)
+        if not self.has_classes:
+            return logits
         if not isinstance(logits, Tensor) or logits.shape != student_logits.shape:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise DistillationError(
@@ -297,15 +321,47 @@ class DistillationModule(LightningModule):
             )
         return logits
 
-    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _distance(self, of_student: Any, of_teacher: Any) -> Tensor:
+        """*kd* of two outputs.
+
+        Raises:
+            DistillationError: features that cannot be compared.
+        """
+        if self.kd == "soft":
+            return soft_distillation_loss(of_student, of_teacher, self.temperature)
+        if self.kd == "hard":
+            return hard_distillation_loss(of_student, of_teacher)
+        both = features_in(of_student), features_in(of_teacher)
+        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in both]
+        if not shapes[0] or shapes[0] != shapes[1]:
+            raise DistillationError(
+                f"student={type(self.student).__name__} puts out {shapes[0] or type(of_student).__name__} and its"
+                f" teacher {shapes[1] or type(of_teacher).__name__}, which cannot be compared; where tokens have left"
+                " the student, slim it with TokenOptions(restore=True), or give both a pooled output (global_pool)"
+            )
+        return feature_loss(*both, self.kd)
+
+    def _parts_of(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """(images, labels); of features nobody needs the labels."""
+        if self.has_classes:
+            images, labels = batch
+            return images, labels
+        return (batch if isinstance(batch, Tensor) else batch[0]), None
+
+    def _task_loss(self, logits: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None  # where there are classes
         logits = at_least_float32(logits)
         if labels.is_floating_point():
             labels = labels.to(logits.dtype)
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
-    def _evaluate(self, batch: Batch, split: str, top1: Metric) -> Tensor:
-        images, labels = batch
+    def _evaluate(self, batch: Batch, split: str) -> Tensor:
+        images, labels = self._parts_of(batch)
         logits = cast(Tensor, self(images))
+        if labels is None:
+            self._log(f"{split}/kd", self._distance(logits, self._teacher_logits(images, logits)), len(images), True)
+            return logits
+        top1: Metric = getattr(self, f"{split}_top1")
         top1(logits, labels)
         self._log(f"{split}/top1", top1, len(images), prog_bar=True)
         # Without smoothing, so that runs with different smoothing can be compared.

@@ -13,14 +13,17 @@ from torch import nn
 from lightning_mdc.distillation.hidden_states import comparable
 from lightning_mdc.errors import DistillationError, check_number, check_one_of
 
+# Distances of the student's output from the teacher's: as class probabilities, or as features, whatever they are.
+OF_CLASSES, OF_FEATURES = ("soft", "hard"), ("cosine", "squared")
+
 _COMPILE_KEYS = set(inspect.signature(torch.compile).parameters) - {"model"}
 
 
 def check_loss_settings(
-    kd: str, kd_weight: float, temperature: float, label_smoothing: float, hidden_weight: float
+    kd: str | None, kd_weight: float, temperature: float, label_smoothing: float, hidden_weight: float
 ) -> None:
     """Refuse what is out of range."""
-    check_one_of("kd", kd, ("soft", "hard"), DistillationError)
+    check_one_of("kd", kd, (None, *OF_CLASSES, *OF_FEATURES), DistillationError)
     check_number("kd_weight", kd_weight, "the teacher's share of the loss", DistillationError, least=0, most=1)
     divides = "what logits are divided by, usually 1 to 4"
     check_number("temperature", temperature, divides, DistillationError, above=0)
@@ -95,15 +98,17 @@ def classes_of(network: Any) -> Any:
     return getattr(network, "num_classes", getattr(network, "num_labels", None))
 
 
-def count_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None) -> int:
-    """The number of classes, as given or as a network says it; student and teacher have to have as many."""
+def count_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None, kd: str | None) -> int:
+    """The number of classes, as given or as a network says it; student and teacher have to have as many. 0: their
+    outputs are features, as they are where neither says and `kd` is of features."""
     of_student, of_teacher = classes_of(student), classes_of(teacher)
     if num_classes is None:
         num_classes = of_student if of_student is not None else of_teacher
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        num_classes = 0 if num_classes is None and kd in OF_FEATURES else num_classes
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0 or num_classes == 1:
         raise DistillationError(
             f"num_classes={num_classes!r} is no number of classes, and the student has no attribute that tells it;"
-            " give an integer of at least 2"
+            " give an integer of at least 2, or 0 where the output is features, to learn from the teacher alone"
         )
     for name, network, count in (("student", student, of_student), ("teacher", teacher, of_teacher)):
         if isinstance(count, int) and count != num_classes:
@@ -112,3 +117,39 @@ def count_classes(num_classes: int | None, student: nn.Module, teacher: nn.Modul
                 " student, teacher and num_classes must count the same classes"
             )
     return num_classes
+
+
+def complete_kd(kd: str | None, num_classes: int) -> str:
+    """`kd`, or the one that is usual for such outputs.
+
+    Raises:
+        DistillationError: it compares classes, and there are none.
+    """
+    if kd is None:
+        return "soft" if num_classes else "squared"
+    if kd in OF_CLASSES and not num_classes:
+        raise DistillationError(
+            f"kd={kd!r} compares class probabilities, but the student has no classes; pass kd='squared' or 'cosine'"
+        )
+    return kd
+
+
+def check_features(
+    student: nn.Module, teacher: nn.Module | None, kd_weight: float, hidden_weight: float, of_labels: Mapping[str, Any]
+) -> None:
+    """Refuse what a student without classes cannot do; `of_labels` are the settings that only labels give a sense."""
+    kind = type(student).__name__
+    if teacher is None:
+        raise DistillationError(
+            f"student={kind} has no classes that labels could teach, and there is no teacher; give a student with a"
+            " classifier, or DistillationModule a teacher"
+        )
+    for name, value in of_labels.items():
+        if value:
+            raise DistillationError(
+                f"{name}={value!r} is about labels, but student={kind} has no classes; leave it out"
+            )
+    if not kd_weight and not hidden_weight:
+        raise DistillationError(
+            f"kd_weight=0 and hidden_weight=0 leave student={kind} nothing to learn; raise one of them"
+        )

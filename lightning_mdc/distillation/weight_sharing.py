@@ -24,7 +24,7 @@ from lightning_mdc.distillation.losses import soft_distillation_loss
 from lightning_mdc.errors import DistillationError, check_number, check_whole
 from lightning_mdc.gp_ei.projection import Projection
 from lightning_mdc.importance import Scores
-from lightning_mdc.models import is_compiled
+from lightning_mdc.models import find_model, is_compiled
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery import masked
@@ -70,6 +70,7 @@ class WeightSharingModule(DistillationModule):
         seed: int = 0,
         shared_weight: float = 1.0,
         temperature: float = 1.0,
+        submodule: str | None = None,
         **training: Any,
     ) -> None:
         """
@@ -82,6 +83,7 @@ class WeightSharingModule(DistillationModule):
             seed: of the random policies.
             shared_weight: factor of *shared* in the loss, at least 0.
             temperature: of *shared*, see `soft_distillation_loss`.
+            submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
             training: further arguments of `DistillationModule` (``label_smoothing``, ``optimizer``, ``schedule``,
                 ``mixup``, ...), except those about a teacher, ``compile`` and ``grad_checkpointing``.
 
@@ -105,19 +107,25 @@ class WeightSharingModule(DistillationModule):
         limits = Budget(**budget) if isinstance(budget, Mapping) else budget
         space = Space(**space) if isinstance(space, Mapping) else space
         tokens = TokenOptions(**tokens) if isinstance(tokens, Mapping) else tokens
-        self.space = PolicySpace(model, limits, dimensions, space, tokens)
+        self.space = PolicySpace(model, limits, dimensions, space, tokens, submodule=submodule)
         self.scores = scores
-        self.seed = seed
+        self.seed, self.submodule = seed, submodule
         self.shared_weight = shared_weight
         self._project = Projection(self.space, self.space.constraint)
         self._drawn: tuple[int, np.ndarray] | None = None
         # It needs the scores of every unit that may go.
-        self.smallest_plan = make_plan(model, scores, self.space.policy(self.space.low), self.space.tokens)
+        self.smallest_plan = self._plan(self.space.policy(self.space.low))
 
         in_force: dict[str, Any] = self.space.budget.as_dict()
         if isinstance(table := self.space.budget.options.get("table"), LatencyTable):  # another machine has others
             in_force["table"] = json.loads(table.to_json())
-        own = {"budget": in_force, "seed": seed, "shared_weight": shared_weight, "dimensions": dimensions}
+        own = {
+            "budget": in_force,
+            "seed": seed,
+            "shared_weight": shared_weight,
+            "dimensions": dimensions,
+            "submodule": submodule,
+        }
         own |= {"space": None if space is None else asdict(space), "tokens": asdict(self.space.tokens)}
         for name in _OF_A_TEACHER:
             self.hparams.pop(name, None)
@@ -134,15 +142,18 @@ class WeightSharingModule(DistillationModule):
 
     def plan(self, step: int) -> Plan:
         """What of the model the random policy of update number `step` keeps."""
-        return make_plan(self.student, self.scores, self.policy(step), self.space.tokens)
+        return self._plan(self.policy(step))
 
-    def loss_parts(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _plan(self, policy: Policy) -> Plan:
+        return make_plan(self.student, self.scores, policy, self.space.tokens, submodule=self.submodule)
+
+    def loss_parts(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """The scalars ``task``, ``shared`` and ``loss``; see `DistillationModule.loss_parts`."""
         logits = cast(Tensor, self(images))
         task = self._task_loss(logits, labels)
         distances = []
         for plan in (self.smallest_plan, self.plan(self.global_step)):
-            with masked(self.student, plan):
+            with masked(find_model(self.student, self.submodule)[1], plan):
                 masked_logits = cast(Tensor, self(images))
             distances.append(soft_distillation_loss(masked_logits, logits.detach(), self.temperature))
         shared = torch.stack(distances).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 from torch import nn
@@ -21,6 +22,7 @@ from lightning_mdc.models.timm_eva import TimmEva
 from lightning_mdc.models.timm_hiera import TimmHiera
 from lightning_mdc.models.timm_hieradet import TimmHieraDet
 from lightning_mdc.models.timm_hub import mdc_model
+from lightning_mdc.models.timm_mlps import TimmMlps
 from lightning_mdc.models.timm_naflex import TimmNaFlex
 from lightning_mdc.models.timm_pit import TimmPiT
 from lightning_mdc.models.timm_relpos import TimmRelPos
@@ -39,6 +41,7 @@ __all__ = [
     "evaluating",
     "find_anatomy",
     "find_model",
+    "find_whole",
     "is_compiled",
     "is_masked",
     "mdc_model",
@@ -50,6 +53,8 @@ __all__ = [
     "unit_channels",
     "unwrap",
 ]
+
+log = logging.getLogger(__name__)
 
 FAMILIES: list[Family] = []  # the first to accept a model has it
 F = TypeVar("F", bound=Family)
@@ -64,19 +69,20 @@ def register(family: F) -> F:
     return family
 
 
+register(HfSwin())
+register(HfViT())
 register(TimmCait())
 register(TimmEva())
 register(TimmHiera())
 register(TimmHieraDet())
 register(TimmNaFlex())
+register(TimmMlps())
 register(TimmPiT())
 register(TimmRelPos())
 register(TimmSAM())
 register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
-register(HfViT())
-register(HfSwin())
 
 
 def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:
@@ -116,6 +122,25 @@ def find_model(module: nn.Module, submodule: str | None = None) -> tuple[str, nn
             f"say which, e.g. submodule={candidates[0][0]!r}"
         )
     raise UnsupportedModelError(f"{_complaint(module)} {_supported()}")
+
+
+def find_whole(module: nn.Module, submodule: str | None = None) -> tuple[str, nn.Module, Anatomy]:
+    """(attribute path of the vision transformer, what is run, the transformer's anatomy): run is all of `module`, or
+    the transformer alone where `submodule` names it, or `module` has no forward of its own, which is logged.
+
+    Raises:
+        UnsupportedModelError: see `find_anatomy`.
+    """
+    anatomy, whole = find_anatomy(module, submodule), unwrap(module)
+    path, transformer = find_model(module, submodule)
+    if submodule is not None or whole is transformer:
+        return path, transformer, anatomy
+    # torch's own, which a ModuleDict has, and Lightning's, which calls it.
+    if whole.forward.__qualname__ not in ("_forward_unimplemented", "LightningModule.forward"):
+        return path, whole, anatomy
+    if len(list(whole.parameters())) > len(list(transformer.parameters())):
+        log.warning("%s has no forward: its vision transformer %s is taken alone", type(whole).__name__, path)
+    return path, transformer, anatomy
 
 
 def _candidates(module: nn.Module) -> list[tuple[str, nn.Module]]:

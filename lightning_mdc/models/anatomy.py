@@ -187,7 +187,8 @@ class Block:
         stage: the token stage that is built in (a slim model).
         rest: tokens -> MACs of what no units stand for, in the half before the token point and in the one after it.
         second_half: the module whose call begins that half, for clocks; None: not known.
-        alone: calls the module with tokens (batch, tokens, dim) and nothing else.
+        alone: calls the module outside its model, with tokens (batch, tokens, dim) and what else it is given there, but
+            for what that is given by name.
     """
 
     name: str
@@ -198,7 +199,7 @@ class Block:
     stage: TokenStage | None = None
     rest: tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None] = (None, None)
     second_half: nn.Module | None = None
-    alone: Callable[[nn.Module, Tensor], Tensor] = lambda block, x: block(x)
+    alone: Callable[..., Tensor] = lambda block, x, *beside: block(x, *beside)
 
 
 class Family(ABC):

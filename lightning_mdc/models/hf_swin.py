@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mdc.models.anatomy import Anatomy, Block, Family, Units
 from lightning_mdc.models.compiled import unwrap
@@ -124,12 +124,7 @@ def _block(index: int, name: str, block: Any) -> Block:
         units["neurons"] = neurons_of(index, f"{name}.mlp", mlp)
     else:
         reasons["neurons"], rest[1] = not_plain(f"{name}.mlp", mlp), CountedMacs(mlp, dim, f"{name}.mlp")
-    return Block(name, block, units, reasons, rest=(rest[0], rest[1]), second_half=block.layernorm_after, alone=_alone)
-
-
-def _alone(block: Any, x: Tensor) -> Tensor:
-    found: Tensor = block(x, block.input_resolution)[0]
-    return found
+    return Block(name, block, units, reasons, rest=(rest[0], rest[1]), second_half=block.layernorm_after)
 
 
 # --- what it costs outside the blocks ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ infinite.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import MdcError
 from lightning_mdc.models.anatomy import Behaviour, Units
+from lightning_mdc.models.compiled import unwrap
 
 _ENTRIES, _SIZES, _ATTRIBUTES, _UNDER = "_mdc_entries", "_mdc_sizes", "_mdc_attributes", "_mdc_under"
 
@@ -128,6 +130,17 @@ def unmask(model: nn.Module) -> None:
             module.__class__ = own.pop(_UNDER)
             for name in (_ENTRIES, _SIZES, *own.pop(_ATTRIBUTES, ())):
                 own.pop(name, None)
+
+
+def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy with nothing of it compiled or masked; `memo`, by ``id`` what is in it instead of a copy."""
+    copied = copy.deepcopy(model, memo)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if unwrap(child) is not child:  # a block compiled by itself
+                setattr(parent, name, unwrap(child))
+    unmask(copied)
+    return copied
 
 
 @contextmanager

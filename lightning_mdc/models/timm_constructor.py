@@ -299,6 +299,16 @@ def check_positive(args: Mapping[str, Any], *names: str) -> None:
             raise ArtifactError(f"constructor argument {name}={args[name]!r} is out of range: expected positive sizes")
 
 
+def parts_of(value: Any) -> list[Any]:
+    """What is in a JSON list, of lists perhaps; what is no list is alone."""
+    return [part for inner in value for part in parts_of(inner)] if isinstance(value, list) else [value]
+
+
+def as_tuple(value: Any) -> Any:
+    """A JSON list, of lists perhaps, as constructors take it."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+
+
 def one_size(sizes: Mapping[str, tuple[int, ...]], dimension: str, now: Callable[[], int]) -> int:
     """Units of each dense block; as many as there are `now` where none can leave."""
     counts = set(sizes.get(dimension, ())) - {0}

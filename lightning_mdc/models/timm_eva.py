@@ -75,8 +75,7 @@ class TimmEva(TimmVisionTransformer):
         return found
 
     def block_kind(self, model: Any) -> BlockKind:
-        heads = partial(_heads, turn_alike=not is_mixed(model.rope))
-        return BlockKind(EvaBlock, EvaBlockPostNorm, (EvaAttention, AttentionRope), heads, _point, EvaReader)
+        return eva_blocks(turn_alike=not is_mixed(model.rope))
 
     def describe(self, model: Any, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return _describe(model, sizes)
@@ -104,6 +103,12 @@ class TimmEva(TimmVisionTransformer):
 def is_mixed(rope: nn.Module | None) -> bool:
     """Whether each head of each block has rotary positions of its own."""
     return type(rope) is _ROPES["mixed"]
+
+
+def eva_blocks(turn_alike: bool) -> BlockKind:
+    """Eva's blocks. turn_alike: whether there is one rotary table for all heads."""
+    heads = partial(_heads, turn_alike=turn_alike)
+    return BlockKind(EvaBlock, EvaBlockPostNorm, (EvaAttention, AttentionRope), heads, _point, EvaReader)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------

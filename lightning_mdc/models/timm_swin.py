@@ -26,12 +26,14 @@ from lightning_mdc.models.timm_attention import AnyHeads, PositionBias, bias_mlp
 from lightning_mdc.models.timm_constructor import (
     act_from,
     act_spec,
+    as_tuple,
     check_args,
     check_depth,
     in_chans,
     look_up,
     norm_from,
     norm_spec,
+    parts_of,
     qualified_name,
 )
 from lightning_mdc.models.timm_vit import computes_as, counted_macs, foreign_part, is_plain, two_halves
@@ -198,7 +200,7 @@ class TimmSwin(Family):
 
     def build(self, spec: Mapping[str, Any]) -> nn.Module:
         kind = _check_fields(spec)
-        args = {name: _as_tuple(value) for name, value in spec["args"].items()}
+        args = {name: as_tuple(value) for name, value in spec["args"].items()}
         if len(set(args["window_size"])) == 1:  # older timm would take two pairs for height and width
             args["window_size"] = args["window_size"][0]
         if kind.model is swin_v2.SwinTransformerV2:
@@ -390,14 +392,6 @@ def _check_fields(spec: Mapping[str, Any]) -> _Generation:
         listed = isinstance(value, list)
         if listed and len(value) != (2 if name in ("img_size", "patch_size") else len(depths)):
             raise ArtifactError(f"constructor argument {name}={value!r} has the wrong length")
-        if name != "global_pool" and not all(0 <= number < 2**20 for number in _numbers(value)):
+        if name != "global_pool" and not all(0 <= number < 2**20 for number in parts_of(value)):
             raise ArtifactError(f"constructor argument {name}={value!r} is out of range")
     return kind
-
-
-def _numbers(value: Any) -> list[Any]:
-    return [number for part in value for number in _numbers(part)] if isinstance(value, list) else [value]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

@@ -434,13 +434,18 @@ def counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
     """MACs of a part without a formula of its own (a hybrid's CNN stem, a custom head), counted on the meta device."""
     try:
         stand_in = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
-        # torch's counter has no formula for every kernel of fused attention.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-            stand_in(torch.empty(shape, device="meta"))
+        return counted(lambda: stand_in(torch.empty(shape, device="meta")))
     except Exception as error:
         raise UnsupportedModelError(
             f"{name} is a {qualified_name(module)}, whose cost cannot be counted: {error}"
         ) from error
+
+
+def counted(run: Callable[[], Any]) -> int:
+    """MACs of what `run` computes, by torch's counter."""
+    # It has no formula for every kernel of fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
     return counter.get_total_flops() // 2
 
 

@@ -37,6 +37,7 @@ class Walk:
         self._error: BaseException | None = None
         self._goes, self._halts = threading.Semaphore(0), threading.Semaphore(0)
         self._is_ended = False
+        self._dtype: torch.dtype | None = None  # the default one inside the pass
         self._thread = threading.Thread(target=self._walk, daemon=True)
 
     def to_next(self) -> Any:
@@ -45,11 +46,7 @@ class Walk:
         Raises:
             BaseException: what the pass raised on the way.
         """
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._goes.release()
-        self._halts.acquire()
+        self._go_on()
         if self._error is not None:
             raise self._error
         return self._seen
@@ -57,9 +54,23 @@ class Walk:
     def end(self) -> None:
         """Leave the rest out."""
         self._is_ended = True
-        if self._thread.ident is not None:
-            self._goes.release()
+        if self._thread.is_alive():
+            self._go_on()
             self._thread.join()
+
+    def _go_on(self) -> None:
+        # A setting that a pass may change around itself (Lightning's bf16-true does) is nobody's own: put aside.
+        outside = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype or outside)
+        try:
+            if self._thread.ident is None:
+                self._thread.start()
+            else:
+                self._goes.release()
+            self._halts.acquire()
+        finally:
+            self._dtype = torch.get_default_dtype()
+            torch.set_default_dtype(outside)
 
     def _walk(self) -> None:
         _here.walk = self

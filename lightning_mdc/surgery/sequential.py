@@ -210,8 +210,9 @@ def _refit(
     for given, wanted in seen:
         missing = _missing(reader, given, wanted, scale, prefix)
         both = torch.cat([given.z.to(missing), missing], dim=-1)
-        if layer.small.in_windows:  # (images, rows of all windows, channels)
-            both = both.unflatten(0, (len(wanted.output if given.before is None else given.before), -1)).flatten(1, 2)
+        # (images, tokens, channels), in whatever windows and grids they are seen
+        images = len(wanted.output if given.before is None else given.before)
+        both = both.unflatten(0, (images, -1)).flatten(1, -2)
         sums.add(drawn_rows(both, prefix, MOMENT_TOKENS, draw))
     if over_ranks:
         sums.sum_over_ranks()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -12,8 +11,8 @@ from torch import nn
 
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.scoring import on_device_of, split_batch
-from lightning_mdc.models import Anatomy, evaluating, find_anatomy, standing_in, unwrap
-from lightning_mdc.models.swapping import cut_units, unmask, with_mixins
+from lightning_mdc.models import Anatomy, evaluating, find_anatomy, standing_in
+from lightning_mdc.models.swapping import cut_units, plain_copy, with_mixins
 from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
 from lightning_mdc.randomness import isolated_rng
@@ -103,17 +102,6 @@ def plan_of(model: nn.Module) -> Plan | None:
     """The plan a slim model was made with, relative to its dense origin; None for a dense model."""
     plan = getattr(find_anatomy(model).model, "mdc_plan", None)
     return plan if isinstance(plan, Plan) else None
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy with nothing of it compiled or masked."""
-    copied = copy.deepcopy(model)
-    for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
-            if unwrap(child) is not child:  # a block compiled by itself
-                setattr(parent, name, unwrap(child))
-    unmask(copied)
-    return copied
 
 
 def _since_dense(anatomy: Anatomy, plan: Plan) -> Plan:
