@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
-from lightning_mdc.models import check_unmasked, find_whole
+from lightning_mdc.models import check_unmasked, find_whole, said
 from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.progress import bar
 
@@ -89,7 +89,8 @@ def export_model(
     anatomy.grid_of(size)  # says if the model cannot take it
     if format == "onnx":
         _check_onnx(whole)
-    network = plain_copy(whole).to("cpu", torch.float32).eval().requires_grad_(False)
+    network = _Answer(plain_copy(whole).to("cpu", torch.float32)).eval()
+    network.requires_grad_(False)
     shape = (anatomy.input_size[0], *size)
     write, run = _FUNCTIONS[format]
     with bar("Exporting", 2, shown=progress) as advance:
@@ -111,6 +112,17 @@ def export_model(
                 f"{'' if whole is anatomy.model else alone}"
             ) from error
     return Exported(target, format, target.stat().st_size, difference)
+
+
+class _Answer(nn.Module):
+    """A network of which only the prediction is asked."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return said(self.network(images))
 
 
 def _format(path: Path, format: str | None) -> str:
@@ -143,13 +155,13 @@ def _check_onnx(model: nn.Module) -> None:
         )
 
 
-def _check_output(network: nn.Module, shape: tuple[int, ...]) -> None:
+def _check_output(network: _Answer, shape: tuple[int, ...]) -> None:
     with torch.no_grad():
         output = network(torch.zeros(_TRACED, *shape))
     if not isinstance(output, Tensor):
         raise ArtifactError(
-            f"{type(network).__name__} puts out a {type(output).__name__}, where a program has one tensor; wrap it "
-            "in a module that returns the one you want"
+            f"{type(network.network).__name__} puts out a {type(output).__name__}, where a program has one tensor; "
+            "wrap it in a module that returns the one you want"
         )
 
 

@@ -11,13 +11,14 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.models import find_anatomy, is_masked
+from lightning_mdc.models import find_anatomy, is_masked, said
 from lightning_mdc.policy import UNIT_DIMENSIONS, TokenOptions, TokenStage
 from tests.kinds import counted_macs, images
 
@@ -74,8 +75,13 @@ def poisoned(
 def seeded(model: nn.Module, x: Tensor) -> Tensor:
     """What a model gives that may drop at random."""
     torch.manual_seed(0)
-    output: Tensor = model(x)
+    output: Tensor = said(model(x))
     return output
+
+
+def tokens_of(output: Any) -> Any:
+    """In what a block gives, alone or with its attention's map."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 class FamilySuite:
@@ -105,7 +111,7 @@ class FamilySuite:
 
     def test_every_unit_gets_a_score(self, dense: nn.Module) -> None:
         anatomy = find_anatomy(dense)
-        scores = mdc.score(dense, [images(8)], progress=False)
+        scores = mdc.score(dense, [images(8)], dimensions=anatomy.dimensions, progress=False)
         for dimension in UNIT_DIMENSIONS:
             assert tuple(map(len, scores.units(dimension))) == anatomy.sizes[dimension]
         if anatomy.no_tokens is None:
@@ -118,7 +124,7 @@ class FamilySuite:
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_masked_equals_slim(self, dense: nn.Module, reduction: str) -> None:
-        x, before = images(), dense(images()).detach()
+        x, before = images(), said(dense(images())).detach()
         plan = random_plan(dense, reduction)
         slim = mdc.slim(dense, plan)
         for mode in (True, False):
@@ -126,7 +132,7 @@ class FamilySuite:
                 masked = seeded(dense, x)
             torch.testing.assert_close(masked, seeded(slim.train(mode), x), rtol=0, atol=1e-5)
         assert not torch.allclose(masked, before, atol=1e-3)
-        assert torch.equal(dense(x), before)
+        assert torch.equal(said(dense(x)), before)
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_what_is_masked_takes_no_part(self, dense: nn.Module, reduction: str) -> None:
@@ -136,7 +142,7 @@ class FamilySuite:
 
         def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
             x = images().requires_grad_()
-            model(x).square().sum().backward()
+            said(model(x)).square().sum().backward()
             assert x.grad is not None
             return x.grad, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -156,10 +162,10 @@ class FamilySuite:
         tensors = [id(tensor) for tensor in (*dense.parameters(), *dense.buffers())]
         names = [name for name, _ in dense.named_modules()]
         blocks = [block.module for block in find_anatomy(dense).blocks]
-        handles = [blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))]
+        handles = [blocks[1].register_forward_hook(lambda module, args, output: seen.append(tokens_of(output)))]
         with mdc.masked(dense, plan):
-            handles.append(blocks[2].register_forward_hook(lambda module, args, output: seen.append(output)))
-            expected = dense(x)
+            handles.append(blocks[2].register_forward_hook(lambda module, args, output: seen.append(tokens_of(output))))
+            expected = said(dense(x))
             assert all(isinstance(output, Tensor) for output in seen)
             assert [id(tensor) for tensor in (*dense.parameters(), *dense.buffers())] == tensors
             assert [name for name, _ in dense.named_modules()] == names
@@ -170,7 +176,7 @@ class FamilySuite:
         of_slim: list[Tensor] = []
         for block in find_anatomy(slim).blocks[1:3]:
             block.module._forward_hooks.clear()
-            block.module.register_forward_hook(lambda module, args, output: of_slim.append(output))
+            block.module.register_forward_hook(lambda module, args, output: of_slim.append(tokens_of(output)))
         slim(x)
         for one, other in zip(seen[:2], of_slim, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
@@ -178,7 +184,7 @@ class FamilySuite:
             handle.remove()
         for other in (copied, pickled):
             assert is_masked(other)
-            torch.testing.assert_close(other(x), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(said(other(x)), expected, rtol=0, atol=1e-5)
         with mdc.masked(dense, plan):
             pass
         assert not any("_mdc" in key for module in dense.modules() for key in vars(module))
@@ -206,9 +212,10 @@ class FamilySuite:
     def test_an_images_output_is_its_own(self, dense: nn.Module, reduction: str) -> None:
         slim, x = mdc.slim(dense, random_plan(dense, reduction)), images(64)
         order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-        whole = slim(x)
-        torch.testing.assert_close(slim(x[order]), whole[order], rtol=0, atol=1e-5)
-        torch.testing.assert_close(torch.cat([slim(x[i : i + 1]) for i in range(4)]), whole[:4], rtol=0, atol=1e-5)
+        whole = said(slim(x))
+        torch.testing.assert_close(said(slim(x[order])), whole[order], rtol=0, atol=1e-5)
+        alone = torch.cat([said(slim(x[i : i + 1])) for i in range(4)])
+        torch.testing.assert_close(alone, whole[:4], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @torch.no_grad()
@@ -240,7 +247,7 @@ class FamilySuite:
         assert json.loads(plan.to_json())["reduction"] == "fuse"
         slim = mdc.slim(dense, plan)
         loaded = self.saved_and_loaded(slim, dense, tmp_path / "slim")
-        assert torch.equal(loaded(x), slim(x))
+        assert torch.equal(said(loaded(x)), said(slim(x)))
         assert list(loaded.state_dict()) == list(dense.state_dict())
 
     def saved_and_loaded(self, slim: nn.Module, dense: nn.Module, folder: Path) -> nn.Module:
@@ -284,4 +291,4 @@ def assert_exported(slim: nn.Module, path: Path) -> None:
 
     for x in (images(5), torch.zeros(3, 3, *images(1).shape[2:]), torch.ones(1, 3, *images(1).shape[2:])):
         with torch.no_grad():
-            torch.testing.assert_close(program(x), slim(x), rtol=0, atol=1e-4)
+            torch.testing.assert_close(program(x), said(slim(x)), rtol=0, atol=1e-4)

@@ -328,7 +328,7 @@ def _check_shapes(anatomy: Anatomy) -> None:
     after another, and what is outside the blocks without most of them."""
 
     def compare(block: Block, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if block.stage is None and isinstance(output, Tensor) and output.shape != args[0].shape:
+        if block.stage is None and not (isinstance(output, Tensor) and output.shape == args[0].shape):
             raise BudgetError(
                 f"latency of {anatomy.name}: {block.name} ({type(block.module).__name__}) gives tokens of another "
                 "shape than it takes, so that it cannot be timed by itself; limit macs or params"
@@ -394,7 +394,7 @@ class _Blocks:
             watch.wait()
             marks = [watch.mark()]
             for block in self.chain:
-                x = block.module(x, *self.beside)
+                x = block.alone(block.module, x, *self.beside)
                 marks.append(watch.mark())
             watch.wait()
         seams = seams or marks[1:]  # no seam that anything is known of: all of a block counts as its first half
@@ -406,7 +406,7 @@ class _Blocks:
         for kept, block in zip([*self.knots[0][0], *self.knots[0][1]], self.stages, strict=True):
             assert isinstance(block.module, StagedBlock) and block.module.role.select is not None
             with self.watch.at_calls(block.module.role.select, ends=True) as marks:
-                block.module(self.inputs[num_tokens])
+                block.alone(block.module, self.inputs[num_tokens])
                 self.watch.wait()
             self.watch.readings["stage", self.index, kept, num_tokens].append(self.watch.between(*marks))
 

@@ -36,6 +36,7 @@ from lightning_mdc.distillation.settings import (
     check_features,
     check_loss_settings,
     check_student_can,
+    classes_of,
     compile_options,
     complete_kd,
     count_classes,
@@ -43,6 +44,7 @@ from lightning_mdc.distillation.settings import (
 )
 from lightning_mdc.distillation.teacher import FrozenTeacher, Teacher
 from lightning_mdc.errors import DistillationError
+from lightning_mdc.models import said
 
 Batch = tuple[Tensor, Tensor]
 
@@ -128,7 +130,7 @@ class DistillationModule(LightningModule):
         self.teacher = None
         if teacher is not None:
             teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-            classes = num_classes or getattr(student, "num_classes", None)
+            classes = num_classes or classes_of(student)
             self.teacher = FrozenTeacher(teacher, student, classes, answers=kd_weight > 0)
         network = None if self.teacher is None else self.teacher.network
         check_student_can(student, network, distill_token, hidden_weight, grad_checkpointing)
@@ -296,7 +298,7 @@ class DistillationModule(LightningModule):
     def _student_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits for the labels to teach and logits for the teacher to teach; the same tensor if there is one head.
         Without classes, both are the output."""
-        output = self.student(images)
+        output = said(self.student(images))
         if isinstance(output, Tensor) or not self.has_classes:
             return output, output
         if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(o, Tensor) for o in output):

@@ -93,10 +93,15 @@ def check_student_can(
         comparable(student, teacher)
 
 
+def classes_of(network: Any) -> Any:
+    """The number of classes as timm's models say it, or transformers'; None: the network does not say."""
+    return getattr(network, "num_classes", getattr(network, "num_labels", None))
+
+
 def count_classes(num_classes: int | None, student: nn.Module, teacher: nn.Module | None, kd: str | None) -> int:
     """The number of classes, as given or as a network says it; student and teacher have to have as many. 0: their
     outputs are features, as they are where neither says and `kd` is of features."""
-    of_student, of_teacher = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
+    of_student, of_teacher = classes_of(student), classes_of(teacher)
     if num_classes is None:
         num_classes = of_student if of_student is not None else of_teacher
         num_classes = 0 if num_classes is None and kd in OF_FEATURES else num_classes

@@ -18,7 +18,16 @@ from lightning_mdc.errors import CalibrationError, check_whole
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
 from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
-from lightning_mdc.models import Anatomy, Units, are_logits, check_unmasked, evaluating, find_anatomy, probing
+from lightning_mdc.models import (
+    Anatomy,
+    Units,
+    are_logits,
+    check_unmasked,
+    evaluating,
+    find_anatomy,
+    probing,
+    said,
+)
 from lightning_mdc.models.anatomy import Channels
 from lightning_mdc.models.swapping import calling_readers
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
@@ -416,7 +425,7 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
     Raises:
         CalibrationError: there is no such tensor in it, or one that is the same for all images.
     """
-    result = output if prediction is None else prediction(output)
+    result = said(output) if prediction is None else prediction(output)
     if prediction is None and isinstance(result, Tensor) and result.ndim > 2:  # a map, say
         result = result.flatten(1)
     if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():

@@ -10,8 +10,11 @@ from torch import nn
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Counts, Family, Units, unit_channels
 from lightning_mdc.models.compiled import is_compiled, probing, unwrap
+from lightning_mdc.models.hf_swin import HfSwin
+from lightning_mdc.models.hf_vit import HfViT
 from lightning_mdc.models.logits import are_logits, gives_logits
 from lightning_mdc.models.modes import evaluating
+from lightning_mdc.models.outputs import said
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
@@ -50,6 +53,7 @@ __all__ = [
     "probing",
     "put_in_place",
     "register",
+    "said",
     "standing_in",
     "unit_channels",
     "unwrap",
@@ -70,6 +74,8 @@ def register(family: F) -> F:
     return family
 
 
+register(HfSwin())
+register(HfViT())
 register(TimmCait())
 register(TimmEva())
 register(TimmHiera())

@@ -190,6 +190,8 @@ class Block:
         stage: the token stage that is built in (a slim model).
         rest: tokens -> MACs of what no units stand for, in the half before the token point and in the one after it.
         second_half: the module whose call begins that half, for clocks; None: not known.
+        alone: calls the module outside its model, with tokens (batch, tokens, dim) and what else it is given there, but
+            for what that is given by name.
     """
 
     name: str
@@ -200,6 +202,7 @@ class Block:
     stage: TokenStage | None = None
     rest: tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None] = (None, None)
     second_half: nn.Module | None = None
+    alone: Callable[..., Tensor] = lambda block, x, *beside: block(x, *beside)
 
 
 class Family(ABC):
@@ -299,6 +302,8 @@ class Anatomy:
         reader: mixin for the class of `passage` while tokens leave inside it, whose methods replace those that go
             through the blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
         container: the part of the model that is called to go through the blocks; None: the model itself does.
+        loops: whether a loop of the library's own, which `reader` begins, calls the blocks: from the first token stage
+            on each of them takes part.
         no_tokens: why tokens cannot leave, naming the module; None if they can.
         classifies: whether a classifier is known to read the tokens.
         drops_patches_at_random: whether the model drops patches at random in training, so that a token's place in the
@@ -319,6 +324,7 @@ class Anatomy:
     tokens_at: Callable[[tuple[int, int]], Sequence[tuple[int, int]]] | None = None
     reader: type | None = None
     container: nn.Module | None = None
+    loops: bool = False
     no_tokens: str | None = None
     classifies: bool = True
     drops_patches_at_random: bool = False

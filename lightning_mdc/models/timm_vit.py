@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_mdc.errors import PlanError, UnsupportedModelError
+from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.anatomy import (
     Anatomy,
     Block,
@@ -45,9 +45,9 @@ from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
 from lightning_mdc.models.timm_fused import fused_block_of
 from lightning_mdc.policy import TOKENS, UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import refuse_masks, restored, stage_of, step, through
+from lightning_mdc.tokens.block import check_grid, refuse_masks, restored, stage_of, step, through
 from lightning_mdc.tokens.reduction import Evidence
-from lightning_mdc.tokens.selection import Carried, grid_like
+from lightning_mdc.tokens.selection import Carried
 
 _WHOLE_MODEL_METHODS = ("forward", "forward_features", "forward_head", "pool", "_pool", "_pos_embed", "_forward_embeds")
 
@@ -555,13 +555,7 @@ class TimmReader:
 
     def _check(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
         refuse_masks(attn_mask, is_causal)
-        for prior_grid in {stage.grid for stage in self.plan.leaving if stage.grid is not None}:
-            height, width = self._grid(x)
-            if grid_like(prior_grid, height * width) != (height, width):
-                raise PlanError(
-                    f"images of {x.shape[-2]}x{x.shape[-1]} have {height}x{width} patches, but the token prior is for "
-                    f"a grid like {prior_grid[0]}x{prior_grid[1]}; use images of that shape, or score='attention'"
-                )
+        check_grid(self.plan, x.shape[-2:], self._grid(x))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As timm's; if the plan restores them, every position has a token in what each block gives.

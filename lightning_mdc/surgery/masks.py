@@ -16,7 +16,7 @@ from lightning_mdc.models import find_anatomy, find_model
 from lightning_mdc.models.swapping import is_masked, mask_units, mask_with_mixins, unmask
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery.token_stages import roles
-from lightning_mdc.tokens.block import StagedBlock
+from lightning_mdc.tokens.block import with_stage
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def apply_masks(model: nn.Module, plan: Plan, submodule: str | None = None) -> N
     for index, role in staged.items():
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
-        mask_with_mixins(block.module, (StagedBlock, block.point.halves), role=role)
+        mask_with_mixins(block.module, with_stage(block.point.halves), role=role)
     if staged:
         assert anatomy.reader is not None  # where tokens may leave
         mask_with_mixins(anatomy.passage, (anatomy.reader,), plan=plan)

@@ -20,7 +20,7 @@ from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
 from lightning_mdc.surgery.sequential import refit_in_sequence
 from lightning_mdc.surgery.token_stages import roles
-from lightning_mdc.tokens.block import StagedBlock
+from lightning_mdc.tokens.block import with_stage
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
     for index, role in staged.items():
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
-        with_mixins(block.module, StagedBlock, block.point.halves)
+        with_mixins(block.module, *with_stage(block.point.halves))
         vars(block.module)["role"] = role
         if role.select is not None:
             device = next(block.module.parameters()).device

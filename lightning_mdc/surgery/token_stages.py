@@ -17,12 +17,12 @@ def roles(anatomy: Anatomy, plan: Plan) -> dict[int, Role]:
     stages = {stage.block: stage for stage in plan.leaving}
     first = plan.leaving[0].block
     found = {}
-    for block in range(first, anatomy.depth) if reduction.proportional else stages:
+    for block in range(first, anatomy.depth) if anatomy.loops or reduction.proportional else stages:
         stage, later = stages.get(block), block > first
         select = None
         if stage is not None:
             keeps_last = plan.restore and reduction.drops
             select = TokenSelection(stage, prefix, anatomy.class_rows, plan.reduction, keeps_last)
-        asks = later and (reduction.counts_sizes or (stage is not None and stage.prior is not None))
+        asks = later and (anatomy.loops or reduction.counts_sizes or (stage is not None and stage.prior is not None))
         found[block] = Role(select, reduction.proportional and later, asks, prefix)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mdc.errors import PlanError, UnsupportedModelError
-from lightning_mdc.policy import TokenStage
+from lightning_mdc.policy import Plan, TokenStage
 from lightning_mdc.tokens.reduction import Evidence, rows
-from lightning_mdc.tokens.selection import Carried, TokenSelection
+from lightning_mdc.tokens.selection import Carried, TokenSelection, grid_like
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class StagedBlock(nn.Module):
       positions;
     - ``finish(x) -> x``: the rest.
 
-    K is static per input size: compile and export see no branch on data.
+    K is static per input size: compile and export see no branch on data. Halves that derive from it take what a library
+    calls its block with.
     """
 
     role: Role
@@ -68,15 +69,24 @@ class StagedBlock(nn.Module):
             PlanError: the block is called by itself, and has to know what happened before.
         """
         refuse_masks(*args, *kwargs.values())
-        role, journey = self.role, Journey() if journey is None else journey
-        if role.asks and journey.before is None:
+        journey = Journey() if journey is None else journey
+        self.check_asked(journey.before)
+        x, journey.after = self.staged(x, journey.before, rope)
+        return x
+
+    def check_asked(self, known: Any) -> None:
+        """Refuse, with a `PlanError`, what is None where the block has to know what happened before."""
+        if self.role.asks and known is None:
             raise PlanError(
                 "this block has to know which positions its tokens stand for; call the model, not its blocks one by one"
             )
-        x, evidence = self.attend(x, self._log_sizes(x, journey.before), *(() if rope is None else (rope,)))
-        if role.select is not None:
-            x, journey.after = role.select(x, evidence, journey.before)
-        return self.finish(x)
+
+    def staged(self, x: Tensor, carried: Carried | None, rope: Any = None) -> tuple[Tensor, Carried | None]:
+        """The tokens that go on, and what travels beside them."""
+        x, evidence = self.attend(x, self._log_sizes(x, carried), *(() if rope is None else (rope,)))
+        if self.role.select is not None:
+            x, carried = self.role.select(x, evidence, carried)
+        return self.finish(x), carried
 
     def _log_sizes(self, x: Tensor, carried: Carried | None) -> Tensor | None:
         if carried is None or not self.role.proportional:
@@ -93,6 +103,22 @@ def refuse_masks(*options: Any) -> None:
             "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit its "
             "later blocks; call it without, or prune with tokens=1.0"
         )
+
+
+def with_stage(halves: type) -> tuple[type, ...]:
+    """The mixins of a block that takes part where tokens leave."""
+    return (halves,) if issubclass(halves, StagedBlock) else (StagedBlock, halves)
+
+
+def check_grid(plan: Plan, size: Sequence[int], grid: Sequence[int]) -> None:
+    """Refuse, with a `PlanError`, images of that (height, width) and `grid` in patches if a prior over positions of
+    `plan` is for a grid of another shape."""
+    for prior_grid in {stage.grid for stage in plan.leaving if stage.grid is not None}:
+        if grid_like(prior_grid, grid[0] * grid[1]) != tuple(grid):
+            raise PlanError(
+                f"images of {size[0]}x{size[1]} have {grid[0]}x{grid[1]} patches, but the token prior is for a grid "
+                f"like {prior_grid[0]}x{prior_grid[1]}; use images of that shape, or score='attention'"
+            )
 
 
 def stage_of(block: nn.Module) -> TokenStage | None:
