@@ -557,11 +557,11 @@ def test_a_missing_prediction_is_said_when_fit_begins(tmp_path: Path, streams: b
         steps = 0
 
         def forward(self, x: Tensor) -> Any:
-            return {"logits": super().forward(x)}
+            return {"classes": super().forward(x)}
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.steps += 1
-            return nn.functional.cross_entropy(self(batch[0])["logits"], batch[1])
+            return nn.functional.cross_entropy(self(batch[0])["classes"], batch[1])
 
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
