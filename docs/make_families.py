@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import timm
 import torch
+import torchvision.models
 from timm.layers import Attention
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
@@ -49,6 +50,10 @@ def hugging_face(model: str, config: str, **options: object) -> Callable[[], nn.
         return made
 
     return make
+
+
+def torchvision_model(name: str) -> nn.Module:
+    return torchvision.models.get_model(name)
 
 
 # What a row says, and the models that it is true of: names of timm, or what makes one.
@@ -94,15 +99,17 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
             hugging_face("SwinForImageClassification", "SwinConfig"),
         ),
     ),
+    ("torchvision's ViT", (partial(torchvision_model, "vit_b_16"),)),
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
     (
         "post-norm blocks",
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's Swin in all versions, SAM's and SAM 2's encoders, Hiera, BEiT, ViTs with relative positions, PiT, "
-        "attention and MLP at once (`*_xp_*`, `vit_pwee_*`)",
+        "timm's and torchvision's Swin in all versions, SAM's and SAM 2's encoders, Hiera, BEiT, ViTs with relative "
+        "positions, PiT, attention and MLP at once (`*_xp_*`, `vit_pwee_*`)",
         (
+            *(partial(torchvision_model, name) for name in ("swin_t", "swin_v2_t")),
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),
             *("beit_base_patch16_224", "vit_relpos_small_patch16_224", "pit_ti_224"),
             *("samvit_base_patch16_224", "sam2_hiera_tiny", "hiera_tiny_224"),

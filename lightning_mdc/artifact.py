@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, REST = "model.safetensors", "config.json", "rest.safetensors"
 _FORMAT = "lightning_mdc.model.1"
+# A batch norm's counter, and where the windows of torchvision's Swin look in their table.
+_WHOLE_NUMBERS = (".num_batches_tracked", ".relative_position_index")
 _FACTS = {"format", "pretrained_cfg", "cost", "versions", "sha256"}
 # Of timm's pretrained_cfg: what says how images are prepared and what the classes mean.
 _CFG_KEYS = (
@@ -431,8 +433,7 @@ def read_header(path: Path, *, whole_numbers: bool = False) -> dict[str, tuple[i
     try:
         with safe_open(str(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            # A batch norm's counter is a model's only whole number.
-            weights = [s for name, s in slices.items() if not name.endswith(".num_batches_tracked")]
+            weights = [s for name, s in slices.items() if not name.endswith(_WHOLE_NUMBERS)]
             odd = {s.get_dtype() for s in weights} - {"F64", "F32", "F16", "BF16"}
             if odd and not whole_numbers:
                 raise ArtifactError(f"{path} holds {', '.join(sorted(odd))} tensors; a model's are floating-point")

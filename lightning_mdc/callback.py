@@ -533,7 +533,7 @@ class MultiDimPruneCallback(Callback):
             return said[0]
 
         labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        scorer.update(run, num_images(batch) or 0, labels if isinstance(labels, Tensor) else None)
+        scorer.update(run, num_images(batch) or 0, labels if isinstance(labels, Tensor) else None, batch)
         return said[0]
 
     def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lightning_mdc.errors import (
 )
 from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
 from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batch
-from lightning_mdc.models import find_anatomy
+from lightning_mdc.models import Units, find_anatomy
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
@@ -237,12 +237,20 @@ class Compression:
     def _compensation(self) -> tuple[str, str]:
         """How the layers are refitted in the end, and in trials."""
         pruned = [units for units in self.anatomy.all_units if units.dimension in self._dimensions]
-        compensate = self.method.compensate or "sequential"
+        compensate = self.method.compensate or self._best_compensation(pruned)
         if compensate != "sequential":
             for units in pruned:
                 check_compensable(units, compensate)
             return compensate, compensate
         return compensate, "none" if self.policy is not None else compensation_of_trials(compensate, pruned)
+
+    def _best_compensation(self, pruned: Sequence[Units]) -> str:
+        if not self.anatomy.stages:
+            return "sequential"
+        norm = next((units.norm for units in pruned if units.norm is not None), None)  # of a slim model cut again
+        if norm is not None:
+            self._say(f"no compensation: {norm} is taken over units, so those that stay change when others leave")
+        return "lstsq" if norm is None else "none"
 
 
 def _pruned(policy: Policy) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
-from lightning_mdc.models import check_unmasked, find_whole, said
+from lightning_mdc.models import check_unmasked, find_whole, prediction_in
 from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.progress import bar
 
@@ -122,7 +122,7 @@ class _Answer(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Any:
-        return said(self.network(images))
+        return prediction_in(self.network(images))
 
 
 def _format(path: Path, format: str | None) -> str:

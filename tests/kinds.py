@@ -31,6 +31,8 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import swin_transformer as torchvision_swin
+from torchvision.models import vision_transformer as torchvision_vit
 
 SIZE, CLASSES, DEPTH, HEADS, DIM = 32, 7, 4, 4, 48
 BASE: dict[str, Any] = {
@@ -192,6 +194,24 @@ if timm.is_model("deepseek_vit_412m"):  # newer timm only, as its like
         **{"head_dim": 8, "intermediate_size": 96, "position_embedding_size": 16},
         **{"pooling_kernel_size": 2, "use_clipped_linears": True},
     )
+
+_TORCHVISION_BASE = {
+    **{"image_size": SIZE, "patch_size": 8, "num_classes": CLASSES},
+    **{"num_layers": DEPTH, "num_heads": HEADS, "hidden_dim": DIM, "mlp_dim": 96},
+}
+_TORCHVISION_STAGED = {
+    **{"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 1, 1], "num_heads": [2, 4, 4], "window_size": [4, 4]},
+    "num_classes": CLASSES,
+}
+TORCHVISION_KINDS: dict[str, Callable[..., nn.Module]] = {
+    "vit": lambda **options: torchvision_vit.VisionTransformer(**(_TORCHVISION_BASE | options)),
+    "swin": lambda **options: torchvision_swin.SwinTransformer(**(_TORCHVISION_STAGED | options)),
+    "swin_v2": lambda **options: torchvision_swin.SwinTransformer(
+        **(_TORCHVISION_STAGED | options),
+        block=torchvision_swin.SwinTransformerBlockV2,
+        downsample_layer=torchvision_swin.PatchMergingV2,
+    ),
+}
 
 POST_NORM = _vit(block_fn=ResPostBlock, init_values=1e-5)
 

@@ -27,7 +27,7 @@ import lightning_mdc as mdc
 from lightning_mdc.artifact import CONFIG, WEIGHTS, check_savable
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models import find_anatomy
-from tests.kinds import BASE, DIM, KINDS, POST_NORM, images, make, randomised
+from tests.kinds import BASE, DIM, KINDS, POST_NORM, TORCHVISION_KINDS, images, make, randomised
 
 
 def slimmed(model: nn.Module, **options: Any) -> nn.Module:
@@ -95,6 +95,7 @@ CONSTRUCTORS: dict[str, Callable[[], nn.Module]] = {
     ),
     "differential": lambda: VisionTransformer(**BASE, attn_layer="diff", reg_tokens=1),
     "t2t": lambda: timm.create_model("t2t_vit_7", **TINY | {"patch_size": 16}),
+    **{f"torchvision_{kind}": constructor for kind, constructor in TORCHVISION_KINDS.items()},
 }
 
 

@@ -294,7 +294,7 @@ def test_only_what_the_sampler_trains_on_is_scored(tmp_path: Path) -> None:
 
     fitted(tmp_path, Watching(0.5, "uniform"), loader(sampler=SubsetRandomSampler(range(32))), epochs=1)
     training = {image.sum().item() for image in Spots().images[:32]}
-    assert len(seen) == 3  # of the first batch, the size is looked at
+    assert len(seen) == 7  # the first batch to see its size, two to score on, and to refit on by both models
     assert {image.sum().item() for image in torch.cat(seen)} == training
 
 

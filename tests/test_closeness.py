@@ -99,7 +99,7 @@ def test_a_slim_model_stands_in_for_the_dense_one_and_leaves_its_place():
     model, names = holder.net._orig_mod, list(holder.state_dict())
     plan = mdc.make_plan(model, mdc.score(model, [batch], "magnitude"), mdc.Policy(0.5))
     small = mdc.slim(model, plan).eval()
-    judge = InPlace(holder, [batch[:8], batch[8:]], lambda module, part: module(part))
+    judge = InPlace(holder, [batch[:8], batch[8:]], lambda module, part: module(part), lambda out: out.softmax(-1))
     with torch.no_grad():
         p = holder.eval().head(model(batch)).double().softmax(-1)
         q = holder.head(small(batch)).double().log_softmax(-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.figures.tokens import tokens_figure
-from lightning_mdc.models import find_anatomy, said
+from lightning_mdc.models import find_anatomy, prediction_in
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
 from lightning_mdc.tokens.surviving_patches import surviving_patches
 from tests.family_suite import assert_exported, random_plan
@@ -79,7 +79,7 @@ def test_a_resumed_fit_goes_on_with_the_plan_that_was_searched(tmp_path: Path) -
     slim = prune.slim_model(whole.eval())
     assert mdc.macs(slim) <= 0.6 * mdc.macs(network())
     with mdc.masked(whole.model, prune.plan):
-        torch.testing.assert_close(said(slim(x)), said(whole(x)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(prediction_in(slim(x)), prediction_in(whole(x)), rtol=0, atol=1e-5)
 
 
 def test_a_policy_is_searched_and_blocks_are_told_apart(dense: nn.Module, scores: mdc.Scores) -> None:
@@ -109,7 +109,7 @@ def test_pictures_show_the_tokens_that_are_kept(dense: nn.Module, scores: mdc.Sc
     x = Spots().images[:4]
     slim = mdc.slim(dense, mdc.make_plan(dense, scores, mdc.Policy(tokens=[0.7, 0.6, 0.8])))
     output, survivors = surviving_patches(slim, x)
-    torch.testing.assert_close(said(output), said(slim(x)))
+    torch.testing.assert_close(prediction_in(output), prediction_in(slim(x)))
     kept = survivors.sum(dim=2)
     assert survivors.shape == (4, 3, 16)
     assert (kept[:, 0] >= kept[:, 1]).all()
@@ -130,7 +130,7 @@ def test_a_student_learns_from_its_dense_teacher(dense: nn.Module, scores: mdc.S
     mdc.save(slim, tmp_path / "finetuned")
     x = Spots().images[:8]
     with torch.no_grad():
-        assert torch.equal(said(mdc.load(tmp_path / "finetuned")(x)), said(slim.eval()(x)))
+        assert torch.equal(prediction_in(mdc.load(tmp_path / "finetuned")(x)), prediction_in(slim.eval()(x)))
 
 
 @torch.no_grad()

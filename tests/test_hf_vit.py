@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.models import find_anatomy, said
+from lightning_mdc.models import find_anatomy, prediction_in
 from lightning_mdc.policy import TokenStage
 from lightning_mdc.tokens.selection import TokenSelection
 from tests.family_suite import REDUCTIONS, FamilySuite, random_plan
@@ -137,7 +137,7 @@ def test_units_leave_as_if_their_part_of_what_reads_them_were_nothing(kind: str)
             count, kept = plan.sizes[dimension][index], plan.kept[dimension][index]
             gone = [unit for unit in range(count) if unit not in kept]
             reader.weight.unflatten(1, (count, -1))[:, gone] = 0
-    torch.testing.assert_close(said(slim(x)), said(expected(x)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(prediction_in(slim(x)), prediction_in(expected(x)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", everyday("vit", "beit", "swin", "dinov3", "clip", "vit_eager"))
@@ -148,12 +148,12 @@ def test_a_block_can_lose_all_of_its_heads_and_neurons(kind: str, tmp_path: Path
     none = {dimension: ((), *kept[1:]) for dimension, kept in plan.kept.items()}
     plan = mdc.Plan(none, plan.sizes, plan.tokens, plan.reduction, plan.restore)
     with mdc.masked(model, plan):
-        masked = said(model(images()))
+        masked = prediction_in(model(images()))
     slim = mdc.slim(model, plan)
-    torch.testing.assert_close(said(slim(images())), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prediction_in(slim(images())), masked, rtol=0, atol=1e-5)
     assert mdc.macs(slim) == counted_macs(slim)
     mdc.save(slim, tmp_path / "slim")
-    assert torch.equal(said(mdc.load(tmp_path / "slim")(images())), said(slim(images())))
+    assert torch.equal(prediction_in(mdc.load(tmp_path / "slim")(images())), prediction_in(slim(images())))
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -232,7 +232,9 @@ def test_hidden_states_have_all_positions_or_are_refused(kind: str) -> None:
     norm = next(m for n, m in tower.named_children() if n in ("layernorm", "post_layernorm"))
     if kind != "clip":  # whose tokens are not normalised
         torch.testing.assert_close(norm(states[-1]), tower(x).last_hidden_state, rtol=0, atol=1e-6)
-    torch.testing.assert_close(said(slim(x, output_hidden_states=True)), said(slim(x)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        prediction_in(slim(x, output_hidden_states=True)), prediction_in(slim(x)), rtol=0, atol=0
+    )
     fewer = mdc.slim(model, random_plan(model, restore=False))
     with pytest.raises(mdc.errors.UnsupportedModelError, match="output_hidden_states=True: tokens leave"):
         fewer(x, output_hidden_states=True)
@@ -250,8 +252,8 @@ def test_what_a_model_may_be_given_is_right_or_refused() -> None:
         slim(x, None, None, torch.ones(6, 17))
     larger = images(size=48)
     with mdc.masked(model, random_plan(model, prior=False)):
-        masked = said(model(larger, interpolate_pos_encoding=True))
-    torch.testing.assert_close(said(slim(larger, interpolate_pos_encoding=True)), masked, rtol=0, atol=1e-5)
+        masked = prediction_in(model(larger, interpolate_pos_encoding=True))
+    torch.testing.assert_close(prediction_in(slim(larger, interpolate_pos_encoding=True)), masked, rtol=0, atol=1e-5)
     with_prior, wide = mdc.slim(model, random_plan(model)), torch.randn(2, 3, 16, 64)
     with pytest.raises(mdc.errors.PlanError, match="use images of that shape"):
         with_prior(wide, interpolate_pos_encoding=True)
@@ -337,7 +339,7 @@ def test_what_no_file_holds_is_computed(kind: str, tmp_path: Path) -> None:
     model = make(kind).to(torch.bfloat16)
     mdc.save(model, tmp_path / "dense")
     x = images().to(torch.bfloat16)
-    assert torch.equal(said(mdc.load(tmp_path / "dense")(x)), said(model(x)))
+    assert torch.equal(prediction_in(mdc.load(tmp_path / "dense")(x)), prediction_in(model(x)))
 
 
 @pytest.mark.parametrize(

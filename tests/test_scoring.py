@@ -1,11 +1,12 @@
 """Scoring as a whole: what it leaves behind (nothing), how batches are cut, the baselines, files."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -243,8 +244,70 @@ def test_batches_of_one_image_do_unless_dependence_on_the_prediction_is_estimate
             for mine, theirs in zip(alone.units(dimension), together.units(dimension), strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     for criterion in ("hsic", "conditional"):
-        with pytest.raises(CalibrationError, match=f"a batch of 1 images: criterion='{criterion}' needs at least 4"):
-            mdc.score(model, ones, criterion, progress=False)
+        with pytest.raises(CalibrationError, match=f"criterion='{criterion}' needs images.*batches of at least 4"):
+            mdc.score(model, ones[:3], criterion, progress=False)
+
+
+def test_batches_too_small_for_hsic_are_put_together() -> None:
+    model, batch = make(), images(70)
+    small = mdc.score(model, batch.split(2), "hsic", progress=False)
+    large = mdc.score(model, [batch[:32], batch[32:64]], "hsic", progress=False)
+    assert small.images == large.images == 64  # six are less than half of what belongs together
+    for mine, theirs in zip([*small.heads, *small.neurons], [*large.heads, *large.neurons], strict=True):
+        assert torch.equal(mine, theirs)
+    assert mdc.score(model, batch[:6].split(2), "hsic", progress=False).images == 6
+
+
+class Headed(nn.Module):
+    """A module whose output is not what the transformer in it says."""
+
+    def __init__(self, what: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.encoder, self.what = make(), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.what(self.encoder(x))
+
+
+@pytest.mark.parametrize(
+    "what", [lambda x: 2 * x, lambda x: x.sigmoid(), lambda x: x[:, :1]], ids=["twice", "sigmoid", "one"]
+)
+def test_only_what_a_known_classifier_has_said_is_softmaxed(what: Callable[[Tensor], Tensor]) -> None:
+    batch = images(16)
+    own = mdc.score(Headed(what), [batch], "hsic", progress=False)
+    given = mdc.score(Headed(what), [batch], "hsic", prediction=lambda output: output, progress=False)
+    logits = mdc.score(Headed(lambda x: x), [batch], "hsic", progress=False)
+    probabilities = mdc.score(make(), [batch], "hsic", prediction=lambda x: x.softmax(-1), progress=False)
+    for mine, theirs, known, expected in zip(own.heads, given.heads, logits.heads, probabilities.heads, strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(known, expected)
+        assert not torch.equal(mine, known)
+
+
+def test_two_outputs_that_move_together_are_no_noise() -> None:
+    """Of both a softmax is all but constant, and nothing would depend on it."""
+    together = Headed(lambda x: x[:, :1].expand(-1, 2) + torch.tensor([0.0, 1e-6]))
+    heads = torch.cat(mdc.score(together, [images(32)], mdc.HSIC(1, 0, 0), progress=False).heads)
+    assert heads.min() > 1e-6
+
+
+def test_taylor_takes_a_loss_of_ones_own() -> None:
+    model, batch = make(), images(16)
+    labels = torch.arange(16) % 7
+    pairs = [(batch[:8], labels[:8]), (batch[8:], labels[8:])]
+    own = mdc.Taylor(loss=lambda output, given: F.cross_entropy(output, given[1], reduction="sum"))
+    found, known = (mdc.score(model, pairs, each, progress=False) for each in (own, "taylor"))
+    for mine, theirs in zip([*found.heads, *found.neurons], [*known.heads, *known.neurons], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    features = make()
+    features.reset_classifier(0)  # type: ignore[operator]
+    squares = mdc.Taylor(loss=lambda output, given: output.square().mean())
+    scores = mdc.score(features, [batch], squares, dimensions=("heads", "neurons"), progress=False)
+    assert all(values.min() >= 0 and values.max() > 0 for values in scores.heads)
+    with pytest.raises(CalibrationError, match="loss gave int that no gradients lead from"):
+        mdc.score(model, pairs, mdc.Taylor(loss=lambda output, given: 3), progress=False)
+    with pytest.raises(CalibrationError, match="loss=3: expected a function of"):
+        mdc.Taylor(loss=3)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -307,7 +370,7 @@ def test_features_are_taken_as_they_are_where_there_is_no_classifier() -> None:
     seen = mdc.score(model, [batch], "hsic", dimensions=("neurons",), progress=False)
     given = mdc.score(model, [batch], "hsic", dimensions=("neurons",), prediction=lambda x: x, progress=False)
     assert torch.equal(seen.neurons[0], given.neurons[0])
-    with pytest.raises(CalibrationError, match="has no classifier"):
+    with pytest.raises(CalibrationError, match="is not known to be classes"):
         mdc.score(model, [(batch, torch.zeros(8).long())], "taylor", progress=False)
 
 

@@ -183,9 +183,9 @@ def test_results_are_those_of_the_saved_models(finished):
 
 
 def test_the_dense_artifact_tells_its_classes(finished):
-    cfg = json.loads((finished / "slim" / "config.json").read_text())["pretrained_cfg"]
+    cfg = mdc.load(finished / "slim").pretrained_cfg
     assert cfg["label_names"] == [str(digit) for digit in range(10)]
-    assert cfg["input_size"] == [1, 8, 8]
+    assert list(cfg["input_size"]) == [1, 8, 8]
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

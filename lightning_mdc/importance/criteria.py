@@ -11,7 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Needs:
         images: how many in a batch at least; 0: no images at all.
         equal_batches: whether all batches have to have the same number of images.
         prediction: whether it looks at the model's prediction.
-        gradients: whether at gradients of the loss, for which there have to be labels as well.
+        gradients: whether at gradients of a loss, for which there have to be labels, or one of the user's own.
         moments: whether at first and second moments of what layers read from units.
     """
 
@@ -85,6 +85,9 @@ class Criterion(ABC):
     """
 
     name: ClassVar[str]
+    loss: Callable[[Any, Any], Tensor] | None = (
+        None  # of (output, batch), whose gradients it needs; None: cross-entropy
+    )
     dimensions: ClassVar[tuple[str, ...]] = DIMENSIONS  # that it can score
 
     def needs(self, dimension: str) -> Needs:
@@ -203,12 +206,22 @@ class Taylor(Criterion):
     """First-order change of the loss if the unit were removed, ``|sum activation * gradient|`` per image, averaged.
 
     Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019).
+
+    Args:
+        loss: ``loss(output, batch)`` gives one number, of what the model puts out and the batch as the loader gave it;
+            a sum over images, or a mean where batches are of one size. None: the cross-entropy of classes, for which
+            batches have labels.
     """
 
     name = "taylor"
 
+    def __init__(self, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
+        if loss is not None and not callable(loss):
+            raise CalibrationError(f"loss={loss!r:.80}: expected a function of (output, batch) that gives one number")
+        self.loss = loss
+
     def needs(self, dimension: str) -> Needs:
-        return Needs(prediction=True, gradients=True)
+        return Needs(gradients=True)
 
     def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
         return {"change": activations.float().abs().sum(dim=0)}

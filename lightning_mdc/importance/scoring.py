@@ -18,8 +18,18 @@ from lightning_mdc.errors import CalibrationError, check_whole
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
 from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
-from lightning_mdc.models import Anatomy, Units, check_unmasked, evaluating, find_anatomy, probing, said
+from lightning_mdc.models import (
+    Anatomy,
+    Units,
+    are_logits,
+    check_unmasked,
+    evaluating,
+    find_anatomy,
+    prediction_in,
+    probing,
+)
 from lightning_mdc.models.anatomy import Channels
+from lightning_mdc.models.swapping import calling_readers
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
@@ -27,6 +37,8 @@ from lightning_mdc.randomness import isolated_rng
 # Bytes that a batch's observations may take until its prediction is known. Above it, the prediction is computed by a
 # pass of its own, and nothing has to be remembered.
 _MEMORY_LIMIT = 2 * 2**30
+# Images that batches too small for a criterion are put together to.
+_TOGETHER = 32
 
 
 def score(
@@ -53,8 +65,9 @@ def score(
             of your own (see `register`), or an instance.
         dimensions: None means all that the model can lose, without tokens if no classifier is known.
         stages: blocks of the token stages; None means quarters of the depth.
-        prediction: turns the model's output into probabilities (images, classes); None means softmax. The output is
-            only looked at if the criterion needs it for one of the `dimensions`.
+        prediction: turns the model's output into what units are to matter for, (images, numbers): probabilities, say.
+            None: the softmax of logits of a classifier that is known, else the output as it is. The output is only
+            looked at if the criterion needs it for one of the `dimensions`.
         moments: whether to gather on the way what ``slim(compensate="lstsq")`` has to know; see `Moments`. None: if
             the criterion needs it.
         moment_tokens: how many patch tokens of an image, drawn by a fixed seed, moments are of: a number or ``"all"``;
@@ -87,8 +100,8 @@ def scored_by(
     def observe() -> None:
         shown = bar("Scoring", length_hint(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
-            for images, labels in _as_tensors(batches, scorer.needs):
-                scorer.update(partial(model, on_device_of(scorer.anatomy, images)), len(images), labels)
+            for images, labels, batch in _as_tensors(batches, scorer.needs):
+                scorer.update(partial(model, on_device_of(scorer.anatomy, images)), len(images), labels, batch)
                 advance()
 
     if scorer.needs.images:
@@ -179,12 +192,15 @@ class Scorer:
     def watching(self) -> Iterator[None]:
         """The probes are on inside."""
         try:
-            with probing(self._probes()):
+            watched = [group.units for group in self.groups.values() if group.units is not None]
+            with calling_readers(watched), probing(self._probes()):
                 yield
         finally:
             self._pass = _Pass()
 
     def _probes(self) -> Iterator[tuple[Callable[[Any], Any], Callable[..., Any]]]:
+        if self.anatomy.classifies:
+            yield self.anatomy.model.register_forward_hook, self._hear
         for name, group in self.groups.items():
             if group.units is not None:
                 yield group.units.reader.register_forward_pre_hook, partial(self._see_units, name, group.units)
@@ -194,8 +210,9 @@ class Scorer:
                 values = point.values
                 yield values.module.register_forward_hook, partial(self._see_values, name, values)
 
-    def update(self, run: Callable[[], Any], images: int, labels: Tensor | None = None) -> None:
-        """Add one batch. `run` runs the model on so many `images` and returns its output.
+    def update(self, run: Callable[[], Any], images: int, labels: Tensor | None = None, batch: Any = None) -> None:
+        """Add one batch. `run` runs the model on so many `images` and returns its output; a loss of the user's own is
+        given `batch`.
 
         Raises:
             CalibrationError: too few images, or labels or a prediction are needed and missing.
@@ -209,34 +226,55 @@ class Scorer:
         with torch.set_grad_enabled(self.needs.gradients):
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
-            if self.needs.prediction or self.needs.gradients:
-                self._judge(as_prediction(output, self.prediction, self.anatomy.classifies), run, labels)
+            if self.needs.gradients:
+                self._add_changes(output, labels, batch)
+            if self.needs.prediction:
+                self._judge(self._predicted(output), run)
         self.sums["batches"] += 1
         self.sums["images"] += images
 
-    def _judge(self, prediction: Tensor, run: Callable[[], Any], labels: Tensor | None) -> None:
-        """Add what waits for the prediction."""
-        if self.needs.gradients:
-            if not self.anatomy.classifies and self.prediction is None:
-                raise CalibrationError(
-                    f"criterion={self.criterion.name!r} needs a loss, but {self.anatomy.name} has no classifier; pass "
-                    "prediction=, a function that makes probabilities of its output, or choose another criterion"
-                )
-            gradients = self._gradients(prediction, labels)
-        with torch.no_grad():
-            if self.needs.gradients:
-                for name, change in gradients.items():
-                    self._add(name, self.criterion.observe(change.flatten(1), self.groups[name]), prediction)
-            if self._pass.overflowed:
-                # Too much to remember until the prediction is known: now that it is, look again.
-                self._two_passes = True
-                self._pass = _Pass(prediction=prediction)
-                run()
-            for name, seen in self._pass.seen.items():
-                self._add(name, seen, prediction)
+    def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._pass.said = output
 
-    def _gradients(self, prediction: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """Of the loss, by group, with regard to its gate."""
+    def _predicted(self, output: Any) -> Tensor:
+        return as_prediction(output, self.prediction, are_logits(output, self._pass.said))
+
+    @torch.no_grad()
+    def _judge(self, prediction: Tensor, run: Callable[[], Any]) -> None:
+        """Add what waits for the prediction."""
+        if self._pass.overflowed:
+            # Too much to remember until the prediction is known: now that it is, look again.
+            self._two_passes = True
+            self._pass = _Pass(prediction=prediction)
+            run()
+        for name, seen in self._pass.seen.items():
+            self._add(name, seen, prediction)
+
+    def _add_changes(self, output: Any, labels: Tensor | None, batch: Any) -> None:
+        """Add what the loss changes by if units leave."""
+        loss = self.criterion.loss(output, batch) if self.criterion.loss else self._cross_entropy(output, labels)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            given = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise CalibrationError(
+                f"loss gave {given} that no gradients lead from; expected one number, computed from the model's output"
+            )
+        gates = self._pass.gates
+        found = torch.autograd.grad(loss.sum(), list(gates.values()), allow_unused=True)
+        with torch.no_grad():
+            for (name, gate), gradient in zip(gates.items(), found, strict=True):
+                change = torch.zeros_like(gate) if gradient is None else gradient
+                for key, value in self.criterion.observe(change.flatten(1), self.groups[name]).items():
+                    self._sum(f"{name}.{key}", value)
+
+    def _cross_entropy(self, output: Any, labels: Tensor | None) -> Tensor:
+        """Of classes, summed over images."""
+        if self.prediction is None and not are_logits(output, self._pass.said):
+            raise CalibrationError(
+                f"criterion={self.criterion.name!r} needs a loss, and the output of {self.anatomy.name} is not known "
+                "to be classes; pass Taylor(loss=), a function of (output, batch), or prediction=, which makes "
+                "probabilities of it, or choose another criterion"
+            )
+        prediction = self._predicted(output)
         if labels is None:
             raise CalibrationError(
                 f"criterion={self.criterion.name!r} needs labels: give batches of (images, labels), labels (images,)"
@@ -244,20 +282,15 @@ class Scorer:
         if labels.is_floating_point() or labels.shape != prediction.shape[:1]:
             raise CalibrationError(
                 f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: criterion={self.criterion.name!r} "
-                f"needs one class number for each of the {len(prediction)} images (no one-hot, no mixup)"
+                f"needs one class number for each of the {len(prediction)} images (no one-hot, no mixup), or a loss of "
+                "your own, Taylor(loss=)"
             )
         labels = labels.long()
         if int(labels.min()) < 0 or int(labels.max()) >= prediction.shape[1]:
             raise CalibrationError(
                 f"labels {int(labels.min())} to {int(labels.max())}: the model has {prediction.shape[1]} classes"
             )
-        gates = self._pass.gates
-        loss = F.nll_loss(prediction.clamp_min(1e-12).log(), labels.to(prediction.device), reduction="sum")
-        found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
-        return {
-            name: torch.zeros_like(gate) if gradient is None else gradient
-            for (name, gate), gradient in zip(gates.items(), found, strict=True)
-        }
+        return F.nll_loss(prediction.clamp_min(1e-12).log(), labels.to(prediction.device), reduction="sum")
 
     def sum_over_ranks(self) -> None:
         """From here on `sums` are those of all ranks; one that saw no batch adds nothing."""
@@ -306,7 +339,7 @@ class Scorer:
     def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         (given,) = args
         # (images, tokens, channels), in whatever windows and grids they are seen
-        x = given.unflatten(0, (self._images, -1)).flatten(1, -2)
+        x = given.reshape(self._images, -1, given.shape[-1])
         if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
             with torch.no_grad(), _exactly(x):
                 self._moments.add(units, x)
@@ -348,8 +381,11 @@ class Scorer:
             with _exactly(prediction):
                 seen = self.criterion.contract(seen, prediction, self.groups[name])
         for key, value in seen.items():
-            total = self.sums.get(f"{name}.{key}")
-            self.sums[f"{name}.{key}"] = value if total is None else total + value
+            self._sum(f"{name}.{key}", value)
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        total = self.sums.get(name)
+        self.sums[name] = value if total is None else total + value
 
 
 def _dimensions(anatomy: Anatomy, criterion: Criterion, dimensions: Iterable[str] | None) -> tuple[str, ...]:
@@ -372,6 +408,7 @@ class _Pass:
     gates: dict[str, Tensor] = field(default_factory=dict)
     seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     overflowed: bool = False  # nothing (more) is remembered: there will be a second pass
+    said: Any = None  # by the transformer itself, if it has a classifier
 
     def remember(self, name: str, seen: dict[str, Tensor]) -> None:
         self.seen[name] = seen
@@ -380,26 +417,25 @@ class _Pass:
             self.overflowed = True
 
 
-def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None, classifies: bool = True) -> Tensor:
-    """Probabilities (images, classes) from a model's output, in fp32 or wider; features as they are of a model that has
-    no classifier.
+def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None, is_logits: bool = False) -> Tensor:
+    """What units are to matter for, of a model's output: (images, numbers), in fp32 or wider.
+
+    What `prediction` makes of it; else the softmax of logits, and anything else as it is, one row per image.
 
     Raises:
-        CalibrationError: the output is no (images, classes) tensor and `prediction` does not make one of it.
+        CalibrationError: there is no such tensor in it, or one that is the same for all images.
     """
-    result = said(output) if prediction is None else prediction(output)
+    result = prediction_in(output) if prediction is None else prediction(output)
+    if prediction is None and isinstance(result, Tensor) and result.ndim > 2:  # a map, say
+        result = result.flatten(1)
     if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():
         shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise CalibrationError(
-            f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that "
-            "makes one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
-        )
-    if prediction is None and classifies and result.shape[1] < 2:
-        raise CalibrationError(
-            "the model has one output, whose softmax is always 1: nothing depends on it; pass prediction=torch.sigmoid"
+            f"the model's output ({shape}) is no float tensor (images, ...); pass prediction=, a function that makes "
+            "one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
         )
     result = result.to(torch.promote_types(result.dtype, torch.float32))
-    return result.softmax(dim=-1) if prediction is None and classifies else result
+    return result.softmax(dim=-1) if prediction is None and is_logits else result
 
 
 @contextmanager
@@ -436,29 +472,30 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     return parts[0], labels
 
 
-def _as_tensors(batches: Iterable[Any], needs: Needs) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The batches, cut and joined to the size of the first where the criterion compares like with like.
+def _as_tensors(batches: Iterable[Any], needs: Needs) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+    """(images, labels, batch), cut and joined to the size of the first where the criterion compares like with like.
 
-    The biased HSIC depends on the number of images (0.048 at 8, 0.005 at 64 for independent data). A remainder under
-    half the size is dropped.
+    The biased HSIC depends on the number of images (0.048 at 8, 0.005 at 64 for independent data). Batches that are too
+    small for it are put together. A remainder under half the size is dropped.
     """
-    pairs = (split_batch(batch) for batch in batches)
     if not needs.equal_batches:
-        yield from pairs
+        for batch in batches:
+            yield *split_batch(batch), batch
         return
-    size = 0
+    size, given = 0, False
     images: Tensor | None = None
     labels: Tensor | None = None
-    for more_images, more_labels in pairs:
+    for more_images, more_labels in map(split_batch, batches):
         if images is not None and more_images.shape[1:] != images.shape[1:]:
             raise CalibrationError(
                 f"images of {tuple(more_images.shape[1:])} after {tuple(images.shape[1:])}: batches need one image size"
             )
-        size = size or len(more_images)
+        size = size or (len(more_images) if len(more_images) >= needs.images else _TOGETHER)
         images = more_images if images is None else torch.cat([images, more_images])
         labels = more_labels if labels is None or more_labels is None else torch.cat([labels, more_labels])
         while len(images) >= size:
-            yield images[:size], None if labels is None else labels[:size]
-            images, labels = images[size:], None if labels is None else labels[size:]
-    if images is not None and len(images) > 0 and 2 * len(images) >= size and len(images) >= needs.images:
-        yield images, labels
+            first = images[:size], None if labels is None else labels[:size]
+            yield *first, first
+            images, labels, given = images[size:], None if labels is None else labels[size:], True
+    if images is not None and len(images) >= needs.images and (2 * len(images) >= size or not given):
+        yield images, labels, (images, labels)

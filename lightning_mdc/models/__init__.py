@@ -12,8 +12,9 @@ from lightning_mdc.models.anatomy import Anatomy, Block, Counts, Family, Units, 
 from lightning_mdc.models.compiled import is_compiled, probing, unwrap
 from lightning_mdc.models.hf_swin import HfSwin
 from lightning_mdc.models.hf_vit import HfViT
+from lightning_mdc.models.logits import are_logits, gives_logits
 from lightning_mdc.models.modes import evaluating
-from lightning_mdc.models.outputs import said
+from lightning_mdc.models.outputs import prediction_in
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
@@ -29,6 +30,8 @@ from lightning_mdc.models.timm_relpos import TimmRelPos
 from lightning_mdc.models.timm_sam import TimmSAM
 from lightning_mdc.models.timm_swin import TimmSwin
 from lightning_mdc.models.timm_vit import TimmVisionTransformer
+from lightning_mdc.models.torchvision_swin import TorchvisionSwin
+from lightning_mdc.models.torchvision_vit import TorchvisionViT
 
 __all__ = [
     "FAMILIES",
@@ -37,18 +40,20 @@ __all__ = [
     "Counts",
     "Family",
     "Units",
+    "are_logits",
     "check_unmasked",
     "evaluating",
     "find_anatomy",
     "find_model",
     "find_whole",
+    "gives_logits",
     "is_compiled",
     "is_masked",
     "mdc_model",
+    "prediction_in",
     "probing",
     "put_in_place",
     "register",
-    "said",
     "standing_in",
     "unit_channels",
     "unwrap",
@@ -83,6 +88,8 @@ register(TimmSAM())
 register(TimmSwin())
 register(TimmVisionTransformer())
 register(T2TViT())
+register(TorchvisionSwin())
+register(TorchvisionViT())
 
 
 def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:

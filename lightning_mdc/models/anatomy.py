@@ -80,11 +80,14 @@ class Behaviour:
     Attributes:
         mixin: put before the module's class.
         attributes: indices of the kept units -> attributes of the module that the mixin reads, by name.
+        calls_reader: whether the units' `reader` is called by the mixin only, while the library's forward takes its
+            weights without calling it. The mixin then reads no such attributes: it is on, too, while units are watched.
     """
 
     module: nn.Module
     mixin: type
     attributes: Callable[[tuple[int, ...]], Mapping[str, Any]] = lambda kept: {}
+    calls_reader: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,10 +299,9 @@ class Anatomy:
         fixed_macs: (input (height, width), tokens at the end) -> MACs outside the blocks.
         tokens_at: input (height, width) -> tokens that the halves of each block see, where not all see the same and
             none can leave: stages of another resolution, windows that are padded. None: what the first block sees.
-        reader: mixin for the model's class while tokens leave inside it, whose methods replace those that go through
-            its blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
-        tower: the part that gets the `reader`, where that only begins a loop of the library's own over the blocks:
-            from the first token stage on each block takes part. None: the model itself, which calls them.
+        reader: mixin for the class of `passage` while tokens leave inside it, whose methods replace those that go
+            through the blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
+        container: the part of the model that is called to go through the blocks; None: the model itself does.
         no_tokens: why tokens cannot leave, naming the module; None if they can.
         classifies: whether a classifier is known to read the tokens.
         drops_patches_at_random: whether the model drops patches at random in training, so that a token's place in the
@@ -319,7 +321,7 @@ class Anatomy:
     fixed_macs: Callable[[tuple[int, int], Any], Any]
     tokens_at: Callable[[tuple[int, int]], Sequence[tuple[int, int]]] | None = None
     reader: type | None = None
-    tower: nn.Module | None = None
+    container: nn.Module | None = None
     no_tokens: str | None = None
     classifies: bool = True
     drops_patches_at_random: bool = False
@@ -384,12 +386,12 @@ class Anatomy:
     @property
     def built_in(self) -> Plan | None:
         """The plan that says what happens at `stages`; None if there are none."""
-        return vars(self.reading)["plan"] if self.stages else None
+        return vars(self.passage)["plan"] if self.stages else None
 
     @property
-    def reading(self) -> nn.Module:
-        """What gets the `reader`."""
-        return self.model if self.tower is None else self.tower
+    def passage(self) -> nn.Module:
+        """What goes through the blocks."""
+        return self.model if self.container is None else self.container
 
     def default_dimensions(self, restore: bool | None = None) -> tuple[str, ...]:
         """What may be pruned if nobody says: all the model can lose, but tokens only where nobody misses one: where a

@@ -15,8 +15,8 @@ infinite.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -163,15 +163,25 @@ class _Watched:
     """Mixin that changes nothing but the class."""
 
 
-@contextmanager
-def seen_by_compilers(modules: Iterable[nn.Module]) -> Iterator[None]:
+def seen_by_compilers(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Inside, compiled code sees hooks that are put on `modules`; after it, what was compiled before runs again.
 
     Compiled code does not look at hooks again, but at classes it does.
     """
-    before = [(module, type(module)) for module in modules]
-    for module, _ in before:
-        with_mixins(module, _Watched)
+    return _meanwhile([(module, (_Watched,)) for module in modules])
+
+
+def calling_readers(units: Iterable[Units]) -> AbstractContextManager[None]:
+    """Inside, the readers of `units` are called, and hooks on them too, also where a library does without."""
+    behaviours = (behaviour for each in units for behaviour in each.behaviours if behaviour.calls_reader)
+    return _meanwhile([(behaviour.module, _missing(behaviour)) for behaviour in behaviours])
+
+
+@contextmanager
+def _meanwhile(mixins: Sequence[tuple[nn.Module, tuple[type, ...]]]) -> Iterator[None]:
+    before = [(module, type(module)) for module, _ in mixins]
+    for module, of_module in mixins:
+        with_mixins(module, *of_module)
     try:
         yield
     finally:

@@ -433,7 +433,7 @@ def _pool_macs(pool: nn.Module, num_tokens: Any, dim: int) -> Any:
 def counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
     """MACs of a part without a formula of its own (a hybrid's CNN stem, a custom head), counted on the meta device."""
     try:
-        stand_in = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
+        stand_in = copy.deepcopy(module).to("meta", torch.float32).eval().requires_grad_(False)
         return counted(lambda: stand_in(torch.empty(shape, device="meta")))
     except Exception as error:
         raise UnsupportedModelError(

@@ -17,7 +17,16 @@ from torchmetrics import Metric
 from lightning_mdc.distributed import gather, rank, world_size
 from lightning_mdc.errors import SearchError, UnsupportedModelError, check_prediction, check_whole
 from lightning_mdc.importance.calibration import num_images
-from lightning_mdc.models import check_unmasked, evaluating, find_anatomy, find_model, probing, said, standing_in
+from lightning_mdc.models import (
+    check_unmasked,
+    evaluating,
+    find_anatomy,
+    find_model,
+    gives_logits,
+    prediction_in,
+    probing,
+    standing_in,
+)
 from lightning_mdc.policy_search.closeness import Closeness, log_probabilities
 from lightning_mdc.randomness import isolated_rng
 
@@ -123,7 +132,7 @@ class HeldOut(Judge):
         self._closeness: Closeness | None = None
         if dense is not None:
             says = partial(self._dense_output, dense)
-            self._closeness = Closeness(self._num_batches, says, prediction, classifies(dense))
+            self._closeness = Closeness(self._num_batches, says, prediction, _gives_logits(dense, partial(says, 0)))
         # What is told of every model beside the metric's value.
         self._tells_top1 = classes and (self._closeness is None or self._closeness.is_divergence)
         self._tells_kl = self._closeness is not None and self._closeness.is_divergence
@@ -154,6 +163,11 @@ class HeldOut(Judge):
         """Images, the sum of their values, how many are right, and their errors; float64, on the CPU. A torchmetrics
         metric has no value per image: it is updated."""
         sums = torch.zeros(3 + (0 if self._closeness is None else self._closeness.num_errors), dtype=torch.float64)
+        if self.metric in ("accuracy", "loss") and self.prediction is None and _is_headless(model):
+            raise SearchError(
+                f"metric={self.metric!r} needs classes, but what {type(model).__name__} puts out are features; pass "
+                "metric='kl' with dense=, which compares outputs, or prediction=, which makes probabilities of them"
+            )
         if isinstance(self.metric, Metric):
             self.metric.to(self.images.device).reset()
         with torch.inference_mode(), evaluating(model):
@@ -172,6 +186,11 @@ class HeldOut(Judge):
     def _of_classes(self, output: Any, labels: Tensor) -> Tensor:
         """Sum of the images' values by the metric, if it is of classes, and how many are right: (2,), float64."""
         found = log_probabilities(output, self.prediction).to(labels.device)
+        if int(labels.min()) < 0 or int(labels.max()) >= found.shape[1]:
+            raise SearchError(
+                f"labels {int(labels.min())} to {int(labels.max())}, but the model's output has {found.shape[1]} "
+                f"classes; metric={self.metric!r} needs a class number of each image, or pass metric='kl' with dense="
+            )
         right = (found.argmax(dim=1) == labels).double()
         if self.metric not in ("accuracy", "loss"):
             return torch.stack([torch.zeros_like(right.sum()), right.sum()])
@@ -184,7 +203,7 @@ class HeldOut(Judge):
         if self.prediction is not None:
             found = self.prediction(output)
         else:
-            output = said(output)
+            output = prediction_in(output)
             is_logits = isinstance(output, Tensor) and output.ndim == 2
             found = log_probabilities(output).exp() if is_logits else output
         metric.update(found.to(labels.device), labels)
@@ -233,8 +252,9 @@ class InPlace(Judge):
         if not self.images:
             raise SearchError("there are no held-out images to judge policies on; give batches of some")
         begun = time.perf_counter()
-        says = find_anatomy(self._dense).classifies
-        self._closeness = Closeness(len(batches), partial(self._output, self._dense), prediction, says)
+        says, anatomy = partial(self._output, self._dense), find_anatomy(self._dense)
+        is_logits = bool(len(batches)) and gives_logits(anatomy, partial(says, 0))
+        self._closeness = Closeness(len(batches), says, prediction, is_logits)
         self.seconds = time.perf_counter() - begun
 
     def judge(self, model: nn.Module) -> Judgement:
@@ -269,12 +289,21 @@ def running_as_written(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def classifies(model: nn.Module) -> bool:
-    """Whether outputs (images, classes) of `model` are logits; those of what is no vision transformer are."""
+def _gives_logits(model: nn.Module, run: Callable[[], Any]) -> bool:
+    """Whether what `run` makes `model` put out are logits; those of what holds no vision transformer are."""
     try:
-        return find_anatomy(model).classifies
+        return gives_logits(find_anatomy(model), run)
     except UnsupportedModelError:
         return True
+
+
+def _is_headless(model: nn.Module) -> bool:
+    """Whether `model` is a vision transformer without a classifier. A module around one may have its own."""
+    try:
+        anatomy = find_anatomy(model)
+    except UnsupportedModelError:
+        return False
+    return anatomy.model is model and not anatomy.classifies
 
 
 def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:

@@ -65,6 +65,11 @@ def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | Non
                 f"{name} are given, but compensate={compensate!r} does not use them; pass compensate={way!r}, or leave "
                 "them out"
             )
+    if compensate == "sequential" and anatomy.stages:
+        raise CompensationError(
+            f"compensate='sequential': tokens leave {anatomy.name} already (block {anatomy.stages[0].block}), and not "
+            "always those that leave the slim model; use compensate='lstsq'"
+        )
     if compensate == "sequential" and not isinstance(batches, Iterable):
         raise CompensationError(
             f"batches={batches!r:.80}: compensate='sequential' looks at images; pass those that units were scored on"

@@ -54,7 +54,7 @@ def apply_masks(model: nn.Module, plan: Plan, submodule: str | None = None) -> N
         mask_with_mixins(block.module, with_stage(block.point.halves), role=role)
     if staged:
         assert anatomy.reader is not None  # where tokens may leave
-        mask_with_mixins(anatomy.reading, (anatomy.reader,), plan=plan)
+        mask_with_mixins(anatomy.passage, (anatomy.reader,), plan=plan)
 
 
 def remove_masks(model: nn.Module, submodule: str | None = None) -> None:

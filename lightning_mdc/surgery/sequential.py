@@ -30,6 +30,7 @@ from lightning_mdc.errors import CompensationError
 from lightning_mdc.importance.moments import MOMENT_TOKENS, LayerMoments, MomentSum, drawn_rows
 from lightning_mdc.importance.ridge import RIDGE, ridge_weights
 from lightning_mdc.models import Anatomy, Block, Units, probing
+from lightning_mdc.models.swapping import calling_readers
 from lightning_mdc.progress import bar
 from lightning_mdc.surgery.lockstep import Walk, halt, walked, walking
 from lightning_mdc.tokens.selection import Carried, TokenSelection
@@ -103,6 +104,7 @@ def refit_in_sequence(
     draw = torch.Generator().manual_seed(0)
     with (
         torch.no_grad(),
+        calling_readers(units for layer in layers for units in (layer.dense, layer.small)),
         probing(_probes(layers, small)),
         walking(dense_runs) as dense_walks,
         walking(small_runs) as small_walks,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,8 @@ from lightning_mdc.surgery.compensation import check_compensation, refit_readers
 from lightning_mdc.surgery.sequential import refit_in_sequence
 from lightning_mdc.surgery.token_stages import roles
 from lightning_mdc.tokens.block import with_stage
+
+log = logging.getLogger(__name__)
 
 
 def slim(
@@ -64,6 +67,8 @@ def slim(
     for units in anatomy.all_units:
         cut_units(units, plan.kept[units.dimension][units.block])
     stage_tokens(anatomy, plan)
+    if plan.leaving and not plan.restore and dense.classifies:
+        _say_fewer_tokens(dense.name)
     copied.mdc_plan = made_by = _since_dense(dense, plan)  # type: ignore[assignment]
     if batches is not None:
         _refit_on(model, dense, find_anatomy(copied), batches)
@@ -81,6 +86,15 @@ def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterabl
         refit_in_sequence(dense, small, passes, standing_in=in_place)
 
 
+@cache
+def _say_fewer_tokens(name: str) -> None:
+    log.info(
+        "%s pools over the tokens that are left: its forward_features gives fewer than before; where a grid is read, "
+        "prune with TokenOptions(restore=True)",
+        name,
+    )
+
+
 def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
     """Build the token stages of `plan` into the model, in place."""
     staged = roles(anatomy, plan)
@@ -94,8 +108,8 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
             # Where there are no weights yet, what comes from the plan is there all the same.
             block.module.add_module("select", role.select if device.type == "meta" else role.select.to(device))
     if staged and anatomy.reader is not None:  # None: of blocks alone, which are timed
-        with_mixins(anatomy.reading, anatomy.reader)
-        vars(anatomy.reading)["plan"] = plan
+        with_mixins(anatomy.passage, anatomy.reader)
+        vars(anatomy.passage)["plan"] = plan
 
 
 def plan_of(model: nn.Module) -> Plan | None:

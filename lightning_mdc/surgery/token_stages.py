@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_mdc.models import Anatomy
 from lightning_mdc.policy import Plan
-from lightning_mdc.tokens.block import Role
+from lightning_mdc.tokens.block import Role, StagedBlock
 from lightning_mdc.tokens.reduction import reduction_class
 from lightning_mdc.tokens.selection import TokenSelection
 
@@ -17,7 +17,8 @@ def roles(anatomy: Anatomy, plan: Plan) -> dict[int, Role]:
     stages = {stage.block: stage for stage in plan.leaving}
     first = plan.leaving[0].block
     found = {}
-    every = anatomy.tower is not None
+    point = anatomy.blocks[first].point
+    every = point is not None and issubclass(point.halves, StagedBlock)  # its library calls one block after the other
     for block in range(first, anatomy.depth) if every or reduction.proportional else stages:
         stage, later = stages.get(block), block > first
         select = None
