@@ -42,6 +42,16 @@ def post_norm_eva() -> nn.Module:
     return Eva(depth=2, embed_dim=64, num_heads=2, use_post_norm=True)
 
 
+def hugging_face(model: str, config: str, **options: object) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers  # takes its time
+
+        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
+        return made
+
+    return make
+
+
 def torchvision_model(name: str) -> nn.Module:
     return torchvision.models.get_model(name)
 
@@ -70,6 +80,25 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         "timm's NaFlexVit (tokens: of plain images)",
         ("naflexvit_base_patch16_gap", "naflexvit_base_patch16_radio_v3"),
     ),
+    (
+        "Hugging Face's ViT, DeiT, DINOv2 (with registers too), DINOv3, CLIP and SigLIP",
+        tuple(
+            hugging_face(*names)
+            for names in (
+                *(("ViTForImageClassification", "ViTConfig"), ("DeiTModel", "DeiTConfig")),
+                *(("Dinov2Backbone", "Dinov2Config"), ("DINOv3ViTModel", "DINOv3ViTConfig")),
+                ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig"),
+                *(("CLIPVisionModel", "CLIPVisionConfig"), ("SiglipVisionModel", "SiglipVisionConfig")),
+            )
+        ),
+    ),
+    (
+        "Hugging Face's BEiT and Swin",
+        (
+            hugging_face("BeitForImageClassification", "BeitConfig", use_relative_position_bias=True),
+            hugging_face("SwinForImageClassification", "SwinConfig"),
+        ),
+    ),
     ("torchvision's ViT", (partial(torchvision_model, "vit_b_16"),)),
     ("ViTamin, a block with an MLP of its own", ("vitamin_small_224", vit(mlp_layer=OwnMlp))),
     (
@@ -77,7 +106,7 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's and torchvision's Swin in all versions, SAM's and SAM 2's encoders, Hiera, BEiT, ViTs with relative "
+        "timm's and torchvision's Swin in all versions, both versions of SAM's encoder, Hiera, BEiT, ViTs with relative "
         "positions, PiT, attention and MLP at once (`*_xp_*`, `vit_pwee_*`)",
         (
             *(partial(torchvision_model, name) for name in ("swin_t", "swin_v2_t")),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.budget import InputSize, image_size, num_params
 from lightning_mdc.errors import ArtifactError, MdcError
 from lightning_mdc.files import replacing
-from lightning_mdc.models import check_unmasked, find_whole, said
+from lightning_mdc.models import check_unmasked, find_whole, prediction_in
 from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.progress import bar
 
@@ -122,7 +122,7 @@ class _Answer(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Any:
-        return said(self.network(images))
+        return prediction_in(self.network(images))
 
 
 def _format(path: Path, format: str | None) -> str:
@@ -216,6 +216,7 @@ def _stable_sort(x: Any, *, stable: bool | None = None, dim: int = -1, descendin
 
 def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, scale: float | None = None) -> Any:
     """``aten.scaled_dot_product_attention`` in ONNX, of any number of dimensions; torch's translation knows only 4."""
+    from onnx import TensorProto
     from onnxscript import opset18
 
     op: Any = opset18
@@ -223,7 +224,11 @@ def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any,
     factor = scale or max(width, 1) ** -0.5
     turned = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     logits = op.MatMul(op.Mul(query, op.Constant(value_float=factor)), turned)
-    return op.MatMul(op.Softmax(logits if attn_mask is None else op.Add(logits, attn_mask), axis=-1), value)
+    if attn_mask is not None and attn_mask.dtype == TensorProto.BOOL:  # where to look
+        logits = op.Where(attn_mask, logits, op.Constant(value_float=float("-inf")))
+    elif attn_mask is not None:
+        logits = op.Add(logits, attn_mask)
+    return op.MatMul(op.Softmax(logits, axis=-1), value)
 
 
 def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.models import find_anatomy, is_masked, said
+from lightning_mdc.models import find_anatomy, is_masked, prediction_in
 from lightning_mdc.policy import UNIT_DIMENSIONS, TokenOptions, TokenStage
 from tests.kinds import counted_macs, images
 
@@ -75,7 +75,7 @@ def poisoned(
 def seeded(model: nn.Module, x: Tensor) -> Tensor:
     """What a model gives that may drop at random."""
     torch.manual_seed(0)
-    output: Tensor = said(model(x))
+    output: Tensor = prediction_in(model(x))
     return output
 
 
@@ -124,7 +124,7 @@ class FamilySuite:
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_masked_equals_slim(self, dense: nn.Module, reduction: str) -> None:
-        x, before = images(), said(dense(images())).detach()
+        x, before = images(), prediction_in(dense(images())).detach()
         plan = random_plan(dense, reduction)
         slim = mdc.slim(dense, plan)
         for mode in (True, False):
@@ -132,7 +132,7 @@ class FamilySuite:
                 masked = seeded(dense, x)
             torch.testing.assert_close(masked, seeded(slim.train(mode), x), rtol=0, atol=1e-5)
         assert not torch.allclose(masked, before, atol=1e-3)
-        assert torch.equal(said(dense(x)), before)
+        assert torch.equal(prediction_in(dense(x)), before)
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_what_is_masked_takes_no_part(self, dense: nn.Module, reduction: str) -> None:
@@ -142,7 +142,7 @@ class FamilySuite:
 
         def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
             x = images().requires_grad_()
-            said(model(x)).square().sum().backward()
+            prediction_in(model(x)).square().sum().backward()
             assert x.grad is not None
             return x.grad, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -165,7 +165,7 @@ class FamilySuite:
         handles = [blocks[1].register_forward_hook(lambda module, args, output: seen.append(tokens_of(output)))]
         with mdc.masked(dense, plan):
             handles.append(blocks[2].register_forward_hook(lambda module, args, output: seen.append(tokens_of(output))))
-            expected = said(dense(x))
+            expected = prediction_in(dense(x))
             assert all(isinstance(output, Tensor) for output in seen)
             assert [id(tensor) for tensor in (*dense.parameters(), *dense.buffers())] == tensors
             assert [name for name, _ in dense.named_modules()] == names
@@ -184,7 +184,7 @@ class FamilySuite:
             handle.remove()
         for other in (copied, pickled):
             assert is_masked(other)
-            torch.testing.assert_close(said(other(x)), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(prediction_in(other(x)), expected, rtol=0, atol=1e-5)
         with mdc.masked(dense, plan):
             pass
         assert not any("_mdc" in key for module in dense.modules() for key in vars(module))
@@ -212,9 +212,9 @@ class FamilySuite:
     def test_an_images_output_is_its_own(self, dense: nn.Module, reduction: str) -> None:
         slim, x = mdc.slim(dense, random_plan(dense, reduction)), images(64)
         order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-        whole = said(slim(x))
-        torch.testing.assert_close(said(slim(x[order])), whole[order], rtol=0, atol=1e-5)
-        alone = torch.cat([said(slim(x[i : i + 1])) for i in range(4)])
+        whole = prediction_in(slim(x))
+        torch.testing.assert_close(prediction_in(slim(x[order])), whole[order], rtol=0, atol=1e-5)
+        alone = torch.cat([prediction_in(slim(x[i : i + 1])) for i in range(4)])
         torch.testing.assert_close(alone, whole[:4], rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -247,7 +247,7 @@ class FamilySuite:
         assert json.loads(plan.to_json())["reduction"] == "fuse"
         slim = mdc.slim(dense, plan)
         loaded = self.saved_and_loaded(slim, dense, tmp_path / "slim")
-        assert torch.equal(said(loaded(x)), said(slim(x)))
+        assert torch.equal(prediction_in(loaded(x)), prediction_in(slim(x)))
         assert list(loaded.state_dict()) == list(dense.state_dict())
 
     def saved_and_loaded(self, slim: nn.Module, dense: nn.Module, folder: Path) -> nn.Module:
@@ -291,4 +291,4 @@ def assert_exported(slim: nn.Module, path: Path) -> None:
 
     for x in (images(5), torch.zeros(3, 3, *images(1).shape[2:]), torch.ones(1, 3, *images(1).shape[2:])):
         with torch.no_grad():
-            torch.testing.assert_close(program(x), said(slim(x)), rtol=0, atol=1e-4)
+            torch.testing.assert_close(program(x), prediction_in(slim(x)), rtol=0, atol=1e-4)

@@ -378,8 +378,8 @@ def test_two_ranks_share_the_work_and_end_with_one_plan(data: str, tmp_path: Pat
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in ("plan", "value", "weights"):
         assert first[name] == second[name]
-    if data == "map":  # one to score on, one to judge on by the dense model and by two trials, one for both to refit on
-        assert second["seen"] == [16] * 6
+    if data == "map":  # one to score on; one to judge on: is it logits, the dense model, two trials; both to refit on
+        assert second["seen"] == [16] * 7
         assert first["seen"] == [16, *second["seen"]]  # what size images have
 
 

@@ -287,8 +287,12 @@ def test_only_what_a_known_classifier_has_said_is_softmaxed(what: Callable[[Tens
 def test_two_outputs_that_move_together_are_no_noise() -> None:
     """Of both a softmax is all but constant, and nothing would depend on it."""
     together = Headed(lambda x: x[:, :1].expand(-1, 2) + torch.tensor([0.0, 1e-6]))
-    heads = torch.cat(mdc.score(together, [images(32)], mdc.HSIC(1, 0, 0), progress=False).heads)
-    assert heads.min() > 1e-6
+    raw = mdc.HSIC(1, 0, 0)
+    own = torch.cat(mdc.score(together, [images(32)], raw, progress=False).heads)
+    softmax = mdc.score(together, [images(32)], raw, prediction=lambda x: x.softmax(-1), progress=False)
+    assert own.max() > 1e4 * torch.cat(softmax.heads).abs().max()
+    twice = mdc.score(Headed(lambda x: 2**0.5 * x[:, :1]), [images(32)], raw, progress=False)
+    torch.testing.assert_close(own, torch.cat(twice.heads), rtol=1e-2, atol=1e-9)
 
 
 def test_taylor_takes_a_loss_of_ones_own() -> None:

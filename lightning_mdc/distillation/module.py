@@ -44,7 +44,7 @@ from lightning_mdc.distillation.settings import (
 )
 from lightning_mdc.distillation.teacher import FrozenTeacher, Teacher
 from lightning_mdc.errors import DistillationError
-from lightning_mdc.models import said
+from lightning_mdc.models import prediction_in
 
 Batch = tuple[Tensor, Tensor]
 
@@ -298,7 +298,7 @@ class DistillationModule(LightningModule):
     def _student_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits for the labels to teach and logits for the teacher to teach; the same tensor if there is one head.
         Without classes, both are the output."""
-        output = said(self.student(images))
+        output = prediction_in(self.student(images))
         if isinstance(output, Tensor) or not self.has_classes:
             return output, output
         if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(o, Tensor) for o in output):

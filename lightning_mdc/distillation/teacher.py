@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.artifact import load
 from lightning_mdc.distillation.settings import compile_options, plain
 from lightning_mdc.errors import ArtifactError, DistillationError, check_one_of
-from lightning_mdc.models import said
+from lightning_mdc.models import prediction_in
 from lightning_mdc.weights import load_weights
 
 Precision = Literal["32", "bf16", "fp16"]
@@ -154,7 +154,7 @@ class FrozenTeacher:
         own = nullcontext() if self.precision is None else torch.autocast(images.device.type, enabled=False)
         try:
             with own:
-                return cast(Tensor, said(self._answer(images)))
+                return cast(Tensor, prediction_in(self._answer(images)))
         except AssertionError as error:  # timm's way of saying that the size is fixed
             raise DistillationError(
                 f"teacher={type(self.network).__name__} does not take images of {tuple(images.shape[1:])}: {error};"

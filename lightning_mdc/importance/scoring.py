@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,8 +26,8 @@ from lightning_mdc.models import (
     check_unmasked,
     evaluating,
     find_anatomy,
+    prediction_in,
     probing,
-    said,
 )
 from lightning_mdc.models.anatomy import Channels
 from lightning_mdc.models.swapping import calling_readers
@@ -339,7 +340,7 @@ class Scorer:
     def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         (given,) = args
         # (images, tokens, channels), in whatever windows and grids they are seen
-        x = given.reshape(self._images, -1, given.shape[-1])
+        x = given.reshape(self._images, math.prod(given.shape[:-1]) // self._images, given.shape[-1])
         if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
             with torch.no_grad(), _exactly(x):
                 self._moments.add(units, x)
@@ -425,7 +426,7 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
     Raises:
         CalibrationError: there is no such tensor in it, or one that is the same for all images.
     """
-    result = said(output) if prediction is None else prediction(output)
+    result = prediction_in(output) if prediction is None else prediction(output)
     if prediction is None and isinstance(result, Tensor) and result.ndim > 2:  # a map, say
         result = result.flatten(1)
     if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():

@@ -302,8 +302,6 @@ class Anatomy:
         reader: mixin for the class of `passage` while tokens leave inside it, whose methods replace those that go
             through the blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
         container: the part of the model that is called to go through the blocks; None: the model itself does.
-        loops: whether a loop of the library's own, which `reader` begins, calls the blocks: from the first token stage
-            on each of them takes part.
         no_tokens: why tokens cannot leave, naming the module; None if they can.
         classifies: whether a classifier is known to read the tokens.
         drops_patches_at_random: whether the model drops patches at random in training, so that a token's place in the
@@ -324,7 +322,6 @@ class Anatomy:
     tokens_at: Callable[[tuple[int, int]], Sequence[tuple[int, int]]] | None = None
     reader: type | None = None
     container: nn.Module | None = None
-    loops: bool = False
     no_tokens: str | None = None
     classifies: bool = True
     drops_patches_at_random: bool = False

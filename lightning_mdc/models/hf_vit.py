@@ -173,8 +173,7 @@ class HfViT(Family):
             grid_of=grid,
             fixed_macs=partial(_fixed_macs, model),
             reader=HfReader,
-            container=tower,
-            loops=True,
+            container=None if tower is model else tower,
             no_tokens=_no_tokens(tower, blocks),
             classifies=_classifies(model),
         )

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_mdc.models.anatomy import Anatomy
 from lightning_mdc.models.compiled import probing
-from lightning_mdc.models.outputs import said as in_output
+from lightning_mdc.models.outputs import prediction_in
 
 
 def are_logits(output: Any, said: Any) -> bool:
     """Whether `output` is what the classifying transformer has `said`: (images, 2 classes or more), maybe cast."""
-    output, said = in_output(output), in_output(said)
+    output, said = prediction_in(output), prediction_in(said)
     if not isinstance(output, Tensor) or not isinstance(said, Tensor) or output.shape != said.shape:
         return False
     if output.ndim != 2 or output.shape[1] < 2 or not output.is_floating_point():

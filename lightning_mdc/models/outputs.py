@@ -11,7 +11,7 @@ from torch import Tensor
 _NAMES = ("logits", "pooler_output", "image_embeds", "last_hidden_state")
 
 
-def said(output: Any) -> Any:
+def prediction_in(output: Any) -> Any:
     """The prediction in an output by names: its logits, else what is pooled of the tokens, else the tokens; any other
     output as it is."""
     if isinstance(output, Mapping):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.distributed import gather
 from lightning_mdc.errors import SearchError
-from lightning_mdc.models import said
+from lightning_mdc.models import prediction_in
 
 # Bytes of the dense model's outputs that are remembered. What does not fit is computed anew for every model.
 _MEMORY_LIMIT = 2**30
@@ -24,7 +24,7 @@ def log_probabilities(output: Any, prediction: Callable[[Any], Tensor] | None = 
     Raises:
         SearchError: there are none in it.
     """
-    found = said(output) if prediction is None else prediction(output)
+    found = prediction_in(output) if prediction is None else prediction(output)
     if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise SearchError(
@@ -115,7 +115,7 @@ class Closeness:
         return self._read(self._dense(batch)) if remembered is None else remembered
 
     def _gives_probabilities(self, output: Any) -> bool:
-        tensors = float_tensors(said(output) if self._prediction is None else self._prediction(output))
+        tensors = float_tensors(prediction_in(output) if self._prediction is None else self._prediction(output))
         if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[1] < 2:
             return False
         if self._prediction is None:
@@ -125,7 +125,7 @@ class Closeness:
 
     def _read(self, output: Any) -> list[Tensor]:
         """What is compared of an output."""
-        tensors = float_tensors(said(output) if self._prediction is None else self._prediction(output))
+        tensors = float_tensors(prediction_in(output) if self._prediction is None else self._prediction(output))
         if not self.is_divergence:
             return tensors
         return [F.log_softmax(tensors[0], dim=-1) if self._prediction is None else tensors[0].clamp_min(1e-12).log()]

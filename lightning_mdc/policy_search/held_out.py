@@ -23,8 +23,8 @@ from lightning_mdc.models import (
     find_anatomy,
     find_model,
     gives_logits,
+    prediction_in,
     probing,
-    said,
     standing_in,
 )
 from lightning_mdc.policy_search.closeness import Closeness, log_probabilities
@@ -203,7 +203,7 @@ class HeldOut(Judge):
         if self.prediction is not None:
             found = self.prediction(output)
         else:
-            output = said(output)
+            output = prediction_in(output)
             is_logits = isinstance(output, Tensor) and output.ndim == 2
             found = log_probabilities(output).exp() if is_logits else output
         metric.update(found.to(labels.device), labels)
