@@ -106,8 +106,8 @@ ROWS: Sequence[tuple[str, Sequence[str | Callable[[], nn.Module]]]] = (
         (vit(block_fn=ResPostBlock), post_norm_eva),
     ),
     (
-        "timm's and torchvision's Swin in all versions, both versions of SAM's encoder, Hiera, BEiT, ViTs with relative "
-        "positions, PiT, attention and MLP at once (`*_xp_*`, `vit_pwee_*`)",
+        "timm's and torchvision's Swin in all versions, both versions of SAM's encoder, Hiera, BEiT, ViTs with "
+        "relative positions, PiT, attention and MLP at once (`*_xp_*`, `vit_pwee_*`)",
         (
             *(partial(torchvision_model, name) for name in ("swin_t", "swin_v2_t")),
             *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"),

@@ -253,7 +253,7 @@ def test_a_head_that_was_changed_comes_back(tmp_path: Path) -> None:
 def test_a_file_cannot_ask_for_anything_else(field: str, value: Any, why: str, tmp_path: Path) -> None:
     mdc.save(make("pvt_v2"), tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    config["constructor"][field] = value
+    config["model_args"]["constructor"][field] = value
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=why):
         mdc.load(tmp_path / "m")

@@ -300,7 +300,7 @@ def test_what_does_not_run_on_images_alone_is_refused_with_what_works(tmp_path: 
             self.net = make()
 
         def forward(self, images: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.net(images)}
+            return {"classes": self.net(images)}
 
     with pytest.raises(ArtifactError, match="Dict puts out a dict, where a program has one tensor"):
         mdc.export_model(Dict(), tmp_path / "d.pt2")

@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models.timm_constructor import as_tuple, parts_of
+from lightning_mdc.models.timm_hub import RECIPE
 
 _FIELDS = {"name", "input_size", "args"}
 _PLACES = {"device", "dtype"}  # of a constructor's arguments those that say nothing of the model
@@ -30,15 +31,18 @@ def describe(model: Any, kinds: Sequence[type[nn.Module]]) -> dict[str, Any]:
     Raises:
         ArtifactError: timm's `create_model` did not make it, or from something that is no JSON; names it.
     """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture") or ""
-    if not is_model(name):
+    config, given = getattr(model, "pretrained_cfg", None) or {}, getattr(model, "_model_args", {})
+    made = (
+        given.get("constructor") if set(given) == set(RECIPE) else None
+    )  # a slim one, or one that was saved and loaded
+    name = (config.get("architecture") if made is None else made["name"]) or ""
+    if made is None and not is_model(name):
         raise ArtifactError("it has no name in timm's registry; those that timm.create_model made have")
     with_tag = f"{name}.{config.get('tag')}"
-    if is_model_pretrained(with_tag):  # some read numbers off what they were trained as
+    if made is None and is_model_pretrained(with_tag):  # some read numbers off what they were trained as
         name = with_tag
     known = _arguments(kinds)
-    args = dict(getattr(model, "_model_args", {}))  # newer timm keeps them
+    args = dict(given if made is None else made["args"])  # newer timm keeps them
     for current in ("num_classes", "in_chans", "global_pool"):
         value = getattr(model, current, None)
         if isinstance(value, int | str) and current in _arguments([type(model)]):
@@ -52,7 +56,8 @@ def describe(model: Any, kinds: Sequence[type[nn.Module]]) -> dict[str, Any]:
             json.dumps(value)
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"timm.create_model was given {argument}={value!r:.80}, which is no JSON") from error
-    return {"name": name, "input_size": list(config["input_size"]), "args": args}
+    size = config["input_size"] if made is None else made["input_size"]
+    return {"name": name, "input_size": list(size), "args": args}
 
 
 def check_spec(
