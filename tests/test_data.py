@@ -238,7 +238,7 @@ def test_every_format_that_pil_reads_is_used(folder, tmp_path, caplog, ending, r
     assert np.bincount(data.splits.train.labels).tolist() == [10] * 3
     dogs = [image for image, label in map(data.calibration_dataset().__getitem__, range(30)) if label == 1]
     assert all(abs(dog[0, 0, 0].item() * 255 - 40) < 4 for dog in dogs)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("lightning_mdc")]  # timm tells of tars
     assert get_img_extensions() == (".png", ".jpg", ".jpeg")  # timm's own list is as it was
 
 
