@@ -19,12 +19,15 @@ from lightning_mdc.models import find_anatomy
 from lightning_mdc.surgery.lockstep import halt, walking
 from lightning_mdc.surgery.sequential import made_up, of_tokens
 from lightning_mdc.tokens.selection import Carried
-from tests.kinds import BASE, BOUND_KINDS, EVA_KINDS, KINDS, images, make, randomised
+from tests.kinds import BASE, BOUND_KINDS, EVA_KINDS, KINDS, TORCHVISION_KINDS, images, make, randomised
 
-MAKERS: dict[str, Callable[[], nn.Module]] = KINDS | BOUND_KINDS | EVA_KINDS
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    **(KINDS | BOUND_KINDS | EVA_KINDS),
+    **{f"torchvision_{kind}": maker for kind, maker in TORCHVISION_KINDS.items()},
+}
 # Where a norm is taken over units: what stays changes when others leave, which only this way of compensating sees.
 NORMED = "rms_norms"
-EVERY_DAY = ("vit", "swiglu", "swin_v2", "swin_filled_up", "beit", "pit", "dinov3", "rope_mixed")
+EVERY_DAY = ("vit", "swiglu", "swin_v2", "swin_filled_up", "beit", "pit", "dinov3", "rope_mixed", "torchvision_vit")
 
 
 def plan_for(model: nn.Module, heads: float = 1.0, neurons: float = 1.0, tokens: float = 1.0) -> mdc.Plan:
