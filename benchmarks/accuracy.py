@@ -97,10 +97,10 @@ OURS = ("ours, uniform", "ours, searched")
 # The rows of the table in README.md, and what they are called there.
 HEADLINE = {
     REFERENCE: "dense, same extra training",
-    "ours, searched": "**searched**, compensated: `mdc train`",
-    "ours, uniform": "uniform, compensated",
+    "ours, searched": "**searched**, `lstsq`: `mdc train surgery.compensate=lstsq`",
+    "ours, uniform": "uniform, `lstsq`",
     "conditional, not compensated": "uniform, not compensated",
-    "ours, neurons alone": "neurons alone, compensated",
+    "ours, neurons alone": "neurons alone, `lstsq`",
     "hsic as in the paper": "uniform, the paper's criterion, not compensated",
     "Torch-Pruning, Taylor": "Torch-Pruning, Taylor",
     "Torch-Pruning, magnitude": "Torch-Pruning, magnitude",

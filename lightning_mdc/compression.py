@@ -247,10 +247,10 @@ class Compression:
     def _best_compensation(self, pruned: Sequence[Units]) -> str:
         if not self.anatomy.stages:
             return "sequential"
-        norm = next((units.norm for units in pruned if units.norm is not None), None)  # of a slim model cut again
-        if norm is not None:
-            self._say(f"no compensation: {norm} is taken over units, so those that stay change when others leave")
-        return "lstsq" if norm is None else "none"
+        found = compensation_of_trials("sequential", pruned)  # by moments: a slim model's tokens are others' already
+        if found == "none":
+            self._say("no compensation: a norm is taken over units, so those that stay change when others leave")
+        return found
 
 
 def _pruned(policy: Policy) -> tuple[str, ...]:

@@ -342,7 +342,7 @@ class Scorer:
         # (images, tokens, channels), in whatever windows and grids they are seen
         x = given.reshape(self._images, math.prod(given.shape[:-1]) // self._images, given.shape[-1])
         if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
-            with torch.no_grad(), _exactly(x):
+            with torch.no_grad(), exactly(x):
                 self._moments.add(units, x)
         gated = self._see(name, x.unflatten(-1, (units.count, units.width)))
         return None if gated is None else (gated.flatten(-2).reshape(given.shape),)
@@ -368,7 +368,7 @@ class Scorer:
         waits = needs.prediction and now.prediction is None
         if now.overflowed if waits else (now.prediction is not None and not needs.prediction):
             return None  # to be seen in the second pass, or seen in the first
-        with torch.no_grad(), _exactly(activations):
+        with torch.no_grad(), exactly(activations):
             seen = self.criterion.observe(activations, group)
         if waits:
             now.remember(name, seen)
@@ -379,7 +379,7 @@ class Scorer:
     def _add(self, name: str, seen: Mapping[str, Tensor], prediction: Tensor | None) -> None:
         """Add sums; without a prediction the criterion needs none for them."""
         if prediction is not None:
-            with _exactly(prediction):
+            with exactly(prediction):
                 seen = self.criterion.contract(seen, prediction, self.groups[name])
         for key, value in seen.items():
             self._sum(f"{name}.{key}", value)
@@ -424,7 +424,7 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
     What `prediction` makes of it; else the softmax of logits, and anything else as it is, one row per image.
 
     Raises:
-        CalibrationError: there is no such tensor in it, or one that is the same for all images.
+        CalibrationError: there is no such tensor in it.
     """
     result = prediction_in(output) if prediction is None else prediction(output)
     if prediction is None and isinstance(result, Tensor) and result.ndim > 2:  # a map, say
@@ -440,7 +440,7 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
 
 
 @contextmanager
-def _exactly(tensor: Tensor) -> Iterator[None]:
+def exactly(tensor: Tensor) -> Iterator[None]:
     """Inside, nothing is cast, and matmuls of fp32 are of fp32."""
     # TF32 has three digits; a Gram matrix of close samples would have none left.
     before = torch.get_float32_matmul_precision()

@@ -29,6 +29,7 @@ from lightning_mdc.distributed import on_every_rank, on_first_rank
 from lightning_mdc.errors import CompensationError
 from lightning_mdc.importance.moments import MOMENT_TOKENS, LayerMoments, MomentSum, drawn_rows
 from lightning_mdc.importance.ridge import RIDGE, ridge_weights
+from lightning_mdc.importance.scoring import exactly
 from lightning_mdc.models import Anatomy, Block, Units, probing
 from lightning_mdc.models.swapping import calling_readers
 from lightning_mdc.progress import bar
@@ -113,7 +114,8 @@ def refit_in_sequence(
         for layer in layers:
             look = partial(_seen, layer, dense_walks, small_walks, standing_in)
             seen = on_every_rank(look) if over_ranks else look()
-            _refit(layer, seen, small.num_prefix_tokens, draw, over_ranks)
+            with exactly(layer.small.reader.weight):
+                _refit(layer, seen, small.num_prefix_tokens, draw, over_ranks)
             advance()
 
 
