@@ -193,8 +193,9 @@ class FamilySuite:
 
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     def test_macs_are_those_that_torch_counts(self, dense: nn.Module, reduction: str) -> None:
-        assert mdc.macs(dense) == counted_macs(dense)
-        for restore in (None, True):
+        if reduction == "fuse":
+            assert mdc.macs(dense) == counted_macs(dense)
+        for restore in (None, True) if reduction == "fuse" else (True,):
             plan = random_plan(dense, reduction, restore=restore)
             slim = mdc.slim(dense, plan)
             assert mdc.plan_macs(dense, plan) == mdc.macs(slim) == counted_macs(slim)
@@ -210,8 +211,8 @@ class FamilySuite:
     @pytest.mark.parametrize("reduction", REDUCTIONS)
     @torch.no_grad()
     def test_an_images_output_is_its_own(self, dense: nn.Module, reduction: str) -> None:
-        slim, x = mdc.slim(dense, random_plan(dense, reduction)), images(64)
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+        slim, x = mdc.slim(dense, random_plan(dense, reduction)), images(16)
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
         whole = prediction_in(slim(x))
         torch.testing.assert_close(prediction_in(slim(x[order])), whole[order], rtol=0, atol=1e-5)
         alone = torch.cat([prediction_in(slim(x[i : i + 1])) for i in range(4)])

@@ -4,7 +4,7 @@ scales equal, which would hide wrong slices."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -296,6 +296,17 @@ def counted_macs(model: nn.Module, height: int = SIZE, width: int | None = None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, 3, height, width or height, device=device))
     return int(counter.get_total_flops() // 2)
+
+
+# Beside each of these another kind goes through the same code every day.
+NOT_DAILY = ("registers_without_class", "clip_norm_pre", "qk_norm", "beit3_scale_norms", "swiglu_packed_normed")
+NOT_DAILY += ("swiglu_normed", "no_biases", "swin_filled_up", "beit", "relpos_table", "sam_rope", "hiera_abs_win")
+NOT_DAILY += ("fused_without_bias",)
+
+
+def daily(kinds: Iterable[str]) -> list[Any]:
+    """Parameters of a test: kinds, of which those that are much like another are for ``make test-slow``."""
+    return [pytest.param(kind, marks=pytest.mark.slow) if kind in NOT_DAILY else kind for kind in kinds]
 
 
 def everyday(first: Any, *others: Any) -> list[Any]:

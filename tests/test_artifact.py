@@ -27,7 +27,7 @@ import lightning_mdc as mdc
 from lightning_mdc.artifact import CONFIG, WEIGHTS, check_savable
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models import find_anatomy
-from tests.kinds import BASE, DIM, KINDS, POST_NORM, TORCHVISION_KINDS, images, make, randomised
+from tests.kinds import BASE, DIM, KINDS, POST_NORM, TORCHVISION_KINDS, daily, images, make, randomised
 
 
 def slimmed(model: nn.Module, **options: Any) -> nn.Module:
@@ -36,7 +36,7 @@ def slimmed(model: nn.Module, **options: Any) -> nn.Module:
     return mdc.slim(model, mdc.make_plan(model, scores, policy, mdc.TokenOptions(**options)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS))
 @torch.no_grad()
 def test_dense_and_slim_models_come_back_bit_by_bit(kind: str, tmp_path: Path) -> None:
     dense, x = make(kind), images()
@@ -99,6 +99,7 @@ CONSTRUCTORS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_kind_of_constructor_is_loaded_by_a_fresh_process(tmp_path: Path) -> None:
     outputs, x = {}, images()

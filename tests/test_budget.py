@@ -18,7 +18,7 @@ from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import Space, TokenOptions
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery import apply_masks
-from tests.kinds import BASE, KINDS, counted_macs, images, make, randomised
+from tests.kinds import BASE, KINDS, counted_macs, daily, images, make, randomised
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_published_models_cost_what_they_cost(name: str, expected: int) -> None:
         assert mdc.macs(timm.create_model(name)) == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS))
 def test_random_plans_cost_what_the_counter_says(kind: str) -> None:
     model, rng = make(kind), random.Random(kind)
     scores = mdc.score(model, [images(4)], "activation", progress=False)

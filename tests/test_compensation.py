@@ -20,7 +20,7 @@ from lightning_mdc.importance.moments import LayerMoments
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import find_anatomy
 from lightning_mdc.surgery.compensation import refitted
-from tests.kinds import DEPTH, KINDS, images, make
+from tests.kinds import DEPTH, KINDS, daily, images, make
 
 # Their norm over the units makes what is kept of them depend on what is not.
 NORMED = {
@@ -338,7 +338,7 @@ def test_some_patch_tokens_of_each_image_stand_for_all():
 # --- slim models ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS))
 def test_every_kind_gets_nearer_to_what_its_layers_put_out_or_is_refused(kind):
     model = make(kind)
     batch = images(12)

@@ -494,6 +494,7 @@ def weights_after(tmp_path, student: nn.Module, **arguments) -> tuple[dict[str, 
     return student.state_dict(), look
 
 
+@pytest.mark.slow
 def test_compiled_and_checkpointed_training_gives_the_same_weights_and_is_undone(tmp_path):
     start = slimmed(depth=3)
     plain, look = weights_after(tmp_path, copy.deepcopy(start))

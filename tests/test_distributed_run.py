@@ -17,6 +17,8 @@ from lightning_mdc.importance import Scores
 from lightning_mdc.policy_search.sensitivity import Sensitivity
 from tests.test_train import ROOT, TINY, picked_up, settings
 
+pytestmark = pytest.mark.slow
+
 # HSIC: an elimination by conditional covariance takes another turn where weights differ in the fourth digit.
 SAME = ("data.augment=false", "threads=1", "importance=hsic")
 SAME += ("distillation.seeds=[0]", "sensitivity.neurons=[0.5,0]", "sensitivity.tokens=[0.5,0]")
@@ -100,7 +102,6 @@ def test_what_two_processes_left_goes_on_in_one(two, caplog):
     assert picked_up(caplog) == ["dense", "score", "sensitivity", "search", "slim", "distill", "test"]
 
 
-@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_a_message_and_one_goes_on(tmp_path):
     long = ("stage=dense", "dense.epochs=40", "data.max_train_images=256")
     process = subprocess.Popen(
@@ -133,7 +134,6 @@ def child_of(pid: int) -> int:
     return next(int(line.split()[0]) for line in listed.stdout.splitlines() if "train_ddp_process_1" in line)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

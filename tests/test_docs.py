@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 import lightning_mdc as mdc
 from lightning_mdc import compression
 from lightning_mdc.__main__ import _parser
+from lightning_mdc.budget import measuring
 from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.importance import criteria
 from lightning_mdc.tokens.reduction import REDUCTIONS
@@ -254,6 +255,7 @@ def prepared(models, tmp_path, monkeypatch, registries) -> dict[str, Any]:
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared, monkeypatch):
     monkeypatch.setattr(compression, "N_TRIALS", 3)  # where a page leaves it at the default
+    monkeypatch.setattr(measuring, "_MOST_ROUNDS", 3)  # 30 s otherwise
     for block in (block for block in PYTHON if block.page == page):
         needs = re.fullmatch(r"run with: (\w+)", block.mark)
         if block.mark.startswith("not run: ") or (needs and importlib.util.find_spec(needs[1]) is None):

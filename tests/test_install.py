@@ -58,6 +58,7 @@ def test_a_wheel_has_the_configuration_and_the_command(wheel):  # noqa: F811
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lightning_mdc", "hydra_plugins"}
 
 
+@pytest.mark.slow
 def test_mdc_of_a_wheel_runs_in_any_folder(tmp_path, installed):
     said = run(installed / "mdc", "-h", cwd=tmp_path)
     assert said == run(installed / "python", "-m", "lightning_mdc", "-h", cwd=tmp_path)

@@ -20,10 +20,10 @@ from lightning_mdc.errors import MdcError, UnsupportedModelError
 from lightning_mdc.models import find_anatomy, find_model
 from lightning_mdc.models.swapping import unmask
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
-from tests.kinds import BASE, KINDS, POST_NORM, counted_macs, images, make, randomised
+from tests.kinds import BASE, KINDS, POST_NORM, counted_macs, daily, images, make, randomised
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS))
 def test_every_kind_can_lose_all_three_dimensions(kind: str) -> None:
     anatomy = find_anatomy(make(kind))
     assert anatomy.dimensions == ("heads", "neurons", "tokens")
@@ -267,6 +267,7 @@ def test_what_an_error_advises_is_taken_by_every_function_that_finds_a_transform
             unmask(owner)
 
 
+@pytest.mark.slow
 def test_the_tables_of_models_are_what_models_answer() -> None:
     script = Path(__file__).parent.parent / "docs" / "make_families.py"
     spec = importlib.util.spec_from_file_location("make_families", script)

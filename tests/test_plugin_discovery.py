@@ -122,6 +122,7 @@ def test_a_wheel_runs_without_torch(tmp_path, wheel, app):
     assert run(python, "-c", script, cwd=tmp_path) == "MdcGpEiSweeper\n"
 
 
+@pytest.mark.slow
 def test_an_editable_install_is_found_from_anywhere(tmp_path, app):
     python = environment(tmp_path / "venv", "hydra-core", "scikit-optimize", "hatchling", "editables")
     pip(python, "--no-build-isolation", "--no-index", "--editable", ROOT)

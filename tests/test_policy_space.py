@@ -18,7 +18,7 @@ from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import Space, TokenOptions, keep_count
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.tokens.flow import tokens_after, tokens_kept
-from tests.kinds import BASE, KINDS, POST_NORM, make, randomised
+from tests.kinds import BASE, KINDS, POST_NORM, daily, make, randomised
 
 DEPTH, HEADS, NEURONS, TOKENS = 4, 4, 192, 17  # of the plain tiny ViT
 
@@ -72,7 +72,7 @@ def settings(rng: random.Random) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS))
 def test_every_point_is_within_the_budget_as_plans_are_priced(kind: str) -> None:
     model, rng, spaces = make(kind), random.Random(kind), 0
     while spaces < 2:
@@ -189,7 +189,7 @@ def test_a_policy_and_its_point_are_the_same(kind: str, token_ratio: str) -> Non
         assert mdc.Policy.from_json(policy.to_json()) == policy
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS))
 def test_the_first_point_is_the_uniform_policy(kind: str) -> None:
     model = make(kind)
     for budget, token_ratio in ((0.45, "stages"), (0.85, "shared"), (1.0, "stages")):

@@ -138,6 +138,7 @@ def test_dependence_says_so_when_there_is_nothing_to_show(axes):
     assert "no dependence to show" in text.get_text()
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_pyplot_is_needed():
     script = (
         "import sys; from lightning_mdc.figures.search import progress_figure\n"

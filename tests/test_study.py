@@ -115,6 +115,7 @@ def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_disk")
 def test_killed_at_any_byte_it_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     path, space = tmp_path / "study.jsonl", Space([Axis("a", 0, 1, step=0.05), SPACE.axes[1]])

@@ -19,7 +19,7 @@ from lightning_mdc.tokens import Evidence, Reduction, register
 from lightning_mdc.tokens.block import restored
 from lightning_mdc.tokens.reduction import REDUCTIONS, rows
 from lightning_mdc.tokens.selection import TokenSelection, resample_prior
-from tests.kinds import KINDS, counted_macs, everyday, images, make, randomised
+from tests.kinds import KINDS, counted_macs, daily, everyday, images, make, randomised
 
 
 def planned(model: nn.Module, policy: mdc.Policy | None = None, **options: Any) -> mdc.Plan:
@@ -54,7 +54,7 @@ def test_a_headless_first_stage_uses_the_prior() -> None:
     assert [stage.prior is None for stage in headless_later.tokens] == [True, False, True]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS))
 @pytest.mark.parametrize("fused", [True, False])
 @torch.no_grad()
 def test_keeping_everything_changes_no_bit(kind: str, fused: bool) -> None:

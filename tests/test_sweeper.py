@@ -29,6 +29,7 @@ from lightning_mdc.files import read_json
 from lightning_mdc.gp_ei.process import GpEi
 from lightning_mdc.gp_ei.space import Axis, Space
 from lightning_mdc.gp_ei.study import Study, read_metadata
+from tests.kinds import everyday
 from tests.sweep_app import app
 
 APP = Path(app.__file__)
@@ -861,7 +862,7 @@ def test_the_metadata_of_a_damaged_study_can_be_read(tmp_path):
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", [JOBLIB, ("hydra/launcher=submitit_local",)], ids=["joblib", "submitit"])
+@pytest.mark.parametrize("launcher", everyday(JOBLIB, ("hydra/launcher=submitit_local",)), ids=["joblib", "submitit"])
 def test_all_launchers_come_to_the_same(tmp_path, in_one_process, launcher):
     finished(start(tmp_path / "out", *BATCHES, *launcher, n_trials=4))
     assert history(tmp_path / "out") == history(in_one_process)[:4]

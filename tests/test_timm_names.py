@@ -22,16 +22,11 @@ KINDS = (
     "deit_tiny_distilled_patch16_224",
     "vit_base_patch16_rpn_224",  # post-norm
     "vit_base_patch16_siglip_224",  # attention pooling
-    "vit_giant_patch14_reg4_dinov2",  # registers, layer scale, packed SwiGLU
-    "aimv2_large_patch14_224",  # RMS norms, SwiGLU, no biases
     "beit3_base_patch16_224",  # norms over heads and neurons
     "vit_tiny_r_s16_p8_224",
-    "vit_base_r50_s16_224",
-    "vit_small_resnet26d_224",
     "vit_small_resnet50d_s16_224",
     "vit_base_mci_224",
     "vitamin_small_224",
-    "vitamin_xlarge_256",  # no position embedding
     "vit_dwee_patch16_reg1_gap_256",  # differential attention
     "vit_pe_core_tiny_patch16_384",  # attention pooling
     "vit_small_patch16_rope_mixed_224",
@@ -49,7 +44,6 @@ KINDS = (
     "hiera_tiny_224",
     "naflexvit_base_patch16_radio_v3",
     "pvt_v2_b0",
-    "convit_tiny",
     "crossvit_9_240",
     "qwen3_vit_88m_enc",  # as wide as its tag says
 )

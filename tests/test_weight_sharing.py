@@ -160,6 +160,7 @@ def test_masks_come_off_when_the_masked_pass_fails() -> None:
     assert not is_masked(model)
 
 
+@pytest.mark.slow
 def test_sharing_makes_masked_models_better_where_dense_training_does_not() -> None:
     data = DigitsDataModule(augment=False, max_train_images=64).splits
     images, labels = data.train.images, torch.tensor(data.train.labels)
