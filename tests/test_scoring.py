@@ -1,6 +1,7 @@
 """Scoring as a whole: what it leaves behind (nothing), how batches are cut, the baselines, files."""
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision import tv_tensors
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError
@@ -398,3 +400,146 @@ def test_options_of_the_wrong_kind_are_told() -> None:
         mdc.uniform_policy(model, 0.6, tokens="fuse")  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="is unknown"):
         mdc.score(model, [images(8)], ["hsic"])  # type: ignore[arg-type]
+
+
+# --- rows and calls: whose prediction is whose ------------------------------------------------------------------------
+
+
+class Views(nn.Module):
+    """Makes images of one input in a way of its own, and one prediction of what is said of them."""
+
+    def __init__(self, net: nn.Module, how: str) -> None:
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "two calls":
+            return self.net(x) + self.net(x.flip(-1))
+        seen = self.seen(x)
+        return self.net(seen).view(-1, *((2, CLASSES) if self.how == "crops" else (4, CLASSES))).mean(dim=1)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """All that the transformer sees of a batch."""
+        return torch.cat([x, x.flip(-1)]) if self.how in ("crops", "two calls") else x.flatten(0, -4)
+
+
+@pytest.mark.parametrize("criterion", ["conditional", "activation", RAW], ids=str)
+@pytest.mark.parametrize("how", ["crops", "bags", "clips"])
+def test_more_images_than_predictions_count_for_what_is_said_of_each(how: str, criterion: object) -> None:
+    net = make()
+    module, x = Views(net, how), images(16).view(4, 4, 3, 32, 32) if how == "clips" else images(16)
+    ours = mdc.score(module, [x], criterion, progress=False)
+    plain = mdc.score(net, [module.seen(x)], criterion, progress=False)
+    for one, other in zip((*ours.heads, *ours.neurons), (*plain.heads, *plain.neurons), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_each_of_several_calls_counts() -> None:
+    net = make()
+    module, x = Views(net, "two calls"), images(8)
+    for criterion in ("conditional", "activation"):
+        ours = mdc.score(module, [x], criterion, progress=False)
+        both = mdc.score(net, [x, x.flip(-1)], criterion, progress=False)
+        torch.testing.assert_close(torch.cat(ours.neurons), torch.cat(both.neurons))
+    seen = {}  # HSIC of either call with the prediction that was made of both
+    for name, images_of_call in (("first", x), ("second", x.flip(-1))):
+        seen[name] = mdc.score(net, [images_of_call], RAW, prediction=lambda _: module(x), progress=False)
+    ours = mdc.score(module, [x], RAW, progress=False)
+    expected = [(one + other) / 2 for one, other in zip(seen["first"].neurons, seen["second"].neurons, strict=True)]
+    torch.testing.assert_close(torch.cat(ours.neurons), torch.cat(expected))
+
+
+def test_taylor_adds_up_what_a_unit_does_in_all_calls() -> None:
+    module, x = Views(make(), "two calls"), images(6)
+    labels = torch.arange(6) % CLASSES
+    found = mdc.score(
+        module,
+        [(x, labels)],
+        mdc.Taylor(loss=lambda out, batch: F.cross_entropy(out, batch[1], reduction="sum")),
+        progress=False,
+    ).neurons[2]
+    gate = torch.ones(6, 1, found.numel(), requires_grad=True)
+    handle = module.net.blocks[2].mlp.fc2.register_forward_pre_hook(lambda _, args: (args[0] * gate,))
+    F.cross_entropy(module(x), labels, reduction="sum").backward()
+    handle.remove()
+    torch.testing.assert_close(found, gate.grad[:, 0].abs().mean(dim=0))
+
+
+def test_rows_that_nobody_can_tell_apart_are_refused() -> None:
+    net = make()
+    with pytest.raises(CalibrationError, match=r"given 16 images in a call, of which 8 predictions.*leave prediction="):
+        mdc.score(Views(net, "crops"), [images(8)], "hsic", prediction=lambda x: x.softmax(-1), progress=False)
+
+    class Parts(Views):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net.forward_features(self.seen(x)).mean(dim=1).view(-1, 2, 48).mean(dim=1)
+
+    with pytest.raises(CalibrationError, match="call the transformer itself"):
+        mdc.score(Parts(net, "crops"), [images(8)], "hsic", progress=False)
+
+
+# --- images as they come ----------------------------------------------------------------------------------------------
+
+
+class Carrying(Tensor):
+    """A subclass that goes on into all that is computed from it, as those that carry metadata."""
+
+
+def test_subclasses_of_tensors_end_where_they_are_looked_at() -> None:
+    model, x, labels = make(), images(16), torch.arange(16) % CLASSES
+    for criterion in ("conditional", "hsic", "taylor"):
+        plain = mdc.score(model, [(x, labels)], criterion, progress=False)
+        found = mdc.score(model, [(x.as_subclass(Carrying), labels.as_subclass(Carrying))], criterion, progress=False)
+        for one, other in zip(found.neurons, plain.neurons, strict=True):
+            assert type(one) is Tensor
+            assert torch.equal(one, other)
+    with_images = tv_tensors.Image(x)
+    assert type(mdc.score(model, [with_images], "activation", progress=False).tokens[0]) is Tensor
+    found = mdc.compress(model, [with_images], 0.7, n_trials=2, calibration=Calibration(8, 8))
+    assert not any(isinstance(tensor, Carrying) for tensor in found.model.state_dict().values())
+
+
+def test_several_sizes_are_scored_where_no_grid_is_in_the_way() -> None:
+    model = make("any_size")
+    batches = [images(8), torch.randn(8, 3, 48, 48)]
+    units = mdc.score(model, batches, "activation", dimensions=("heads", "neurons"), progress=False)
+    each = [mdc.score(model, [batch], "activation", dimensions=("neurons",), progress=False) for batch in batches]
+    expected = (each[0].neurons[0] + each[1].neurons[0]) / 2
+    torch.testing.assert_close(units.neurons[0], expected)
+    mdc.score(model, batches, "conditional", dimensions=("heads", "neurons"), progress=False)
+    for criterion in ("activation", "hsic", "conditional"):
+        with pytest.raises(CalibrationError, match=r"images of \(3, 48, 48\) after.*one size"):
+            mdc.score(model, batches, criterion, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (images(8).to(torch.uint8), "torch.uint8"),
+        (images(8)[:, :1], "expected input"),
+        (torch.randn(8, 3, 40, 40), "40"),
+        (torch.randn(8, 4, 3, 32, 32), "cannot be run on a batch"),
+    ],
+    ids=["bytes", "grey", "size", "clips"],
+)
+def test_what_the_model_cannot_take_is_said_with_its_shape(batch: Tensor, reason: str) -> None:
+    with pytest.raises(CalibrationError, match=reason):
+        mdc.score(make(), [batch], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "how"),
+    [
+        (torch.zeros(8, 3, 32, 32), "alike"),
+        (images(1).expand(8, -1, -1, -1), "alike"),
+        (torch.arange(8.0)[:, None, None, None].expand(8, 3, 32, 32), "of one colour each"),
+    ],
+    ids=["black", "repeated", "flat"],
+)
+def test_images_that_show_nothing_are_warned_of_once(batch: Tensor, how: str) -> None:
+    with pytest.warns(UserWarning, match=how) as caught:
+        mdc.score(make(), [batch, batch], progress=False)
+    assert len([warning for warning in caught if "calibration images" in str(warning.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mdc.score(make(), [batch, images(8)], progress=False)

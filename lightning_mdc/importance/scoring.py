@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mdc.distributed import gather, on_every_rank, summed
-from lightning_mdc.errors import CalibrationError, check_whole
+from lightning_mdc.errors import CalibrationError, MdcError, check_whole
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
 from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
@@ -102,7 +103,7 @@ def scored_by(
         shown = bar("Scoring", length_hint(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
             for images, labels, batch in _as_tensors(batches, scorer.needs):
-                scorer.update(partial(model, on_device_of(scorer.anatomy, images)), len(images), labels, batch)
+                scorer.update(partial(run_on, model, on_device_of(scorer.anatomy, images)), len(images), labels, batch)
                 advance()
 
     if scorer.needs.images:
@@ -170,6 +171,8 @@ class Scorer:
         self._moments = MomentSums(anatomy, self.dimensions if self.needs.moments else (), tokens)
         device = next(anatomy.model.parameters()).device
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
+        self._door: nn.Module | None = None  # the part of the transformer that it is called by
+        self._variety = _Variety()
         self.groups = dict(self._groups())
         self._pass = _Pass()
         self._two_passes = False
@@ -200,8 +203,10 @@ class Scorer:
             self._pass = _Pass()
 
     def _probes(self) -> Iterator[tuple[Callable[[Any], Any], Callable[..., Any]]]:
-        if self.anatomy.classifies:
-            yield self.anatomy.model.register_forward_hook, self._hear
+        # Who calls a part of the transformer, such as forward_features, does not call the transformer itself.
+        for part in self.anatomy.model.modules():
+            yield partial(part.register_forward_pre_hook, with_kwargs=True), self._enter
+        yield self.anatomy.model.register_forward_hook, self._hear
         for name, group in self.groups.items():
             if group.units is not None:
                 yield group.units.reader.register_forward_pre_hook, partial(self._see_units, name, group.units)
@@ -218,15 +223,16 @@ class Scorer:
         Raises:
             CalibrationError: too few images, or labels or a prediction are needed and missing.
         """
-        if images < self.needs.images:
-            raise CalibrationError(
-                f"a batch of {images} images: criterion={self.criterion.name!r} needs at least {self.needs.images} in "
-                "each; raise the batch size"
-            )
         self._images = images
         with torch.set_grad_enabled(self.needs.gradients):
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
+            seen = min((call.rows for call in self._pass.calls), default=images)
+            if seen < self.needs.images:
+                raise CalibrationError(
+                    f"a batch of {seen} images: criterion={self.criterion.name!r} needs at least {self.needs.images} "
+                    "in each; give larger batches"
+                )
             if self.needs.gradients:
                 self._add_changes(output, labels, batch)
             if self.needs.prediction:
@@ -234,11 +240,58 @@ class Scorer:
         self.sums["batches"] += 1
         self.sums["images"] += images
 
+    def _enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Where the transformer is given images, a call of it begins. It may have several in a batch, or be given
+        several images for one of the batch's: crops, frames, what is in a bag."""
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4)
+        images = next(given, None)
+        if images is not None and self._door in (None, module):
+            self._door = module
+            self._pass.calls.append(_Call(len(images)))
+            self._variety.look(images)
+            if TOKENS in self.dimensions and not self._variety.has_one_size:
+                raise CalibrationError(
+                    f"images of {tuple(images.shape[1:])} after others: positions of tokens are scored on one grid; "
+                    "give images of one size, or dimensions=['heads', 'neurons'] with criterion='conditional'"
+                )
+
     def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._pass.said = output
+        self._call.said = output
+
+    @property
+    def _call(self) -> _Call:
+        """That which runs now, or was the last."""
+        if not self._pass.calls:  # it is called on something else than images: one row for each
+            self._pass.calls.append(_Call(self._images))
+        return self._pass.calls[-1]
 
     def _predicted(self, output: Any) -> Tensor:
-        return as_prediction(output, self.prediction, are_logits(output, self._pass.said))
+        return as_prediction(output, self.prediction, self._are_logits(output))
+
+    def _are_logits(self, output: Any) -> bool:
+        return self.anatomy.classifies and are_logits(output, self._call.said)
+
+    def _prediction_of(self, call: _Call, prediction: Tensor) -> Tensor:
+        """Of each row of a call: the module's, if it has one for each; else what the transformer itself said."""
+        if call.rows == len(prediction):
+            return prediction
+        if self.prediction is not None or call.said is None:
+            raise CalibrationError(
+                f"{self.anatomy.name} was given {call.rows} images in a call, of which {len(prediction)} predictions "
+                "were made, so that nobody knows which belong together; "
+                + (
+                    "leave prediction= out: each image then counts for what the transformer itself says of it"
+                    if call.said is not None
+                    else "call the transformer itself, not a method of it: each image then counts for what it says"
+                )
+            )
+        own = as_prediction(call.said, None, self.anatomy.classifies and are_logits(call.said, call.said))
+        if call.rows != len(own):
+            raise CalibrationError(
+                f"{self.anatomy.name} was given {call.rows} images in a call and put out {len(own)} rows: a criterion "
+                "that looks at predictions needs one of each image"
+            )
+        return own
 
     @torch.no_grad()
     def _judge(self, prediction: Tensor, run: Callable[[], Any]) -> None:
@@ -248,8 +301,9 @@ class Scorer:
             self._two_passes = True
             self._pass = _Pass(prediction=prediction)
             run()
-        for name, seen in self._pass.seen.items():
-            self._add(name, seen, prediction)
+        for call in self._pass.calls:
+            for name, seen in call.seen.items():
+                self._add(name, seen, call.rows, self._prediction_of(call, prediction))
 
     def _add_changes(self, output: Any, labels: Tensor | None, batch: Any) -> None:
         """Add what the loss changes by if units leave."""
@@ -262,14 +316,13 @@ class Scorer:
         gates = self._pass.gates
         found = torch.autograd.grad(loss.sum(), list(gates.values()), allow_unused=True)
         with torch.no_grad():
-            for (name, gate), gradient in zip(gates.items(), found, strict=True):
+            for ((name, rows), gate), gradient in zip(gates.items(), found, strict=True):
                 change = torch.zeros_like(gate) if gradient is None else gradient
-                for key, value in self.criterion.observe(change.flatten(1), self.groups[name]).items():
-                    self._sum(f"{name}.{key}", value)
+                self._add(name, self.criterion.observe(change.flatten(1), self.groups[name]), rows)
 
     def _cross_entropy(self, output: Any, labels: Tensor | None) -> Tensor:
         """Of classes, summed over images."""
-        if self.prediction is None and not are_logits(output, self._pass.said):
+        if self.prediction is None and not self._are_logits(output):
             raise CalibrationError(
                 f"criterion={self.criterion.name!r} needs a loss, and the output of {self.anatomy.name} is not known "
                 "to be classes; pass Taylor(loss=), a function of (output, batch), or prediction=, which makes "
@@ -314,16 +367,18 @@ class Scorer:
                 f"criterion={self.criterion.name!r} needs images, but no usable batch was given; pass batches of at "
                 f"least {self.needs.images} images, e.g. a DataLoader"
             )
+        self._variety.warn()
         blocks = {d: len(self.stages if d == TOKENS else self.anatomy.units(d)) for d in self.dimensions}
         values: dict[str, Any] = {d: [torch.zeros(0) for _ in range(blocks.get(d, 0))] for d in DIMENSIONS}
         for name, group in self.groups.items():
             if not group.count:  # of a slim model that has none left there
                 continue
             sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
-            counts = {key: self.sums[key] for key in ("batches", "images")}
+            if "batches" not in sums and self.criterion.needs(group.dimension).images:
+                raise CalibrationError(f"{group.name} was not run on the calibration images, so it has no scores")
             if self.needs.moments and group.units is not None:
                 group = replace(group, moments=self._moments.of(group.units))
-            result = self.criterion.finish(sums | counts, group).detach().float().cpu()
+            result = self.criterion.finish(sums, group).detach().float().cpu()
             if not result.isfinite().all():
                 raise CalibrationError(
                     f"scores {name} are not finite: the model gives NaN or infinity on the calibration images; check "
@@ -338,9 +393,9 @@ class Scorer:
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 
     def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        (given,) = args
+        given, rows = plain(args[0]), self._call.rows
         # (images, tokens, channels), in whatever windows and grids they are seen
-        x = given.reshape(self._images, math.prod(given.shape[:-1]) // self._images, given.shape[-1])
+        x = given.reshape(rows, math.prod(given.shape[:-1]) // rows, given.shape[-1])
         if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
             with torch.no_grad(), exactly(x):
                 self._moments.add(units, x)
@@ -348,7 +403,7 @@ class Scorer:
         return None if gated is None else (gated.flatten(-2).reshape(given.shape),)
 
     def _see_values(self, name: str, at: Channels, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        prefix = self.anatomy.num_prefix_tokens
+        prefix, output = self.anatomy.num_prefix_tokens, plain(output)
         gated = self._see(name, output[:, None, prefix:, at.start : at.stop])
         if gated is None:
             return None
@@ -363,30 +418,33 @@ class Scorer:
             if now.prediction is not None:
                 return None
             images, _, units, _ = activations.shape
-            now.gates[name] = activations.new_ones((images, 1, units, 1), requires_grad=True)
-            return activations * now.gates[name]
-        waits = needs.prediction and now.prediction is None
+            # One for all calls: what the loss changes by is the sum of what it changes by in each.
+            if (name, images) not in now.gates:
+                now.gates[name, images] = activations.new_ones((images, 1, units, 1), requires_grad=True)
+            return activations * now.gates[name, images]
+        call = self._call
+        waits = needs.prediction and (now.prediction is None or call.rows != len(now.prediction))
         if now.overflowed if waits else (now.prediction is not None and not needs.prediction):
             return None  # to be seen in the second pass, or seen in the first
         with torch.no_grad(), exactly(activations):
             seen = self.criterion.observe(activations, group)
         if waits:
-            now.remember(name, seen)
+            call.seen[name] = seen
+            now.remember(seen)
         else:
-            self._add(name, seen, now.prediction)
+            self._add(name, seen, call.rows, now.prediction)
         return None
 
-    def _add(self, name: str, seen: Mapping[str, Tensor], prediction: Tensor | None) -> None:
-        """Add sums; without a prediction the criterion needs none for them."""
+    def _add(self, name: str, seen: Mapping[str, Tensor], rows: int, prediction: Tensor | None = None) -> None:
+        """Add sums over so many images; without a prediction the criterion needs none for them."""
         if prediction is not None:
             with exactly(prediction):
                 seen = self.criterion.contract(seen, prediction, self.groups[name])
-        for key, value in seen.items():
-            self._sum(f"{name}.{key}", value)
-
-    def _sum(self, name: str, value: Tensor) -> None:
-        total = self.sums.get(name)
-        self.sums[name] = value if total is None else total + value
+        device = self.sums["batches"].device
+        counts = {"batches": torch.ones((), device=device), "images": torch.full((), float(rows), device=device)}
+        for key, value in {**seen, **counts}.items():
+            total = self.sums.get(f"{name}.{key}")
+            self.sums[f"{name}.{key}"] = value if total is None else total + value
 
 
 def _dimensions(anatomy: Anatomy, criterion: Criterion, dimensions: Iterable[str] | None) -> tuple[str, ...]:
@@ -402,20 +460,55 @@ def _dimensions(anatomy: Anatomy, criterion: Criterion, dimensions: Iterable[str
 
 
 @dataclass
+class _Call:
+    """What one call of the transformer has seen so far."""
+
+    rows: int  # images
+    seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # what waits for the prediction
+    said: Any = None
+
+
+@dataclass
 class _Pass:
-    """What one forward pass has seen so far."""
+    """What one forward pass of the module has seen so far."""
 
     prediction: Tensor | None = None  # known from a pass before: contract at once, remember nothing
-    gates: dict[str, Tensor] = field(default_factory=dict)
-    seen: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by group and number of images
+    calls: list[_Call] = field(default_factory=list)
+    remembered: int = 0  # bytes
     overflowed: bool = False  # nothing (more) is remembered: there will be a second pass
-    said: Any = None  # by the transformer itself, if it has a classifier
 
-    def remember(self, name: str, seen: dict[str, Tensor]) -> None:
-        self.seen[name] = seen
-        if sum(t.nbytes for tensors in self.seen.values() for t in tensors.values()) > _MEMORY_LIMIT:
-            self.seen.clear()
+    def remember(self, seen: dict[str, Tensor]) -> None:
+        self.remembered += sum(tensor.nbytes for tensor in seen.values())
+        if self.remembered > _MEMORY_LIMIT and self.prediction is None:
+            for call in self.calls:
+                call.seen.clear()
             self.overflowed = True
+
+
+class _Variety:
+    """In what the images differ: scores of images that are all alike rank noise."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._count = 0
+        self._are_alike = self._are_flat = self.has_one_size = True
+
+    def look(self, images: Tensor) -> None:
+        self._first = images[:1].detach().clone() if self._first is None else self._first
+        self._count += len(images)
+        self.has_one_size &= self._first.shape[1:] == images.shape[1:]
+        if self._are_alike or self._are_flat:
+            self._are_alike &= self.has_one_size and bool((images == self._first).all())
+            self._are_flat &= bool((images == images[..., :1, :1]).all())
+
+    def warn(self) -> None:
+        if self._count > 1 and (self._are_alike or self._are_flat):
+            alike = "alike" if self._are_alike else "of one colour each"
+            rank_zero_warn(
+                f"all {self._count} calibration images are {alike}: scores say nothing about images that differ; look "
+                "at what the loader gives, and at the normalisation"
+            )
 
 
 def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None, is_logits: bool = False) -> Tensor:
@@ -427,8 +520,12 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
         CalibrationError: there is no such tensor in it.
     """
     result = prediction_in(output) if prediction is None else prediction(output)
-    if prediction is None and isinstance(result, Tensor) and result.ndim > 2:  # a map, say
-        result = result.flatten(1)
+    if isinstance(result, Tensor):
+        result = plain(result)
+        if result.ndim == 1:  # one number of each
+            result = result[:, None]
+        elif result.ndim > 2 and prediction is None:  # a map, say
+            result = result.flatten(1)
     if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():
         shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise CalibrationError(
@@ -452,16 +549,39 @@ def exactly(tensor: Tensor) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Without a subclass, such as that of images that carry metadata, which would go on into all that is computed."""
+    return tensor if type(tensor) in (Tensor, nn.Parameter) else tensor.as_subclass(Tensor)
+
+
 def on_device_of(anatomy: Anatomy, images: Tensor) -> Tensor:
     """The images where the model is, in its precision."""
     parameter = next(anatomy.model.parameters())
     return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
 
 
+def run_on(model: nn.Module, images: Tensor) -> Any:
+    """What `model` says about images of a loader.
+
+    Raises:
+        CalibrationError: it does not take them.
+    """
+    try:
+        return model(images)
+    except (MdcError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be run on a batch {tuple(images.shape)} of {images.dtype}: {said}; give "
+            "images as it was trained on them"
+        ) from error
+
+
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     """(images, labels or None) of what a DataLoader yields, ``images`` or ``(images, labels)``."""
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    if not parts or not isinstance(parts[0], Tensor) or parts[0].ndim != 4:
+    if not parts or not isinstance(parts[0], Tensor) or parts[0].ndim < 4:
         given = type(batch).__name__ if not isinstance(parts[0] if parts else None, Tensor) else tuple(parts[0].shape)
         raise CalibrationError(
             f"a batch is {given}; expected images (n, channels, height, width) or (images, labels). For other batches "
@@ -470,7 +590,7 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     if not len(parts[0]):
         raise CalibrationError("a batch holds no image; leave empty batches out")
     labels = parts[1] if len(parts) > 1 and isinstance(parts[1], Tensor) else None
-    return parts[0], labels
+    return plain(parts[0]), None if labels is None else plain(labels)
 
 
 def _as_tensors(batches: Iterable[Any], needs: Needs) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
@@ -489,7 +609,8 @@ def _as_tensors(batches: Iterable[Any], needs: Needs) -> Iterator[tuple[Tensor, 
     for more_images, more_labels in map(split_batch, batches):
         if images is not None and more_images.shape[1:] != images.shape[1:]:
             raise CalibrationError(
-                f"images of {tuple(more_images.shape[1:])} after {tuple(images.shape[1:])}: batches need one image size"
+                f"images of {tuple(more_images.shape[1:])} after {tuple(images.shape[1:])}: images of a batch are "
+                "compared; give images of one size, or dimensions=['heads', 'neurons'] with criterion='conditional'"
             )
         size = size or (len(more_images) if len(more_images) >= needs.images else _TOGETHER)
         images = more_images if images is None else torch.cat([images, more_images])

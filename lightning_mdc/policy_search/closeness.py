@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.distributed import gather
 from lightning_mdc.errors import SearchError
+from lightning_mdc.importance.scoring import plain
 from lightning_mdc.models import prediction_in
 
 # Bytes of the dense model's outputs that are remembered. What does not fit is computed anew for every model.
@@ -19,7 +20,8 @@ _MEMORY_LIMIT = 2**30
 
 
 def log_probabilities(output: Any, prediction: Callable[[Any], Tensor] | None = None) -> Tensor:
-    """Of classes, (images, classes) in fp32: by softmax, or the logarithm of what `prediction` makes of the output.
+    """Of classes, (images, classes) in fp32: by softmax, or the logarithm of what `prediction` makes of the output, or
+    of the output itself where that is probabilities.
 
     Raises:
         SearchError: there are none in it.
@@ -31,7 +33,16 @@ def log_probabilities(output: Any, prediction: Callable[[Any], Tensor] | None = 
             f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that "
             "makes one of it, or metric='kl', which compares outputs of any shape with the dense model's"
         )
-    return F.log_softmax(found.float(), dim=-1) if prediction is None else found.float().clamp_min(1e-12).log()
+    found = plain(found).float()
+    if prediction is None and not are_probabilities(found):
+        return F.log_softmax(found, dim=-1)
+    return found.clamp_min(1e-12).log()
+
+
+def are_probabilities(values: Tensor) -> bool:
+    """Whether each row of (images, classes) is a distribution: of a model that ends in a softmax, say."""
+    sums = values.sum(dim=1)
+    return bool((values >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
 class Closeness:
@@ -118,17 +129,17 @@ class Closeness:
         tensors = float_tensors(prediction_in(output) if self._prediction is None else self._prediction(output))
         if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[1] < 2:
             return False
-        if self._prediction is None:
-            return self._classifies
-        sums = tensors[0].sum(dim=1)
-        return bool((tensors[0] >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
+        if self._prediction is None and self._classifies:
+            return True
+        return are_probabilities(tensors[0])
 
     def _read(self, output: Any) -> list[Tensor]:
         """What is compared of an output."""
         tensors = float_tensors(prediction_in(output) if self._prediction is None else self._prediction(output))
         if not self.is_divergence:
             return tensors
-        return [F.log_softmax(tensors[0], dim=-1) if self._prediction is None else tensors[0].clamp_min(1e-12).log()]
+        is_logits = self._prediction is None and self._classifies
+        return [F.log_softmax(tensors[0], dim=-1) if is_logits else tensors[0].clamp_min(1e-12).log()]
 
     def _error(self, dense: Tensor, found: Tensor) -> Tensor:
         if self.is_divergence:
@@ -143,7 +154,9 @@ def float_tensors(output: Any) -> list[Tensor]:
         SearchError: there is none.
     """
     leaves: Sequence[Any] = tree_leaves(output)
-    tensors = [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
+    tensors = [
+        plain(leaf).float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim
+    ]
     if not tensors:
         raise SearchError(
             f"the model's output ({type(output).__name__}) holds no float tensor that could be compared with the dense "

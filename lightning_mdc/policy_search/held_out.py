@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torchmetrics import Metric
 from lightning_mdc.distributed import gather, rank, world_size
 from lightning_mdc.errors import SearchError, UnsupportedModelError, check_prediction, check_whole
 from lightning_mdc.importance.calibration import num_images
+from lightning_mdc.importance.scoring import plain
 from lightning_mdc.models import (
     check_unmasked,
     evaluating,
@@ -27,12 +29,13 @@ from lightning_mdc.models import (
     probing,
     standing_in,
 )
-from lightning_mdc.policy_search.closeness import Closeness, log_probabilities
+from lightning_mdc.policy_search.closeness import Closeness, are_probabilities, log_probabilities
 from lightning_mdc.randomness import isolated_rng
 
 METRICS = ("auto", "accuracy", "loss", "kl")
 # With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
 _ENOUGH_FOR_TOP1 = 1000
+_NOT_TOLD = torch.tensor([0.0, -math.inf], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -114,21 +117,30 @@ class HeldOut(Judge):
             check_unmasked(dense, SearchError, consequence, "take the masks off, by remove_masks(model)")
         check_whole("max_images", max_images, 1, SearchError, or_none="all")
         images, labels = gathered(batches, max_images)
-        classes = labels is not None and labels.ndim == 1 and (name is not None or not labels.is_floating_point())
+        classes = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
         if name == "auto":
             name = "accuracy" if classes and (dense is None or len(images) >= _ENOUGH_FOR_TOP1) else "kl"
         if labels is None and (name != "kl" or dense is None):
             raise SearchError(
                 f"metric={metric!r} needs labels, batches of (images, labels); or dense=, to compare with"
             )
+        if name in ("accuracy", "loss") and labels is not None and not classes:
+            raise SearchError(
+                f"labels {tuple(labels.shape)} of {labels.dtype}: metric={name!r} needs one class number of each "
+                "image; for others pass a torchmetrics Metric (MultilabelAveragePrecision, MeanSquaredError), or "
+                "metric='kl' with dense="
+            )
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         of_this_rank = order[rank() :: world_size()]
         self.metric: str | Metric = metric if isinstance(metric, Metric) else str(name)
+        self._is_of_classes = name in ("accuracy", "loss")  # a torchmetrics Metric answers == with a Metric
         self.batch_size, self.num_images, self.prediction = batch_size, len(images), prediction
         self.images = images[of_this_rank].to(device or images.device)
         self.labels = None if labels is None else labels[of_this_rank].to(self.images.device)
-        if name is not None and self.labels is not None:
+        self._label_range: tuple[int, int] | None = None
+        if classes and labels is not None and self.labels is not None:
             self.labels = self.labels.long()
+            self._label_range = int(labels.min()), int(labels.max())
         self._closeness: Closeness | None = None
         if dense is not None:
             says = partial(self._dense_output, dense)
@@ -152,18 +164,19 @@ class HeldOut(Judge):
         """
         count, total, right, *errors = sum(gather(partial(self._sums_of_this_rank, model))).tolist()  # type: ignore[union-attr]
         distance = 0.0 if self._closeness is None else self._closeness.distance(torch.tensor(errors), count)
-        value = -distance if self.metric == "kl" else total / count
+        value = total / count if self._is_of_classes else -distance
         if isinstance(self.metric, Metric):
-            value = float(self.metric.compute())  # of all ranks
+            with self._computing(self.metric):
+                value = float(self.metric.compute())  # of all ranks
             value = -value if self.metric.higher_is_better is False else value
-        facts = {"accuracy": right / count} if self._tells_top1 else {}
+        facts = {"accuracy": right / count} if self._tells_top1 and right >= 0 else {}
         return Judgement(value, facts | ({"kl": distance} if self._tells_kl else {}))
 
     def _sums_of_this_rank(self, model: nn.Module) -> Tensor:
         """Images, the sum of their values, how many are right, and their errors; float64, on the CPU. A torchmetrics
         metric has no value per image: it is updated."""
         sums = torch.zeros(3 + (0 if self._closeness is None else self._closeness.num_errors), dtype=torch.float64)
-        if self.metric in ("accuracy", "loss") and self.prediction is None and _is_headless(model):
+        if self._is_of_classes and self.prediction is None and _is_headless(model):
             raise SearchError(
                 f"metric={self.metric!r} needs classes, but what {type(model).__name__} puts out are features; pass "
                 "metric='kl' with dense=, which compares outputs, or prediction=, which makes probabilities of them"
@@ -179,21 +192,37 @@ class HeldOut(Judge):
                     sums[3:] += self._closeness.errors(number, output)
                 if isinstance(self.metric, Metric):
                     self._update(self.metric, output, labels)
-                if labels is not None and (self._tells_top1 or self.metric in ("accuracy", "loss")):
+                if labels is not None and (self._tells_top1 or self._is_of_classes):
                     sums[1:3] += self._of_classes(output, labels).cpu()
         return sums
 
     def _of_classes(self, output: Any, labels: Tensor) -> Tensor:
         """Sum of the images' values by the metric, if it is of classes, and how many are right: (2,), float64."""
-        found = log_probabilities(output, self.prediction).to(labels.device)
-        if int(labels.min()) < 0 or int(labels.max()) >= found.shape[1]:
+        assert self._label_range is not None
+        lowest, highest = self._label_range
+        try:
+            found = log_probabilities(output, self.prediction).to(labels.device)
+        except SearchError:
+            if self._is_of_classes:
+                raise
+            return _NOT_TOLD
+        if lowest < 0 or highest >= found.shape[1]:
+            if not self._is_of_classes:  # the labels are something else, or some images have none
+                return _NOT_TOLD
+            one = "a torchmetrics Metric of one logit, such as BinaryAccuracy" if found.shape[1] == 1 else "metric='kl'"
             raise SearchError(
-                f"labels {int(labels.min())} to {int(labels.max())}, but the model's output has {found.shape[1]} "
-                f"classes; metric={self.metric!r} needs a class number of each image, or pass metric='kl' with dense="
+                f"labels {lowest} to {highest}, but the model's output has {found.shape[1]} classes; "
+                f"metric={self.metric!r} needs a class number of each image: leave out images without one, or pass "
+                f"{one if found.shape[1] == 1 else one + ' with dense='}"
             )
         right = (found.argmax(dim=1) == labels).double()
-        if self.metric not in ("accuracy", "loss"):
+        if not self._is_of_classes:
             return torch.stack([torch.zeros_like(right.sum()), right.sum()])
+        if self.metric == "loss" and self.prediction is None and _are_sigmoids(prediction_in(output)):
+            raise SearchError(
+                "metric='loss': the model's output is between 0 and 1 and no distribution over classes (a sigmoid?); "
+                "pass prediction=, which makes probabilities of it, or a torchmetrics Metric"
+            )
         certain = found.gather(1, labels[:, None])[:, 0].double()
         values = right + certain.exp() / (self.num_images + 1) if self.metric == "accuracy" else certain
         return torch.stack([values.sum(), right.sum()])
@@ -203,10 +232,25 @@ class HeldOut(Judge):
         if self.prediction is not None:
             found = self.prediction(output)
         else:
-            output = prediction_in(output)
-            is_logits = isinstance(output, Tensor) and output.ndim == 2
-            found = log_probabilities(output).exp() if is_logits else output
-        metric.update(found.to(labels.device), labels)
+            found = prediction_in(output)
+            is_of_classes = isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] > 1
+            if is_of_classes and self._label_range is not None:  # class numbers; all else is the metric's to read
+                found = log_probabilities(found).exp()
+        with self._computing(metric):
+            metric.update(found.to(labels.device).contiguous(), labels)
+
+    @contextmanager
+    def _computing(self, metric: Metric) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            labels = self.labels
+            assert labels is not None
+            raise SearchError(
+                f"metric={metric!r} cannot be computed of labels {tuple(labels.shape)} of {labels.dtype}, "
+                f"{labels.min().item():g} to {labels.max().item():g}: {str(error).strip().partition(chr(10))[0]}; pass "
+                "prediction=, which makes of the model's output what the metric reads, or another metric"
+            ) from error
 
     def _dense_output(self, dense: nn.Module, batch: int) -> Any:
         with torch.inference_mode(), evaluating(dense):
@@ -306,6 +350,11 @@ def _is_headless(model: nn.Module) -> bool:
     return anatomy.model is model and not anatomy.classifies
 
 
+def _are_sigmoids(output: Tensor) -> bool:
+    """Whether an output of which probabilities were to be made lies between 0 and 1."""
+    return bool((output >= 0).all()) and bool((output <= 1).all()) and not are_probabilities(output)
+
+
 def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:
     """The first `max_images` images (n, ...) and labels (n,) of the batches, or all.
 
@@ -319,9 +368,14 @@ def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Te
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)
         if not isinstance(parts[0], Tensor):
             raise SearchError(f"batches of {type(batch).__name__}: expected (images, labels), tensors both")
-        images.append(parts[0])
+        images.append(plain(parts[0]))
         if len(parts) > 1:
-            labels.append(torch.as_tensor(parts[1]))
+            labels.append(plain(torch.as_tensor(parts[1])))
+        if images[-1].shape[1:] != images[0].shape[1:]:
+            raise SearchError(
+                f"images of {tuple(images[-1].shape[1:])} after {tuple(images[0].shape[1:])}: held-out images are of "
+                "one size; give them in one"
+            )
         count += len(parts[0])
         if max_images is not None and count >= max_images:
             break

@@ -1,0 +1,144 @@
+"""What policies are judged by: `HeldOut` takes what a model says, its labels and its metric as they are given."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics.classification as of_classes
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError, Metric
+
+import lightning_mdc as mdc
+from lightning_mdc.errors import SearchError
+from lightning_mdc.policy_search.held_out import HeldOut
+from tests.kinds import CLASSES, images, make
+
+X, LABELS = images(40), torch.arange(40) % CLASSES
+
+
+class Ending(nn.Module):
+    """A network that ends in something of its own."""
+
+    def __init__(self, what: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.what = make(), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.what(self.net(x))
+
+
+def batches(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(X.split(16), labels.split(16), strict=True))
+
+
+@pytest.mark.parametrize("what", [lambda x: x.softmax(-1), lambda x: x.log_softmax(-1)], ids=["softmax", "log"])
+def test_a_softmax_built_in_is_not_taken_twice(what: Callable[[Tensor], Tensor]) -> None:
+    model = Ending(what)
+    with torch.no_grad():
+        expected = F.cross_entropy(model.net(X), LABELS)
+    assert HeldOut(batches(LABELS), "loss")(model) == pytest.approx(-float(expected), abs=1e-5)
+
+
+def test_models_that_end_in_a_softmax_are_compared_as_distributions() -> None:
+    model = Ending(lambda x: x.softmax(-1))
+    plan = mdc.make_plan(model.net, mdc.score(model.net, [X], progress=False), mdc.Policy(heads=0.5))
+    slim = Ending(model.what)
+    slim.net = mdc.slim(model.net, plan)
+    with torch.no_grad():
+        logs = [net(X).log_softmax(-1) for net in (slim.net, model.net)]
+        kl = F.kl_div(*logs, log_target=True, reduction="batchmean")
+    assert HeldOut(batches(LABELS), "kl", dense=model)(slim) == pytest.approx(-float(kl), rel=1e-3)
+
+
+def test_a_sigmoid_built_in_has_no_cross_entropy() -> None:
+    model = Ending(torch.sigmoid)
+    with pytest.raises(SearchError, match=r"a sigmoid.*prediction="):
+        HeldOut(batches(LABELS), "loss")(model)
+    HeldOut(batches(LABELS), "accuracy")(model)  # the order is that of the logits
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels", "what", "prediction", "direct"),
+    [
+        (MeanSquaredError, torch.randn(40, 2), lambda x: x[:, :2], None, lambda x: x[:, :2]),
+        (MeanSquaredError, torch.randn(40), lambda x: x[:, 0], None, lambda x: x[:, 0]),
+        (
+            lambda: of_classes.MultilabelAveragePrecision(CLASSES),
+            torch.rand(40, CLASSES).round().long(),
+            torch.sigmoid,
+            None,
+            torch.sigmoid,
+        ),
+        (
+            of_classes.BinaryAccuracy,
+            LABELS % 2,
+            lambda x: x[:, :1],
+            lambda x: x[:, 0].sigmoid(),
+            lambda x: x[:, 0].sigmoid(),
+        ),
+        (
+            lambda: of_classes.MulticlassAccuracy(CLASSES, ignore_index=255),
+            LABELS.where(LABELS > 1, 255),
+            lambda x: x,
+            None,
+            lambda x: x,
+        ),
+        (
+            lambda: of_classes.MulticlassCalibrationError(CLASSES),
+            LABELS,
+            lambda x: x.softmax(-1),
+            None,
+            lambda x: x.softmax(-1),
+        ),
+    ],
+    ids=["regression", "one number", "multi-label", "one logit", "ignored labels", "softmax built in"],
+)
+def test_a_metric_is_given_what_it_reads(
+    metric: Callable[[], Metric],
+    labels: Tensor,
+    what: Callable[[Tensor], Tensor],
+    prediction: Callable[[Tensor], Tensor] | None,
+    direct: Callable[[Tensor], Tensor],
+) -> None:
+    model, by_hand = Ending(what), metric()
+    with torch.no_grad():
+        by_hand.update(direct(model.net(X)).contiguous(), labels)
+    value = HeldOut(batches(labels), metric(), prediction=prediction)(model)
+    sign = -1 if by_hand.higher_is_better is False else 1
+    assert value == pytest.approx(sign * float(by_hand.compute()), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric", "reason"),
+    [
+        (LABELS - 1, "accuracy", "labels -1 to 5, .*leave out"),
+        (LABELS.where(LABELS > 0, 255), "loss", "labels 1 to 255"),
+        (torch.rand(40, CLASSES).round(), "loss", r"labels \(40, 7\).*one class number"),
+        (torch.rand(40), "accuracy", "torch.float32: metric='accuracy' needs one class number"),
+        (LABELS.where(LABELS > 0, 255), of_classes.MulticlassAccuracy(CLASSES), "cannot be computed of labels"),
+        (torch.rand(40, 3), MeanSquaredError(), "cannot be computed of labels"),
+    ],
+    ids=["-1", "255", "several", "numbers", "metric", "shapes"],
+)
+def test_labels_that_do_not_fit_are_said(labels: Tensor, metric: str | Metric, reason: str) -> None:
+    with pytest.raises(SearchError, match=reason):
+        HeldOut(batches(labels), metric)(make())
+
+
+def test_one_logit_is_pointed_to_a_metric_of_one() -> None:
+    with pytest.raises(SearchError, match="BinaryAccuracy"):
+        HeldOut(batches(LABELS % 2), "accuracy")(Ending(lambda x: x[:, :1]))
+
+
+def test_labels_do_not_matter_where_outputs_are_compared() -> None:
+    dense = make()
+    for labels in (LABELS - 1, LABELS.where(LABELS > 0, 255)):
+        judgement = HeldOut(batches(labels), dense=dense).judge(dense)
+        assert judgement.value == pytest.approx(0, abs=1e-9)
+        assert "accuracy" not in judgement.facts
+
+
+def test_images_are_of_one_size() -> None:
+    with pytest.raises(SearchError, match=r"images of \(3, 48, 48\) after \(3, 32, 32\)"):
+        HeldOut([(X, LABELS), (torch.randn(4, 3, 48, 48), LABELS[:4])])
