@@ -107,7 +107,7 @@ def test_plans_with_swaps_lose_less_in_every_layer() -> None:
 def test_swaps_that_cannot_be_are_refused() -> None:
     model = make()
     scores = mdc.score(model, [images(8)], "activation", progress=False)
-    with pytest.raises(CalibrationError, match="swaps=3: scores have no moments of the neurons; .*moments=True"):
+    with pytest.raises(CalibrationError, match=r"swaps=3: scores have no moments of the neurons; .*moments=True"):
         mdc.make_plan(model, scores, mdc.Policy(neurons=0.5), swaps=3)
     assert mdc.make_plan(model, scores, mdc.Policy(tokens=0.5), swaps=3)
     with pytest.raises(PlanError, match="swaps=-1"):

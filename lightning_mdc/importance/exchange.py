@@ -1,8 +1,8 @@
 """Kept and removed units change places while the layer loses less by it.
 
-Backward elimination (`conditional`) never takes back what it has removed, so its choice of so many units need not be the
-best one. Exchanges go on from it, each time by the pair that lowers the loss most: the variance of ``y = W z`` that the
-kept channels cannot explain, ``tr(W S_DD|K W^T)`` (D removed, K kept, `S_DD|K` the covariance of D given K).
+Backward elimination (`conditional`) never takes back what it has removed, so its choice of so many units need not be
+the best one. Exchanges go on from it, each time by the pair that lowers the loss most: the variance of ``y = W z`` that
+the kept channels cannot explain, ``tr(W S_DD|K W^T)`` (D removed, K kept, `S_DD|K` the covariance of D given K).
 
 All pairs are judged at once. With ``A = S_KK^-1 S_KD``, ``s_u = 1 / (S_KK^-1)_uu``, W refitted to K (W') and
 ``R = W_D S_DD|K``: if u leaves, the loss grows by ``s_u |W'_u|^2``; if v comes then, it falls by
@@ -104,15 +104,13 @@ class _Channels:
         inverse = torch.cholesky_inverse(ridge_cholesky(covariance[k][:, k], 0.0))
         given = inverse @ covariance[k][:, d]  # A
         self._swept = torch.empty_like(covariance)
+        left = covariance[d][:, d] - covariance[d][:, k] @ given
         self._swept[k[:, None], k], self._swept[k[:, None], d] = -inverse, given
-        self._swept[d[:, None], k], self._swept[d[:, None], d] = (
-            given.T,
-            covariance[d][:, d] - covariance[d][:, k] @ given,
-        )
+        self._swept[d[:, None], k], self._swept[d[:, None], d] = given.T, left
         # Below it, the row of y: W' and R.
         self._of_y = torch.empty_like(weight)
         self._of_y[:, k] = weight[:, k] + weight[:, d] @ given.T
-        self._of_y[:, d] = weight[:, d] @ self._swept[d[:, None], d]
+        self._of_y[:, d] = weight[:, d] @ left
 
     @property
     def kept(self) -> list[int]:
