@@ -463,8 +463,8 @@ def text(found: dict[str, Any]) -> str:
             f"images, searches of {found['trials']} trials on {found['judging']} images that the dense model was not "
             "trained on. Rows that name no criterion: `conditional`; no compensation: `sequential`; no dimensions: "
             "heads and neurons; not *searched*: uniform. s: seconds to score, search and compensate, on "
-            f"{found['threads']} thread(s). An empty cell was not run. Measured by `python benchmarks/pretrained.py --data FOLDER --work "
-            "FOLDER`; a row alone by `--method NAME`.",
+            f"{found['threads']} thread(s). An empty cell was not run. Measured by `python benchmarks/pretrained.py "
+            "--data FOLDER --work FOLDER`; a row alone by `--method NAME`.",
             "",
             *paired(found),
             verdicts(judged(found)),
