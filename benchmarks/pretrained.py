@@ -219,7 +219,7 @@ class Benchmark:
             "params": num_params(self.dense),
             "threads": torch.get_num_threads(),
             "tested": len(self.test[1]),
-            "dense": self.judged(self.dense),
+            "dense": self.judged(self.said),
             "rows": rows,
         }
         yield about
@@ -247,9 +247,11 @@ class Benchmark:
             slim = self.slim(METHODS[name], at, seed, spent)
         except BudgetError as error:
             return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
-        row |= {"macs": mdc.macs(slim), "params": num_params(slim), **self.judged(slim)}
+        row |= {"macs": mdc.macs(slim), "params": num_params(slim)}
+        features, said = looked_at(slim, self.test[0])
+        row |= self.judged(said)
         if at in PAIRS:
-            row["knn"] = self.nearest(slim, seed)
+            row["knn"] = self.nearest(slim, features, seed)
         spent["all"] = time.perf_counter() - begun
         return row | {"seconds": {key: round(value, 1) for key, value in spent.items()}}
 
@@ -303,19 +305,18 @@ class Benchmark:
         images, labels = sample(self.data.splits.calibration, self.asked.calibration, seed + 1)
         return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
 
-    def judged(self, model: nn.Module) -> dict[str, Any]:
-        """Top-1, KL(dense ‖ model), and which test images are right, as bits in hex."""
-        _, said = looked_at(model, self.test[0])
+    def judged(self, said: Tensor) -> dict[str, Any]:
+        """Top-1 of what a model says, log-probabilities (images, classes), its KL to dense, and which test images are
+        right, as bits in hex."""
         right = (said.argmax(dim=-1) == self.test[1]).numpy()
         kl = F.kl_div(said, self.said, log_target=True, reduction="batchmean").item()
         return {"top1": float(right.mean()), "kl": kl, "right": np.packbits(right).tobytes().hex()}
 
-    def nearest(self, model: nn.Module, seed: int) -> float:
-        """Top-1 of the features' nearest neighbours among the calibration images."""
+    def nearest(self, model: nn.Module, features: Tensor, seed: int) -> float:
+        """Top-1 of the nearest neighbours of the test images' features, (images, dim), among the calibration images."""
         batches = self.calibration(seed)
         labels = torch.cat([each for _, each in batches])
         known, _ = looked_at(model, torch.cat([images for images, _ in batches]))
-        features, _ = looked_at(model, self.test[0])
         alike = F.normalize(features, dim=-1) @ F.normalize(known, dim=-1).T
         near = alike.topk(min(NEIGHBOURS, len(labels)), dim=-1)
         votes = torch.zeros(len(features), self.said.shape[1])
