@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from lightning_mdc.errors import CalibrationError
 from lightning_mdc.importance import ConditionalDependence, Scorer, conditional
 from lightning_mdc.importance.conditional import lost_by_elimination, metric_root
 from lightning_mdc.importance.ridge import RIDGE
+from lightning_mdc.importance.scoring import surprise
 from lightning_mdc.models import find_anatomy
+from tests.distributed_program import join
 from tests.kinds import BASE, DIM, images, make
+from tests.processes import two_ranks
 
 Array = NDArray[np.float64]
 
@@ -191,13 +195,32 @@ def test_a_metric_without_preferences_is_the_identity(metric: torch.Tensor) -> N
 @pytest.mark.parametrize("metric", PREDICTS)
 def test_without_a_share_of_the_metric_nothing_changes(metric: str) -> None:
     model, batches = make(), [images(12, seed=1)]
-    plain = mdc.score(model, batches, progress=False)
-    weighed = mdc.score(model, batches, ConditionalDependence(metric, 0.0), progress=False)
-    whole = mdc.score(model, batches, ConditionalDependence(metric), progress=False)
-    for name in ("heads", "neurons", "tokens"):
-        for mine, theirs in zip(getattr(weighed, name), getattr(plain, name), strict=True):
-            torch.testing.assert_close(mine, theirs)
-    assert not torch.equal(whole.neurons[1], plain.neurons[1])
+    plain, weighed, whole = (
+        mdc.score(model, batches, criterion, dimensions=("heads", "tokens"), progress=False)
+        for criterion in (ConditionalDependence(), ConditionalDependence(metric, 0.0), ConditionalDependence(metric))
+    )
+    for mine, theirs in zip([*weighed.heads, *weighed.tokens], [*plain.heads, *plain.tokens], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not torch.equal(whole.heads[1], plain.heads[1])
+    assert torch.equal(whole.tokens[0], plain.tokens[0])
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_labels_are_drawn_from_the_prediction_itself(shift: float) -> None:
+    """Of probabilities a class, at whose logits the gradient is p - 1; of numbers a step in any direction."""
+    logits = torch.randn(400, 3, generator=torch.Generator().manual_seed(1)) * 2
+    logits.requires_grad_()
+    p = logits.softmax(dim=-1)
+    (gradient,) = torch.autograd.grad(
+        surprise(p + shift, torch.Generator().manual_seed(0)), [logits if not shift else p]
+    )
+    if shift:
+        torch.testing.assert_close(gradient.T.cov(), torch.eye(3), atol=0.2, rtol=0)
+        return
+    drawn = p - gradient
+    torch.testing.assert_close(drawn, drawn.round(), atol=1e-5, rtol=0)
+    assert (drawn.sum(dim=-1).round() == 1).all()
+    torch.testing.assert_close(drawn.mean(dim=0), p.mean(dim=0), atol=0.08, rtol=0)
 
 
 def metric_sums(model: nn.Module, metric: str, batches: list[torch.Tensor]) -> tuple[Scorer, list[torch.Tensor]]:
@@ -259,18 +282,25 @@ def test_the_hsic_metric_is_what_the_prediction_explains_of_the_output() -> None
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-5 * expected.diagonal().max())
 
 
-@pytest.mark.parametrize("metric", PREDICTS)
-def test_sums_of_two_ranks_are_those_of_all_batches(metric: str) -> None:
-    """But for the labels that are drawn: of a Fisher metric, those of a rank's own batches."""
-    model, batches = make(), [images(8, seed=1), images(8, seed=2)]
-    whole, first, second = (metric_sums(model, metric, some)[0] for some in (batches, batches[:1], batches[1:]))
-    assert first.sums.keys() == whole.sums.keys()
-    for name in ("neurons.1.gg",) if metric == "fisher" else ("neurons.1.zp", "heads.0.pp"):
-        together = first.sums[name] + second.sums[name]
-        if metric == "fisher":
-            assert 0.3 < float(together.trace() / whole.sums[name].trace()) < 3
-        else:
-            torch.testing.assert_close(together, whole.sums[name])
+def score_own_batch(rank: int, folder: Path) -> None:
+    join(rank, folder)
+    for metric in PREDICTS:
+        scorer, _ = metric_sums(make(), metric, [images(8, seed=rank)])
+        scorer.sum_over_ranks()
+        scores = scorer.scores()
+        torch.save((scorer.sums, list(scores.neurons)), folder / f"{metric}-{rank}.pt")
+
+
+def test_two_ranks_have_the_metric_of_all_images(tmp_path: Path) -> None:
+    two_ranks(score_own_batch, tmp_path)
+    for metric in PREDICTS:
+        own = [metric_sums(make(), metric, [images(8, seed=rank)])[0].sums for rank in (0, 1)]
+        (sums, neurons), (_, others) = (torch.load(tmp_path / f"{metric}-{rank}.pt") for rank in (0, 1))
+        assert sums.keys() == own[0].keys()
+        for name in ("neurons.1.gg",) if metric == "fisher" else ("neurons.1.zp", "heads.0.pp", "heads.0.z"):
+            torch.testing.assert_close(sums[name], own[0][name] + own[1][name])
+        for mine, theirs in zip(neurons, others, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("metric", PREDICTS)
