@@ -40,6 +40,7 @@ SCRIPTS = (
     "scale",
     "criteria",
     "accuracy",
+    "pretrained",
     "callback",
     "recipes",
 )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -292,6 +293,54 @@ def test_what_ends_ahead_of_ours_is_told(module):
     )
     rows[1] = row("ours, searched", 0.5, 0.75)
     assert misses({"rows": rows}) == ""
+
+
+def pretrained_row(method: str, rights: list[int], seed: int = 0, seconds: float = 1) -> dict[str, object]:
+    bits = np.packbits(np.array(rights, bool)).tobytes().hex()
+    return {"method": method, "at": "50 %", "seed": seed, "right": bits, "seconds": {"all": seconds}}
+
+
+def test_methods_are_compared_image_by_image(module):
+    """Seeds that both have; the error is of the differences, not of either."""
+    pretrained = module("pretrained")
+    ours, others = [1, 1, 1, 0, 1, 0, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1, 1, 0, 1, 1]
+    rows = [pretrained_row("a", ours), pretrained_row("b", others), pretrained_row("a", [0] * 10, seed=1)]
+    points, error = pretrained.apart({"rows": rows, "tested": 10}, "a", "b", "50 %")
+    difference = np.array(ours) - others
+    assert points == pytest.approx(100 * difference.mean())
+    assert error == pytest.approx(100 * difference.std() / 10**0.5)
+    assert math.isnan(pretrained.apart({"rows": rows, "tested": 10}, "a", "c", "50 %")[0])
+
+
+def test_what_is_left_takes_as_long_as_what_was_done_of_its_kind(module):
+    pretrained = module("pretrained")
+    kinds = {"searched, all three": 3600.0, "`taylor`, lstsq": 60.0}
+    rows = [pretrained_row(name, [1], seconds=seconds) for name, seconds in kinds.items()]
+    left = [("searched, neurons alone", "40 %", 0), ("`hsic`, lstsq", "40 %", 0)]
+    assert pretrained.hours(rows, left) == pytest.approx(1 + 1 / 60)
+    assert pretrained.hours(rows, [("`hsic`, none", "40 %", 0)]) == pytest.approx(1830 / 3600)
+    assert pretrained.hours(rows, []) == 0
+
+
+def test_the_pretrained_model_s_targets_are_of_what_was_run(module):
+    pretrained = module("pretrained")
+    tops = {
+        "`conditional`, sequential": 0.9,
+        "`taylor`, sequential": 0.88,
+        "`conditional`, metric=fisher, sequential": 0.905,
+    }
+    rows = [
+        {"method": name, "at": "50 %", "seed": 0, "top1": value, "kl": 0.1, "macs": 1, "seconds": {"all": 1.0}}
+        for name, value in tops.items()
+    ]
+    targets = {
+        target.what: target for target in pretrained.judged({"rows": rows, "tested": 4, "dense": {"top1": 0.95}})
+    }
+    assert targets["50 %, sequential: best criterion − the default (points)"].measured == pytest.approx(0.5)
+    assert not targets["50 %, sequential: best criterion − the default (points)"].is_met
+    assert targets["50 %: default − best of the other criteria (points)"].measured == pytest.approx(2)
+    assert not any(what.startswith(("40 %", "60 %")) for what in targets)
+    assert not targets["50 %: dense − searched (points)"].is_met, "not measured"
 
 
 @pytest.mark.parametrize("method", ["ours", "ours-4", "random", "skopt"])

@@ -79,7 +79,9 @@ def moments_of(z: np.ndarray) -> LayerMoments:
     return LayerMoments(torch.tensor(len(z)), torch.tensor(mean), torch.tensor((z - mean).T @ (z - mean)))
 
 
-def solved(problem, with_bias: bool = True, ridge: float = RIDGE) -> tuple[np.ndarray, np.ndarray | None]:
+def solved(
+    problem, with_bias: bool = True, ridge: float = RIDGE, kind: str = "mean"
+) -> tuple[np.ndarray, np.ndarray | None]:
     z, weight, bias, kept = problem
     new = refitted(
         torch.tensor(weight),
@@ -87,6 +89,7 @@ def solved(problem, with_bias: bool = True, ridge: float = RIDGE) -> tuple[np.nd
         moments_of(z),
         torch.tensor(kept, dtype=torch.long),
         ridge,
+        kind,
     )
     return new[0].numpy(), None if new[1] is None else new[1].numpy()
 
@@ -112,6 +115,69 @@ def test_the_ridge_pulls_to_the_old_weights(problem, ridge):
     wanted = np.vstack([centred[:, removed] @ weight[:, removed].T, np.zeros((len(kept), 4))])
     update = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
     np.testing.assert_allclose(solved(problem, ridge=ridge)[0], weight[:, kept] + update, atol=1e-8)
+
+
+def of_channels(variances: np.ndarray, kind: str) -> np.ndarray:
+    """What a ridge is a share of, written out."""
+    clipped = np.minimum(variances, 3 * np.sort(variances)[(len(variances) - 1) // 2]).mean()
+    if kind == "channel":
+        return np.maximum(variances, 1e-3 * clipped)
+    return np.full(len(variances), {"mean": variances.mean(), "clipped": clipped, "largest": variances.max()}[kind])
+
+
+@pytest.mark.parametrize("kind", ["mean", "clipped", "channel", "largest"])
+def test_a_ridge_may_be_told_of_outlier_channels(problem, kind):
+    """As least squares with a row added for each channel; one channel varies 100 times as much as the others."""
+    z, weight, _, kept = problem
+    z = z.copy()
+    z[:, 2] *= 100
+    centred = z - z.mean(axis=0)
+    removed = [channel for channel in range(10) if channel not in kept]
+    strength = 0.1 * of_channels(centred.var(axis=0), kind)[kept] * len(z)
+    rows = np.vstack([centred[:, kept], np.diag(np.sqrt(strength))])
+    wanted = np.vstack([centred[:, removed] @ weight[:, removed].T, np.zeros((len(kept), 4))])
+    update = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+    found = solved((z, *problem[1:]), ridge=0.1, kind=kind)[0]
+    np.testing.assert_allclose(found, weight[:, kept] + update, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["clipped", "channel"])
+def test_an_outlier_does_not_keep_the_others_from_being_refitted(problem, kind):
+    z, weight, bias, kept = problem
+    z = z.copy()
+    z[:, 2] *= 1000
+    changed = (z, weight, bias, kept)
+    plain, robust = (error_of(changed, *solved(changed, kind=each)) for each in ("mean", kind))
+    assert robust < 0.9 * plain
+
+
+@pytest.mark.parametrize("silent", [6, 10])
+@pytest.mark.parametrize("kind", ["mean", "clipped", "channel", "largest"])
+def test_every_ridge_bears_channels_that_are_silent(problem, kind, silent):
+    z, weight, bias, kept = problem
+    z = z.copy()
+    z[:, :silent] = 1.0
+    new_weight, new_bias = solved((z, weight, bias, kept), kind=kind)
+    assert np.isfinite(new_weight).all()
+    assert np.isfinite(new_bias).all()
+
+
+@pytest.mark.parametrize("way", ["lstsq", "sequential"])
+def test_slim_models_are_refitted_with_the_ridge_that_is_asked_for(way):
+    model, batches = make(), [images(8)]
+    scores = mdc.score(model, batches, progress=False)
+    plan = mdc.make_plan(model, scores, mdc.Policy(neurons=0.2))
+    given = {"moments": scores.moments} if way == "lstsq" else {"batches": batches}
+    weights = {
+        ridge: mdc.slim(model, plan, way, ridge=ridge, **given).blocks[1].mlp.fc2.weight
+        for ridge in (None, "mean", "clipped", "channel", "largest")
+    }
+    assert torch.equal(weights[None], weights["mean"])
+    assert len({tuple(weight.flatten().tolist()) for weight in weights.values()}) == 4
+    with pytest.raises(CompensationError, match=r"ridge='median'.*'mean' or 'clipped' or 'channel'"):
+        mdc.slim(model, plan, way, ridge="median", **given)
+    with pytest.raises(CompensationError, match="ridge='mean' is not looked at: compensate='none'"):
+        mdc.slim(model, plan, ridge="mean")
 
 
 def test_without_a_bias_the_weights_alone_are_refitted(problem):
@@ -172,7 +238,10 @@ def test_rounding_that_outweighs_the_ridge_is_borne(problem):
     z[:, 3] = z[:, 2]
     moments = moments_of(z)
     moments.scatter[2, 3] = moments.scatter[3, 2] = 1.01 * moments.scatter[2, 2]
-    assert torch.linalg.eigvalsh(moments.scatter[kept][:, kept]).min() / len(z) < -RIDGE * moments.scale(centred=True)
+    assert (
+        torch.linalg.eigvalsh(moments.scatter[kept][:, kept]).min() / len(z)
+        < -RIDGE * moments.variances(centred=True).mean()
+    )
     new = refitted(torch.tensor(weight), torch.tensor(bias), moments, torch.tensor(kept))
     changed = (z, weight, bias, kept)
     assert error_of(changed, *(each.numpy() for each in new)) < error_of(changed, *folded(changed))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +13,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import lightning_mdc as mdc
-from lightning_mdc.importance import ConditionalDependence, conditional
-from lightning_mdc.importance.conditional import lost_by_elimination
+from lightning_mdc.errors import CalibrationError
+from lightning_mdc.importance import ConditionalDependence, Scorer, conditional
+from lightning_mdc.importance.conditional import lost_by_elimination, metric_root
 from lightning_mdc.importance.ridge import RIDGE
+from lightning_mdc.importance.scoring import surprise
 from lightning_mdc.models import find_anatomy
-from tests.kinds import BASE, images, make
+from tests.distributed_program import join
+from tests.kinds import BASE, DIM, images, make
+from tests.processes import two_ranks
 
 Array = NDArray[np.float64]
 
@@ -158,3 +165,203 @@ def test_kept_units_rebuild_the_layer_better_than_those_of_other_criteria() -> N
         return float((outputs[0] - outputs[1]).square().mean())
 
     assert error("conditional") < min(error("random"), error("magnitude"), error("activation"))
+
+
+# --- a metric on the layer's output -----------------------------------------------------------------------------------
+
+PREDICTS = ("fisher", "hsic")
+
+
+@pytest.mark.parametrize(("channels", "units"), [(14, 14), (15, 5)])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_units_leave_by_what_a_metric_says_of_the_output(channels: int, units: int, share: float) -> None:
+    covariance, weight = problem(channels, 6)
+    directions = np.random.default_rng(4).standard_normal((6, 3))
+    metric = directions @ directions.T
+    mixed = share * metric / metric.diagonal().mean() + (1 - share) * np.eye(6)
+    root = metric_root(torch.from_numpy(metric), share)
+    np.testing.assert_allclose((root.T @ root).numpy(), mixed, atol=1e-12)
+    found = lost_by_elimination(torch.from_numpy(covariance), root @ torch.from_numpy(weight), units)
+    # The trace of what is lost times M is that of what the outputs scaled by its root lose.
+    scaled = np.linalg.cholesky(mixed + 1e-14 * np.eye(6)).T @ weight
+    np.testing.assert_allclose(found.numpy(), eliminated(covariance, scaled, units), rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", [7 * torch.eye(6).double(), torch.zeros(6, 6).double()])
+def test_a_metric_without_preferences_is_the_identity(metric: torch.Tensor) -> None:
+    torch.testing.assert_close(metric_root(metric, 1.0), torch.eye(6).double())
+
+
+@pytest.mark.parametrize("metric", PREDICTS)
+def test_without_a_share_of_the_metric_nothing_changes(metric: str) -> None:
+    model, batches = make(), [images(12, seed=1)]
+    plain, weighed, whole = (
+        mdc.score(model, batches, criterion, dimensions=("heads", "tokens"), progress=False)
+        for criterion in (ConditionalDependence(), ConditionalDependence(metric, 0.0), ConditionalDependence(metric))
+    )
+    for mine, theirs in zip([*weighed.heads, *weighed.tokens], [*plain.heads, *plain.tokens], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not torch.equal(whole.heads[1], plain.heads[1])
+    assert torch.equal(whole.tokens[0], plain.tokens[0])
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_labels_are_drawn_from_the_prediction_itself(shift: float) -> None:
+    """Of probabilities a class, at whose logits the gradient is p - 1; of numbers a step in any direction."""
+    logits = torch.randn(400, 3, generator=torch.Generator().manual_seed(1)) * 2
+    logits.requires_grad_()
+    p = logits.softmax(dim=-1)
+    (gradient,) = torch.autograd.grad(
+        surprise(p + shift, torch.Generator().manual_seed(0)), [logits if not shift else p]
+    )
+    if shift:
+        torch.testing.assert_close(gradient.T.cov(), torch.eye(3), atol=0.2, rtol=0)
+        return
+    drawn = p - gradient
+    torch.testing.assert_close(drawn, drawn.round(), atol=1e-5, rtol=0)
+    assert (drawn.sum(dim=-1).round() == 1).all()
+    torch.testing.assert_close(drawn.mean(dim=0), p.mean(dim=0), atol=0.08, rtol=0)
+
+
+def metric_sums(model: nn.Module, metric: str, batches: list[torch.Tensor]) -> tuple[Scorer, list[torch.Tensor]]:
+    scorer = Scorer(find_anatomy(model), ConditionalDependence(metric), ("heads", "neurons"))
+    said = []
+    with scorer.watching():
+        for batch in batches:
+            scorer.update(lambda batch=batch: said.append(model(batch)) or said[-1], len(batch))
+    return scorer, said
+
+
+def test_the_fisher_metric_is_of_gradients_at_the_layers_output() -> None:
+    """One image at a time: gradients of the layer's bias are those at its output, summed over tokens; with one token
+    each they are the same."""
+    torch.manual_seed(0)
+    model = make().double()
+    batches = [images(3, seed=1).double(), images(2, seed=2).double()]
+    scorer, said = metric_sums(model, "fisher", batches)
+    draw = torch.Generator().manual_seed(0)
+    expected: dict[str, Array] = {}
+    for batch, output in zip(batches, said, strict=True):
+        labels = output.softmax(-1).detach().float().multinomial(1, generator=draw)[:, 0].tolist()
+        for image, label in zip(batch, labels, strict=True):
+            readers = {f"neurons.{i}": block.mlp.fc2 for i, block in enumerate(model.blocks)}
+            readers |= {f"heads.{i}": block.attn.proj for i, block in enumerate(model.blocks)}
+            put_out: dict[str, torch.Tensor] = {}
+
+            def look(name, module, args, output, put_out=put_out):
+                put_out[name] = output
+
+            handles = [m.register_forward_hook(partial(look, name)) for name, m in readers.items()]
+            surprise = -model(image[None]).log_softmax(-1)[0, label]
+            for handle in handles:
+                handle.remove()
+            for name, g in zip(put_out, torch.autograd.grad(surprise, list(put_out.values())), strict=True):
+                expected[name] = expected.get(name, 0) + (g[0].T @ g[0]).numpy()
+    for name, value in expected.items():
+        np.testing.assert_allclose(scorer.sums[f"{name}.gg"].numpy(), value, rtol=1e-5, atol=1e-12 * value.max())
+
+
+def test_the_hsic_metric_is_what_the_prediction_explains_of_the_output() -> None:
+    """By least squares in numpy, from the mean token of each image; some means are far from 0."""
+    torch.manual_seed(0)
+    model, batches = make(), [images(12, seed=1), images(8, seed=2)]
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias.fill_(1000)
+    scorer, said = metric_sums(model, "hsic", batches)
+    group = scorer.groups["neurons.1"]
+    weight = group.units.reader.weight.detach().double()  # type: ignore[union-attr]
+    sums = {key[len("neurons.1.") :]: value for key, value in scorer.sums.items() if key.startswith("neurons.1.")}
+    found = ConditionalDependence("hsic")._of_output(sums | {"images": scorer.sums["images"]}, weight)
+    tokens = reads(model, 1, batches).reshape(20, 17, -1)
+    y = tokens.mean(axis=1) @ weight.numpy().T
+    p = torch.cat(said).softmax(-1).detach().double().numpy()
+    y, p = y - y.mean(axis=0), p - p.mean(axis=0)
+    pp = p.T @ p / 20
+    ridge = RIDGE * pp.diagonal().mean() * np.eye(len(pp))
+    expected = (y.T @ p / 20) @ np.linalg.solve(pp + ridge, p.T @ y / 20)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-5 * expected.diagonal().max())
+
+
+def score_own_batch(rank: int, folder: Path) -> None:
+    join(rank, folder)
+    for metric in PREDICTS:
+        scorer, _ = metric_sums(make(), metric, [images(8, seed=rank)])
+        scorer.sum_over_ranks()
+        scores = scorer.scores()
+        torch.save((scorer.sums, list(scores.neurons)), folder / f"{metric}-{rank}.pt")
+
+
+def test_two_ranks_have_the_metric_of_all_images(tmp_path: Path) -> None:
+    two_ranks(score_own_batch, tmp_path)
+    for metric in PREDICTS:
+        own = [metric_sums(make(), metric, [images(8, seed=rank)])[0].sums for rank in (0, 1)]
+        (sums, neurons), (_, others) = (torch.load(tmp_path / f"{metric}-{rank}.pt") for rank in (0, 1))
+        assert sums.keys() == own[0].keys()
+        for name in ("neurons.1.gg",) if metric == "fisher" else ("neurons.1.zp", "heads.0.pp", "heads.0.z"):
+            torch.testing.assert_close(sums[name], own[0][name] + own[1][name])
+        for mine, theirs in zip(neurons, others, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("metric", PREDICTS)
+@pytest.mark.parametrize("kind", ["features", "map", "bf16", "frozen", "swin_v2"])
+def test_a_metric_is_for_models_of_any_output(metric: str, kind: str) -> None:
+    model = make(kind) if kind == "swin_v2" else make()
+    if kind == "features":
+        model.reset_classifier(0)
+    elif kind == "map":
+        model.forward = model.forward_features  # (images, tokens, dim)
+    elif kind == "bf16":
+        model.bfloat16()
+    elif kind == "frozen":
+        model.requires_grad_(False)
+    dimensions = ("heads",)
+    batches = [images(12, seed=1)]
+    scores = mdc.score(model, batches, ConditionalDependence(metric), dimensions=dimensions, progress=False)
+    plain = mdc.score(model, batches, dimensions=dimensions, progress=False)
+    assert any(not torch.equal(*pair) for pair in zip(scores.heads, plain.heads, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_matters_to_the_prediction_stays() -> None:
+    """Half of the neurons write, loudly, where the head does not read."""
+    torch.manual_seed(0)
+    model = VisionTransformer(**BASE, mlp_ratio=1, class_token=False, global_pool="avg").eval()
+    model.fc_norm = nn.Identity()
+    last, half = model.blocks[-1].mlp, DIM // 2
+    with torch.no_grad():
+        last.fc2.weight.zero_()
+        last.fc2.weight[:half, :half] = torch.eye(half)
+        last.fc2.weight[half:, half:] = 10 * torch.eye(half)
+        model.head.weight[:, half:] = 0
+    batches = [images(32, seed=s) for s in range(3)]
+
+    def kept(criterion: ConditionalDependence) -> list[int]:
+        scores = mdc.score(model, batches, criterion, dimensions=("neurons",), progress=False)
+        return sorted(scores.neurons[-1].topk(half).indices.tolist())
+
+    assert kept(ConditionalDependence()) == list(range(half, DIM))
+    assert kept(ConditionalDependence("fisher", 1.0)) == list(range(half))
+
+
+def test_a_metric_that_cannot_be_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"metric='fischer'.*identity.*fisher.*hsic"):
+        ConditionalDependence("fischer")
+    with pytest.raises(CalibrationError, match=r"metric_weight=0.5 is not looked at: metric='identity'"):
+        ConditionalDependence(metric_weight=0.5)
+    for wrong in (1.5, -0.1, float("nan"), "half"):
+        with pytest.raises(CalibrationError, match="metric_weight="):
+            ConditionalDependence("hsic", wrong)  # type: ignore[arg-type]
+    model, batch = make(), images(4)
+    for metric, prediction, said in (
+        ("hsic", lambda out: out.repeat(1, 5000)[:, :5000], "metric='hsic': the prediction has 5000 .*prediction="),
+        ("fisher", lambda out: out.detach().softmax(-1), "needs gradients of the prediction.*prediction="),
+    ):
+        criterion = ConditionalDependence(metric)
+        with pytest.raises(CalibrationError, match=said):
+            mdc.score(model, [batch], criterion, prediction=prediction, progress=False)
+
+
+def test_gradients_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"metric='fisher': gradients .* not finite"):
+        metric_root(torch.full((3, 3), torch.inf).double(), 0.5)

@@ -11,6 +11,12 @@ via Dependence Maximization", JMLR 2012); conditional covariance as its measure 
 Jordan, "Kernel Feature Selection via Conditional Covariance Minimization" (NeurIPS 2017). With P the inverse covariance
 and W refitted to the units that are left, the measure is ``tr(W_u P_uu^-1 W_u^T)``: the closed form of the optimal
 brain surgeon (Hassibi & Stork, NeurIPS 1992).
+
+All that y varies by counts alike there. With a metric M on it, ``tr(W_u P_uu^-1 W_u^T M)``, what the prediction p
+depends on counts more: ``M = C_yp C_pp^-1 C_py`` is dependence by linear kernels (HSIC) of y on p, normalised by p;
+``M = E[g g^T]``, g the gradient at y of -log p of a label that the model itself would draw, is what Fisher's
+information says of y (the factor of K-FAC: Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored
+Approximate Curvature", ICML 2015).
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_mdc.errors import CalibrationError, check_number, check_one_of
 from lightning_mdc.importance.criteria import HSIC, Criterion, Needs, UnitGroup, register
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.models import unit_channels
@@ -30,6 +37,10 @@ _AT_ONCE = 64
 # Share of channels that have left at which matrices are copied without them.
 _GONE = 0.25
 
+METRICS = ("identity", "fisher", "hsic")
+# Numbers of a prediction at most whose covariance is taken: 128 MB.
+_MOST_PREDICTED = 4096
+
 
 @register
 class ConditionalDependence(Criterion):
@@ -38,31 +49,106 @@ class ConditionalDependence(Criterion):
     A score is the share of the output's variance that is lost once this unit has left, and all with lower scores before
     it, while the others are refitted (as ``compensate="lstsq"`` does); 1 for the last. Token positions score as by raw
     `HSIC`. For heads and neurons it looks at moments of the channels alone (`Moments` says how much memory they take):
-    no prediction, labels or gradients.
+    no prediction, labels or gradients, unless `metric` asks for them.
+
+    Args:
+        metric: what of the output's variance counts. ``"identity"``: all of it alike. ``"fisher"``: as far as the
+            prediction changes by it, from one backward pass per batch, for labels that are drawn from the prediction
+            (where that is not of probabilities, from a normal distribution about it). ``"hsic"``: as far as the
+            prediction depends on it linearly; no gradients.
+        metric_weight: share of the metric, in [0, 1]; the rest is the identity, both at mean 1. None: 0.5.
+
+    Raises:
+        CalibrationError: another metric, another share, or a share of the identity alone.
     """
 
     name = "conditional"
 
-    def __init__(self) -> None:
+    def __init__(self, metric: str = "identity", metric_weight: float | None = None) -> None:
+        check_one_of("metric", metric, METRICS, CalibrationError)
+        if metric == "identity" and metric_weight is not None:
+            raise CalibrationError(
+                f"metric_weight={metric_weight!r:.80} is not looked at: metric='identity' has nothing to weigh; leave "
+                "it out, or choose metric='fisher' or 'hsic'"
+            )
+        self.metric, self.metric_weight = metric, 0.5 if metric_weight is None else metric_weight
+        check_number("metric_weight", self.metric_weight, "a share", CalibrationError, least=0, most=1)
         self._of_tokens = HSIC(hsic_weight=1.0, activation_weight=0.0)
 
     def needs(self, dimension: str) -> Needs:
-        return Needs(moments=True) if dimension in UNIT_DIMENSIONS else self._of_tokens.needs(dimension)
+        if dimension not in UNIT_DIMENSIONS:
+            return self._of_tokens.needs(dimension)
+        return Needs(moments=True, prediction=self.metric == "hsic", output_gradients=self.metric == "fisher")
 
     def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
-        return {} if group.units else self._of_tokens.observe(activations, group)
+        if group.units is None:
+            return self._of_tokens.observe(activations, group)
+        if self.metric != "hsic":
+            return {}
+        # (images, channels): what a prediction, of which an image has one, can say of an image's tokens is their mean.
+        return {"z": activations.mean(dim=1, dtype=torch.promote_types(activations.dtype, torch.float32)).flatten(1)}
+
+    def observe_output_gradients(self, gradients: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+        return {"gg": gradients.T @ gradients}
 
     def contract(self, seen: Mapping[str, Tensor], prediction: Tensor, group: UnitGroup) -> Mapping[str, Tensor]:
-        return self._of_tokens.contract(seen, prediction, group)
+        if group.units is None:
+            return self._of_tokens.contract(seen, prediction, group)
+        if prediction.shape[1] > _MOST_PREDICTED:
+            raise CalibrationError(
+                f"metric='hsic': the prediction has {prediction.shape[1]} numbers, and their covariance is taken; pass "
+                f"prediction=, which makes at most {_MOST_PREDICTED} of the model's output, or metric='fisher'"
+            )
+        z, p = _wide(seen["z"]), _wide(prediction)
+        return {"zp": z.T @ p, "pp": p.T @ p, "z": z.sum(dim=0), "p": p.sum(dim=0)}
 
     def finish(self, sums: Mapping[str, Tensor], group: UnitGroup) -> Tensor:
         if group.units is None:
             return self._of_tokens.finish(sums, group)
         assert group.moments is not None  # they are needed
-        weight, moments = group.units.reader.weight.detach(), group.moments
-        if weight.device.type not in ("cpu", "cuda"):  # where float64 is not to be had
-            weight, moments = weight.cpu(), moments.to("cpu")
-        return lost_by_elimination(moments.covariance(), weight.double(), group.count)
+        weight = _wide(group.units.reader.weight.detach())
+        covariance = group.moments.to(weight.device).covariance()
+        if self.metric != "identity":
+            weight = metric_root(self._of_output(sums, weight), self.metric_weight) @ weight
+        return lost_by_elimination(covariance, weight, group.count)
+
+    def _of_output(self, sums: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """The metric on what a layer of `weight` (out, channels) puts out, of any scale: (out, out)."""
+        if self.metric == "fisher":
+            return _wide(sums["gg"])
+        images = _wide(sums["images"])
+        p = sums["p"] / images
+        pp = sums["pp"] / images - torch.outer(p, p)
+        yp = weight @ (sums["zp"] / images - torch.outer(sums["z"] / images, p))
+        noise = RIDGE * float(pp.diagonal().mean())
+        if not noise > 0:  # the same for all images
+            return torch.zeros_like(yp @ yp.T)
+        explained = torch.linalg.solve_triangular(ridge_cholesky(pp, noise), yp.T, upper=False)
+        return explained.T @ explained
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64, where that is to be had."""
+    return (x if x.device.type in ("cpu", "cuda") else x.cpu()).double()
+
+
+def metric_root(metric: Tensor, share: float) -> Tensor:
+    """R with ``R^T R = share M + (1 - share) I``, M the `metric` (out, out) scaled so that its mean diagonal is 1: what
+    a layer's weight is multiplied with to lose what M says. A metric of zeros, which says nothing, is I.
+
+    Raises:
+        CalibrationError: it holds no numbers.
+    """
+    if not metric.isfinite().all():
+        raise CalibrationError(
+            "metric='fisher': gradients of the prediction are not finite on the calibration images; score in fp32 or "
+            "bf16, or take metric='identity'"
+        )
+    identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    mean = metric.diagonal().mean()
+    mixed = share * metric / mean + (1 - share) * identity if mean > 0 else identity
+    values, vectors = torch.linalg.eigh(mixed)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
 
 def lost_by_elimination(covariance: Tensor, weight: Tensor, num_units: int) -> Tensor:

@@ -41,6 +41,8 @@ class Needs:
         prediction: whether it looks at the model's prediction.
         gradients: whether at gradients of a loss, for which there have to be labels, or one of the user's own.
         moments: whether at first and second moments of what layers read from units.
+        output_gradients: whether at gradients, where layers that read units put out, of how unlikely the model finds a
+            label that is drawn from its own prediction; no labels are needed.
     """
 
     images: int = 1
@@ -48,6 +50,7 @@ class Needs:
     prediction: bool = False
     gradients: bool = False
     moments: bool = False
+    output_gradients: bool = False
 
     @classmethod
     def all_of(cls, needs: Iterable[Needs]) -> Needs:
@@ -96,6 +99,10 @@ class Criterion(ABC):
 
     def observe(self, activations: Tensor, group: UnitGroup) -> dict[str, Tensor]:
         """Sums over this batch, of any shape, always the same; or what `contract` makes them of."""
+        return {}
+
+    def observe_output_gradients(self, gradients: Tensor, group: UnitGroup) -> dict[str, Tensor]:
+        """Where they are needed: sums over this batch of `gradients`, (images * tokens, out), in fp32 or wider."""
         return {}
 
     def contract(self, seen: Mapping[str, Tensor], prediction: Tensor, group: UnitGroup) -> Mapping[str, Tensor]:

@@ -57,10 +57,10 @@ class LayerMoments:
         covariance = self.scatter.index_select(0, some).index_select(1, others).double() / int(self.rows)
         return covariance if centred else covariance + torch.outer(self.mean[some].double(), self.mean[others].double())
 
-    def scale(self, *, centred: bool) -> Tensor:
-        """Mean variance (or, not centred, mean square) of a channel: () float64."""
-        variance = self.scatter.diagonal().double() / int(self.rows)
-        return (variance if centred else variance + self.mean.double().square()).mean()
+    def variances(self, *, centred: bool) -> Tensor:
+        """Variance (or, not centred, mean square) of each channel: (channels,) float64."""
+        variances = self.scatter.diagonal().double() / int(self.rows)
+        return variances if centred else variances + self.mean.double().square()
 
     def to(self, device: torch.device | str) -> LayerMoments:
         """The same on a device."""

@@ -175,6 +175,7 @@ class Scorer:
         self._variety = _Variety()
         self.groups = dict(self._groups())
         self._pass = _Pass()
+        self._draw = torch.Generator().manual_seed(0)  # labels of the model's own
         self._two_passes = False
         self._images = 0  # of the batch at hand
 
@@ -210,6 +211,8 @@ class Scorer:
         for name, group in self.groups.items():
             if group.units is not None:
                 yield group.units.reader.register_forward_pre_hook, partial(self._see_units, name, group.units)
+                if self.criterion.needs(group.dimension).output_gradients:
+                    yield group.units.reader.register_forward_hook, partial(self._see_output, name)
             else:
                 point = self.anatomy.blocks[self.stages[int(name.split(".")[1])]].point
                 assert point is not None  # every block has one where tokens may leave
@@ -224,7 +227,7 @@ class Scorer:
             CalibrationError: too few images, or labels or a prediction are needed and missing.
         """
         self._images = images
-        with torch.set_grad_enabled(self.needs.gradients):
+        with torch.set_grad_enabled(self.needs.gradients or self.needs.output_gradients):
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
             seen = min((call.rows for call in self._pass.calls), default=images)
@@ -233,6 +236,8 @@ class Scorer:
                     f"a batch of {seen} images: criterion={self.criterion.name!r} needs at least {self.needs.images} "
                     "in each; give larger batches"
                 )
+            if self.needs.output_gradients:
+                self._add_output_gradients(surprise(self._predicted(output), self._draw))
             if self.needs.gradients:
                 self._add_changes(output, labels, batch)
             if self.needs.prediction:
@@ -320,6 +325,21 @@ class Scorer:
                 change = torch.zeros_like(gate) if gradient is None else gradient
                 self._add(name, self.criterion.observe(change.flatten(1), self.groups[name]), rows)
 
+    def _add_output_gradients(self, loss: Tensor) -> None:
+        added = self._pass.added
+        if not loss.requires_grad:
+            raise CalibrationError(
+                f"criterion={self.criterion.name!r} needs gradients of the prediction, but none lead from it to the "
+                "layers; pass prediction= that does not detach it, or an option or criterion without gradients"
+            )
+        tensors = [zeros for _, zeros in added]
+        found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=self.needs.gradients)
+        for (name, zeros), gradient in zip(added, found, strict=True):
+            gradient = (torch.zeros_like(zeros) if gradient is None else gradient).flatten(0, -2)
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            with torch.no_grad(), exactly(gradient):
+                self._add(name, self.criterion.observe_output_gradients(gradient, self.groups[name]))
+
     def _cross_entropy(self, output: Any, labels: Tensor | None) -> Tensor:
         """Of classes, summed over images."""
         if self.prediction is None and not self._are_logits(output):
@@ -402,6 +422,13 @@ class Scorer:
         gated = self._see(name, x.unflatten(-1, (units.count, units.width)))
         return None if gated is None else (gated.flatten(-2).reshape(given.shape),)
 
+    def _see_output(self, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self._pass.prediction is not None:  # a second pass
+            return None
+        zeros = torch.zeros_like(plain(output), requires_grad=True)
+        self._pass.added.append((name, zeros))
+        return output + zeros
+
     def _see_values(self, name: str, at: Channels, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         prefix, output = self.anatomy.num_prefix_tokens, plain(output)
         gated = self._see(name, output[:, None, prefix:, at.start : at.stop])
@@ -435,13 +462,17 @@ class Scorer:
             self._add(name, seen, call.rows, now.prediction)
         return None
 
-    def _add(self, name: str, seen: Mapping[str, Tensor], rows: int, prediction: Tensor | None = None) -> None:
-        """Add sums over so many images; without a prediction the criterion needs none for them."""
+    def _add(
+        self, name: str, seen: Mapping[str, Tensor], rows: int | None = None, prediction: Tensor | None = None
+    ) -> None:
+        """Add sums over so many images, if they are not counted already; without a prediction the criterion needs none
+        for them."""
         if prediction is not None:
             with exactly(prediction):
                 seen = self.criterion.contract(seen, prediction, self.groups[name])
-        device = self.sums["batches"].device
-        counts = {"batches": torch.ones((), device=device), "images": torch.full((), float(rows), device=device)}
+        device, counts = self.sums["batches"].device, {}
+        if rows is not None:
+            counts = {"batches": torch.ones((), device=device), "images": torch.full((), float(rows), device=device)}
         for key, value in {**seen, **counts}.items():
             total = self.sums.get(f"{name}.{key}")
             self.sums[f"{name}.{key}"] = value if total is None else total + value
@@ -474,6 +505,7 @@ class _Pass:
 
     prediction: Tensor | None = None  # known from a pass before: contract at once, remember nothing
     gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by group and number of images
+    added: list[tuple[str, Tensor]] = field(default_factory=list)  # zeros, to what layers put out, by group
     calls: list[_Call] = field(default_factory=list)
     remembered: int = 0  # bytes
     overflowed: bool = False  # nothing (more) is remembered: there will be a second pass
@@ -534,6 +566,21 @@ def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None
         )
     result = result.to(torch.promote_types(result.dtype, torch.float32))
     return result.softmax(dim=-1) if prediction is None and is_logits else result
+
+
+def surprise(prediction: Tensor, draw: torch.Generator) -> Tensor:
+    """How unlikely labels are, drawn from the prediction itself by `draw`, summed over images: () with gradients.
+
+    prediction: (images, numbers). Rows of probabilities give -log p of a class each; others half the squared distance
+    to what a normal distribution of unit variance about them gives, but for a constant.
+    """
+    with torch.no_grad():
+        of_classes = bool((prediction >= 0).all() and (prediction.sum(dim=1) - 1).abs().max() < 1e-2)
+        drawn = prediction.cpu().multinomial(1, generator=draw) if of_classes else None
+    if drawn is not None:
+        return -prediction.gather(1, drawn.to(prediction.device)).clamp_min(1e-12).log().sum()
+    noise = torch.randn(prediction.shape, generator=draw)
+    return (prediction * noise.to(prediction)).sum()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_mdc.errors import CompensationError, UnsupportedModelError, check_one_of
 from lightning_mdc.importance.moments import LayerMoments, Moments
-from lightning_mdc.importance.ridge import RIDGE, ridge_weights
+from lightning_mdc.importance.ridge import RIDGE, ridge_of, ridge_weights
 from lightning_mdc.models import Anatomy, Units, unit_channels
 from lightning_mdc.policy import Plan
 
@@ -29,7 +29,7 @@ COMPENSATIONS = ("none", "lstsq", "sequential")
 
 
 def refitted(
-    weight: Tensor, bias: Tensor | None, moments: LayerMoments, kept: Tensor, ridge: float = RIDGE
+    weight: Tensor, bias: Tensor | None, moments: LayerMoments, kept: Tensor, share: float = RIDGE, ridge: str = "mean"
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (out, kept) and bias (out,) of a layer that reads the `kept` channels only, float64.
 
@@ -38,7 +38,7 @@ def refitted(
         bias: (out,), or None: there is none then either.
         moments: of what the dense layer reads, on the device of `weight`.
         kept: sorted channel numbers, (kept,) int64.
-        ridge: as a share of the channels' mean variance, above 0.
+        share, ridge: how much of what is added to each channel's variance, above 0; see `ridge_of`.
     """
     is_removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     is_removed[kept] = False
@@ -48,8 +48,8 @@ def refitted(
     new_bias = None if bias is None else bias.detach().double() + lost @ moments.mean[removed].double()
     centred = bias is not None
     shared = moments.second(kept, removed, centred=centred) @ lost.T  # (kept, out)
-    ridge = float(ridge * moments.scale(centred=centred))
-    update = ridge_weights(moments.second(kept, kept, centred=centred), shared, ridge).T
+    added = ridge_of(moments.variances(centred=centred), ridge, share)[kept]
+    update = ridge_weights(moments.second(kept, kept, centred=centred), shared, added).T
     if new_bias is not None:
         new_bias = new_bias - update @ moments.mean[kept].double()
     return new_weight + update, new_bias
@@ -119,17 +119,17 @@ def compensation_of_trials(compensate: str, pruned: Iterable[Units]) -> str:
     return "lstsq" if all(units.norm is None for units in pruned) else "none"
 
 
-def refit_readers(anatomy: Anatomy, plan: Plan, moments: Moments) -> None:
+def refit_readers(anatomy: Anatomy, plan: Plan, moments: Moments, ridge: str = "mean") -> None:
     """Refit, in place, the layers of a dense model that read what leaves; weights for what leaves stay as they are.
 
     Raises:
         CompensationError, UnsupportedModelError: see `check_compensable`.
     """
     for units in anatomy.units_leaving(plan):
-        _refit(units, plan.kept[units.dimension][units.block], moments)
+        _refit(units, plan.kept[units.dimension][units.block], moments, ridge)
 
 
-def _refit(units: Units, kept: tuple[int, ...], moments: Moments) -> None:
+def _refit(units: Units, kept: tuple[int, ...], moments: Moments, ridge: str) -> None:
     check_compensable(units, "lstsq", moments)
     layer = moments.of(units)
     assert layer is not None
@@ -138,7 +138,7 @@ def _refit(units: Units, kept: tuple[int, ...], moments: Moments) -> None:
     device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
     channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=device), units.width)
     old_bias = None if bias is None else bias.to(device)
-    new_weight, new_bias = refitted(weight.to(device), old_bias, layer.to(device), channels)
+    new_weight, new_bias = refitted(weight.to(device), old_bias, layer.to(device), channels, ridge=ridge)
     with torch.no_grad():
         weight[:, channels.to(weight.device)] = new_weight.to(weight.device, weight.dtype)
         if new_bias is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mdc.errors import CalibrationError, PlanError, check_kind
+from lightning_mdc.errors import CalibrationError, PlanError, check_kind, check_whole
+from lightning_mdc.importance.exchange import exchanged
+from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.scores import Scores, min_max
 from lightning_mdc.models import Anatomy, Counts, find_anatomy
 from lightning_mdc.policy import Plan, Policy, TokenOptions, TokenStage
@@ -21,6 +23,7 @@ def make_plan(
     policy: Policy,
     tokens: TokenOptions | None = None,
     *,
+    swaps: int = 0,
     input_size: tuple[int, int] | None = None,
     submodule: str | None = None,
 ) -> Plan:
@@ -31,13 +34,15 @@ def make_plan(
         scores: from `score`; a dimension that `policy` does not prune may be missing.
         policy: keep ratios.
         tokens: what happens at a token stage; None: ``TokenOptions()``.
+        swaps: how many times at most, in each block, a kept and a removed unit change places while their layer loses
+            less by it, refitted; see `importance.exchange`. Needs the `moments` of scores.
         input_size: (height, width) in pixels at which tokens are kept in whole numbers; None: the model's own.
         submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
 
     Raises:
         PolicyError: the policy does not fit the model.
         CalibrationError: scores are missing or of another model.
-        PlanError: a reduction that is not known, or priors where positions are not.
+        PlanError: a reduction that is not known, priors where positions are not, or swaps that are no whole number.
     """
     if not isinstance(scores, Scores):
         raise CalibrationError(f"scores={scores!r:.80}: expected Scores, e.g. from score(model, batches)")
@@ -46,11 +51,13 @@ def make_plan(
     check_kind("tokens", tokens, TokenOptions, PlanError)
     options = TokenOptions() if tokens is None else tokens
     reduction_class(options.reduction)  # refuses an unknown one, whether or not any token leaves
+    check_whole("swaps", swaps, 0, PlanError)
+    kept = {
+        name: _best(name, sizes, counts.units.get(name, ()), scores.units(name))
+        for name, sizes in anatomy.sizes.items()
+    }
     return Plan(
-        kept={
-            name: _best(name, sizes, counts.units.get(name, ()), scores.units(name))
-            for name, sizes in anatomy.sizes.items()
-        },
+        kept=_exchanged(anatomy, kept, scores.moments, swaps) if swaps else kept,
         sizes=anatomy.sizes,
         tokens=_token_stages(anatomy, counts, scores, options, input_size),
         reduction=options.reduction,
@@ -75,6 +82,26 @@ def _best(
         order = torch.argsort(scores[block].double().cpu(), descending=True, stable=True)
         kept.append(tuple(sorted(order[: int(count)].tolist())))
     return tuple(kept)
+
+
+def _exchanged(
+    anatomy: Anatomy, kept: Mapping[str, Sequence[tuple[int, ...]]], moments: Moments | None, swaps: int
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """What is kept after swaps."""
+    after = {name: list(of_blocks) for name, of_blocks in kept.items()}
+    for units in anatomy.all_units:
+        before = after[units.dimension][units.block]
+        if len(before) == units.count:
+            continue
+        layer = None if moments is None else moments.of(units)
+        if layer is None:
+            raise CalibrationError(
+                f"swaps={swaps}: scores have no moments of the {units.dimension}; score with this dimension and "
+                "moments=True"
+            )
+        weight, covariance = units.reader.weight.detach().cpu().double(), layer.covariance().cpu()
+        after[units.dimension][units.block] = exchanged(covariance, weight, before, units.count, swaps)
+    return {name: tuple(of_blocks) for name, of_blocks in after.items()}
 
 
 def _token_stages(

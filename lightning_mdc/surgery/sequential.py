@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lightning_mdc.distributed import on_every_rank, on_first_rank
 from lightning_mdc.errors import CompensationError
 from lightning_mdc.importance.moments import MOMENT_TOKENS, LayerMoments, MomentSum, drawn_rows
-from lightning_mdc.importance.ridge import RIDGE, ridge_weights
+from lightning_mdc.importance.ridge import ridge_of, ridge_weights
 from lightning_mdc.importance.scoring import exactly
 from lightning_mdc.models import Anatomy, Block, Units, probing
 from lightning_mdc.models.swapping import calling_readers
@@ -85,6 +85,7 @@ def refit_in_sequence(
     passes: Sequence[tuple[Pass, Pass]],
     *,
     standing_in: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ridge: str = "mean",
     over_ranks: bool = False,
     progress: bool = False,
 ) -> None:
@@ -94,6 +95,7 @@ def refit_in_sequence(
         dense, small: a model and its slim one, both unmasked, as written (uncompiled) and in eval mode.
         passes: for each batch, what runs the dense model on it, and what runs the slim one.
         standing_in: what has to be around the slim model's passes whenever they go on.
+        ridge: what it is a share of, see `ridge_of`.
         over_ranks: layers are refitted on the batches of all ranks, which all have to call this.
         progress: show a bar (on a terminal).
 
@@ -115,7 +117,7 @@ def refit_in_sequence(
             look = partial(_seen, layer, dense_walks, small_walks, standing_in)
             seen = on_every_rank(look) if over_ranks else look()
             with exactly(layer.small.reader.weight):
-                _refit(layer, seen, small.num_prefix_tokens, draw, over_ranks)
+                _refit(layer, seen, small.num_prefix_tokens, draw, ridge, over_ranks)
             advance()
 
 
@@ -203,7 +205,7 @@ def _seen(
 
 
 def _refit(
-    layer: Layer, seen: Sequence[tuple[Given, Wanted]], prefix: int, draw: torch.Generator, over_ranks: bool
+    layer: Layer, seen: Sequence[tuple[Given, Wanted]], prefix: int, draw: torch.Generator, ridge: str, over_ranks: bool
 ) -> None:
     reader = layer.small.reader
     scale = _scale(seen[0][1]) if seen else None
@@ -225,18 +227,19 @@ def _refit(
     moments = sums.moments()
     if reader.weight.device.type not in ("cpu", "cuda"):  # where float64 is not to be had
         moments = moments.to("cpu")
-    update, shift = made_up(moments, channels, centred=reader.bias is not None)
+    update, shift = made_up(moments, channels, centred=reader.bias is not None, ridge=ridge)
     reader.weight.add_(update.to(reader.weight))
     if reader.bias is not None:
         reader.bias.add_(shift.to(reader.bias))
 
 
-def made_up(moments: LayerMoments, channels: int, *, centred: bool) -> tuple[Tensor, Tensor]:
+def made_up(moments: LayerMoments, channels: int, *, centred: bool, ridge: str = "mean") -> tuple[Tensor, Tensor]:
     """What to add to a layer's weight (out, channels) and bias (out,), so that the least of what is missing is left.
 
     Args:
         moments: of rows of what the layer reads, `channels` of them, and what is missing of its output.
         centred: whether it has a bias.
+        ridge: see `ridge_of`.
 
     Returns float64.
     """
@@ -244,8 +247,8 @@ def made_up(moments: LayerMoments, channels: int, *, centred: bool) -> tuple[Ten
     misses = torch.arange(channels, len(moments.mean), device=moments.mean.device)
     mean = moments.mean.double()
     of_reads = moments.second(reads, reads, centred=centred)
-    ridge = RIDGE * float(of_reads.diagonal().mean()) if channels else 0.0
-    update = ridge_weights(of_reads, moments.second(reads, misses, centred=centred), ridge).T
+    added = ridge_of(of_reads.diagonal(), ridge)
+    update = ridge_weights(of_reads, moments.second(reads, misses, centred=centred), added).T
     return update, mean[misses] - update @ mean[reads]
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_mdc.errors import CompensationError, check_one_of
 from lightning_mdc.importance.moments import Moments
+from lightning_mdc.importance.ridge import RIDGES
 from lightning_mdc.importance.scoring import on_device_of, split_batch
 from lightning_mdc.models import Anatomy, evaluating, find_anatomy, standing_in
 from lightning_mdc.models.swapping import cut_units, plain_copy, with_mixins
@@ -32,6 +34,7 @@ def slim(
     *,
     moments: Moments | None = None,
     batches: Iterable[Any] | None = None,
+    ridge: str | None = None,
     submodule: str | None = None,
 ) -> nn.Module:
     """A physically smaller copy of the vision transformer in `model`, as `plan` says; the dense one is unchanged.
@@ -49,21 +52,28 @@ def slim(
             given in the slim model, so that it makes up for what went before, too; see `surgery.sequential`.
         moments: of `model`, for ``"lstsq"``: `moments` of scores.
         batches: of images, for ``"sequential"``; what `score` takes. Read once, and kept.
+        ridge: what is added to each channel's variance is a small share of: ``"mean"`` of all channels; ``"clipped"``,
+            the mean without what some have far above the others; ``"channel"``, its own; ``"largest"``. None:
+            ``"mean"``.
         submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
 
     Raises:
         PlanError: the plan is for another model.
-        CompensationError: `compensate` is unknown, or the moments are missing or of another model.
+        CompensationError: `compensate` or `ridge` is unknown, or the moments are missing or of another model.
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; or a norm over
             the units stands in the way of compensation.
     """
     dense = find_anatomy(model, submodule)
     dense.check(plan)
     check_compensation(dense, compensate, moments, batches)
+    check_one_of("ridge", ridge, (None, *RIDGES), CompensationError)
+    if ridge is not None and compensate == "none":
+        raise CompensationError(f"ridge={ridge!r} is not looked at: compensate='none' refits nothing; leave it out")
+    ridge = ridge or "mean"
     copied = plain_copy(dense.model)
     anatomy = find_anatomy(copied)
     if moments is not None:
-        refit_readers(anatomy, plan, moments)
+        refit_readers(anatomy, plan, moments, ridge)
     for units in anatomy.all_units:
         cut_units(units, plan.kept[units.dimension][units.block])
     stage_tokens(anatomy, plan)
@@ -71,19 +81,19 @@ def slim(
         _say_fewer_tokens(dense.name)
     copied.mdc_plan = made_by = _since_dense(dense, plan)  # type: ignore[assignment]
     if batches is not None:
-        _refit_on(model, dense, find_anatomy(copied), batches)
+        _refit_on(model, dense, find_anatomy(copied), batches, ridge)
     if is_timms(copied):
         make_known(anatomy, made_by)
     return copied
 
 
-def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterable[Any]) -> None:
+def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterable[Any], ridge: str) -> None:
     images = [on_device_of(dense, split_batch(batch)[0]) for batch in batches]
     whole = small.model if model is dense.model else model  # which holds the dense one
     passes = [(partial(model, batch), partial(whole, batch)) for batch in images]
     in_place = partial(standing_in, model, dense.model, small.model)
     with evaluating(model, small.model), isolated_rng():
-        refit_in_sequence(dense, small, passes, standing_in=in_place)
+        refit_in_sequence(dense, small, passes, standing_in=in_place, ridge=ridge)
 
 
 @cache

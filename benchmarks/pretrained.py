@@ -1,0 +1,533 @@
+"""What is left of a model that was trained to the end, straight after pruning? No labels, no finetune.
+
+    .venv/bin/python benchmarks/pretrained.py --data FOLDER --work FOLDER    # a row at a time; goes on where it stopped
+    .venv/bin/python benchmarks/pretrained.py --data FOLDER --work FOLDER --method "with swaps" --at "50 %"
+    .venv/bin/python benchmarks/pretrained.py --quick                        # on digits: trains the dense model first
+
+The folder holds CIFAR-10 as ``cifar10-train.tar`` and ``cifar10-test.tar``, which timm reads, and the ViT-S/14 of timm
+that was finetuned on it at 98 px, `WEIGHTS`; docs/benchmarks.md says how that was made. Every row cuts the dense model
+to a share of its MACs, or by pairs of ratios that others have published: each criterion with each compensation, options
+of ours, each dimension alone, in pairs and all three, uniform and searched, and Torch-Pruning. A seed draws the
+calibration images and is that of the search, which judges on training images that the dense model has not seen. All
+rows are tested on the same images, so that differences are paired.
+
+Every finished row is kept in ``--work``. Leaves ``benchmarks/results/pretrained.json`` and ``.png`` and the tables in
+``docs/benchmarks.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import timm
+import torch
+import torch.nn.functional as F
+from accuracy import digits_run, spread
+from matplotlib.figure import Figure
+from pages import folder_of, write_pages
+from safetensors.torch import load_file
+from targets import Target, verdicts
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from weight_sharing import Images, labelled
+
+import lightning_mdc as mdc
+from lightning_mdc.app import build
+from lightning_mdc.app.data import ImageFolderDataModule
+from lightning_mdc.app.fingerprints import fingerprint_of
+from lightning_mdc.budget import num_params
+from lightning_mdc.errors import BudgetError
+from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, new_figure, plain, save_figure
+from lightning_mdc.files import write_json
+from lightning_mdc.importance import ConditionalDependence, Criterion
+from lightning_mdc.importance.criteria import Random
+from lightning_mdc.policy_search.held_out import HeldOut
+
+WEIGHTS, MODEL, SIZE = "vit_small_patch14_cifar10_98px.safetensors", "vit_small_patch14_dinov2", 98
+BATCH = 64
+NEIGHBOURS = 20
+UNITS, ALL = ("heads", "neurons"), ("heads", "neurons", "tokens")
+BUDGETS = {"50 %": 0.5, "40 %": 0.4, "60 %": 0.6}
+# Shares of neurons and heads that are removed: the ladder on which SnapViT's authors show foundation models that were
+# pruned and not finetuned.
+PAIRS = {
+    f"{100 * neurons:.0f} % / {100 * heads:.0f} %": mdc.Policy(heads=1 - heads, neurons=1 - neurons)
+    for neurons, heads in ((0.25, 0.1), (0.35, 0.2), (0.45, 0.3), (0.55, 0.4), (0.65, 0.5))
+}
+MOST_LOST = {"60 %": 0.6, "50 %": 1.6, "40 %": 5.6}  # points, below dense
+MINUTES = 20  # that score, search and compensation may take
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to a slim model.
+
+    Attributes:
+        criterion: of `CRITERIA`, or of Torch-Pruning with `peer`.
+        compensate, ridge: see `lightning_mdc.slim`.
+        dimensions: what is cut.
+        searched: whether the policy is; else it is uniform.
+        swaps: see `lightning_mdc.make_plan`.
+        tokens: what happens at a token stage.
+        peer: Torch-Pruning chooses the units.
+    """
+
+    criterion: str = "`conditional`"
+    compensate: str = "sequential"
+    dimensions: tuple[str, ...] = UNITS
+    searched: bool = False
+    swaps: int = 0
+    ridge: str | None = None
+    tokens: mdc.TokenOptions | None = None
+    peer: bool = False
+
+
+FISHER, HSIC_METRIC = "`conditional`, metric=fisher", "`conditional`, metric=hsic"
+OURS = "`conditional`"
+WEAKER = ("`taylor`", "`hsic`", "`activation`", "`magnitude`", "`random`")  # that the default has to be ahead of
+COMPENSATIONS = ("sequential", "lstsq", "none")
+DEFAULT = "searched, all three"
+SEARCHED = {
+    DEFAULT: Method(dimensions=ALL, searched=True),
+    "searched, heads and neurons": Method(searched=True),
+    "searched, neurons and tokens": Method(dimensions=ALL[1:], searched=True),
+    "searched, neurons alone": Method(dimensions=ALL[1:2], searched=True),
+}
+BY_CRITERION = {
+    f"{criterion}, {compensate}": Method(criterion, compensate)
+    for compensate in COMPENSATIONS
+    for criterion in (OURS, FISHER, HSIC_METRIC, *WEAKER)
+}
+VARIANTS = {
+    "with swaps": Method(swaps=300),
+    **{f"ridge={kind}": Method(ridge=kind) for kind in ("clipped", "channel", "largest")},
+}
+SINGLE = {f"{name} alone": Method(dimensions=(name,)) for name in ALL}
+SEVERAL = {
+    "neurons and tokens": Method(dimensions=ALL[1:]),
+    "heads and tokens": Method(dimensions=("heads", "tokens")),
+    "all three": Method(dimensions=ALL),
+}
+OF_TOKENS = {
+    "neurons and tokens, attention*dependence": mdc.TokenOptions("attention*dependence"),
+    "neurons and tokens, dependence": mdc.TokenOptions("dependence"),
+    "neurons and tokens, merged": mdc.TokenOptions(reduction="merge"),
+    "neurons and tokens, dropped": mdc.TokenOptions(reduction="drop"),
+}
+PEERS = {f"Torch-Pruning, {name}": Method(name.lower(), "none", peer=True) for name in ("Taylor", "magnitude")}
+METHODS: dict[str, Method] = {
+    **BY_CRITERION,
+    **VARIANTS,
+    **SINGLE,
+    **SEVERAL,
+    **SEARCHED,
+    **{name: Method(dimensions=ALL[1:], tokens=tokens) for name, tokens in OF_TOKENS.items()},
+    **PEERS,
+}
+# On the ladder, too.
+ON_PAIRS = (f"{OURS}, sequential", f"{OURS}, lstsq", "`taylor`, sequential", f"{OURS}, none")
+
+
+def criterion_of(name: str, seed: int) -> str | Criterion:
+    metrics = {FISHER: "fisher", HSIC_METRIC: "hsic"}
+    if name in metrics:
+        return ConditionalDependence(metrics[name])
+    return Random(seed) if name == "`random`" else name.strip("`")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with the model and the images; --quick needs none")
+    parser.add_argument("--work", type=Path, help="folder for what is finished; --quick has one")
+    parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="these alone; repeatable")
+    parser.add_argument("--at", action="append", choices=[*BUDGETS, *PAIRS], metavar="WHERE", help="these alone")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=40, help="of each search")
+    parser.add_argument("--calibration", type=int, default=512, help="images (default: %(default)s)")
+    parser.add_argument("--judging", type=int, default=1000, help="images of a search (default: %(default)s)")
+    parser.add_argument("--test-images", type=int, default=2000, help="at most (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
+    parser.add_argument("--quick", action="store_true", help="digits, one budget, one seed; pages stay as they are")
+    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
+    asked = parser.parse_args()
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    results = folder_of(asked.quick)
+    path = results / "pretrained.json"
+    if asked.quick:
+        path.unlink(missing_ok=True)
+        asked.at, asked.seeds, asked.trials, asked.calibration = asked.at or ["50 %", *[*PAIRS][:1]], 1, 4, 192
+        asked.work = asked.work or results / "pretrained-work"
+        shutil.rmtree(asked.work, ignore_errors=True)  # rows of older code
+    elif not asked.table_only and (asked.data is None or asked.work is None):
+        parser.error("--data, --work: give the folder with the model and the images, and one for what is finished")
+    if not asked.table_only:
+        for found in Benchmark(asked).measured():
+            write_json(path, found | {"targets": [target.facts() for target in judged(found)]})
+    found = json.loads(path.read_text())
+    print(text(found))
+    save_figure(figure(found), results / "pretrained.png")
+    if not asked.quick:
+        write_pages("pretrained", found)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+class Benchmark:
+    """The dense model, its images, and what is asked of them."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        self.dense, self.data, self.name = from_digits() if asked.quick else from_folder(asked.data)
+        self.options = {key: getattr(asked, key) for key in ("calibration", "judging", "trials", "test_images")}
+        mark = fingerprint_of(self.options, {"model": self.name})
+        self.work: Path = asked.work / f"{self.name}-{mark[:12]}"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.test = sample(self.data.test_dataloader().dataset, asked.test_images, 0)
+        _, self.said = looked_at(self.dense, self.test[0])
+        self._seed, self._scores = -1, dict[str, tuple[mdc.Scores, float]]()
+
+    @cached_property
+    def judging(self) -> Images:
+        return sample(self.data.val_dataloader().dataset, self.asked.judging, 0)
+
+    def measured(self) -> Iterator[dict[str, Any]]:
+        """All numbers so far, after every row."""
+        path = self.work / "rows.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        done = {place(row) for row in rows}
+        wanted = list(self.wanted())
+        left = [each for each in wanted if each not in done]
+        about = {
+            **self.options,
+            "name": self.name,
+            "model": f"{type(self.dense).__name__}, {len(mdc.models.find_anatomy(self.dense).blocks)} blocks",
+            "macs": mdc.macs(self.dense),
+            "params": num_params(self.dense),
+            "threads": torch.get_num_threads(),
+            "tested": len(self.test[1]),
+            "dense": self.judged(self.said),
+            "rows": rows,
+        }
+        yield about
+        for number, each in enumerate(left, 1):
+            rows.append(self.row(*each))
+            with path.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(f"[{len(wanted) - len(left) + number}/{len(wanted)}] {said(rows[-1])}; ", end="")
+            print(f"{hours(rows, left[number:]):.1f} h left", flush=True)
+            yield about
+
+    def wanted(self) -> Iterator[tuple[str, str, int]]:
+        """(method, where, seed), the most telling first."""
+        places = self.asked.at or [*BUDGETS, *PAIRS]
+        for seed in range(self.asked.seeds):
+            for at in places:
+                names = METHODS if at in BUDGETS else ON_PAIRS
+                yield from ((name, at, seed) for name in self.asked.method or names if name in names)
+
+    def row(self, name: str, at: str, seed: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"method": name, "at": at, "seed": seed}
+        spent: dict[str, float] = {}
+        begun = time.perf_counter()
+        try:
+            slim = self.slim(METHODS[name], at, seed, spent)
+        except BudgetError as error:
+            return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
+        row |= {"macs": mdc.macs(slim), "params": num_params(slim)}
+        features, said = looked_at(slim, self.test[0])
+        row |= self.judged(said)
+        if at in PAIRS:
+            row["knn"] = self.nearest(slim, features, seed)
+        spent["all"] = time.perf_counter() - begun
+        return row | {"seconds": {key: round(value, 1) for key, value in spent.items()}}
+
+    def slim(self, method: Method, at: str, seed: int, spent: dict[str, float]) -> nn.Module:
+        """The model that a method makes; what it took, part by part, goes into `spent`."""
+        batches = self.calibration(seed)
+        policy = PAIRS[at] if at in PAIRS else mdc.uniform_policy(self.dense, BUDGETS[at], method.dimensions)
+        if method.peer:
+            return peers.torch_pruning(self.dense, policy, method.criterion, batches).eval()
+        scores, spent["score"] = self.scores(method.criterion, seed, batches)
+        if method.searched:
+            begun = time.perf_counter()
+            policy = mdc.search(
+                self.dense,
+                scores,
+                HeldOut([self.judging], "kl", dense=self.dense),
+                BUDGETS[at],
+                self.asked.trials,
+                seed,
+                method.dimensions,
+                compensate="lstsq",
+                options=mdc.SearchOptions(progress=False),
+            ).policy
+            spent["search"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        plan = mdc.make_plan(self.dense, scores, policy, method.tokens, swaps=method.swaps)
+        given = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": batches}}.get(method.compensate, {})
+        slim = mdc.slim(self.dense, plan, method.compensate, ridge=method.ridge, **given)  # type: ignore[arg-type]
+        spent["compensate"] = time.perf_counter() - begun
+        return slim.eval()
+
+    def scores(self, criterion: str, seed: int, batches: list[Images]) -> tuple[mdc.Scores, float]:
+        """By criterion, and the seconds they took; all of a seed share the moments of the first."""
+        if seed != self._seed:
+            self._seed, self._scores = seed, {}
+        if criterion not in self._scores:
+            begun = time.perf_counter()
+            first = next((scores for scores, _ in self._scores.values()), None)
+            found = mdc.score(
+                self.dense,
+                batches,
+                criterion_of(criterion, seed),
+                moments=True if first is None else None,
+                progress=False,
+            )
+            found = found if first is None else found.with_moments(first.moments)
+            self._scores[criterion] = found, time.perf_counter() - begun
+        return self._scores[criterion]
+
+    def calibration(self, seed: int) -> list[Images]:
+        images, labels = sample(self.data.splits.calibration, self.asked.calibration, seed + 1)
+        return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+
+    def judged(self, said: Tensor) -> dict[str, Any]:
+        """Top-1 of what a model says, log-probabilities (images, classes), its KL to dense, and which test images are
+        right, as bits in hex."""
+        right = (said.argmax(dim=-1) == self.test[1]).numpy()
+        kl = F.kl_div(said, self.said, log_target=True, reduction="batchmean").item()
+        return {"top1": float(right.mean()), "kl": kl, "right": np.packbits(right).tobytes().hex()}
+
+    def nearest(self, model: nn.Module, features: Tensor, seed: int) -> float:
+        """Top-1 of the nearest neighbours of the test images' features, (images, dim), among the calibration images."""
+        batches = self.calibration(seed)
+        labels = torch.cat([each for _, each in batches])
+        known, _ = looked_at(model, torch.cat([images for images, _ in batches]))
+        alike = F.normalize(features, dim=-1) @ F.normalize(known, dim=-1).T
+        near = alike.topk(min(NEIGHBOURS, len(labels)), dim=-1)
+        votes = torch.zeros(len(features), self.said.shape[1])
+        votes.scatter_add_(1, labels[near.indices], (near.values / 0.07).exp())
+        return (votes.argmax(dim=-1) == self.test[1]).double().mean().item()
+
+
+def from_folder(folder: Path) -> tuple[nn.Module, Any, str]:
+    """(model, data, name) of `--data`."""
+    dense = timm.create_model(MODEL, img_size=SIZE, num_classes=10)
+    dense.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
+    data = ImageFolderDataModule(
+        folder / "cifar10-train.tar",
+        test_root=folder / "cifar10-test.tar",
+        img_size=SIZE,
+        data_config={**dense.pretrained_cfg, "crop_pct": 1.0},
+        batch_size=BATCH,
+        num_workers=0,
+    )
+    return dense.eval(), data, Path(WEIGHTS).stem
+
+
+def from_digits() -> tuple[nn.Module, Any, str]:
+    run = digits_run()
+    settings = json.loads((run / "settings.json").read_text())
+    return mdc.load(run / "dense").eval(), build.build_data(settings), settings["name"]
+
+
+def sample(dataset: Any, most: int, seed: int) -> Images:
+    """So many images, or all, drawn by `seed`."""
+    order = np.random.default_rng(seed).permutation(len(dataset))[:most]
+    return labelled(DataLoader(Subset(dataset, order.tolist()), BATCH), None)
+
+
+@torch.inference_mode()
+def looked_at(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(features, log-probabilities) of images (n, ...): (n, dim), (n, classes)."""
+    net: Any = model
+    parts = [net.forward_head(net.forward_features(part), pre_logits=True) for part in images.split(2 * BATCH)]
+    features = torch.cat(parts)
+    return features, net.get_classifier()(features).log_softmax(dim=-1)
+
+
+def place(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["method"], row["at"], row["seed"]
+
+
+def said(row: dict[str, Any]) -> str:
+    """A finished row in words."""
+    what = row.get("failure") or f"{100 * row['top1']:.1f} %, KL {row['kl']:.3f}"
+    return f"{row['method']} at {row['at']}, seed {row['seed']}: {what} in {row['seconds']['all']:.0f} s"
+
+
+def hours(rows: list[dict[str, Any]], left: Iterable[tuple[str, str, int]]) -> float:
+    """What the rows that are left will take, by those that are done of their kind, or by all."""
+    spent: dict[Any, list[float]] = {}
+    for row in rows:
+        method = METHODS[row["method"]]
+        for kind in ((method.searched, method.compensate), None):
+            spent.setdefault(kind, []).append(row["seconds"]["all"])
+    kinds = ((METHODS[name].searched, METHODS[name].compensate) for name, _, _ in left)
+    return sum(statistics.mean(spent.get(kind, spent[None])) for kind in kinds) / 3600
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def of(found: dict[str, Any], method: str, at: str, key: str) -> np.ndarray:
+    """By seed, (seeds,); empty where the budget is out of reach, or nothing was run."""
+    return np.array([row[key] for row in found["rows"] if place(row)[:2] == (method, at) and key in row])
+
+
+def top1(found: dict[str, Any], method: str, at: str) -> float:
+    values = of(found, method, at, "top1")
+    return 100 * float(values.mean()) if values.size else math.nan
+
+
+def best(found: dict[str, Any], methods: Iterable[str], at: str) -> float:
+    values = [value for name in methods if not math.isnan(value := top1(found, name, at))]
+    return max(values, default=math.nan)
+
+
+def apart(found: dict[str, Any], method: str, other: str, at: str) -> tuple[float, float]:
+    """How many points of top-1 a method is ahead of another one, and the standard error: over the same test images, of
+    the seeds that both have."""
+    rights = [
+        {row["seed"]: right(row, found["tested"]) for row in found["rows"] if place(row)[:2] == (name, at)}
+        for name in (method, other)
+    ]
+    seeds = [seed for seed in rights[0] if seed in rights[1]]
+    if not seeds:
+        return math.nan, math.nan
+    by_image = np.mean([rights[0][seed] - rights[1][seed] for seed in seeds], axis=0)
+    return 100 * float(by_image.mean()), 100 * float(by_image.std() / math.sqrt(len(by_image)))
+
+
+def right(row: dict[str, Any], tested: int) -> np.ndarray:
+    """Which test images are, 1 or 0: (images,); all NaN where there is no model."""
+    if "right" not in row:
+        return np.full(tested, math.nan)
+    bits = np.frombuffer(bytes.fromhex(row["right"]), np.uint8)
+    return np.unpackbits(bits)[:tested].astype(float)
+
+
+def judged(found: dict[str, Any]) -> Iterator[Target]:
+    """What was to be reached, where something was run, in points of top-1."""
+    for at in sorted({row["at"] for row in found["rows"]} & {*BUDGETS}, reverse=True):
+        ours = best(found, SEARCHED, at)
+        lost = 100 * found["dense"]["top1"] - ours
+        yield Target(f"{at}: dense − searched (points)", lost, "<=", MOST_LOST[at])
+        yield Target(f"{at}: searched − best of Torch-Pruning (points)", ours - best(found, PEERS, at), ">=", 0)
+        joint = top1(found, DEFAULT, at) - best(found, SINGLE, at)
+        yield Target(f"{at}: all three − best single dimension (points)", joint, ">=", 0)
+        for compensate in COMPENSATIONS:
+            names = [name for name, method in BY_CRITERION.items() if method.compensate == compensate]
+            if best(found, names, at) > 50:
+                behind = best(found, names, at) - top1(found, f"{OURS}, {compensate}", at)
+                yield Target(f"{at}, {compensate}: best criterion − the default (points)", behind, "<=", 0.3)
+        if at != "60 %":
+            weaker = best(found, (f"{name}, sequential" for name in WEAKER), at)
+            ahead = top1(found, f"{OURS}, sequential", at) - weaker
+            yield Target(f"{at}: default − best of the other criteria (points)", ahead, ">=", 1)
+    seconds = [row["seconds"] for row in found["rows"] if row["method"] == DEFAULT and "macs" in row]
+    took = [sum(each[part] for part in ("score", "search", "compensate")) / 60 for each in seconds]
+    yield Target("minutes to compress, at most", max(took, default=math.nan), "<=", MINUTES)
+
+
+def text(found: dict[str, Any]) -> str:
+    """Tables of top-1 and KL by method, and of top-1 and nearest neighbours on the ladder; targets; how."""
+    dense = found["dense"]
+    tables = [*table(found, "share of the MACs", sorted(BUDGETS, reverse=True), "kl", "{:.3f}", 1)]
+    if any(row["at"] in PAIRS for row in found["rows"]):
+        tables += ["", *table(found, "share of neurons / heads removed", [*PAIRS], "knn", "{:.1f}", 100)]
+    seeds = len({row["seed"] for row in found["rows"]})
+    error = 100 * math.sqrt(dense["top1"] * (1 - dense["top1"]) / found["tested"])
+    return "\n".join(
+        [
+            *tables,
+            "",
+            "Test top-1 in %, and beside it KL(dense ‖ slim), or top-1 by the features' nearest neighbours among the "
+            f"calibration images; nothing finetuned, no labels. Mean of {seeds} seed(s) (of calibration and search) ± "
+            f"standard deviation. {found['name']}: {found['model']}, {found['macs'] / 1e6:.0f} MMACs, "
+            f"{found['params'] / 1e6:.1f} M parameters, dense {100 * dense['top1']:.1f} %. {found['tested']} test "
+            f"images (one standard error of a single model: {error:.1f} points), {found['calibration']} calibration "
+            f"images, searches of {found['trials']} trials on {found['judging']} images that the dense model was not "
+            "trained on. Rows that name no criterion: `conditional`; no compensation: `sequential`; no dimensions: "
+            "heads and neurons; not *searched*: uniform. s: seconds to score, search and compensate, on "
+            f"{found['threads']} thread(s). An empty cell was not run. Measured by `python benchmarks/pretrained.py "
+            "--data FOLDER --work FOLDER`; a row alone by `--method NAME`.",
+            "",
+            *paired(found),
+            verdicts(judged(found)),
+        ]
+    )
+
+
+def table(found: dict[str, Any], head: str, places: list[str], beside: str, form: str, scale: float) -> list[str]:
+    """A row per method: top-1 and what stands `beside` it; and how long it took."""
+    places = [at for at in places if any(row["at"] == at for row in found["rows"])]
+    lines = [f"| {head} | {' | '.join(places)} | s |", f"|---|{'---:|' * (len(places) + 1)}"]
+    for name in METHODS:
+        rows = [row for row in found["rows"] if row["method"] == name and row["at"] in places]
+        if not rows:
+            continue
+        cells = []
+        for at in places:
+            values, others = of(found, name, at, "top1"), of(found, name, at, beside)
+            nothing = "out of reach" if any(row["at"] == at for row in rows) else ""
+            cells.append(f"{spread(100 * values)} / {form.format(scale * others.mean())}" if values.size else nothing)
+        parts = [sum(value for part, value in row["seconds"].items() if part != "all") for row in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(parts):.0f} |")
+    return lines
+
+
+def paired(found: dict[str, Any]) -> list[str]:
+    """What each option changes beside the default at the same policy, over the same images: lines of a list."""
+    plainly = f"{OURS}, sequential"
+    lines = []
+    for name in (f"{FISHER}, sequential", f"{HSIC_METRIC}, sequential", f"{OURS}, lstsq", *VARIANTS):
+        changes = []
+        for at in BUDGETS:
+            points, error = apart(found, name, plainly, at)
+            if not math.isnan(points):
+                changes.append(f"{points:+.1f} ± {error:.1f} at {at}")
+        if changes:
+            lines.append(f"- {name} − {plainly} (points, paired; ± one standard error): {', '.join(changes)}")
+    return [*lines, ""] if lines else []
+
+
+def figure(found: dict[str, Any]) -> Figure:
+    """Top-1 by share of the MACs."""
+    shown = {
+        DEFAULT: RED,
+        f"{OURS}, sequential": BLUE,
+        f"{OURS}, lstsq": ORANGE,
+        "`taylor`, lstsq": GREEN,
+        "`hsic`, lstsq": PURPLE,
+        f"{OURS}, none": GRAY,
+    }
+    picture, (panel,) = new_figure(6.4, 3.6)
+    for name, colour in shown.items():
+        points = [(BUDGETS[at], value) for at in sorted(BUDGETS) if not math.isnan(value := top1(found, name, at))]
+        if points:
+            panel.plot(*zip(*points, strict=True), "o-", color=colour, label=name.replace("`", ""))
+    panel.axhline(100 * found["dense"]["top1"], color=GRAY, lw=0.8, ls="--", label="dense")
+    panel.invert_xaxis()
+    panel.set_xlabel("MACs, share of dense")
+    plain(panel, "test top-1 straight after pruning, %")
+    panel.legend(frameon=False, fontsize=8)
+    return picture
+
+
+if __name__ == "__main__":
+    main()
