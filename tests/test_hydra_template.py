@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 import lightning_mdc as mdc
 from hydra_plugins.hydra_mdc_sweeper import _results
 from tests import strangers
-from tests.test_docs import ROOT
+from tests.test_docs import ROOT, blocks
 
 FILES = ROOT / "docs" / "lightning-hydra-template" / "configs"
 HERE = "tests.test_hydra_template"
@@ -159,3 +159,13 @@ def test_the_search_is_a_multirun_by_itself(train):
     assert found.best_value == max(values)
     assert set(found.best_params) == {"model.optimizer.lr", "model.optimizer.weight_decay", "data.batch_size"}
     assert mdc.macs(mdc.load("logs/train/multirun/2/slim")) < mdc.macs(trainers[2].model.encoder)
+
+
+def test_what_stands_for_optunas_settings_is_taken(train):
+    (settings,) = [block.text for block in blocks(ROOT / "docs" / "coming-from.md") if block.language == "yaml"]
+    (Path("configs") / "experiment").mkdir()
+    Path("configs/experiment/mine.yaml").write_text(settings)
+    trainers = train("-m", "experiment=mine", "+optimized_metric=val/acc_best", "hydra.sweeper.n_trials=1")
+    found = OmegaConf.load("logs/train/multirun/optimization_results.yaml")
+    (trainer,) = trainers
+    assert found.best_params["model.optimizer.lr"] == trainer.model.optimizer.keywords["lr"]

@@ -145,7 +145,7 @@ def best_and_rest(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
     best = above | (tied & (tied.cumsum(1) <= num_best - above.sum(1, keepdim=True)))
     among_best, indices = best.cumsum(1), torch.arange(scores.shape[1], device=scores.device)
     places = torch.where(best, among_best - 1, indices + num_best - among_best)
-    order = torch.empty_like(places).scatter(1, places, indices.expand_as(places))
+    order = torch.zeros_like(places).scatter(1, places, indices.expand_as(places))
     return order[:, :num_best], order[:, num_best:]
 
 
