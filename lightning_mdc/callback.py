@@ -47,7 +47,7 @@ from lightning_mdc.importance.calibration import (
     is_map_style,
     num_images,
 )
-from lightning_mdc.models import Anatomy, evaluating, find_anatomy, find_model, put_in_place, standing_in
+from lightning_mdc.models import Anatomy, Prediction, evaluating, find_anatomy, find_model, put_in_place, standing_in
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
 from lightning_mdc.policy_search.closeness import float_tensors
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, digest_of
@@ -112,7 +112,7 @@ class MultiDimPruneCallback(Callback):
     def __init__(
         self,
         budget: float | Budget | None = None,
-        policy: str | Path | Policy = "searched",
+        policy: Policy | str | Path = "searched",
         criterion: str | Criterion = "conditional",
         *,
         dimensions: Iterable[str] | None = None,
@@ -127,7 +127,7 @@ class MultiDimPruneCallback(Callback):
         end: int | None = None,
         unit: Literal["epoch", "step"] = "epoch",
         submodule: str | None = None,
-        prediction: Callable[[Any], Tensor] | None = None,
+        prediction: Prediction | None = None,
         seed: int = 0,
         restore_rng: bool = False,
         save_to: str | Path | None = None,

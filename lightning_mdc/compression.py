@@ -27,7 +27,7 @@ from lightning_mdc.errors import (
 )
 from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
 from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batch
-from lightning_mdc.models import Units, find_anatomy
+from lightning_mdc.models import Prediction, Units, find_anatomy
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
@@ -60,7 +60,7 @@ class Method:
     def __init__(
         self,
         budget: float | Budget | None,
-        policy: str | Path | Policy,
+        policy: Policy | str | Path,
         criterion: str | Criterion,
         *,
         dimensions: Iterable[str] | None,
@@ -70,7 +70,7 @@ class Method:
         compensate: str | None,
         n_trials: int | None,
         evaluate: Evaluate | None,
-        prediction: Callable[[Any], Tensor] | None,
+        prediction: Prediction | None,
         seed: int,
         error: type[MdcError] = CompressionError,
     ) -> None:
@@ -280,7 +280,7 @@ def compress(
     model: nn.Module,
     batches: Iterable[Any],
     budget: float | Budget | None = None,
-    policy: str | Path | Policy = "searched",
+    policy: Policy | str | Path = "searched",
     criterion: str | Criterion = "conditional",
     *,
     evaluate: Evaluate | None = None,
@@ -290,7 +290,7 @@ def compress(
     space: Space | None = None,
     tokens: TokenOptions | None = None,
     calibration: Calibration | None = None,
-    prediction: Callable[[Any], Tensor] | None = None,
+    prediction: Prediction | None = None,
     submodule: str | None = None,
     input_size: InputSize | None = None,
     seed: int = 0,

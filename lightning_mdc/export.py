@@ -202,18 +202,6 @@ def _run_program(path: Path, images: Tensor) -> Tensor:
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-def _stable_sort(x: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """``aten.sort.stable`` in ONNX, for which torch's exporter has no translation: a `TopK` of all.
-
-    Of equal values ONNX has the one with the lower index first, so token stages break ties as they do here.
-    """
-    from onnxscript import opset18
-
-    op: Any = opset18  # its types do not know what its own operators give
-    length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
-    return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
-
-
 def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, scale: float | None = None) -> Any:
     """``aten.scaled_dot_product_attention`` in ONNX, of any number of dimensions; torch's translation knows only 4."""
     from onnx import TensorProto
@@ -239,10 +227,7 @@ def _write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
             _program(network, images),
             input_names=[INPUT],
             output_names=[OUTPUT],
-            custom_translation_table={
-                torch.ops.aten.sort.stable: _stable_sort,
-                torch.ops.aten.scaled_dot_product_attention.default: _attention,
-            },
+            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
             dynamo=True,
         )
     assert written is not None  # without a file name the program is handed out

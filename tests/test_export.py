@@ -17,6 +17,7 @@ from lightning_mdc import __main__ as command_line
 from lightning_mdc import export
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.tokens.selection import best_and_rest
+from lightning_mdc.tokens.surviving_patches import surviving_patches
 from tests import kinds
 from tests.kinds import SIZE, everyday, images
 
@@ -108,7 +109,7 @@ def test_of_equal_scores_the_first_ones_stay_in_every_program(dtype, tmp_path):
     expected = []
     for row in scores.tolist():
         order = sorted(range(16), key=lambda i, row=row: (-row[i], i))
-        expected.append(sorted(order[:5]) + order[5:])
+        expected.append(sorted(order[:5]) + sorted(order[5:]))
     assert _Chooses()(scores).tolist() == expected
     assert torch.compile(_Chooses(), backend="aot_eager", fullgraph=True)(scores).tolist() == expected
     if dtype == torch.float32:  # programs are
@@ -131,6 +132,47 @@ def test_masks_and_slim_models_agree_on_ties(dtype):
     slim = mdc.slim(model, plan)
     with mdc.masked(model, plan):
         assert torch.equal(model(batch), slim(batch))
+
+
+def with_tied_tokens(by: str) -> tuple[nn.Module, list[int]]:
+    """A slim model whose token stage cannot tell tokens apart, or only by thirds, and the patches that have to stay."""
+    model = make()
+    if by == "attention":
+        model.blocks[0].attn.qkv.weight[:].zero_()  # whatever the image, all tokens get the same attention
+    plan = mdc.make_plan(
+        model, mdc.score(model, [images(8)]), mdc.Policy(tokens=0.5), mdc.TokenOptions(by, reduction="drop")
+    )
+    prior = tuple(float(i % 3) for i in range(16))
+    if by == "dependence":
+        plan = replace(plan, tokens=(replace(plan.tokens[0], prior=prior),))
+    best = sorted(range(16), key=lambda i: (-prior[i] * (by == "dependence"), i))
+    return mdc.slim(model, plan), sorted(best[:7])  # half of 17, less the class token
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["attention", pytest.param("dependence", marks=pytest.mark.slow)])
+def test_an_export_by_hand_breaks_ties_as_the_model_does(by, tmp_path):
+    slim, staying = with_tied_tokens(by)
+    constant = torch.full_like(images(2), 0.5)
+    assert surviving_patches(slim, constant)[1][0, 0].nonzero().flatten().tolist() == staying
+    torch.onnx.export(
+        slim,
+        (constant,),
+        tmp_path / "slim.onnx",
+        dynamo=True,
+        input_names=["images"],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
+    program = torch.export.export(slim, (constant,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
+    for batch in (constant, images(1, seed=3), images(5, seed=4), constant[:1]):
+        torch.testing.assert_close(run_onnx(tmp_path / "slim.onnx", batch), slim(batch), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(program(batch), slim(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_scores_that_are_no_numbers_stay_in_bounds():
+    scores = torch.tensor([[float("nan")] * 4, [1.0, float("nan"), float("inf"), 2.0]])
+    assert torch.cat(best_and_rest(scores, 2), dim=1).tolist() == [[0, 1, 2, 3], [1, 2, 0, 3]]
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class DistillationModule(LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | str | Path | Teacher | None = None,
+        teacher: str | nn.Module | Teacher | Path | None = None,
         kd: Literal["soft", "hard", "cosine", "squared"] | None = None,
         kd_weight: float = 0.5,
         temperature: float = 2.0,

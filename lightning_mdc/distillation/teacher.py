@@ -20,7 +20,7 @@ from lightning_mdc.errors import ArtifactError, DistillationError, check_one_of
 from lightning_mdc.models import prediction_in
 from lightning_mdc.weights import load_weights
 
-Precision = Literal["32", "bf16", "fp16"]
+Precision = Literal["32", 32, "bf16", "fp16"]  # in YAML, 32 is a number
 PRECISIONS: Mapping[Precision, torch.dtype] = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,7 +45,7 @@ class Teacher:
             file, is known by that name.
     """
 
-    source: nn.Module | str | Path
+    source: str | nn.Module | Path
     checkpoint: str | Path | None = None
     args: Mapping[str, Any] | None = None
     precision: Precision | None = None

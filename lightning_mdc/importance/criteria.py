@@ -88,9 +88,7 @@ class Criterion(ABC):
     """
 
     name: ClassVar[str]
-    loss: Callable[[Any, Any], Tensor] | None = (
-        None  # of (output, batch), whose gradients it needs; None: cross-entropy
-    )
+    loss: Callable[[Any, Any], Any] | None = None  # of (output, batch), whose gradients it needs; None: cross-entropy
     dimensions: ClassVar[tuple[str, ...]] = DIMENSIONS  # that it can score
 
     def needs(self, dimension: str) -> Needs:
@@ -222,7 +220,7 @@ class Taylor(Criterion):
 
     name = "taylor"
 
-    def __init__(self, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
+    def __init__(self, loss: Callable[[Any, Any], Any] | None = None) -> None:
         if loss is not None and not callable(loss):
             raise CalibrationError(f"loss={loss!r:.80}: expected a function of (output, batch) that gives one number")
         self.loss = loss

@@ -22,6 +22,7 @@ from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
 from lightning_mdc.models import (
     Anatomy,
+    Prediction,
     Units,
     are_logits,
     check_unmasked,
@@ -50,7 +51,7 @@ def score(
     *,
     dimensions: Iterable[str] | None = None,
     stages: Sequence[int] | None = None,
-    prediction: Callable[[Any], Tensor] | None = None,
+    prediction: Prediction | None = None,
     moments: bool | None = None,
     moment_tokens: int | Literal["all"] | None = None,
     submodule: str | None = None,
@@ -137,7 +138,7 @@ class Scorer:
         criterion: Criterion,
         dimensions: Iterable[str] | None = None,
         stages: Sequence[int] | None = None,
-        prediction: Callable[[Any], Tensor] | None = None,
+        prediction: Prediction | None = None,
         *,
         moments: bool | None = None,
         moment_tokens: int | Literal["all"] | None = None,
@@ -543,7 +544,7 @@ class _Variety:
             )
 
 
-def as_prediction(output: Any, prediction: Callable[[Any], Tensor] | None = None, is_logits: bool = False) -> Tensor:
+def as_prediction(output: Any, prediction: Prediction | None = None, is_logits: bool = False) -> Tensor:
     """What units are to matter for, of a model's output: (images, numbers), in fp32 or wider.
 
     What `prediction` makes of it; else the softmax of logits, and anything else as it is, one row per image.

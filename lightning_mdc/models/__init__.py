@@ -14,7 +14,7 @@ from lightning_mdc.models.hf_swin import HfSwin
 from lightning_mdc.models.hf_vit import HfViT
 from lightning_mdc.models.logits import are_logits, gives_logits
 from lightning_mdc.models.modes import evaluating
-from lightning_mdc.models.outputs import prediction_in
+from lightning_mdc.models.outputs import Prediction, prediction_in
 from lightning_mdc.models.places import put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
@@ -39,6 +39,7 @@ __all__ = [
     "Block",
     "Counts",
     "Family",
+    "Prediction",
     "Units",
     "are_logits",
     "check_unmasked",

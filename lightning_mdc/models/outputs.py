@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from torch import Tensor
+
+# Makes a tensor of what a model returns. Its type says no more than that it is called: `torch.sigmoid` says nothing of
+# itself, and whoever builds from type hints (jsonargparse, so LightningCLI) would refuse it.
+Prediction: TypeAlias = Callable[[Any], Any]
 
 # Of transformers' outputs, the first that is there.
 _NAMES = ("logits", "pooler_output", "image_embeds", "last_hidden_state")

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 from lightning_mdc.distributed import gather
 from lightning_mdc.errors import SearchError
 from lightning_mdc.importance.scoring import plain
-from lightning_mdc.models import prediction_in
+from lightning_mdc.models import Prediction, prediction_in
 
 # Bytes of the dense model's outputs that are remembered. What does not fit is computed anew for every model.
 _MEMORY_LIMIT = 2**30
 
 
-def log_probabilities(output: Any, prediction: Callable[[Any], Tensor] | None = None) -> Tensor:
+def log_probabilities(output: Any, prediction: Prediction | None = None) -> Tensor:
     """Of classes, (images, classes) in fp32: by softmax, or the logarithm of what `prediction` makes of the output, or
     of the output itself where that is probabilities.
 
@@ -70,7 +70,7 @@ class Closeness:
         self,
         batches: int,
         dense: Callable[[int], Any],
-        prediction: Callable[[Any], Tensor] | None = None,
+        prediction: Prediction | None = None,
         classifies: bool = True,
     ) -> None:
         self._dense, self._prediction, self._classifies = dense, prediction, classifies

@@ -20,6 +20,7 @@ from lightning_mdc.errors import SearchError, UnsupportedModelError, check_predi
 from lightning_mdc.importance.calibration import num_images
 from lightning_mdc.importance.scoring import plain
 from lightning_mdc.models import (
+    Prediction,
     check_unmasked,
     evaluating,
     find_anatomy,
@@ -98,7 +99,7 @@ class HeldOut(Judge):
         metric: str | Metric = "auto",
         *,
         dense: nn.Module | None = None,
-        prediction: Callable[[Any], Tensor] | None = None,
+        prediction: Prediction | None = None,
         batch_size: int = 128,
         device: torch.device | str | None = None,
         max_images: int | None = None,
@@ -287,7 +288,7 @@ class InPlace(Judge):
         module: nn.Module,
         batches: Sequence[Any],
         run: Callable[[nn.Module, Any], Any],
-        prediction: Callable[[Any], Tensor] | None = None,
+        prediction: Prediction | None = None,
         submodule: str | None = None,
     ) -> None:
         self.module, self.batches, self._run = module, batches, run

@@ -134,10 +134,19 @@ class TokenSelection(nn.Module):
 
 
 def best_and_rest(scores: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
-    """Indices of the best, (batch, num_best) in their old order, and of the others, of scores (batch, patches)."""
-    # A stable sort, so that masks and slim model agree even on ties.
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return order[:, :num_best].sort(dim=1).values, order[:, num_best:]
+    """Indices of the best, (batch, num_best), and of the others, both in their old order, of scores (batch, patches).
+
+    Of equal scores the one with the lower index is the better, in eager mode and in every exported program. Few
+    runtimes have a stable sort, and `topk` promises no order: only its values are looked at.
+    """
+    scores = scores.masked_fill(scores.isnan(), math.inf)
+    least = scores.topk(num_best, dim=1).values[:, -1:]
+    above, tied = scores > least, scores == least
+    best = above | (tied & (tied.cumsum(1) <= num_best - above.sum(1, keepdim=True)))
+    among_best, indices = best.cumsum(1), torch.arange(scores.shape[1], device=scores.device)
+    places = torch.where(best, among_best - 1, indices + num_best - among_best)
+    order = torch.zeros_like(places).scatter(1, places, indices.expand_as(places))
+    return order[:, :num_best], order[:, num_best:]
 
 
 def attention_scores(evidence: Evidence, class_rows: tuple[int, ...]) -> Tensor:
