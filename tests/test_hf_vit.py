@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
@@ -395,6 +396,41 @@ def test_a_folder_is_ours_alone(tmp_path: Path) -> None:
     for kind in (transformers.ViTForImageClassification, transformers.AutoModelForImageClassification):
         with pytest.raises((OSError, ValueError, RuntimeError, TypeError)):
             kind.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_each_kind_is_loaded_by_a_fresh_process(tmp_path: Path) -> None:
+    """Slim, with tokens leaving where they may; an output that is an object is compared by all of its tensors."""
+    makers, expected = {**MODELS, **{f"{kind}_backbone": maker for kind, maker in BACKBONES.items()}}, {}
+    for kind, maker in makers.items():
+        model = randomised(maker())
+        slim = mdc.slim(model, random_plan(model))
+        mdc.save(slim, tmp_path / kind)
+        expected |= tensors_of(kind, slim(images()))
+    save_file({"images": images()}, tmp_path / "images")
+    program = (
+        "import pathlib, sys, torch, lightning_mdc as mdc\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "from tests.test_hf_vit import tensors_of\n"
+        "here, found = pathlib.Path(sys.argv[1]), {}\n"
+        "x = load_file(here / 'images')['images']\n"
+        "with torch.no_grad():\n"
+        "    for folder in (path for path in here.iterdir() if path.is_dir()):\n"
+        "        found |= tensors_of(folder.name, mdc.load(folder)(x))\n"
+        "save_file(found, here / 'found')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(mdc.__file__).parents[1])
+    found = load_file(tmp_path / "found")
+    assert found.keys() == expected.keys()
+    assert {name.partition(".")[0] for name in found} == makers.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def tensors_of(kind: str, output: Any) -> dict[str, Tensor]:
+    """Of a transformers' output, by name."""
+    parts = ((name, value if isinstance(value, tuple) else (value,)) for name, value in output.items())
+    return {f"{kind}.{name}.{i}": value.contiguous() for name, values in parts for i, value in enumerate(values)}
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "clip", "swin"])
