@@ -8,7 +8,6 @@ import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mdc.artifact import check_savable, save
-from lightning_mdc.budget import Budget, CostModel, macs, policy_macs
+from lightning_mdc.budget import Budget, CostModel, macs, plan_macs
 from lightning_mdc.compression import Compression, Method, duration_in_words
 from lightning_mdc.distributed import copy_from_first_rank, gather, on_every_rank, on_first_rank
 from lightning_mdc.errors import (
@@ -192,7 +191,8 @@ class MultiDimPruneCallback(Callback):
 
     @property
     def policy(self) -> Policy | None:
-        """The realised keep ratios of the final plan; None before fitting started."""
+        """The realised keep ratios of the final plan, and at which size of images they are priced; None before fitting
+        started."""
         return None if self.plan is None else self.plan.policy
 
     @property
@@ -452,7 +452,8 @@ class MultiDimPruneCallback(Callback):
         if self._plan is None or isinstance(self.method.policy, Policy) or self._is_delivered(model):
             return
         if self._planned_for != str(self.method.budget):
-            share = policy_macs(model, self._plan.policy) / macs(model)
+            size = self._plan.input_size
+            share = plan_macs(model, self._plan, size) / macs(model, size)
             rank_zero_warn(
                 f"the budget asked for now ({self.method.budget}) is not looked at: the plan from the checkpoint or "
                 f"the fit before is kept ({share:.1%} of the MACs). For a new plan call callback.reset(), or fit "
@@ -674,8 +675,10 @@ class MultiDimPruneCallback(Callback):
             return self._plan
         final = self._plan.policy
         ratios = {d: [1 - self._progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
-        tokens = replace(self.method.tokens, reduction=self._plan.reduction, restore=self._plan.restore)
-        return make_plan(model, self._scores, Policy(**ratios, stages=final.stages), tokens)
+        score = (self.method.tokens or TokenOptions()).score
+        tokens = TokenOptions(score, self._plan.reduction, self._plan.restore)
+        policy = Policy(**ratios, stages=final.stages, input_size=final.input_size)
+        return make_plan(model, self._scores, policy, tokens)
 
     def _unmask(self, pl_module: LightningModule) -> None:
         try:
@@ -690,7 +693,7 @@ class MultiDimPruneCallback(Callback):
         return made_with is not None and made_with == self._plan
 
     def _report(self, trainer: Trainer, anatomy: Anatomy, plan: Plan) -> None:
-        costs = CostModel(anatomy)
+        costs = CostModel(anatomy, plan.input_size)
         kept = {d: sum(map(len, plan.kept[d])) / max(sum(sizes), 1) for d, sizes in plan.sizes.items()}
         metrics = {
             "mdc/macs": float(costs.of_plan(plan)),
@@ -701,7 +704,8 @@ class MultiDimPruneCallback(Callback):
         self._dashboard.in_force(metrics, trainer.global_step)
         if trainer.training:
             rank_zero_info(
-                f"Pruning {anatomy.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs: "
+                f"Pruning {anatomy.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs for images of "
+                f"{costs.size[0]} x {costs.size[1]} pixels: "
                 f"{', '.join(f'{ratio:.0%} of {d}' for d, ratio in kept.items())}, "
                 f"{metrics['mdc/keep_tokens']:.0%} of tokens at the end"
             )

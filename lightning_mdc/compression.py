@@ -97,7 +97,7 @@ class Method:
             _check_unused(error, reason, calibration=calibration, prediction=prediction)
         self.budget = as_budget(0.6 if budget is None else budget)
         self.dimensions = None if dimensions is None else check_dimensions(dimensions)
-        self.space, self.tokens = space or Space(), tokens or TokenOptions()
+        self.space, self.tokens = space or Space(), tokens
         if self.policy == "uniform":
             check_uniform(self.space)
         self.calibration = calibration or Calibration()
@@ -157,6 +157,7 @@ class Compression:
         options = (method.budget, method.dimensions, method.space, method.tokens)
         if isinstance(method.policy, Policy):
             self.policy = method.policy
+            self.anatomy.check_options(method.tokens)
         elif method.policy == "uniform":
             self.policy = uniform_policy(self.anatomy.model, *options, input_size=size)
         else:
@@ -231,8 +232,8 @@ class Compression:
                 input_size=self.input_size,
             )
             policy = result.policy
-        plan = make_plan(self.anatomy.model, scores, policy, method.tokens, input_size=self.input_size)
-        return plan, result
+        size = self.input_size or self.anatomy.input_size[1:]  # a given policy may be of another model's size
+        return make_plan(self.anatomy.model, scores, policy, method.tokens, input_size=size), result
 
     def _compensation(self) -> tuple[str, str]:
         """How the layers are refitted in the end, and in trials."""
@@ -264,7 +265,7 @@ class Compressed:
     Attributes:
         model: the slim vision transformer, a plain module.
         plan: which units are kept.
-        policy: its keep ratios.
+        policy: its keep ratios, and at which size of images they are priced.
         scores: of the units.
         search: how the policy was found; None where it was not searched for.
     """

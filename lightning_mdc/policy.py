@@ -11,7 +11,7 @@ import json
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -125,7 +125,8 @@ class TokenOptions:
             drops them, ``"merge"`` averages each into the kept one most like it, ``"merge-proportional"`` also weighs
             a merged token by its size in later attentions; or the name of a registered one of your own.
         restore: whether at the end every input position has a token again, for dense outputs. None: where that costs
-            nothing, which is where what follows the blocks reads prefix tokens only.
+            nothing, as what follows the blocks reads prefix tokens only; and where no classifier is known, as who reads
+            the tokens may count on a grid.
 
     Raises:
         PlanError: an unknown score, or a `restore` that is neither a bool nor None.
@@ -153,20 +154,32 @@ class Policy:
 
     Attributes:
         ratios: by dimension; `heads`, `neurons` and `tokens` are views of it.
+        input_size: (height, width) in pixels of the images that a budget was priced for, as 60 % of the MACs at 64
+            pixels are another share at 512; None: it is of no budget. Policies of the same ratios are equal.
 
     Raises:
-        PolicyError: a ratio that is no number in [0, 1], or stages that are not increasing block numbers.
+        PolicyError: a ratio that is no number in [0, 1], stages that are not increasing block numbers, or a size that
+            is no (height, width).
     """
 
     ratios: Mapping[str, tuple[float, ...]]
     stages: tuple[int, ...] | None
+    input_size: tuple[int, int] | None = field(compare=False)
 
     def __init__(
-        self, heads: Ratios = 1.0, neurons: Ratios = 1.0, tokens: Ratios = 1.0, stages: Sequence[int] | None = None
+        self,
+        heads: Ratios = 1.0,
+        neurons: Ratios = 1.0,
+        tokens: Ratios = 1.0,
+        stages: Sequence[int] | None = None,
+        input_size: Sequence[int] | None = None,
     ) -> None:
         given = dict(zip(DIMENSIONS, (heads, neurons, tokens), strict=True))
         object.__setattr__(self, "ratios", ByDimension({name: _ratios(name, r) for name, r in given.items()}))
         object.__setattr__(self, "stages", None if stages is None else _stages(stages))
+        if input_size is not None and not _is_size(input_size):
+            raise PolicyError(f"input_size={input_size!r:.80}: expected (height, width) in pixels")
+        object.__setattr__(self, "input_size", None if input_size is None else tuple(map(int, input_size)))
 
     heads = property(lambda self: self.ratios["heads"], doc="Keep ratios of heads.")
     neurons = property(lambda self: self.ratios["neurons"], doc="Keep ratios of neurons.")
@@ -176,11 +189,12 @@ class Policy:
         return f"Policy({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
 
     def as_dict(self) -> dict[str, Any]:
-        """Ratios by dimension, and the stages."""
-        return {**self.ratios, "stages": self.stages}
+        """Ratios by dimension, and the stages; the input size, if it was priced at one."""
+        size = {} if self.input_size is None else {"input_size": self.input_size}
+        return {**self.ratios, "stages": self.stages, **size}
 
     def to_json(self) -> str:
-        """Sorted JSON, equal for equal policies."""
+        """Sorted JSON, equal for equal policies of one size."""
         return json.dumps(self.as_dict(), sort_keys=True)
 
     @classmethod
@@ -191,8 +205,9 @@ class Policy:
             PolicyError: the text is no JSON object with these fields.
         """
         ratios = json_object(text, "policy", PolicyError)
-        if unknown := sorted(set(ratios) - {*DIMENSIONS, "stages"}):
-            raise PolicyError(f"policy JSON has unknown fields {unknown}; expected {[*DIMENSIONS, 'stages']}")
+        known = [*DIMENSIONS, "stages", "input_size"]
+        if unknown := sorted(set(ratios) - set(known)):
+            raise PolicyError(f"policy JSON has unknown fields {unknown}; expected {known}")
         return cls(**ratios)
 
     @classmethod
@@ -232,7 +247,7 @@ class TokenStage:
             if self.score != "attention":
                 raise PlanError(f"token stage score={self.score!r} needs a prior, one number per patch position")
             return
-        if self.grid is None or len(self.grid) != 2 or not all(_is_index(side) and side for side in self.grid):
+        if self.grid is None or not _is_size(self.grid):
             raise PlanError(f"token stage grid={self.grid!r}: a prior needs its height and width in patches")
         if len(self.prior) != math.prod(self.grid) or not all(_is_finite(value) for value in self.prior):
             raise PlanError(
@@ -252,9 +267,11 @@ class Plan:
         tokens: the policy's token stages, by block; one with ``keep=1`` drops nothing.
         reduction: what becomes of tokens that leave; see `TokenOptions`.
         restore: whether every input position has a token again at the end.
+        input_size: (height, width) in pixels of the images for which its budget was priced, and its tokens are kept in
+            whole numbers; None: not known.
 
     Raises:
-        PlanError: indices out of range, unsorted or doubled; stages out of order or out of depth.
+        PlanError: indices out of range, unsorted or doubled; stages out of order or out of depth; a size that is none.
     """
 
     kept: Mapping[str, tuple[tuple[int, ...], ...]]
@@ -262,6 +279,7 @@ class Plan:
     tokens: tuple[TokenStage, ...] = ()
     reduction: str = "fuse"
     restore: bool = False
+    input_size: tuple[int, int] | None = None
 
     heads = property(lambda self: self.kept["heads"], doc="Kept head indices per block.")
     neurons = property(lambda self: self.kept["neurons"], doc="Kept MLP neuron indices per block.")
@@ -272,6 +290,8 @@ class Plan:
         TokenOptions(reduction=self.reduction)  # refuses what is none
         if not isinstance(self.restore, bool):
             raise PlanError(f"plan.restore={self.restore!r:.80}: expected true or false")
+        if self.input_size is not None and not _is_size(self.input_size):
+            raise PlanError(f"plan.input_size={self.input_size!r:.80}: expected (height, width) in pixels")
         for field_name in ("kept", "sizes"):
             given = getattr(self, field_name)
             if set(given) != set(UNIT_DIMENSIONS):
@@ -314,6 +334,7 @@ class Plan:
             **ratios,
             tokens=[stage.keep for stage in self.tokens],
             stages=[stage.block for stage in self.tokens],
+            input_size=self.input_size,
         )
 
     @property
@@ -324,6 +345,7 @@ class Plan:
     def to_json(self) -> str:
         """Sorted JSON without timestamps: equal plans give equal text."""
         rest = {"tokens": [asdict(stage) for stage in self.tokens], **{n: getattr(self, n) for n in _OF_TOKENS}}
+        rest |= {} if self.input_size is None else {"input_size": self.input_size}
         sizes = {f"num_{name}": sizes for name, sizes in self.sizes.items()}
         return json.dumps({"format": 1, **self.kept, **sizes, **rest}, sort_keys=True)
 
@@ -338,7 +360,7 @@ class Plan:
         if plan.pop("format", None) != 1:
             raise PlanError("plan JSON: field 'format' must be 1; the file is no plan or of a newer version")
         names = {*UNIT_DIMENSIONS, *(f"num_{name}" for name in UNIT_DIMENSIONS), "tokens", *_OF_TOKENS}
-        _check_fields(plan, names)
+        _check_fields({"input_size": None} | plan, {*names, "input_size"})  # a plan of no known size may say none
         try:
             for stage in plan["tokens"]:
                 _check_fields(stage, {field.name for field in fields(TokenStage)}, ": a token stage")
@@ -347,6 +369,7 @@ class Plan:
                 sizes={name: tuple(plan[f"num_{name}"]) for name in UNIT_DIMENSIONS},
                 tokens=tuple(TokenStage(**stage) for stage in plan["tokens"]),
                 **{name: plan[name] for name in _OF_TOKENS},
+                input_size=plan.get("input_size"),
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"plan JSON is malformed: {error}") from error
@@ -379,6 +402,10 @@ def _stages(stages: Any) -> tuple[int, ...]:
     if not all(_is_index(value) for value in values) or list(values) != sorted(set(values)):
         raise PolicyError(f"stages={list(values)!r}: expected increasing block numbers, counted from 0")
     return tuple(int(value) for value in values)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(_is_index(side) and side > 0 for side in value)
 
 
 def _is_ratio(value: Any) -> bool:

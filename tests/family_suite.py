@@ -40,8 +40,7 @@ def random_plan(
         values = tuple(rng.random() for _ in range(anatomy.grid[0] * anatomy.grid[1])) if prior else None
         score, grid = ("attention*dependence", anatomy.grid) if prior else ("attention", None)
         stages.append(TokenStage(block, 0.7, score, values, grid))
-    restores = bool(anatomy.class_rows) if restore is None else restore
-    return mdc.Plan(kept, anatomy.sizes, tuple(stages), reduction, restores)
+    return mdc.Plan(kept, anatomy.sizes, tuple(stages), reduction, anatomy.restores(restore))
 
 
 def sliced_like_slim(model: nn.Module, plan: mdc.Plan, name: str, tensor: Tensor) -> Tensor:

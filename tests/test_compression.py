@@ -45,6 +45,7 @@ def test_images_of_another_size_are_priced_as_such(caplog):
     with caplog.at_level("INFO"):
         found = mdc.compress(model, large.split(8), n_trials=2)
     assert "images are of 48 x 64 pixels" in caplog.text
+    assert found.policy.input_size == found.plan.input_size == found.search.policy.input_size == (48, 64)
     assert all(
         trial.macs == mdc.policy_macs(model, trial.policy, input_size=(48, 64)) <= 0.6 * mdc.macs(model, (48, 64))
         for trial in found.search.history

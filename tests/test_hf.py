@@ -13,12 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
+from lightning_mdc.budget import CostModel
+from lightning_mdc.figures.decision import Decision, numbers, pictures
+from lightning_mdc.figures.items import Document
 from lightning_mdc.figures.tokens import tokens_figure
 from lightning_mdc.models import find_anatomy, prediction_in
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
 from lightning_mdc.tokens.surviving_patches import surviving_patches
 from tests.family_suite import assert_exported, random_plan
-from tests.kinds import randomised
+from tests.kinds import everyday, randomised
 from tests.strangers import SIDE, Spots, loader, trainer
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -120,6 +123,15 @@ def test_pictures_show_the_tokens_that_are_kept(dense: nn.Module, scores: mdc.Sc
     assert f"block 1: {int(kept[0, 0])} of 16" in [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
+def test_a_decision_is_drawn_with_the_tokens_that_are_kept(dense: nn.Module, scores: mdc.Scores) -> None:
+    plan, module = mdc.make_plan(dense, scores, mdc.Policy(0.5, 0.5, 0.7)), Module()
+    module.model = dense
+    shown = Decision(CostModel(find_anatomy(module)), plan, scores, look=lambda: module(Spots().images[:4]))
+    assert any(isinstance(item, Document) and item.text == plan.to_json() for item in numbers(shown))
+    drawn = [picture for draw in pictures(shown) for picture in draw()]
+    assert {"kept", "importance/tokens", "tokens"} <= {picture.key.removeprefix("charts/") for picture in drawn}
+
+
 @pytest.mark.parametrize("kd", ["soft", "hard"])
 def test_a_student_learns_from_its_dense_teacher(dense: nn.Module, scores: mdc.Scores, tmp_path: Path, kd: str) -> None:
     slim = mdc.slim(dense, mdc.make_plan(dense, scores, mdc.uniform_policy(dense, 0.6))).train()
@@ -158,10 +170,9 @@ def test_a_decoder_behind_a_backbone_sees_the_dense_grid() -> None:
     torch.testing.assert_close(model(x), masked, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize("suffix", everyday("pt2", "onnx"))
 def test_it_is_exported(suffix: str, tmp_path: Path) -> None:
     from tests.test_hf_vit import make
 
-    model = make("dinov2_classes")
+    model = make("dinov2_classes", num_hidden_layers=3)
     assert_exported(mdc.slim(model, random_plan(model)), tmp_path / f"slim.{suffix}")

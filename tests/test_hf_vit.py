@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
+from lightning_mdc.distillation.hidden_states import hidden_states
 from lightning_mdc.models import find_anatomy, prediction_in
 from lightning_mdc.policy import TokenStage
 from lightning_mdc.tokens.selection import TokenSelection
@@ -102,10 +105,7 @@ def tower_of(model: Any) -> Any:
     return next(m for m in model.modules() if hasattr(m, "embeddings"))
 
 
-# One without a pooler says all of its tokens, of which fewer are left than the suite's tests look for.
-@pytest.mark.parametrize(
-    "kind", [k if k in DAILY else pytest.param(k, marks=pytest.mark.slow) for k in MODELS if k != "siglip_headless"]
-)
+@pytest.mark.parametrize("kind", [k if k in DAILY else pytest.param(k, marks=pytest.mark.slow) for k in MODELS])
 class TestHuggingFace(FamilySuite):
     @pytest.fixture
     def dense(self, kind: str) -> nn.Module:
@@ -262,6 +262,60 @@ def test_what_a_model_may_be_given_is_right_or_refused() -> None:
     assert [one.shape for one in maps] == [(6, 2, 17, 17)] * DEPTH
 
 
+@pytest.mark.parametrize("kind", ["swin", "vit", "dinov3"])
+@torch.no_grad()
+def test_masked_patches_are_those_of_the_dense_model(kind: str) -> None:
+    """As masked image modelling has them: a learned token is put in the place of a patch, before any block."""
+    makers: dict[str, Callable[[], Any]] = {
+        "swin": lambda: transformers.SwinModel(transformers.SwinConfig(**SWIN), use_mask_token=True),
+        "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**WITH_MLP), use_mask_token=True),
+        "dinov3": lambda: MODELS["dinov3"](),
+    }
+    model, x = randomised(makers[kind]()), images()
+    patches = find_anatomy(model).grid[0] * find_anatomy(model).grid[1]
+    hidden = {"bool_masked_pos": torch.rand(6, patches, generator=torch.Generator().manual_seed(0)) < 0.4}
+    plan, zeroed = random_plan(model), copy.deepcopy(model)
+    slim = mdc.slim(model, plan)
+    with mdc.masked(model, plan):
+        masked = prediction_in(model(x, **hidden))
+    torch.testing.assert_close(prediction_in(slim(x, **hidden)), masked, rtol=0, atol=1e-5)
+    assert (prediction_in(slim(x)) - masked).abs().max() > 1e-2
+    embeddings: Any = zeroed.embeddings
+    token = embeddings.mask_token.flatten()
+    behind = getattr(embeddings, "norm", embeddings.patch_embeddings)
+    behind.register_forward_hook(lambda _, args, out: by_hand(out, hidden, token))
+    with mdc.masked(zeroed, plan):
+        torch.testing.assert_close(prediction_in(zeroed(x)), masked, rtol=0, atol=1e-5)
+
+
+def by_hand(patches: Any, hidden: dict[str, Tensor], token: Tensor) -> Any:
+    """The learned token in the places of hidden patches."""
+    found = patches[0] if isinstance(patches, tuple) else patches
+    if found.ndim == 4:  # DINOv3's come as a map
+        found.flatten(2).transpose(1, 2)[hidden["bool_masked_pos"]] = token
+    else:
+        found[hidden["bool_masked_pos"]] = token
+    return patches
+
+
+@pytest.mark.parametrize("kind", ["swin", "swin_model", "beit", "clip"])
+def test_hidden_states_are_compared(kind: str) -> None:
+    """A block of Swin's gives its attention beside its tokens."""
+    model, x = make(kind), images()
+    slim = mdc.slim(model, random_plan(model, restore=False))
+    with hidden_states(slim, model) as caught, caught.watching():
+        slim(x), model(x)
+        assert [state.ndim for state in caught.student.values()] == [3] * len(find_anatomy(model).blocks)
+        loss = caught.loss()
+        loss.backward()
+    assert loss > 0
+    assert all(p.grad.isfinite().all() for p in slim.parameters() if p.grad is not None)
+    with hidden_states(model, copy.deepcopy(model)) as caught, caught.watching():
+        model(x)
+        caught.teacher.update(caught.student)
+        assert caught.loss() == 0
+
+
 def test_gradients_are_the_same_where_blocks_are_computed_again() -> None:
     model = make("vit")
     slim, x = mdc.slim(model, random_plan(model, "drop", restore=True)).train(), images()
@@ -293,6 +347,17 @@ def test_the_vision_tower_of_two_is_found_inside() -> None:
     model.vision_model = mdc.slim(model, plan, submodule="vision_model")
     torch.testing.assert_close(model(**inputs).logits_per_image, masked, rtol=0, atol=1e-5)
     assert not torch.allclose(before, masked, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Siglip2VisionModel", "Siglip2ForImageClassification", "Siglip2Model"])
+def test_a_tower_that_takes_patches_is_refused(kind: str) -> None:
+    tower = {name: value for name, value in WITH_MLP.items() if name != "image_size"} | {"num_patches": 16}
+    both = transformers.Siglip2Config(**two_towers(tower))
+    model = getattr(transformers, kind)(both.vision_config if kind == "Siglip2VisionModel" else both)
+    with pytest.raises(mdc.errors.UnsupportedModelError, match=r"as patches with a mask and their shapes \(NaFlex\)"):
+        mdc.macs(model, submodule="vision_model" if kind == "Siglip2Model" else None)
+    with pytest.raises(mdc.errors.UnsupportedModelError, match=r"Siglip2.*NaFlex"):
+        mdc.score(model, [images(8)])
 
 
 def test_a_class_of_ones_own_is_taken_if_it_computes_the_same() -> None:
@@ -331,6 +396,41 @@ def test_a_folder_is_ours_alone(tmp_path: Path) -> None:
     for kind in (transformers.ViTForImageClassification, transformers.AutoModelForImageClassification):
         with pytest.raises((OSError, ValueError, RuntimeError, TypeError)):
             kind.from_pretrained(tmp_path)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_each_kind_is_loaded_by_a_fresh_process(tmp_path: Path) -> None:
+    """Slim, with tokens leaving where they may; an output that is an object is compared by all of its tensors."""
+    makers, expected = {**MODELS, **{f"{kind}_backbone": maker for kind, maker in BACKBONES.items()}}, {}
+    for kind, maker in makers.items():
+        model = randomised(maker())
+        slim = mdc.slim(model, random_plan(model))
+        mdc.save(slim, tmp_path / kind)
+        expected |= tensors_of(kind, slim(images()))
+    save_file({"images": images()}, tmp_path / "images")
+    program = (
+        "import pathlib, sys, torch, lightning_mdc as mdc\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "from tests.test_hf_vit import tensors_of\n"
+        "here, found = pathlib.Path(sys.argv[1]), {}\n"
+        "x = load_file(here / 'images')['images']\n"
+        "with torch.no_grad():\n"
+        "    for folder in (path for path in here.iterdir() if path.is_dir()):\n"
+        "        found |= tensors_of(folder.name, mdc.load(folder)(x))\n"
+        "save_file(found, here / 'found')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(mdc.__file__).parents[1])
+    found = load_file(tmp_path / "found")
+    assert found.keys() == expected.keys()
+    assert {name.partition(".")[0] for name in found} == makers.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def tensors_of(kind: str, output: Any) -> dict[str, Tensor]:
+    """Of a transformers' output, by name."""
+    parts = ((name, value if isinstance(value, tuple) else (value,)) for name, value in output.items())
+    return {f"{kind}.{name}.{i}": value.contiguous() for name, values in parts for i, value in enumerate(values)}
 
 
 @pytest.mark.parametrize("kind", ["dinov3", "clip", "swin"])

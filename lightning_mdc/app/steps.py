@@ -132,7 +132,8 @@ class Run:
 
 def pruned(run: Run, model: nn.Module, policy: Policy, compensate: str) -> tuple[Plan, nn.Module]:
     """(plan, slim model) that a policy comes to, with the scores of the run."""
-    plan = mdc.make_plan(model, run.scores, policy, token_options(run.settings))
+    size = find_anatomy(model).input_size[1:]  # a file's policy may be of another
+    plan = mdc.make_plan(model, run.scores, policy, token_options(run.settings), input_size=size)
     moments = run.moments if compensate == "lstsq" else None
     batches = calibration_batches(run, share=False) if compensate == "sequential" else None
     return plan, mdc.slim(model, plan, compensate, moments=moments, batches=batches)

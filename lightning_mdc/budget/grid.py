@@ -94,4 +94,4 @@ class Grid:
         }
         if TOKENS not in self.costs.anatomy.reasons:
             kept[TOKENS] = ratios.tolist() or 1.0
-        return Policy(**kept, stages=self.space.stages)
+        return Policy(**kept, stages=self.space.stages, input_size=self.costs.size)

@@ -48,6 +48,7 @@ def uniform_policy(
         BudgetError: the budget cannot be reached; the message says what can.
         PolicyError: `space` says what a uniform policy has none of, or stages that the model has not.
         UnsupportedModelError: the model cannot lose units of a dimension asked for.
+        PlanError: `tokens` are given where none can leave, or none do by default.
     """
     anatomy = find_anatomy(model, submodule)
     check_kind("space", space, Space, PolicyError)
@@ -55,8 +56,7 @@ def uniform_policy(
     check_uniform(space)
     costs = CostModel(anatomy, image_size(input_size))
     pricing = Pricing(costs, as_budget(budget), tokens)
-    default = anatomy.default_dimensions(pricing.tokens.restore)
-    return uniform_counts(pricing, anatomy.require(default if dimensions is None else dimensions), space)
+    return uniform_counts(pricing, anatomy.to_prune(dimensions, tokens), space)
 
 
 def check_uniform(space: Space) -> None:

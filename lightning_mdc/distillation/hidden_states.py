@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,10 @@ class HiddenStates:
         self.teacher: dict[int, Tensor] = {}
         self.wanted = False
 
-    def keep(self, states: dict[int, Tensor], index: int, block: nn.Module, args: object, output: Tensor) -> None:
-        """A forward hook, with where to put the block's output."""
+    def keep(self, states: dict[int, Tensor], index: int, block: nn.Module, args: object, output: Any) -> None:
+        """A forward hook, with where to put the block's output: its tokens, of one that tells its attention, too."""
         if self.wanted:
-            states[index] = output
+            states[index] = output[0] if isinstance(output, tuple) else output
 
     @contextmanager
     def watching(self) -> Iterator[None]:

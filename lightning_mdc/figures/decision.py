@@ -70,7 +70,7 @@ def pictures(decision: Decision) -> Iterator[Callable[[], Iterator[Picture]]]:
     """By what they show: one that cannot be drawn is not in the way of the others."""
     yield lambda: _drawn(plan_charts(decision.costs, decision.plan))
     yield lambda: _drawn(_search(decision))
-    grid = decision.costs.anatomy.grid_of(decision.costs.size)
+    grid = decision.scores.grid or decision.costs.anatomy.grid_of(decision.costs.size)
     yield lambda: _drawn(importance_charts(decision.scores, decision.plan, grid))
     yield lambda: _drawn(_kept_tokens(decision))
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mdc.errors import CalibrationError
-from lightning_mdc.files import replacing
+from lightning_mdc.files import replacing, tuples
 from lightning_mdc.importance.moments import Moments, tensors_and_facts
 from lightning_mdc.policy import DIMENSIONS, ByDimension
 
@@ -31,6 +31,8 @@ class Scores:
         criterion: name of what made them.
         images: how many images they rest on.
         moments: of what the layers that read units are given, if gathered on the way; not in a file of scores.
+        grid: (height, width) in patches of the images whose token positions were scored; None: that of the model's own
+            input, or of no tokens.
     """
 
     values: Mapping[str, list[Tensor]]
@@ -38,6 +40,7 @@ class Scores:
     criterion: str
     images: int
     moments: Moments | None
+    grid: tuple[int, int] | None
 
     def __init__(
         self,
@@ -48,9 +51,10 @@ class Scores:
         criterion: str = "",
         images: int = 0,
         moments: Moments | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         values = ByDimension(dict(zip(DIMENSIONS, (heads, neurons, tokens), strict=True)))
-        rest = {"stages": stages, "criterion": criterion, "images": images, "moments": moments}
+        rest = {"stages": stages, "criterion": criterion, "images": images, "moments": moments, "grid": grid}
         for name, value in {"values": values, **rest}.items():
             object.__setattr__(self, name, value)
 
@@ -64,8 +68,8 @@ class Scores:
 
     def with_moments(self, moments: Moments | None) -> Scores:
         """The same scores with moments that were kept apart, or without any."""
-        values: dict[str, Any] = dict(self.values)
-        return Scores(**values, stages=self.stages, criterion=self.criterion, images=self.images, moments=moments)
+        rest = {"stages": self.stages, "criterion": self.criterion, "images": self.images, "grid": self.grid}
+        return Scores(**dict(self.values), **rest, moments=moments)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, e.g. ``heads.3``."""
@@ -78,6 +82,7 @@ class Scores:
             "criterion": self.criterion,
             "images": str(self.images),
             "stages": json.dumps(list(self.stages)),
+            "grid": json.dumps(self.grid),
         }
 
     @classmethod
@@ -103,6 +108,7 @@ class Scores:
             stages=tuple(json.loads(facts["stages"])),
             criterion=facts["criterion"],
             images=int(facts["images"]),
+            grid=tuples(json.loads(facts.get("grid", "null"))),
         )
 
     def save(self, path: str | Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import length_hint
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +179,7 @@ class Scorer:
         self._draw = torch.Generator().manual_seed(0)  # labels of the model's own
         self._two_passes = False
         self._images = 0  # of the batch at hand
+        self._grid: tuple[int, int] | None = None  # of the images seen, in patches, where positions are scored
 
     def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
         for dimension in self.dimensions:
@@ -255,11 +256,16 @@ class Scorer:
             self._door = module
             self._pass.calls.append(_Call(len(images)))
             self._variety.look(images)
-            if TOKENS in self.dimensions and not self._variety.has_one_size:
-                raise CalibrationError(
-                    f"images of {tuple(images.shape[1:])} after others: positions of tokens are scored on one grid; "
-                    "give images of one size, or dimensions=['heads', 'neurons'] with criterion='conditional'"
-                )
+            if TOKENS in self.dimensions:
+                if not self._variety.has_one_size:
+                    self._refuse_sizes(f"images of {tuple(images.shape[1:])} after others")
+                self._grid = self.anatomy.grid_of((images.shape[-2], images.shape[-1]))
+
+    def _refuse_sizes(self, what: str) -> NoReturn:
+        raise CalibrationError(
+            f"{what}: positions of tokens are scored on one grid; give images of one size, or dimensions=['heads', "
+            "'neurons'] with criterion='conditional'"
+        )
 
     def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
         self._call.said = output
@@ -376,6 +382,10 @@ class Scorer:
             value = self.sums.get(name)
             self.sums[name] = summed(torch.zeros(shape, dtype=dtype, device=device) if value is None else value)
         self._moments.sum_over_ranks()
+        grids = {grid for grid in gather(lambda: self._grid) if grid is not None}
+        if len(grids) > 1:
+            self._refuse_sizes(f"images of {' and '.join(f'{h}x{w}' for h, w in sorted(grids))} patches on the ranks")
+        self._grid = next(iter(grids), None)
 
     def scores(self) -> Scores:
         """Scores from the sums so far, on the CPU.
@@ -409,7 +419,8 @@ class Scorer:
         images = int(self.sums["images"].item())
         stages = self.stages if TOKENS in self.dimensions else ()
         moments = self._moments.moments(images) if self.needs.moments else None
-        return Scores(**values, stages=stages, criterion=self.criterion.name, images=images, moments=moments)
+        rest: dict[str, Any] = {"stages": stages, "images": images, "moments": moments, "grid": self._grid}
+        return Scores(**values, criterion=self.criterion.name, **rest)
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 

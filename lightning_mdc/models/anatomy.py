@@ -23,6 +23,7 @@ from lightning_mdc.policy import (
     ByDimension,
     Plan,
     Policy,
+    TokenOptions,
     TokenStage,
     check_dimensions,
     default_stages,
@@ -399,10 +400,36 @@ class Anatomy:
         safe = self.classifies or bool(restore)
         return tuple(d for d in self.dimensions if d != TOKENS or safe)
 
+    def to_prune(self, dimensions: Iterable[str] | None, tokens: TokenOptions | None) -> tuple[str, ...]:
+        """`dimensions`, or the default ones, where tokens that leave do as `tokens` say; see `TokenOptions`.
+
+        Raises:
+            UnsupportedModelError: the model cannot lose one of them.
+            PlanError: `tokens` are given, and the model can lose none, or nobody has said that it may.
+        """
+        self.check_options(tokens)
+        if dimensions is not None:
+            return self.require(dimensions)
+        found = self.default_dimensions(None if tokens is None else tokens.restore)
+        if tokens is not None and TOKENS not in found:
+            raise PlanError(
+                f"tokens={tokens!r} is not looked at: no classifier of {self.name} is known, so it loses "
+                f"{' and '.join(found)} only; pass dimensions={self.dimensions!r}, or TokenOptions(restore=True)"
+            )
+        return found
+
+    def check_options(self, tokens: TokenOptions | None) -> None:
+        """Refuse, with a `PlanError`, to be told what becomes of tokens where none can leave."""
+        if tokens is not None and TOKENS in self.reasons:
+            raise PlanError(
+                f"tokens={tokens!r} is not looked at: {self.name} cannot lose tokens: {self.reasons[TOKENS]}; leave "
+                "tokens= out"
+            )
+
     def restores(self, asked: bool | None) -> bool:
-        """Whether tokens come back at the end: as `asked`, or else where that costs nothing: what follows the blocks
-        reads prefix tokens only."""
-        return bool(self.class_rows) if asked is None else asked
+        """Whether tokens come back at the end: as `asked`, or else where that costs nothing, as what follows the blocks
+        reads prefix tokens only, and where no classifier is known, as who reads the tokens may count on a grid."""
+        return bool(self.class_rows) or not self.classifies if asked is None else asked
 
     def require(self, dimensions: Iterable[str] | None) -> tuple[str, ...]:
         """`dimensions` (None means all three) if the model can lose them.

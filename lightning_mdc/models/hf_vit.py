@@ -120,6 +120,7 @@ _MLPS = {
 }
 _BIAS = "relative_position_bias"
 _OPTIONS = ("add_pooling_layer", "use_mask_token")
+_OF_PATCHES = dict.fromkeys(("Siglip2VisionModel", "Siglip2ForImageClassification"), "siglip2")
 
 
 class HfViT(Family):
@@ -137,6 +138,12 @@ class HfViT(Family):
 
     def refusal(self, module: nn.Module) -> str | None:
         """What makes one of the models another one."""
+        if known_class(module, _OF_PATCHES) is not None:
+            return (
+                "it takes images as patches with a mask and their shapes (NaFlex), each of another number, which are "
+                "neither priced nor pruned; SigLIP 2 of one image size (siglip2-*-patch*-SIZE) is a SiglipVisionModel, "
+                "which is"
+            )
         kind = known_class(module, _PACKAGES)
         if kind is None:
             return None

@@ -46,6 +46,7 @@ class PolicySpace(PointSpace):
         BudgetError: the budget cannot be reached inside the bounds; says what can.
         SearchError: bounds or groups that do not fit the model, or of what is not searched.
         UnsupportedModelError: the model cannot lose units of a dimension asked for.
+        PlanError: `tokens` are given where none can leave, or none do by default.
     """
 
     def __init__(
@@ -66,8 +67,7 @@ class PolicySpace(PointSpace):
         self.dense_macs = self.costs.of_model()
         check_kind("space", space, Space, PolicyError)
         self.space = Space() if space is None else space
-        default = self.anatomy.default_dimensions(self.tokens.restore)
-        names = self.anatomy.require(default if dimensions is None else dimensions)
+        names = self.anatomy.to_prune(dimensions, tokens)
         # Where dropping tokens saves nothing it would only hurt.
         self.dimensions = tuple(name for name in names if name != TOKENS or self.pricing.rewards_dropping_tokens)
         self.grid = Grid(self.costs, self.dimensions, self.space, self.tokens)

@@ -143,11 +143,12 @@ def measure_sensitivity(
 
     Raises:
         SearchError: `held_out` does not tell both accuracy and KL.
+        PlanError: `tokens` are given where none can leave, or none do by default.
     """
     anatomy = find_anatomy(model, submodule)
     costs = CostModel(anatomy)
     blocks = anatomy.check_stages(None if stages is None else tuple(stages))
-    dimensions = anatomy.default_dimensions(None if tokens is None else tokens.restore)
+    dimensions = anatomy.to_prune(None, tokens)
     wanted = list(_cuts(anatomy, dimensions, costs.num_tokens, {} if levels is None else levels, blocks))
     known = on_first_rank(partial(_known, state))
     done = sum(key in known for key, _ in wanted)
@@ -224,5 +225,6 @@ def _cuts(
             for count in sorted({size, *kept}, reverse=True):
                 alone = [1.0] * len(blocks)
                 alone[index] = count / size
-                policy = Policy(**{dimension: alone}, stages=tuple(stages) if dimension == TOKENS else None)
+                ratios_of: dict[str, list[float]] = {dimension: alone}
+                policy = Policy(**ratios_of, stages=tuple(stages) if dimension == TOKENS else None)  # type: ignore[arg-type]
                 yield (dimension, block, count / size), policy

@@ -36,7 +36,8 @@ def make_plan(
         tokens: what happens at a token stage; None: ``TokenOptions()``.
         swaps: how many times at most, in each block, a kept and a removed unit change places while their layer loses
             less by it, refitted; see `importance.exchange`. Needs the `moments` of scores.
-        input_size: (height, width) in pixels at which tokens are kept in whole numbers; None: the model's own.
+        input_size: (height, width) in pixels at which tokens are kept in whole numbers; None: the one that `policy`
+            was priced at, else the model's own.
         submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
 
     Raises:
@@ -56,12 +57,14 @@ def make_plan(
         name: _best(name, sizes, counts.units.get(name, ()), scores.units(name))
         for name, sizes in anatomy.sizes.items()
     }
+    size = input_size or policy.input_size or anatomy.input_size[1:]
     return Plan(
         kept=_exchanged(anatomy, kept, scores.moments, swaps) if swaps else kept,
         sizes=anatomy.sizes,
-        tokens=_token_stages(anatomy, counts, scores, options, input_size),
+        tokens=_token_stages(anatomy, counts, scores, options, size),
         reduction=options.reduction,
         restore=anatomy.restores(options.restore),
+        input_size=size,
     )
 
 
@@ -105,10 +108,10 @@ def _exchanged(
 
 
 def _token_stages(
-    anatomy: Anatomy, counts: Counts, scores: Scores, options: TokenOptions, input_size: tuple[int, int] | None
+    anatomy: Anatomy, counts: Counts, scores: Scores, options: TokenOptions, input_size: tuple[int, int]
 ) -> tuple[TokenStage, ...]:
     stages = []
-    height, width = anatomy.grid if input_size is None else anatomy.grid_of(input_size)
+    height, width = anatomy.grid_of(input_size)
     tokens = height * width + anatomy.num_prefix_tokens
     for block, ratio in zip(counts.stages, counts.tokens, strict=True):
         kept = int(tokens_kept(tokens, float(ratio), anatomy.num_prefix_tokens))
@@ -127,7 +130,7 @@ def _token_stages(
                 keep=kept / tokens,
                 score="attention" if prior is None else options.score,
                 prior=prior,
-                grid=None if prior is None else anatomy.grid,
+                grid=None if prior is None else scores.grid or anatomy.grid,
             )
         )
         tokens = int(tokens_after(tokens, kept, options.reduction))
@@ -135,18 +138,18 @@ def _token_stages(
 
 
 def _prior(anatomy: Anatomy, scores: Scores, block: int, *, required: bool) -> tuple[float, ...] | None:
-    positions = anatomy.grid[0] * anatomy.grid[1]
+    height, width = scores.grid or anatomy.grid
     if anatomy.drops_patches_at_random and required:
         raise PlanError(
             f"token score: {anatomy.name} drops patches at random in training, so a position is not where it was; use "
             "TokenOptions(score='attention'), or patch_drop_rate=0"
         )
     prior = scores.tokens[scores.stages.index(block)] if block in scores.stages else None
-    if prior is None or prior.shape != (positions,) or anatomy.drops_patches_at_random:
+    if prior is None or prior.shape != (height * width,) or anatomy.drops_patches_at_random:
         if required:
             raise CalibrationError(
-                f"token score needs scores.tokens for the stage at block {block} with {positions} positions; score "
-                "this model's tokens too, with the policy's stages"
+                f"token score needs scores.tokens for the stage at block {block} with {height * width} positions; "
+                "score this model's tokens too, with the policy's stages"
             )
         return None
     return tuple(min_max(prior.double()).tolist())

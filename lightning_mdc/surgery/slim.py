@@ -144,4 +144,5 @@ def _since_dense(anatomy: Anatomy, plan: Plan) -> Plan:
         tokens=dropping.tokens,
         reduction=dropping.reduction,
         restore=dropping.restore,
+        input_size=plan.input_size,
     )

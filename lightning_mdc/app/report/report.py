@@ -57,8 +57,10 @@ class Report:
             return ()
         dense, slim = results.dense, results.slimmest
         points = 100 * (results.slim_top1 - dense.top1)
+        plan = self.record.plan
+        size = "" if plan is None or plan.input_size is None else " at {} x {} pixels".format(*plan.input_size)
         return (
-            (percent(slim.macs / dense.macs), "of the MACs"),
+            (percent(slim.macs / dense.macs), f"of the MACs{size}"),
             (percent(slim.params / dense.params), "of the parameters"),
             (percent(results.slim_top1), f"top-1 ({points:+.1f} points)"),
             *((f"{results.speedup(size):.2f}x", f"as fast at batch {size}") for size in results.batch_sizes),
