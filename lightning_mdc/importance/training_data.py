@@ -441,7 +441,7 @@ class _InWorker(Sequence[Any]):
             raise CalibrationError(
                 f"train_dataloader: a batch to look at cannot be made in a worker process like its own "
                 f"(num_workers={self._num_workers}): {_last_line(error)}"
-            ) from error
+            ) from error.with_traceback(None)  # which would hold the process; where it was is in the error's words
         self._at = index + 1
         if self._at == len(self):
             self._ahead = None
