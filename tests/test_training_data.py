@@ -159,6 +159,11 @@ def test_batches_are_those_that_the_users_batch_sampler_makes() -> None:
     own = [[0, 20], [1, 21, 31], [2, 22], [3, 23, 33]]
     scoring, judging = looked_at(DataLoader(Numbers(), batch_sampler=Listed(own)), images=5, judging=9)
     assert all(numbers([batch]) in own for batch in scoring + judging)
+    # An epoch may end with a small one; those of the usual size come first.
+    own = [[0, 20, 30], [1, 21, 31], [2, 22, 32], [3, 23], [4]]
+    scoring, _ = looked_at(DataLoader(Numbers(), batch_sampler=Listed(own)), images=11, judging=1, least=2)
+    assert [len(batch) for batch in scoring[:2]] == [3, 3]
+    assert all(numbers([batch]) in own[:4] for batch in scoring)
     # One batch of all there is: two thirds and one third of it.
     scoring, judging = looked_at(DataLoader(Numbers(6), batch_sampler=Listed([[*range(6)]])))
     assert [len(numbers(scoring)), len(numbers(judging))] == [4, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -147,8 +148,9 @@ def _sample(
         size = -(-(size or (TOGETHER if each < least else each)) // each)
         least = -(-least // each)
     elif has_own_batches(loader):
-        if size is None and min(map(len, order)) >= least:
-            whole = _whole_batches(order, calibration, judged)
+        large = [batch for batch in order if len(batch) >= least]  # an epoch may end with a small one
+        if size is None and 2 * len(large) > len(order):
+            whole = _whole_batches(large, calibration, judged)
             if whole is not None:
                 return whole
         order = distinct(chain.from_iterable(order))
@@ -181,7 +183,11 @@ def _whole_batches(
             break
         if unseen := [key for key in batch if identity_of(key) not in seen]:
             others.append(unseen)
-    return None if judged and not (enough and others) else (batches[:enough], others)
+    if judged and not (enough and others):
+        return None
+    # Where batches are compared, their size is that of the first.
+    usual, _ = Counter(map(len, batches)).most_common(1)[0]
+    return sorted(batches[:enough], key=lambda batch: len(batch) != usual), others
 
 
 # --- which keys -------------------------------------------------------------------------------------------------------
@@ -298,8 +304,10 @@ class _Copier(pickle.Pickler):
         return len(self.kept) - 1
 
     def _is_shared(self, thing: Any) -> bool:
-        if thing is self._dataset or isinstance(thing, (Dataset, DataLoader, type, FunctionType, ModuleType)):
+        if thing is self._dataset or isinstance(thing, (DataLoader, type, FunctionType, ModuleType)):
             return True
+        if isinstance(thing, Dataset):  # but for one that a sampler is made to look like, to be shared out
+            return not any(isinstance(value, Sampler) for value in vars(thing).values())
         if isinstance(thing, GeneratorType):
             raise TypeError(f"it holds {thing.__name__}(), a generator")
         if isinstance(thing, Sampler):
