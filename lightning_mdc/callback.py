@@ -39,13 +39,8 @@ from lightning_mdc.errors import (
 from lightning_mdc.figures.dashboard import Dashboard
 from lightning_mdc.figures.decision import Decision
 from lightning_mdc.importance import Criterion, Moments, Scorer, Scores
-from lightning_mdc.importance.calibration import (
-    Calibration,
-    Remembered,
-    calibration_batches,
-    is_map_style,
-    num_images,
-)
+from lightning_mdc.importance.calibration import Calibration, Remembered, images_in, joined, num_images, put_together
+from lightning_mdc.importance.training_data import CalibrationBatches, calibration_batches, is_map_style
 from lightning_mdc.models import Anatomy, Prediction, evaluating, find_anatomy, find_model, put_in_place, standing_in
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
 from lightning_mdc.policy_search.closeness import float_tensors
@@ -83,7 +78,8 @@ class MultiDimPruneCallback(Callback):
         dimensions, space, tokens: see `uniform_policy`, `PolicySpace` and `make_plan`; a given policy says itself what
             it prunes.
         calibration: how many images units are scored on and policies are judged on, over all ranks together; None:
-            ``Calibration()``. In batches of the training loader's size, unless it says another.
+            ``Calibration()``. In batches of the training loader's size, unless it says another or
+            that is too small for the criterion.
         compensate: ``"sequential"`` and ``"lstsq"`` refit, once, by least squares, the weights that read units; see
             `slim`. ``"none"`` leaves them. None: ``"sequential"``, but ``"none"`` with ``schedule="cubic"``. An
             optimizer that has state by then keeps it.
@@ -177,6 +173,7 @@ class MultiDimPruneCallback(Callback):
         self._watched: list[Any] | None = None  # batches of an iterable data set, while they are collected
         self._watched_in = 0  # the epoch
         self._steps_to_watch: int | None = None
+        self._to_try: list[Any] = []  # batches of an iterable data set, while they are too few images to try out
         self._folder: SearchFolder | None = None  # of the search of this fit
         self._before: list[tuple[Tensor, Tensor]] | None = None  # what compensation changed, with its dense values
         self._handover.unlink(missing_ok=True)
@@ -285,7 +282,7 @@ class MultiDimPruneCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What could be refused after hours of training is refused now.
         self._task = None  # the model may be another than in the last fit
-        self._is_tried = False
+        self._is_tried, self._to_try = False, []
         if self._plan is None or isinstance(self.method.policy, Policy):
             self._compression(pl_module)
         if self.save_to is not None and trainer.is_global_zero:
@@ -302,10 +299,10 @@ class MultiDimPruneCallback(Callback):
     on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._plan is None and not self._is_tried:  # of an iterable data set
+            self._try_out_going_by(trainer, pl_module, batch)
         if self._watched is not None:
             self._watch(trainer, pl_module, batch)
-        elif self._plan is None and not self._is_tried:  # of an iterable data set, before `start`
-            self._try_out(trainer, pl_module, batch)
         if self.unit == "step":
             self._advance(trainer, pl_module)
 
@@ -401,9 +398,9 @@ class MultiDimPruneCallback(Callback):
         loader = trainer.train_dataloader
         if now < self.start:
             if self._plan is None and not self._is_tried and is_map_style(loader):
-                with isolated_rng():
-                    batch = calibration_batches(loader, self.method.calibration, self.method.seed)[0][0]
-                self._try_out(trainer, pl_module, _to_device(trainer, pl_module, batch))
+                least = self._compression(pl_module).scorer().needs.images
+                batches, _ = calibration_batches(loader, self.method.calibration, self.method.seed, least=least)
+                self._try_out(trainer, pl_module, self._made(trainer, pl_module, batches, 0))
             return
         if self._watched is not None:
             return
@@ -412,7 +409,7 @@ class MultiDimPruneCallback(Callback):
                 if self.method.calibration.batch_size is not None:
                     raise CallbackError(
                         f"calibration.batch_size={self.method.calibration.batch_size}: the batches of an iterable data "
-                        "set are watched as they come; leave it out"
+                        "set, or of a loader with an iteration of its own, are watched as they come; leave it out"
                     )
                 # Keep the first training batches as they go by, then decide.
                 self._watched, self._watched_in = [], trainer.current_epoch
@@ -467,16 +464,25 @@ class MultiDimPruneCallback(Callback):
         r + world, ... of seeded lists."""
         task = self._compression(pl_module)
         loaders, calibration, seed = trainer.train_dataloader, self.method.calibration, self.method.seed
-        drawn = calibration_batches(loaders, calibration, seed, judged=task.needs_judging, say=rank_zero_info)
-        world, rank = trainer.world_size, trainer.global_rank
+        drawn = calibration_batches(
+            loaders,
+            calibration,
+            seed,
+            judged=task.needs_judging,
+            least=task.scorer().needs.images,
+            say=rank_zero_info,
+        )
+        shares = [batches.of_rank(trainer.global_rank, trainer.world_size) for batches in drawn]
+        scoring, judging = (Remembered(len(share), partial(self._made, trainer, pl_module, share)) for share in shares)
+        return scoring, judging
 
-        def made(batches: Sequence[Any], index: int) -> Any:
-            number = rank + world * index
-            seed_all(self.method.seed + number)  # random augmentation is the same whichever rank draws it
-            return _to_device(trainer, pl_module, batches[number])
-
-        shares = [Remembered(len(range(rank, len(all_), world)), partial(made, all_)) for all_ in drawn]
-        return shares[0], shares[1]
+    @staticmethod
+    def _made(trainer: Trainer, pl_module: LightningModule, batches: CalibrationBatches, index: int) -> Any:
+        """A batch as the module gets it."""
+        batch = batches[index]
+        with isolated_rng():
+            seed_all(batches.seeds[index])  # what hooks draw is the same whichever rank does
+            return _to_device(trainer, pl_module, batch)
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Keep a training batch; decide when there are enough."""
@@ -504,7 +510,9 @@ class MultiDimPruneCallback(Callback):
         wanted = calibration.shares(total, judged=judged)[0] / trainer.world_size
         enough = next(number for number, seen in enumerate(accumulate(counts), start=1) if seen >= wanted)
         scored = min(enough, len(batches) - 1) if judged else enough
-        self._decide(trainer, pl_module, batches[:scored], batches[scored:])
+        least = self._compression(pl_module).scorer().needs.images
+        scoring = on_every_rank(partial(put_together, batches[:scored], least))
+        self._decide(trainer, pl_module, scoring, batches[scored:])
         self._advance(trainer, pl_module)
 
     # --- scoring and judging them ---------------------------------------------------------------------------------
@@ -534,8 +542,16 @@ class MultiDimPruneCallback(Callback):
             return said[0]
 
         labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        scorer.update(run, num_images(batch) or 0, labels if isinstance(labels, Tensor) else None, batch)
+        scorer.update(run, images_in(batch), labels if isinstance(labels, Tensor) else None, batch)
         return said[0]
+
+    def _try_out_going_by(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Keep training batches until there are enough images to try out."""
+        least = self._compression(pl_module).scorer().needs.images
+        self._to_try.append(batch)
+        if not least or sum(map(images_in, self._to_try)) >= least:
+            batches, self._to_try = self._to_try, []
+            self._try_out(trainer, pl_module, batch if len(batches) == 1 or not least else joined(batches))
 
     def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Score a batch for nothing: what scoring or judging would refuse, epochs from now, is refused at once."""

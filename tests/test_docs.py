@@ -31,6 +31,8 @@ from lightning_mdc.__main__ import _parser
 from lightning_mdc.budget import measuring
 from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.importance import criteria
+from lightning_mdc.importance.calibration import put_together
+from lightning_mdc.importance.training_data import pool_of
 from lightning_mdc.tokens.reduction import REDUCTIONS
 from lightning_mdc.weights import load_weights
 from tests import strangers
@@ -324,6 +326,11 @@ def under_fsdp() -> None:
     mdc.MultiDimPruneCallback().setup(trainer, strangers.Stranger(), "fit")
 
 
+def unfinished_sampler() -> None:
+    sampler = torch.utils.data.BatchSampler((k for k in range(9)), 3, False)
+    pool_of(torch.utils.data.DataLoader(strangers.Spots(), sampler=sampler), 9, 0)
+
+
 # What leads to the errors of the table in docs/faq.md.
 ERRORS: dict[str, Callable[[], Any]] = {
     "budget=... is below the smallest reachable cost": lambda: mdc.uniform_policy(make("vit"), 0.01),
@@ -332,6 +339,8 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "is no float tensor (images, ...)": lambda: mdc.score(make(), [images()], "hsic", prediction=lambda y: [y]),
     "a batch is dict": lambda: mdc.score(make("vit"), [{"pixel_values": images()}]),
     "but no usable batch was given": lambda: mdc.score(make("vit"), [images(2)]),
+    "are too small to score on, and cannot be put together": lambda: put_together([images(2), images(2, 16)], 4),
+    "cannot be copied": unfinished_sampler,
     "cannot lose tokens": lambda: mdc.uniform_policy(POST_NORM(), 0.9, ["tokens"]),
     "shards parameters": under_fsdp,
     "cannot be expressed by constructor arguments": lambda: mdc.save(with_a_head_of_its_own(), "x"),

@@ -1,21 +1,21 @@
-"""How many images a model is looked at with, and an own, seeded look at training data, which leaves its loaders as they
-were."""
+"""How many images a model is looked at with, and what becomes of batches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from lightning_mdc.errors import CalibrationError, check_whole
 
 # Bytes of images that are kept between one look at them and the next.
 _MEMORY_LIMIT = 2 * 2**30
+# Images that batches too small for a criterion are put together to.
+TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Calibration:
     Args:
         images: that units are scored on.
         judging: that policies are judged on; none of those above.
-        batch_size: images in a batch; None: as the loader has it.
+        batch_size: images in a batch; None: as the loader has it, or 32 where the criterion needs more than that.
 
     Raises:
         CalibrationError: a number below 1.
@@ -54,104 +54,6 @@ class Calibration:
         """What becomes of `total` images that are fewer than wanted."""
         scored, judged = self.shares(total, judged=True)
         return f"calibration: of {total} images {scored} are scored on and {judged} judged on"
-
-
-def is_map_style(loaders: Any) -> bool:
-    """Whether `loaders` (a DataLoader or a nest of them) can be sampled by index."""
-    leaves, _ = tree_flatten(loaders)
-    return bool(leaves) and all(
-        isinstance(leaf, DataLoader) and not isinstance(leaf.dataset, IterableDataset) for leaf in leaves
-    )
-
-
-class CalibrationBatches(Sequence[Any]):
-    """A list of batches over the loaders' own data sets with their own collate, each made when asked for.
-
-    Args:
-        leaves, structure: the loaders, and what nest of them ``train_dataloader`` returned; a batch has its structure.
-        indices: of each batch, by loader.
-    """
-
-    def __init__(self, leaves: Sequence[DataLoader[Any]], structure: TreeSpec, indices: list[list[list[int]]]) -> None:
-        self._leaves, self._structure, self._indices = leaves, structure, indices
-
-    def __len__(self) -> int:
-        return min(map(len, self._indices))
-
-    def __getitem__(self, index: Any) -> Any:
-        parts = []
-        for leaf, indices in zip(self._leaves, self._indices, strict=True):
-            batched = leaf.batch_sampler is not None
-            one = DataLoader(
-                leaf.dataset,
-                batch_sampler=[indices[index]] if batched else None,
-                sampler=None if batched else indices[index],
-                batch_size=1 if batched else None,
-                collate_fn=leaf.collate_fn,
-                generator=torch.Generator(),  # its own: nobody else's stream moves on
-            )
-            parts.append(next(iter(one)))
-        return tree_unflatten(parts, self._structure)
-
-
-def calibration_batches(
-    loaders: Any,
-    calibration: Calibration,
-    seed: int,
-    *,
-    judged: bool = False,
-    say: Callable[[str], None] | None = None,
-) -> tuple[CalibrationBatches, CalibrationBatches]:
-    """Seeded batches to score units on, all of one size, and others to judge policies on, if any are `judged`.
-
-    `loaders` is a DataLoader or any nest of them, as ``train_dataloader`` may return. `say` tells in a line where there
-    are fewer images than are wanted for both.
-
-    Raises:
-        CalibrationError: there are no images.
-    """
-    leaves, structure = tree_flatten(loaders)
-    total = min(len(_pool(leaf)) for leaf in leaves)
-    counts_images = all(leaf.batch_sampler is not None for leaf in leaves)  # not whole batches
-    if say is not None and judged and counts_images and total < calibration.images + calibration.judging:
-        say(calibration.in_words(total))
-    drawn = [_sample(leaf, calibration, seed, judged) for leaf in leaves]
-    scoring, judging = ([batches[kind] for batches in drawn] for kind in (0, 1))
-    return CalibrationBatches(leaves, structure, scoring), CalibrationBatches(leaves, structure, judging)
-
-
-def _sample(
-    loader: DataLoader[Any], calibration: Calibration, seed: int, judged: bool
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Indices drawn without replacement: of equal-sized batches to score on, of as many images as whole batches have;
-    and of batches to judge on."""
-    pool = _pool(loader)
-    order = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
-    size = calibration.batch_size
-    if loader.batch_sampler is None:  # the data set yields whole batches itself, of as many images as the first has
-        each = num_images(loader.dataset[order[0]]) or 1
-        size, calibration = (
-            1,
-            replace(calibration, images=-(-calibration.images // each), judging=-(-calibration.judging // each)),
-        )
-    elif size is None:
-        size = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size or 32
-    scored, judging = calibration.shares(len(pool), judged=judged)
-    size = min(size, scored)
-    others = order[scored : scored + judging]
-    return (
-        [order[start : start + size] for start in range(0, scored - size + 1, size)],
-        [others[start : start + size] for start in range(0, len(others), size)],
-    )
-
-
-def _pool(loader: DataLoader[Any]) -> Sequence[int]:
-    """Indices of what is trained on."""
-    total = len(loader.dataset)  # type: ignore[arg-type]
-    if not total:
-        raise CalibrationError("the training data set is empty: there is nothing to score on")
-    # A sampler over some indices splits the data set: the others are not for training.
-    return list(loader.sampler.indices) if isinstance(loader.sampler, SubsetRandomSampler) else range(total)
 
 
 class Remembered(Sequence[Any]):
@@ -183,4 +85,104 @@ class Remembered(Sequence[Any]):
 
 def num_images(batch: Any) -> int | None:
     """Images in a batch of any structure; None if it holds no tensor."""
-    return next((len(leaf) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim), None)
+    for leaf in tree_flatten(batch)[0]:
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return len(leaf)
+        if isinstance(leaf, Mapping) and (found := num_images(dict(leaf))) is not None:  # what transformers give
+            return found
+    return None
+
+
+def images_in(batch: Any) -> int:
+    """Images in a batch of any structure.
+
+    Raises:
+        CalibrationError: it holds no tensor.
+    """
+    found = num_images(batch)
+    if found is None:
+        raise CalibrationError(
+            f"a training batch is a {type(batch).__name__} without a tensor (images, ...) in it: how many images it "
+            "has is not known; let the loader's collate_fn make tensors"
+        )
+    return found
+
+
+def put_together(batches: Sequence[Any], least: int) -> list[Any]:
+    """Batches of at least so many images each; small ones are put together to 32, and what is still less is left out.
+
+    Raises:
+        CalibrationError: there are fewer images in all, or the batches do not go together.
+    """
+    if not batches:
+        return []
+    counts = [images_in(batch) for batch in batches]
+    size = TOGETHER if counts[0] < least else least
+    groups: list[list[Any]] = [[]]
+    held = 0
+    for batch, count in zip(batches, counts, strict=True):
+        if size == least and count < least:  # the last of an epoch
+            continue
+        groups[-1].append(batch)
+        held += count
+        if held >= size:
+            groups.append([])
+            held = 0
+    if held < least:
+        groups.pop()
+    if not groups:
+        raise too_few(sum(counts), least)
+    return [group[0] if len(group) == 1 else joined(group) for group in groups]
+
+
+def too_few(images: int, least: int) -> CalibrationError:
+    """There are only so many images to score on."""
+    return CalibrationError(
+        f"there are {images} training images to score on, and the criterion needs at least {least} together; train on "
+        "more, or choose a criterion that single images will do for ('activation', 'magnitude')"
+    )
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """One batch of several that are structured alike: tensors (images, ...) and lists of names one after another, what
+    is the same in all once.
+
+    Raises:
+        CalibrationError: they do not go together.
+    """
+    flat = [tree_flatten(batch, is_leaf=_is_names) for batch in batches]
+    counts = [images_in(batch) for batch in batches]
+    reason = "they are structured differently"
+    if all(structure == flat[0][1] for _, structure in flat):
+        try:
+            parts = zip(*(leaves for leaves, _ in flat), strict=True)
+            return tree_unflatten([_joined(leaves, counts) for leaves in parts], flat[0][1])
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error)
+    raise CalibrationError(
+        f"training batches of {counts[0]} are too small to score on, and cannot be put together: {reason}. Let the "
+        "loader give larger batches of images of one size (first dimension: images), as calibration_step takes them, "
+        "or choose a criterion that single images will do for ('activation', 'magnitude')"
+    )
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, (list, tuple)) and bool(node) and all(isinstance(each, str) for each in node)
+
+
+def _joined(leaves: Sequence[Any], counts: Sequence[int]) -> Any:
+    """What stands at one place in several batches of so many images."""
+    first = leaves[0]
+    if isinstance(first, Tensor):
+        if all(leaf.shape[:1] == (count,) for leaf, count in zip(leaves, counts, strict=True)):
+            return torch.cat(list(leaves))
+        if all(torch.equal(leaf, first) for leaf in leaves):
+            return first
+        raise ValueError(f"a tensor {tuple(first.shape)} beside {counts[0]} images")
+    if isinstance(first, Mapping):
+        return type(first)(joined([dict(leaf) for leaf in leaves]))  # type: ignore[call-arg]
+    if _is_names(first) and all(len(leaf) == count for leaf, count in zip(leaves, counts, strict=True)):
+        return type(first)(name for leaf in leaves for name in leaf)
+    if all(leaf == first for leaf in leaves):
+        return first
+    raise ValueError(f"a {type(first).__name__} that is not the same in all")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.distributed import gather, on_every_rank, summed
 from lightning_mdc.errors import CalibrationError, MdcError, check_whole
+from lightning_mdc.importance.calibration import TOGETHER
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
 from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
@@ -40,8 +41,6 @@ from lightning_mdc.randomness import isolated_rng
 # Bytes that a batch's observations may take until its prediction is known. Above it, the prediction is computed by a
 # pass of its own, and nothing has to be remembered.
 _MEMORY_LIMIT = 2 * 2**30
-# Images that batches too small for a criterion are put together to.
-_TOGETHER = 32
 
 
 def score(
@@ -671,7 +670,7 @@ def _as_tensors(batches: Iterable[Any], needs: Needs) -> Iterator[tuple[Tensor, 
                 f"images of {tuple(more_images.shape[1:])} after {tuple(images.shape[1:])}: images of a batch are "
                 "compared; give images of one size, or dimensions=['heads', 'neurons'] with criterion='conditional'"
             )
-        size = size or (len(more_images) if len(more_images) >= needs.images else _TOGETHER)
+        size = size or (len(more_images) if len(more_images) >= needs.images else TOGETHER)
         images = more_images if images is None else torch.cat([images, more_images])
         labels = more_labels if labels is None or more_labels is None else torch.cat([labels, more_labels])
         while len(images) >= size:
