@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from lightning_mdc.artifact import load, save
     from lightning_mdc.budget import Budget, LatencyTable, macs, plan_macs, policy_macs
     from lightning_mdc.budget.uniform import uniform_policy
-    from lightning_mdc.callback import MultiDimPruneCallback, plan_from_checkpoint
+    from lightning_mdc.callback import MultiDimPruneCallback
+    from lightning_mdc.checkpoint import plan_from_checkpoint
     from lightning_mdc.compression import Compressed, compress
     from lightning_mdc.distillation import DistillationModule, Teacher
     from lightning_mdc.distillation.weight_sharing import WeightSharingModule
@@ -32,7 +33,8 @@ _HOMES = {
     "artifact": ("load", "save"),
     "budget": ("Budget", "LatencyTable", "macs", "plan_macs", "policy_macs"),
     "budget.uniform": ("uniform_policy",),
-    "callback": ("MultiDimPruneCallback", "plan_from_checkpoint"),
+    "callback": ("MultiDimPruneCallback",),
+    "checkpoint": ("plan_from_checkpoint",),
     "compression": ("Compressed", "compress"),
     "distillation": ("DistillationModule", "Teacher"),
     "distillation.weight_sharing": ("WeightSharingModule",),

@@ -137,6 +137,7 @@ def check_savable(model: nn.Module, directory: str | Path) -> None:
     _describe(anatomy, plan_of(anatomy.model))
 
 
+@torch.inference_mode(False)  # as `slim`: what is made in it cannot be trained
 def load(directory: str | Path, model: nn.Module | None = None, submodule: str | None = None) -> nn.Module:
     """The model saved in `directory`, on the CPU, in eval mode. Of a module that was more than its vision transformer
     that alone, which is logged.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,15 +18,19 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_mdc.artifact import check_savable, save
+from lightning_mdc.belonging import Fingerprint, complaint, fingerprint, is_other
 from lightning_mdc.budget import Budget, CostModel, macs, plan_macs
+from lightning_mdc.checkpoint import Outcome, key_of, states_in
 from lightning_mdc.compression import Compression, Method, duration_in_words
 from lightning_mdc.distributed import copy_from_first_rank, gather, on_every_rank, on_first_rank
 from lightning_mdc.errors import (
@@ -33,8 +39,6 @@ from lightning_mdc.errors import (
     MdcError,
     PlanError,
     PolicyError,
-    check_one_of,
-    check_whole,
 )
 from lightning_mdc.figures.dashboard import Dashboard
 from lightning_mdc.figures.decision import Decision
@@ -49,12 +53,12 @@ from lightning_mdc.policy_search.folder import SearchFolder, digest_of_batches
 from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_written
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
+from lightning_mdc.schedule import Schedule
 from lightning_mdc.surgery import apply_masks, is_masked, plan_of, remove_masks, slim
 from lightning_mdc.surgery.compensation import refit_readers, take_readers
 from lightning_mdc.surgery.plan import make_plan
 from lightning_mdc.surgery.sequential import refit_in_sequence
-
-_STATE_FORMAT = 1
+from lightning_mdc.unlogged import unlogged
 
 
 class MultiDimPruneCallback(Callback):
@@ -129,7 +133,7 @@ class MultiDimPruneCallback(Callback):
     ) -> None:
         super().__init__()
         _check_types(restore_rng=restore_rng, submodule=submodule, save_to=save_to)
-        _check_schedule(schedule, start, end, unit)
+        self.schedule = Schedule(schedule, start, end, unit)
         if schedule == "cubic" and compensate not in (None, "none"):
             raise CallbackError(
                 f"compensate={compensate!r} with schedule='cubic': weights are refitted once, for what leaves at once; "
@@ -150,26 +154,35 @@ class MultiDimPruneCallback(Callback):
             seed=seed,
             error=CallbackError,
         )
-        self.schedule, self.start, self.end, self.unit = schedule, start, end, unit
         self.submodule, self.restore_rng = submodule, restore_rng
         self.save_to = None if save_to is None else Path(save_to)
-        # Spawned workers cannot give attributes back; rank 0 leaves the outcome in this file.
-        self._handover = Path(tempfile.gettempdir()) / f"lightning_mdc-{uuid.uuid4().hex}.pt"
-        weakref.finalize(self, _remove, self._handover, os.getpid())
-        self._restores_rng_now = False
-        self._is_tried = False
-        self._has_warned_of_lost_work = False
+        self._handover = self._new_handover()
+        self._restores_rng_now = self._is_restored = False
+        self._is_tried = self._is_reported = False
+        self._timing = self.schedule  # of this training
+        self._warned: set[str] = set()  # of what is said once
         self._dashboard = Dashboard(())
         self.reset()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> MultiDimPruneCallback:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        copied._handover = copied._new_handover()
+        return copied
+
+    def _new_handover(self) -> Path:
+        """Spawned workers cannot give attributes back; rank 0 leaves the outcome in this file."""
+        path = Path(tempfile.gettempdir()) / f"lightning_mdc-{uuid.uuid4().hex}.pt"
+        weakref.finalize(self, _remove, path, os.getpid())
+        return path
+
     def reset(self) -> None:
         """Forget scores, policy and plan: the next fit starts over. Weights stay as they are."""
-        self._scores: Scores | None = None
-        self._search: SearchResult | None = None
-        self._plan: Plan | None = None
-        self._planned_for: str | None = None  # the budget, in words
+        self._outcome = Outcome()
+        self._shown: Outcome | None = None  # what a checkpoint that is only looked at holds
+        self._is_of_fit = False  # else the outcome is what a checkpoint that was looked at holds
+        self._left: Fingerprint | None = None  # the weights that go with the outcome
         self._task: Compression | None = None  # the method on this fit's model
-        self._progress = 0.0
         self._watched: list[Any] | None = None  # batches of an iterable data set, while they are collected
         self._watched_in = 0  # the epoch
         self._steps_to_watch: int | None = None
@@ -184,7 +197,7 @@ class MultiDimPruneCallback(Callback):
     def scores(self) -> Scores | None:
         """The scores the plan rests on; None before fitting started."""
         self._collect_handover()
-        return self._scores
+        return self._outcome.scores
 
     @property
     def policy(self) -> Policy | None:
@@ -196,13 +209,13 @@ class MultiDimPruneCallback(Callback):
     def plan(self) -> Plan | None:
         """What is kept when the schedule is through; None before fitting started."""
         self._collect_handover()
-        return self._plan
+        return self._outcome.plan
 
     @property
     def search(self) -> SearchResult | None:
         """How the policy was searched for; None before, and where it was not."""
         self._collect_handover()
-        return self._search
+        return self._outcome.search
 
     def slim_model(self, pl_module: LightningModule, in_place: bool = False) -> nn.Module:
         """The physically slim vision transformer of `pl_module`, a plain module.
@@ -215,7 +228,8 @@ class MultiDimPruneCallback(Callback):
         """
         if self.plan is None:
             raise CallbackError(
-                "slim_model: there is no plan yet; call trainer.fit with this callback first (and let it reach start)"
+                "slim_model: there is no plan yet; call trainer.fit with this callback first (and let it reach start), "
+                "or, with a module from a checkpoint, mdc.slim(module, mdc.plan_from_checkpoint(path))"
             )
         path, model = find_model(pl_module, self.submodule)
         if self._is_delivered(model):
@@ -226,6 +240,11 @@ class MultiDimPruneCallback(Callback):
                 raise CallbackError(
                     "in_place=True: the LightningModule is itself the vision transformer, so there is no attribute to "
                     "replace; use the returned model"
+                )
+            if pl_module._trainer is not None and _takes_steps(pl_module._trainer):
+                rank_zero_warn(
+                    "slim_model(in_place=True) while the Trainer trains: its optimizer holds the dense model's "
+                    "parameters, so nothing trains the slim one in this fit; call it when fit is over"
                 )
             put_in_place(pl_module, model, result)
         return result
@@ -274,6 +293,9 @@ class MultiDimPruneCallback(Callback):
                 "callback.slim_model(pl_module) with this strategy"
             )
 
+        self._check_alone(trainer, pl_module)
+        self._is_restored = False
+
         # A checkpoint's state comes after this. Its random states have to be back before optimizers are configured:
         # asking there how long training is makes Lightning start the loaders.
         self._restores_rng_now = self.restore_rng and stage == "fit" and trainer.world_size == 1
@@ -282,28 +304,32 @@ class MultiDimPruneCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What could be refused after hours of training is refused now.
         self._task = None  # the model may be another than in the last fit
-        self._is_tried, self._to_try = False, []
-        if self._plan is None or isinstance(self.method.policy, Policy):
+        self._is_tried, self._is_reported, self._to_try = False, False, []
+        if self._outcome.plan is None or isinstance(self.method.policy, Policy):
             self._compression(pl_module)
         if self.save_to is not None and trainer.is_global_zero:
             check_savable(find_model(pl_module, self.submodule)[1], self.save_to)
-        if self.schedule == "cubic":
-            self._schedule_end(trainer)
-        self._mask(trainer, pl_module)
-        self._warn_of_another_budget(pl_module)
+        self._mask(pl_module)
+        self._is_of_fit = True
+        self._warn_of_another_origin(trainer, pl_module)
+        self._warn_of_another_method(pl_module)
         self._warn_of_lost_work(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._timing = self.schedule.in_training(trainer)
+        self._advance(trainer, pl_module)
+        if not self._is_reported:  # masks of an earlier fit, or of the one that goes on: now the step is known
+            self._report(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._advance(trainer, pl_module)
 
-    on_train_epoch_start = on_train_start
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._plan is None and not self._is_tried:  # of an iterable data set
+        if self._outcome.plan is None and not self._is_tried:  # of an iterable data set
             self._try_out_going_by(trainer, pl_module, batch)
         if self._watched is not None:
             self._watch(trainer, pl_module, batch)
-        if self.unit == "step":
+        if self.schedule.unit == "step":
             self._advance(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -315,75 +341,108 @@ class MultiDimPruneCallback(Callback):
             self._decide_watched(trainer, pl_module)  # at the end of the last epoch, too: weights and masks go together
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mask(trainer, pl_module)
+        self._mask(pl_module)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._warn_of_another_origin(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._plan is None and not getattr(trainer, "fast_dev_run", False):
+        plan, progress = self._outcome.plan, self._outcome.progress
+        if plan is None and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn(
-                f"fit ended before anything was pruned: start={self.start} ({self.unit}s) was not reached, or an "
-                "iterable data set ended before enough images had gone by"
+                f"fit ended before anything was pruned: start={self.schedule.start} ({self.schedule.unit}s) was not "
+                "reached, or an iterable data set ended before enough images had gone by"
             )
-        elif self._plan is not None and self._progress < 1:
+        elif plan is not None and progress < 1:
             rank_zero_warn(
-                f"fit ended before the pruning schedule did ({self._progress:.0%} of the way); slim_model gives the "
+                f"fit ended before the pruning schedule did ({progress:.0%} of the way); slim_model gives the "
                 "final plan, which the weights have not been trained with. Train longer or lower end."
             )
-        if trainer.is_global_zero and self._plan is not None and self.save_to is not None:
+        if trainer.is_global_zero and plan is not None and self.save_to is not None:
             save(self.slim_model(pl_module), self.save_to)
+        self._remember_weights(pl_module)
         if trainer.is_global_zero and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            torch.save(self.state_dict(), self._handover)
+            torch.save((self._outcome.state(), self._left), self._handover)
         if trainer.is_global_zero and self._folder is not None:
             self._folder.clear()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._unmask(pl_module)
+        self._end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._unmask(pl_module)
+        self._end(trainer, pl_module)
         self._dashboard = Dashboard(())  # loggers hold open files: a callback can be copied
+        self._task = None  # and the model with it
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unmask(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING or self._is_restored:
+            self._remember_weights(pl_module)
+        self._shown = None
 
     # --- state ----------------------------------------------------------------------------------------------------
+
+    # Not `state_dict` and `load_state_dict`: Lightning would refuse two callbacks on one model in words of its own, and
+    # say nothing to one whose state is missing.
 
     @property
     def state_key(self) -> str:
         """One key per model, so that several callbacks can prune several models."""
-        return self._generate_state_key(submodule=self.submodule)
+        return key_of(self.submodule)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Scores, plan and position as tensors and text (no class of ours, so that any loader can read it)."""
-        return {
-            "format": _STATE_FORMAT,
-            "plan": None if self._plan is None else self._plan.to_json(),
-            "planned_for": self._planned_for,
-            "search": None if self._search is None else self._search.to_json(),
-            "progress": self._progress,
-            "scores": {} if self._scores is None else self._scores.tensors(),
-            "scores_facts": {} if self._scores is None else self._scores.facts(),
-            "rng": rng_state() if self.restore_rng else None,
-        }
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        random = rng_state() if self.restore_rng else None
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {**self._outcome.state(), "rng": random}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("format") != _STATE_FORMAT or not state_dict.keys() >= self.state_dict().keys():
-            raise CallbackError(
-                f"the checkpoint's MultiDimPruneCallback state has format {state_dict.get('format')!r}, expected "
-                f"{_STATE_FORMAT}; it was written by another version"
-            )
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = self._state_of(pl_module, states_in(checkpoint))
+        if state is None:
+            return  # to be told when it begins, as where only weights were saved: this is not called then
+        outcome, self._is_restored = Outcome.from_state(state), True
+        if trainer.state.fn != TrainerFn.FITTING and self._is_of_fit and self._outcome.plan is not None:
+            self._look_at(outcome)
+            return
         self.reset()
-        if state_dict["plan"] is not None:
-            self._plan, self._planned_for = Plan.from_json(state_dict["plan"]), state_dict["planned_for"]
-        if state_dict["search"] is not None:
-            self._search = SearchResult.from_json(state_dict["search"])
-        if state_dict["scores_facts"]:
-            self._scores = Scores.from_parts(state_dict["scores"], state_dict["scores_facts"])
-        self._progress = state_dict["progress"]
-        if self._restores_rng_now and state_dict["rng"] is not None:
-            set_rng_state(state_dict["rng"])
+        self._outcome = outcome
+        if self._restores_rng_now and state.get("rng") is not None:
+            set_rng_state(state["rng"])
+
+    def _state_of(self, pl_module: LightningModule, states: dict[str | None, dict[str, Any]]) -> dict[str, Any] | None:
+        """The state of what prunes the same model, whatever it calls it."""
+        if self.submodule in states:
+            return states[self.submodule]
+        mine = _model_at(pl_module, self.submodule)
+        same = (state for name, state in states.items() if mine is not None and _model_at(pl_module, name) is mine)
+        return next(same, None)
+
+    def _look_at(self, outcome: Outcome) -> None:
+        """Have the masks of a checkpoint on for this run of the Trainer, and keep the fit's outcome."""
+        if (outcome.plan, outcome.progress) == (self._outcome.plan, self._outcome.progress):
+            return
+        self._shown = outcome
+        if outcome.plan is None or outcome.progress == 0:
+            what = "is from before anything was pruned"
+        elif outcome.plan == self._outcome.plan:
+            what = f"is from {outcome.progress:.0%} of the way of the pruning schedule"
+        else:
+            what = "has another plan"
+        rank_zero_warn(
+            f"the checkpoint {what}: so it is measured now, and its weights are in the module from now on. slim_model "
+            "goes on giving the plan of the fit, which those weights were not trained with: give it the module with a "
+            "checkpoint of the end of the fit, or use mdc.slim(module, mdc.plan_from_checkpoint(path))"
+        )
 
     def _collect_handover(self) -> None:
         if self._handover.is_file():
-            self.load_state_dict(torch.load(self._handover, weights_only=True))
+            state, left = torch.load(self._handover, weights_only=True)
+            self.reset()
+            self._outcome, self._left, self._is_of_fit = Outcome.from_state(state), left, True
+
+    def _remember_weights(self, pl_module: LightningModule) -> None:
+        model = _model_at(pl_module, self.submodule)
+        if model is not None and self._outcome.plan is not None and self._shown is None:
+            self._left = fingerprint(model)
 
     # --- observe, decide, apply -----------------------------------------------------------------------------------
 
@@ -394,17 +453,16 @@ class MultiDimPruneCallback(Callback):
         return self._task
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now = trainer.current_epoch if self.unit == "epoch" else trainer.global_step
         loader = trainer.train_dataloader
-        if now < self.start:
-            if self._plan is None and not self._is_tried and is_map_style(loader):
+        if not self._timing.has_begun(trainer):
+            if self._outcome.plan is None and not self._is_tried and is_map_style(loader):
                 least = self._compression(pl_module).scorer().needs.images
                 batches, _ = calibration_batches(loader, self.method.calibration, self.method.seed, least=least)
                 self._try_out(trainer, pl_module, self._made(trainer, pl_module, batches, 0))
             return
         if self._watched is not None:
             return
-        if self._plan is None:
+        if self._outcome.plan is None:
             if not is_map_style(loader):
                 if self.method.calibration.batch_size is not None:
                     raise CallbackError(
@@ -415,47 +473,69 @@ class MultiDimPruneCallback(Callback):
                 self._watched, self._watched_in = [], trainer.current_epoch
                 return
             self._decide(trainer, pl_module, *self._drawn(trainer, pl_module))
-        progress = 1.0
-        if self.schedule == "cubic":
-            end = self._schedule_end(trainer)
-            progress = 1 - (1 - min(1.0, (now - self.start) / (end - self.start))) ** 3
-        if progress > self._progress:
-            self._progress = progress
+        progress = self._timing.progress(trainer)
+        if progress > self._outcome.progress:
+            self._outcome = replace(self._outcome, progress=progress)
             self._unmask(pl_module)
-            self._mask(trainer, pl_module)
+            self._mask(pl_module)
+            self._report(trainer, pl_module)
 
-    def _schedule_end(self, trainer: Trainer) -> int:
-        if self.end is not None:
-            return self.end
-        total = trainer.max_epochs if self.unit == "epoch" else trainer.estimated_stepping_batches
-        if total is None or total < 0 or total == math.inf:
-            raise CallbackError("schedule='cubic' with an endless Trainer: say when it is through, e.g. end=10")
-        return max(self.start + 1, round(total * 2 / 3))
+    # --- what it is warned about ----------------------------------------------------------------------------------
+
+    def _check_alone(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Whether no other callback prunes the same model."""
+        all_: list[Any] = [c for c in trainer.callbacks if isinstance(c, MultiDimPruneCallback)]  # type: ignore[attr-defined]
+        mine = _model_at(pl_module, self.submodule)
+        for other in all_:
+            is_twin = other.submodule == self.submodule or (
+                mine is not None and _model_at(pl_module, other.submodule) is mine
+            )
+            if is_twin and (other is not self or all_.count(self) > 1):
+                raise CallbackError(
+                    f"two callbacks prune one model (submodule={self.submodule!r} and {other.submodule!r}): give the "
+                    "Trainer one of them, or say by submodule= which of several vision transformers each is for; to "
+                    "prune further what is slim, call slim_model(module, in_place=True) and fit again"
+                )
+
+    def _warn_of_another_origin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights that the plan does not belong to, or a plan that is not there."""
+        model, plan = find_model(pl_module, self.submodule)[1], self._outcome.plan
+        if self._is_restored or self._is_delivered(model) or (plan is None and plan_of(model) is not None):
+            return
+        words = complaint(
+            None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            has_plan=plan is not None,
+            is_other=is_other(model, self._left),
+            fits=trainer.state.fn == TrainerFn.FITTING,
+        )
+        if words is not None:
+            self._warn_once(words)
 
     def _warn_of_lost_work(self, trainer: Trainer) -> None:
         saving = trainer.checkpoint_callbacks  # none: that is meant
         if any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in saving):
             return
-        if saving and not self._has_warned_of_lost_work:
-            self._has_warned_of_lost_work = True
-            rank_zero_warn(
+        if saving:
+            self._warn_once(
                 "no callback saves a checkpoint when the fit is told to end (SIGTERM, as by a cluster): what was "
                 "trained since the last one would be lost; give the Trainer ModelCheckpoint(save_on_exception=True)"
             )
 
-    def _warn_of_another_budget(self, pl_module: LightningModule) -> None:
-        """The plan of a checkpoint or of an earlier fit stays, whatever budget is asked for now."""
-        _, model = find_model(pl_module, self.submodule)
-        if self._plan is None or isinstance(self.method.policy, Policy) or self._is_delivered(model):
-            return
-        if self._planned_for != str(self.method.budget):
-            size = self._plan.input_size
-            share = plan_macs(model, self._plan, size) / macs(model, size)
+    def _warn_of_another_method(self, pl_module: LightningModule) -> None:
+        """The plan of a checkpoint or of an earlier fit stays, whatever is asked for now."""
+        model, plan, before = find_model(pl_module, self.submodule)[1], self._outcome.plan, self._outcome.planned_for
+        if plan is not None and not self._is_delivered(model) and before != str(self.method):
+            share = plan_macs(model, plan, plan.input_size) / macs(model, plan.input_size)
             rank_zero_warn(
-                f"the budget asked for now ({self.method.budget}) is not looked at: the plan from the checkpoint or "
-                f"the fit before is kept ({share:.1%} of the MACs). For a new plan call callback.reset(), or fit "
-                "without ckpt_path"
+                f"what is asked for now ({self.method}) is not looked at: the plan from the checkpoint or the fit "
+                f"before, made for {before}, is kept ({share:.1%} of the MACs). For a new plan call callback.reset(), "
+                "or fit without ckpt_path"
             )
+
+    def _warn_once(self, words: str) -> None:
+        if words not in self._warned:
+            self._warned.add(words)
+            rank_zero_warn(words)
 
     # --- which images ---------------------------------------------------------------------------------------------
 
@@ -520,7 +600,7 @@ class MultiDimPruneCallback(Callback):
     def _run(self, trainer: Trainer, module: nn.Module, batch: Any) -> Any:
         """What the module says about a batch of ours."""
         device = next(module.parameters()).device
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), unlogged(trainer, trainer.lightning_module):
             return self.calibration_step(module, move_data_to_device(batch, device))  # type: ignore[arg-type]
 
     def _score(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batches: Sequence[Any]) -> None:
@@ -589,19 +669,20 @@ class MultiDimPruneCallback(Callback):
                 on_trial=self._dashboard.trial,
                 say=rank_zero_info,
             )
-            plan, self._search = task.decide(scores, evaluate, options, 1 if is_quick else None)
+            plan, found = task.decide(scores, evaluate, options, 1 if is_quick else None)
         told, digest = trainer.strategy.broadcast((plan.to_json(), plan.hash), src=0)
         plan = Plan.from_json(told)
         if plan.hash != digest:
             raise PlanError(
                 f"rank {trainer.global_rank} received another plan ({plan.hash}) than rank 0 sent ({digest})"
             )
-        self._scores, self._plan, self._planned_for = scores.with_moments(None), plan, str(self.method.budget)
+        moments, scores = scores.moments, scores.with_moments(None)
+        self._outcome = Outcome(plan, str(self.method), found, scores)
         if task.compensate != "none":
-            self._compensate(trainer, pl_module, scoring, scores.moments if task.compensate == "lstsq" else None)
+            self._compensate(trainer, pl_module, scoring, moments if task.compensate == "lstsq" else None)
         costs, budget = CostModel(task.anatomy, task.input_size), None if task.is_given else self.method.budget
         with evaluating(pl_module):
-            self._dashboard.decided(Decision(costs, plan, self._scores, budget, self._search, first))
+            self._dashboard.decided(Decision(costs, plan, scores, budget, found, first))
 
     def _evaluation(
         self, trainer: Trainer, pl_module: LightningModule, judging: Sequence[Any]
@@ -632,13 +713,11 @@ class MultiDimPruneCallback(Callback):
     ) -> None:
         """Refit what reads units, in the model and, alike, in the averages of it that callbacks keep: by `moments`, or
         in sequence on the batches."""
-        plan = self._plan
+        plan = self._outcome.plan
         assert plan is not None
-        averaged = [
-            other._average_model.module
-            for other in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(other, WeightAveraging) and other._average_model is not None
-        ]
+        kinds = (WeightAveraging, StochasticWeightAveraging)
+        averages = [c._average_model for c in trainer.callbacks if isinstance(c, kinds)]  # type: ignore[attr-defined]
+        averaged = [a.module if isinstance(a, AveragedModel) else a for a in averages if a is not None]
         anatomies = [find_anatomy(module, self.submodule) for module in (pl_module, *averaged)]
         readers = [units.reader for anatomy in anatomies for units in anatomy.all_units]
         tensors = [tensor for reader in readers for tensor in (reader.weight, reader.bias) if tensor is not None]
@@ -671,44 +750,47 @@ class MultiDimPruneCallback(Callback):
             )
         return small
 
-    def _mask(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _mask(self, pl_module: LightningModule) -> None:
         """Masks on as far as the schedule has got, if a plan is known and they are not on already."""
-        if self._plan is None or self._progress == 0:
+        outcome = self._shown or self._outcome
+        if outcome.plan is None or outcome.progress == 0:
             return
         _, model = find_model(pl_module, self.submodule)
         if is_masked(model) or self._is_delivered(model):
             return
         try:
-            plan = self._plan_now(model)
-            apply_masks(pl_module, plan, self.submodule)
+            apply_masks(pl_module, self._plan_at(outcome, model), self.submodule)
         except (PlanError, PolicyError) as error:
             raise PlanError(f"{error}. To prune another model with this callback, call callback.reset()") from error
-        self._report(trainer, find_anatomy(model), plan)
 
-    def _plan_now(self, model: nn.Module) -> Plan:
-        assert self._plan is not None
-        if self._progress >= 1 or self._scores is None:
-            return self._plan
-        final = self._plan.policy
-        ratios = {d: [1 - self._progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
+    def _plan_at(self, outcome: Outcome, model: nn.Module) -> Plan:
+        """What is kept when the schedule has got so far."""
+        plan = outcome.plan
+        assert plan is not None
+        if outcome.progress >= 1 or outcome.scores is None:
+            return plan
+        final = plan.policy
+        ratios = {d: [1 - outcome.progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
         score = (self.method.tokens or TokenOptions()).score
-        tokens = TokenOptions(score, self._plan.reduction, self._plan.restore)
         policy = Policy(**ratios, stages=final.stages, input_size=final.input_size)
-        return make_plan(model, self._scores, policy, tokens)
+        return make_plan(model, outcome.scores, policy, TokenOptions(score, plan.reduction, plan.restore))
 
     def _unmask(self, pl_module: LightningModule) -> None:
-        try:
-            _, model = find_model(pl_module, self.submodule)
-        except MdcError:
-            return  # there never was a model of ours; whoever needs one has raised
-        remove_masks(model)
+        model = _model_at(pl_module, self.submodule)
+        if model is not None:  # else there never was a model of ours; whoever needs one has raised
+            remove_masks(model)
 
     def _is_delivered(self, model: nn.Module) -> bool:
         """Whether `model` is already the slim network of this plan (`slim_model(in_place=True)`)."""
         made_with = plan_of(model)
-        return made_with is not None and made_with == self._plan
+        return made_with is not None and made_with == self._outcome.plan
 
-    def _report(self, trainer: Trainer, anatomy: Anatomy, plan: Plan) -> None:
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and say what masks keep from this step on."""
+        _, model = find_model(pl_module, self.submodule)
+        if not is_masked(model):
+            return
+        self._is_reported, anatomy, plan = True, find_anatomy(model), self._plan_at(self._outcome, model)
         costs = CostModel(anatomy, plan.input_size)
         kept = {d: sum(map(len, plan.kept[d])) / max(sum(sizes), 1) for d, sizes in plan.sizes.items()}
         metrics = {
@@ -718,43 +800,26 @@ class MultiDimPruneCallback(Callback):
             "mdc/keep_tokens": math.prod(stage.keep for stage in plan.tokens),
         }
         self._dashboard.in_force(metrics, trainer.global_step)
-        if trainer.training:
-            rank_zero_info(
-                f"Pruning {anatomy.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs for images of "
-                f"{costs.size[0]} x {costs.size[1]} pixels: "
-                f"{', '.join(f'{ratio:.0%} of {d}' for d, ratio in kept.items())}, "
-                f"{metrics['mdc/keep_tokens']:.0%} of tokens at the end"
-            )
-
-
-def plan_from_checkpoint(path: str | Path, submodule: str | None = None) -> Plan:
-    """The plan a `MultiDimPruneCallback` left in a Lightning checkpoint, for `slim` in another process.
-
-    `submodule` is the callback's argument of that name, if there were several callbacks.
-
-    Raises:
-        CallbackError: the file is unreadable, or holds no plan (or several).
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CallbackError(f"checkpoint={str(path)!r} cannot be read without unpickling classes: {error}") from error
-    states = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
-    plans = {
-        key: state["plan"]
-        for key, state in (states if isinstance(states, dict) else {}).items()
-        if isinstance(state, dict) and "plan" in state and state.get("format") == _STATE_FORMAT
-    }
-    if submodule is not None:
-        plans = {key: plan for key, plan in plans.items() if repr(submodule) in key}
-    if len(plans) != 1 or None in plans.values():
-        raise CallbackError(
-            f"checkpoint={str(path)!r} holds {len(plans)} MultiDimPruneCallback states"
-            f"{'' if plans else ': no plan; it was not written by a Trainer with that callback'}"
-            f"{' (the plan is not decided yet)' if None in plans.values() else ''}"
-            f"{'; say which with submodule=' if len(plans) > 1 else ''}"
+        rank_zero_info(
+            f"Pruning {anatomy.name} to {metrics['mdc/macs'] / costs.of_model():.1%} of its MACs for images of "
+            f"{costs.size[0]} x {costs.size[1]} pixels: "
+            f"{', '.join(f'{ratio:.0%} of {d}' for d, ratio in kept.items())}, "
+            f"{metrics['mdc/keep_tokens']:.0%} of tokens at the end"
         )
-    return Plan.from_json(next(iter(plans.values())))
+
+
+def _model_at(pl_module: LightningModule, submodule: str | None) -> nn.Module | None:
+    """The vision transformer there, if there is one."""
+    try:
+        return find_model(pl_module, submodule)[1]
+    except MdcError:
+        return None
+
+
+def _takes_steps(trainer: Trainer) -> bool:
+    """Whether a fit is going on that is not at its end."""
+    is_running = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
+    return is_running and not trainer.fit_loop.done
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
@@ -794,7 +859,7 @@ def _by_the_user(
 ) -> float:
     _stop_if_told(trainer)
     dense = find_model(pl_module, submodule)[1]
-    with standing_in(pl_module, dense, model) as whole, running_as_written(whole):
+    with standing_in(pl_module, dense, model) as whole, running_as_written(whole), unlogged(trainer, pl_module):
         return evaluate(whole)
 
 
@@ -818,15 +883,6 @@ def _check_types(**settings: Any) -> None:
     for name, value in settings.items():
         if not isinstance(value, kinds[name]):
             raise CallbackError(f"{name}={value!r:.80} has the wrong type ({type(value).__name__})")
-
-
-def _check_schedule(schedule: Any, start: Any, end: Any, unit: Any) -> None:
-    check_one_of("schedule", schedule, ("one-shot", "cubic"), CallbackError)
-    check_one_of("unit", unit, ("epoch", "step"), CallbackError)
-    check_whole("start", start, 0, CallbackError)
-    check_whole("end", end, start + 1, CallbackError, or_none="the end of training")
-    if end is not None and schedule == "one-shot":
-        raise CallbackError(f"end={end} means nothing to schedule='one-shot'; pass schedule='cubic', or no end")
 
 
 def _remove(handover: Path, owner: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,20 @@ class Method:
         self.calibration = calibration or Calibration()
         self.compensate, self.evaluate, self.prediction = compensate, evaluate, prediction
         self.n_trials, self.seed = N_TRIALS if n_trials is None else n_trials, seed
+
+    def __str__(self) -> str:
+        """What makes another plan of the same model, in words: the budget, and what is not as it is by default."""
+        if isinstance(self.policy, Policy):
+            return f"a given policy, {hashlib.sha256(self.policy.to_json().encode()).hexdigest()[:8]}"
+        others = {
+            "policy": (self.policy, "searched"),
+            "criterion": (self.criterion.name, "conditional"),
+            "dimensions": (self.dimensions, None),
+            "space": (self.space, Space()),
+            "tokens": (self.tokens, TokenOptions()),
+        }
+        unusual = [f"{name}={value}" for name, (value, usual) in others.items() if value != usual]
+        return ", ".join([str(self.budget), *unusual])
 
 
 def _check_unused(error: type[MdcError], reason: str, **settings: Any) -> None:

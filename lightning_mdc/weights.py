@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import load_checkpoint, load_state_dict
+from safetensors.torch import load_file
+from timm.models import clean_state_dict, load_checkpoint
 from torch import Tensor, nn
 
 from lightning_mdc.errors import ArtifactError, MdcError
+from lightning_mdc.unpickling import Foreign, read
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ def load_weights(
     new_head: bool = True,
 ) -> None:
     """Give `model` the weights in the file at `path`: torch's, Lightning's or safetensors; averaged ones where it has
-    such. Of a file nothing is unpickled but tensors and plain values.
+    such. Of a file nothing is unpickled but tensors and plain values; what else it holds is passed over.
 
     Args:
         name: of the argument that `path` is, for messages.
@@ -189,25 +191,31 @@ def _dropped(tensors: _Tensors, prefix: str, found: _Tensors) -> list[str]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+# Where weights lie in a file that holds more, the averaged ones before the others.
+_PLACES = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
 def _read(path: str | Path, what: str, error: type[MdcError]) -> dict[str, Tensor]:
     """The tensors in the file, by dotted names where mappings lie in mappings."""
     if not Path(path).is_file():
         raise error(f"{what} is no file; give a file of weights (.safetensors, .pth, .ckpt)")
     try:
-        content = load_state_dict(str(path), weights_only=True)
-        tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in _tensors(content)}
+        content = load_file(path) if Path(path).suffix == ".safetensors" else read(path)
+        if content is not Foreign:
+            content = next((content[place] for place in _PLACES if content.get(place) is not None), content)
+        tensors = {} if content is Foreign else dict(_tensors(clean_state_dict(content)))
     except Exception as reason:  # a damaged file fails in as many ways as there are formats
-        if foreign := _foreign(path):
-            raise error(
-                f"{what} holds more than weights, {_listed(foreign)}, and to unpickle that could run anything; if you "
-                f"trust it, save its weights by themselves: torch.save(torch.load({str(path)!r}, weights_only=False)"
-                "['state_dict'], 'weights.pth')"
-            ) from reason
         first = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
         raise error(f"{what} cannot be read as weights ({first[:200]}); get a fresh copy") from reason
-    if not tensors:
-        raise error(f"{what} holds no tensors; give a file of weights")
-    return tensors
+    if tensors:
+        return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    if foreign := _foreign(path):
+        raise error(
+            f"{what} holds more than weights, {_listed(foreign)}, in which they lie, and to unpickle that could run "
+            f"anything; if you trust it, save its weights by themselves: torch.save(torch.load({str(path)!r}, "
+            "weights_only=False).state_dict(), 'weights.pth')"
+        )
+    raise error(f"{what} holds no tensors; give a file of weights")
 
 
 def _tensors(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_mdc.errors import CompensationError, check_one_of
@@ -27,6 +28,7 @@ from lightning_mdc.tokens.block import with_stage
 log = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # a tensor that is made in it cannot be trained, ever
 def slim(
     model: nn.Module,
     plan: Plan,
