@@ -15,8 +15,9 @@ from lightning_mdc.models.hf_vit import HfViT
 from lightning_mdc.models.logits import are_logits, gives_logits
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.outputs import prediction_in
+from lightning_mdc.models.parts import obstacles, uninitialised
 from lightning_mdc.models.places import put_in_place, standing_in
-from lightning_mdc.models.swapping import check_unmasked, is_masked, unmasked_classes
+from lightning_mdc.models.swapping import check_unmasked, is_masked, original_class, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_cait import TimmCait
 from lightning_mdc.models.timm_eva import TimmEva
@@ -105,11 +106,30 @@ def find_anatomy(model: nn.Module, submodule: str | None = None) -> Anatomy:
         )
     _, transformer = find_model(model, submodule)
     with unmasked_classes(transformer):
-        anatomy = next(family for family in FAMILIES if family.accepts(transformer)).anatomy(transformer)
+        anatomy = _anatomy_of(transformer)
     if not anatomy.dimensions and not anatomy.stages:
         reason = next(iter(anatomy.reasons.values()))
         raise UnsupportedModelError(f"{anatomy.name}: {reason}. Dimensions that do work: none. {_supported()}")
     return anatomy
+
+
+def _anatomy_of(transformer: nn.Module) -> Anatomy:
+    name = original_class(transformer).__name__
+    if (lazy := uninitialised(transformer)) is not None:
+        raise UnsupportedModelError(
+            f"{name}: {lazy} has no shape yet (a lazy module); call the model on a batch once, then it has"
+        )
+    family = next(family for family in FAMILIES if family.accepts(transformer))
+    try:
+        anatomy = family.anatomy(transformer)
+    except (AttributeError, IndexError, StopIteration) as error:  # of a part that was taken away or put in its place
+        raise UnsupportedModelError(
+            f"{name}: a part of it is missing, or is not what its class makes there ({error}); put it back, or "
+            "register a family that knows it (see docs/extending.md)"
+        ) from error
+    if not anatomy.depth:
+        raise UnsupportedModelError(f"{name}: it has no blocks")
+    return obstacles(anatomy)
 
 
 def find_model(module: nn.Module, submodule: str | None = None) -> tuple[str, nn.Module]:

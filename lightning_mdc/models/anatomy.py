@@ -522,5 +522,5 @@ def columns_of(linear: nn.Linear, width: int = 1) -> tuple[tuple[Slice, ...], tu
 
 def affine_of(norm: nn.Module, width: int = 1) -> tuple[tuple[Slice, ...], tuple[Size, ...]]:
     """Slices and sizes of a normalisation over all channels of the units."""
-    slices = tuple(Slice(norm, name) for name in ("weight", "bias") if norm._parameters.get(name) is not None)
+    slices = tuple(Slice(norm, name) for name in ("weight", "bias") if getattr(norm, name, None) is not None)
     return slices, (Size(norm, "normalized_shape", lambda kept: (kept * width,)),)

@@ -32,6 +32,7 @@ from lightning_mdc.models.anatomy import (
     rows_of,
 )
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import qualified_name
 from lightning_mdc.models.timm_constructor import (
     check_args,
     check_depth,
@@ -42,7 +43,6 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     one_size,
-    qualified_name,
 )
 from lightning_mdc.models.timm_vit import BlockKind, TimmReader, TimmVisionTransformer, spanning
 from lightning_mdc.tokens.reduction import Evidence

@@ -41,8 +41,9 @@ from lightning_mdc.models.anatomy import (
     rows_of,
 )
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import altered, computes_as, other_than, own_methods, qualified_name
 from lightning_mdc.models.swapping import original_class
-from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
+from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans
 from lightning_mdc.models.timm_fused import fused_block_of
 from lightning_mdc.policy import TOKENS, UNIT_DIMENSIONS, Plan
 from lightning_mdc.tokens.block import check_grid, refuse_masks, restored, stage_of, step, through
@@ -70,8 +71,7 @@ class TimmVisionTransformer(Family):
         """The method of its own that makes one of `models` another model."""
         if not isinstance(module, self.models):
             return None
-        own = [name for name in _WHOLE_MODEL_METHODS if not computes_as(module, self.models, (name,))]
-        return f"its class overrides {', '.join(own)} of timm's {self.models[0].__name__}" if own else None
+        return own_methods(module, self.models, _WHOLE_MODEL_METHODS)
 
     def anatomy(self, model: Any) -> Anatomy:
         kind = self.block_kind(model)
@@ -129,22 +129,13 @@ class TimmVisionTransformer(Family):
         return build(spec)
 
 
-def computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
-    """Whether the module is of one of `kinds` and has its `methods`, none of its own."""
-    return any(
-        isinstance(module, kind)
-        and all(getattr(original_class(module), name, None) is getattr(kind, name, None) for name in methods)
-        for kind in kinds
-    )
-
-
 def foreign_part(
     parts: Iterable[tuple[str, Any, tuple[type, ...]]], methods: tuple[str, ...] = ("forward",)
 ) -> str | None:
     """What the first of `parts` (name, module, timm's classes) is that computes another way; None if none does."""
     for name, part, kinds in parts:
         if not computes_as(part, kinds, methods):
-            return f"{name} is a {qualified_name(part)}, not timm's {kinds[0].__name__} with its own forward"
+            return other_than(name, part, f"timm's {kinds[0].__name__} with its own forward")
     return None
 
 
@@ -169,14 +160,9 @@ _LINEARS = (
 )
 
 
-def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether the module computes what one of `kinds` does, on Linear layers that can be sliced."""
-    children = (module._modules.get(name) for name in _LINEARS)
-    return computes_as(module, kinds) and all(
-        # no parametrisation, no torch.nn.utils.prune
-        child is None or (computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
-        for child in children
-    )
+def not_plain(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str | None:
+    """What is in the way in the part called `name`, if it is not as one of `kinds` is, made of Linear layers."""
+    return altered(name, module, kinds, _LINEARS)
 
 
 # --- what a block is made of ------------------------------------------------------------------------------------------
@@ -205,10 +191,8 @@ class BlockKind:
 def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Block:
     """What the block of that index and name is made of: of that kind, or else one that loses nothing."""
     if not computes_as(block, (kind.pre_norm, kind.post_norm)):
-        reason = (
-            f"{name} is a {qualified_name(block)}, neither timm's {kind.pre_norm.__name__} nor "
-            f"{kind.post_norm.__name__} with its own forward"
-        )
+        expected = f"timm's {kind.pre_norm.__name__} or {kind.post_norm.__name__} with its own forward"
+        reason = other_than(name, block, expected)
         if isinstance(getattr(block, "out_proj", None), nn.Linear):
             reason = f"{name}.out_proj ({type(block).__name__}) is one layer, which reads heads and neurons at once"
         elif _misplaces_bias(block):
@@ -217,7 +201,7 @@ def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Bl
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     point = None
     pre_norm = computes_as(block, (kind.pre_norm,))
-    if pre_norm and is_plain(block.attn, kind.attentions):
+    if pre_norm and not_plain("", block.attn, kind.attentions) is None:
         point = kind.point(block, kind.heads(index, f"{name}.attn", block.attn))
     heads = _heads_or_reason(kind, index, f"{name}.attn", block.attn)
     found = two_halves(index, name, block, dim, heads, block.norm2 if pre_norm else block.mlp)
@@ -254,7 +238,7 @@ def two_halves(
 
 def _parts_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Iterator[Block]:
     """A block of the model; where it has attentions side by side, and MLPs after them, each is a block of its own."""
-    if is_plain(block, (ParallelScalingBlock,)) and block.out_proj is None and not _misplaces_bias(block):
+    if not_plain("", block, (ParallelScalingBlock,)) is None and block.out_proj is None and not _misplaces_bias(block):
         yield fused_block_of(index, name, block)
         return
     if not computes_as(block, (ParallelThingsBlock,)):
@@ -287,9 +271,8 @@ def _misplaces_bias(block: Any) -> bool:
 
 def _heads_or_reason(kind: BlockKind, index: int, name: str, attn: Any) -> Units | str:
     """The heads, or why they cannot be cut."""
-    if not is_plain(attn, kind.attentions):
-        known = " or ".join(f"timm's {attention.__name__}" for attention in kind.attentions)
-        return f"{name} is a {qualified_name(attn)}, not {known} with its own forward and Linears"
+    if (reason := not_plain(name, attn, kind.attentions)) is not None:
+        return reason
     return _unknown_norm(f"{name}.norm", attn.norm) or kind.heads(index, name, attn)
 
 
@@ -328,8 +311,8 @@ def _point(block: Any, heads: Units) -> TokenPoint:
 
 def neurons_of(index: int, name: str, mlp: Any) -> Units | str:
     """The neurons, or why they cannot be cut."""
-    if not is_plain(mlp, tuple(MLPS.values())):
-        return f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears"
+    if (reason := not_plain(name, mlp, tuple(MLPS.values()))) is not None:
+        return reason
     if (reason := _unknown_norm(f"{name}.norm", mlp.norm)) is not None:
         return reason
     makers = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, layers.SwiGLU) else [mlp.fc1]
