@@ -483,8 +483,8 @@ class Anatomy:
             planned = plan.sizes[name]
             if sizes != planned:
                 raise PlanError(
-                    f"plan is for another model: it knows {len(planned)} blocks with {_brief(planned)} {name}, "
-                    f"{self.name} has {len(sizes)} with {_brief(sizes)}; make a plan from this model's scores"
+                    f"plan is for another model: it knows {len(planned)} blocks with {brief(planned)} {name}, "
+                    f"{self.name} has {len(sizes)} with {brief(sizes)}; make a plan from this model's scores"
                 )
         if plan.leaving:
             self.require((TOKENS,))
@@ -495,8 +495,9 @@ class Anatomy:
             )
 
 
-def _brief(sizes: tuple[int, ...]) -> str:
-    return str(sizes[0]) if len(set(sizes)) == 1 else str(list(sizes))
+def brief(sizes: tuple[int, ...]) -> str:
+    """Units per block, in words: one number where all have as many."""
+    return "no" if not sizes else str(sizes[0]) if len(set(sizes)) == 1 else str(list(sizes))
 
 
 def unit_channels(indices: Tensor, width: int) -> Tensor:

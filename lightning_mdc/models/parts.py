@@ -7,7 +7,7 @@ what tensors of units are, once there are units, by `obstacles`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -104,7 +104,7 @@ def obstacles(anatomy: Anatomy) -> Anatomy:
     of a foreign kind, or are other units' as well. Where one block is in two places, tokens cannot leave."""
     owners: dict[int, list[Units]] = defaultdict(list)
     for units in anatomy.all_units:
-        for part in units.slices:
+        for part in _touched(units):
             owners[id(_own(part))].append(units)
     name_of = _names(anatomy.model)
     blocks = tuple(_without(block, partial(_obstacle, owners, name_of)) for block in anatomy.blocks)
@@ -118,6 +118,13 @@ def obstacles(anatomy: Anatomy) -> Anatomy:
 
 
 _APART = "what leaves one would leave the other; give each a copy of its own (copy.deepcopy) to prune it"
+
+
+def _touched(units: Units) -> Iterator[Slice]:
+    """What surgery changes: what is cut, and the bias of the reader, which makes up for what left."""
+    yield from units.slices
+    if units.reader.bias is not None:
+        yield Slice(units.reader, "bias")
 
 
 def _own(part: Slice) -> Tensor | None:
@@ -147,7 +154,7 @@ def _with(rest: Callable[[Any], Any] | None, units: Units, tokens: Any) -> Any:
 
 
 def _obstacle(owners: Mapping[int, list[Units]], name_of: Callable[[nn.Module], str], units: Units) -> str | None:
-    for part in units.slices:
+    for part in _touched(units):
         tensor = _own(part)
         if tensor is None:
             return _computed(f"{name_of(part.module)}.{part.name}", part)
