@@ -106,8 +106,8 @@ def save(
     anatomy, target = _savable(model, submodule), _free_folder(directory)
     if (name := uninitialised(model) or unloaded(model)) is not None:
         raise ArtifactError(
-            f"model={type(model).__name__}: {name} has no values yet (a lazy module, or on the meta device); call the model, "
-            "or load its weights, first"
+            f"model={type(model).__name__}: {name} has no values yet (a lazy module, or on the meta device); call "
+            "the model, or load its weights, first"
         )
     plan = plan_of(anatomy.model)
     spec = _describe(anatomy, plan) if constructor else None

@@ -31,6 +31,7 @@ from lightning_mdc.models import (
 )
 from lightning_mdc.models.anatomy import Channels
 from lightning_mdc.models.swapping import calling_readers
+from lightning_mdc.models.token_count import count_probes
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
@@ -200,6 +201,7 @@ class Scorer:
             self._pass = _Pass()
 
     def _probes(self) -> Iterator[tuple[Callable[[Any], Any], Callable[..., Any]]]:
+        yield from count_probes(self.anatomy, ranked=TOKENS in self.dimensions)
         if self.anatomy.classifies:
             yield self.anatomy.model.register_forward_hook, self._hear
         for name, group in self.groups.items():

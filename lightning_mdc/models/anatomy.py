@@ -170,12 +170,15 @@ class TokenPoint:
         attention: the units whose attention ranks tokens. Where they cannot be cut, all of them do.
         values: where the value vectors of the tokens can be seen, or else what they are made of.
         key_width: channels of a key, if that is not what `attention` has per unit.
+        calls: the attention, which `attend` calls by `tokens.block.attention_called`, so that hooks on it see
+            what they always do; None: it is not called.
     """
 
     halves: type
     attention: Units
     values: Channels
     key_width: int | None = None
+    calls: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,7 @@ class Anatomy:
         reader: mixin for the class of `passage` while tokens leave inside it, whose methods replace those that go
             through the blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
         container: the part of the model that is called to go through the blocks; None: the model itself does.
+        sequence: what holds the blocks and is called, which `reader` does by `tokens.block.called`; None: it is not.
         no_tokens: why tokens cannot leave, naming the module; None if they can.
         classifies: whether a classifier is known to read the tokens.
         drops_patches_at_random: whether the model drops patches at random in training, so that a token's place in the
@@ -322,6 +326,7 @@ class Anatomy:
     tokens_at: Callable[[tuple[int, int]], Sequence[tuple[int, int]]] | None = None
     reader: type | None = None
     container: nn.Module | None = None
+    sequence: nn.Module | None = None
     no_tokens: str | None = None
     classifies: bool = True
     drops_patches_at_random: bool = False

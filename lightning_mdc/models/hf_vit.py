@@ -36,7 +36,7 @@ from lightning_mdc.models.timm_attention import bias_table
 from lightning_mdc.models.timm_eva import rope_of
 from lightning_mdc.models.timm_vit import CountedMacs, counted_macs
 from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import StagedBlock, check_grid, refuse_masks, restored, stage_of
+from lightning_mdc.tokens.block import StagedBlock, attention_called, check_grid, refuse_masks, restored, stage_of
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import Carried
 
@@ -281,7 +281,7 @@ def _block_of(index: int, name: str, block: Any, tower: Any) -> Block:
     elif in_attn is None:
         heads = units["heads"] = heads_of(index, f"{name}.{names.attention}", attn, block._modules.get(_BIAS))
         if package != "beit":
-            point = TokenPoint(_HALVES[package], heads, Channels(attn.v_proj, 0, attn.v_proj.out_features))
+            point = TokenPoint(_HALVES[package], heads, Channels(attn.v_proj, 0, attn.v_proj.out_features), calls=attn)
     else:
         reasons["heads"] = in_attn
         rest[0] = CountedMacs(attn, dim, f"{name}.{names.attention}")
@@ -488,9 +488,14 @@ class _Halves(StagedBlock):
         return journey.behind(self, x, carried)
 
     def attend(self, x: Tensor, bias: Tensor | None, rope: Any = None) -> tuple[Tensor, Evidence]:
-        attn: Any = getattr(self, self.names.attention)
-        y, q, k = attended(attn, getattr(self, self.names.norms[0])(x), bias, rope)
-        return x + self._after(0, y), Evidence(q, k, _scale(attn))
+        attn, normed = getattr(self, self.names.attention), getattr(self, self.names.norms[0])(x)
+
+        def compute(x: Tensor) -> tuple[Tensor, Evidence]:
+            y, q, k = attended(attn, x, bias, rope)
+            return y, Evidence(q, k, _scale(attn))
+
+        y, evidence = attention_called(attn, compute, normed, paired=True)
+        return x + self._after(0, y), evidence
 
     def finish(self, x: Tensor) -> Tensor:
         mlp: Any = self.mlp

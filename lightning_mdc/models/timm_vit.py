@@ -46,7 +46,16 @@ from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans
 from lightning_mdc.models.timm_fused import fused_block_of
 from lightning_mdc.policy import TOKENS, UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import check_grid, refuse_masks, restored, stage_of, step, through
+from lightning_mdc.tokens.block import (
+    attention_called,
+    called,
+    check_grid,
+    refuse_masks,
+    restored,
+    stage_of,
+    step,
+    through,
+)
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import Carried
 
@@ -93,6 +102,7 @@ class TimmVisionTransformer(Family):
             grid_of=partial(self.grid_of, model),
             fixed_macs=lambda size, tokens: self.embedding_macs(model, size) + _head_macs(model, tokens),
             reader=kind.reader,
+            sequence=model.blocks if isinstance(model.blocks, nn.Sequential) else None,
             no_tokens=_no_tokens(model, blocks, kind.post_norm),
             classifies=not isinstance(model.head, nn.Identity),
             drops_patches_at_random=getattr(model.patch_drop, "prob", 0) > 0,
@@ -306,7 +316,8 @@ def _heads(index: int, name: str, attn: Any) -> Units:
 
 def _point(block: Any, heads: Units) -> TokenPoint:
     channels = block.attn.qkv.out_features
-    return TokenPoint(TimmHalves, heads, Channels(block.attn.qkv, channels * 2 // 3, channels))
+    values = Channels(block.attn.qkv, channels * 2 // 3, channels)
+    return TokenPoint(TimmHalves, heads, values, calls=block.attn)
 
 
 def neurons_of(index: int, name: str, mlp: Any) -> Units | str:
@@ -471,9 +482,13 @@ class TimmHalves:
     drop_path2: Any
 
     def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Evidence]:
+        y, evidence = attention_called(self.attn, partial(self._attended, bias), self.norm1(x))
+        return x + self.drop_path1(self.ls1(y)), evidence
+
+    def _attended(self, bias: Tensor | None, normed: Tensor) -> tuple[Tensor, Evidence]:
         # What timm's Attention does, with q and k handed out: they are needed for the scores, and the fused kernel
         # hides its map. (b, n, 3 * h * d) -> three of (b, h, n, d)
-        attn, normed = self.attn, self.norm1(x)
+        attn = self.attn
         batch, num_tokens, _ = normed.shape
         qkv = attn.qkv(normed).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -488,8 +503,7 @@ class TimmHalves:
         gate = getattr(attn, "gate", None)
         if gate is not None:
             y = y * gate(normed).sigmoid()
-        y = attn.proj_drop(attn.proj(y))
-        return x + self.drop_path1(self.ls1(y)), Evidence(q, k, attn.scale)
+        return attn.proj_drop(attn.proj(y)), Evidence(q, k, attn.scale)
 
     def finish(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -519,7 +533,12 @@ class TimmReader:
         self._check(x, attn_mask, is_causal)
         x, *ropes = self._embedded(x)
         checkpoint = timm_checkpoint if self.grad_checkpointing else None
-        x = through(self.blocks, x, self.num_prefix_tokens, self.plan.restore, checkpoint, *ropes)
+
+        def run(x: Tensor) -> Tensor:
+            return through(self.blocks, x, self.num_prefix_tokens, self.plan.restore, checkpoint, *ropes)
+
+        # Where blocks are checkpointed, timm does not call what holds them.
+        x = run(x) if checkpoint else called(self.blocks, run, x)
         features: Tensor = self.norm(x)
         return features
 

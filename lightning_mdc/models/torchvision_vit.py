@@ -42,7 +42,7 @@ from lightning_mdc.models.timm_constructor import (
 )
 from lightning_mdc.models.timm_vit import CountedMacs, counted_macs
 from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import stage_of, through
+from lightning_mdc.tokens.block import attention_called, stage_of, through
 from lightning_mdc.tokens.reduction import Evidence
 
 _FILE = "torchvision.models.vision_transformer"
@@ -139,7 +139,9 @@ def _block(index: int, name: str, block: Any, dim: int) -> Block:
         reasons = dict.fromkeys(UNIT_DIMENSIONS, reason)
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     heads = _heads(index, name, block)
-    point = TokenPoint(EncoderHalves, heads, Channels(block.ln_1, 0, dim))  # no module puts values out
+    point = TokenPoint(
+        EncoderHalves, heads, Channels(block.ln_1, 0, dim), calls=block.self_attention
+    )  # no module puts values out
     neurons = neurons_of(index, f"{name}.mlp", block.mlp)
     if isinstance(neurons, Units):
         return Block(
@@ -263,8 +265,13 @@ class EncoderHalves:
     mlp: Any
 
     def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Evidence]:
-        y, q, k = attended(self.self_attention, self.ln_1(x), bias)
-        return x + self.dropout(y), Evidence(q, k, self.self_attention.head_dim**-0.5)
+        normed = self.ln_1(x)
+        y, evidence = attention_called(self.self_attention, partial(self._attended, bias), *3 * (normed,), paired=True)
+        return x + self.dropout(y), evidence
+
+    def _attended(self, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Evidence]:
+        y, q, k = attended(self.self_attention, x, bias)
+        return y, Evidence(q, k, self.self_attention.head_dim**-0.5)
 
     def finish(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.mlp(self.ln_2(x))

@@ -20,7 +20,7 @@ from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
 from lightning_mdc.surgery.sequential import refit_in_sequence
 from lightning_mdc.surgery.token_stages import roles
-from lightning_mdc.tokens.block import with_stage
+from lightning_mdc.tokens.block import Lent, with_stage
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
         with_mixins(block.module, *with_stage(block.point.halves))
+        if block.point.calls is not None and not isinstance(block.point.calls, Lent):
+            with_mixins(block.point.calls, Lent)
         vars(block.module)["role"] = role
         if role.select is not None:
             device = next(block.module.parameters()).device
@@ -109,6 +111,8 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
             block.module.add_module("select", role.select if device.type == "meta" else role.select.to(device))
     if staged and anatomy.reader is not None:  # None: of blocks alone, which are timed
         with_mixins(anatomy.passage, anatomy.reader)
+        if anatomy.sequence is not None:
+            with_mixins(anatomy.sequence, Lent)
         vars(anatomy.passage)["plan"] = plan
 
 

@@ -105,6 +105,38 @@ def refuse_masks(*options: Any) -> None:
         )
 
 
+class Lent(nn.Module):
+    """Mixin: a module that computes what its caller says, who restates it while tokens leave: hooks see its call."""
+
+    def forward(self, *args: Any, instead: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """As ever, or `instead` of these arguments."""
+        return super().forward(*args, **options) if instead is None else instead(*args)
+
+
+def called(module: nn.Module, compute: Callable[..., Any], *args: Any) -> Any:
+    """``compute(*args)``, as a call of `module`, with its hooks, if it is lent."""
+    return module(*args, instead=compute) if isinstance(module, Lent) else compute(*args)
+
+
+def attention_called(
+    attention: nn.Module, compute: Callable[[Tensor], tuple[Tensor, Evidence]], *args: Tensor, paired: bool = False
+) -> tuple[Tensor, Evidence]:
+    """What `compute` makes of the first of `args`, as a call of `attention` with all of them.
+
+    Args:
+        paired: whether its library's attention gives a pair, the second of which is its map or None.
+    """
+    found: list[Evidence] = []
+
+    def instead(x: Tensor, *_: Tensor) -> Any:
+        y, evidence = compute(x)
+        found.append(evidence)
+        return (y, None) if paired else y
+
+    given = called(attention, instead, *args)
+    return (given[0] if paired else given), found[-1]
+
+
 def with_stage(halves: type) -> tuple[type, ...]:
     """The mixins of a block that takes part where tokens leave."""
     return (halves,) if issubclass(halves, StagedBlock) else (StagedBlock, halves)
