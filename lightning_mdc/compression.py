@@ -27,7 +27,7 @@ from lightning_mdc.errors import (
 )
 from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
 from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batch
-from lightning_mdc.models import Units, find_anatomy
+from lightning_mdc.models import Units, find_anatomy, runnable
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
@@ -340,6 +340,8 @@ def compress(
     )
     check_kind("options", options, SearchOptions, CompressionError)
     options = SearchOptions() if options is None else options
+    if (able := runnable(model, submodule)) is not model:
+        model, submodule = able, None
     task = Compression(method, model, submodule, input_size)
     scoring, judging = _shared_out(batches, method.calibration, judged=task.needs_judging)
 

@@ -28,6 +28,7 @@ from lightning_mdc.models import (
     find_anatomy,
     prediction_in,
     probing,
+    runnable,
 )
 from lightning_mdc.models.anatomy import Channels
 from lightning_mdc.models.swapping import calling_readers
@@ -91,7 +92,7 @@ def score(
     scorer = Scorer(
         anatomy, as_criterion(criterion), dimensions, stages, prediction, moments=moments, moment_tokens=moment_tokens
     )
-    return scored_by(scorer, model, batches, progress=progress, over_ranks=over_ranks)
+    return scored_by(scorer, runnable(model, submodule), batches, progress=progress, over_ranks=over_ranks)
 
 
 def scored_by(

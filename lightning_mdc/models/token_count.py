@@ -1,4 +1,4 @@
-"""Do as many tokens reach the blocks as the anatomy says? Prompts, registers and the like that something adds on the way
+"""Do as many tokens reach the blocks as the anatomy says? Prompts, registers and the like that something else adds
 would be ranked as if they were patches, and nothing prices them."""
 
 from __future__ import annotations

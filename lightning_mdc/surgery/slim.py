@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.scoring import on_device_of, split_batch
-from lightning_mdc.models import Anatomy, evaluating, find_anatomy, standing_in
+from lightning_mdc.models import Anatomy, evaluating, find_anatomy, runnable, standing_in
 from lightning_mdc.models.swapping import cut_units, plain_copy, with_mixins
 from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
@@ -71,7 +71,7 @@ def slim(
         _say_fewer_tokens(dense.name)
     copied.mdc_plan = made_by = _since_dense(dense, plan)  # type: ignore[assignment]
     if batches is not None:
-        _refit_on(model, dense, find_anatomy(copied), batches)
+        _refit_on(runnable(model, submodule), dense, find_anatomy(copied), batches)
     if is_timms(copied):
         make_known(anatomy, made_by)
     return copied

@@ -83,6 +83,7 @@ class StagedBlock(nn.Module):
 
     def staged(self, x: Tensor, carried: Carried | None, rope: Any = None) -> tuple[Tensor, Carried | None]:
         """The tokens that go on, and what travels beside them."""
+        _refuse_symbols(x)
         x, evidence = self.attend(x, self._log_sizes(x, carried), *(() if rope is None else (rope,)))
         if self.role.select is not None:
             x, carried = self.role.select(x, evidence, carried)
@@ -98,10 +99,20 @@ class StagedBlock(nn.Module):
 
 def refuse_masks(*options: Any) -> None:
     """Refuse, with an `UnsupportedModelError`, masks over the input's tokens: what is neither None nor False."""
+    _refuse_symbols(*options)
     if any(option is not None and option is not False for option in options):
         raise UnsupportedModelError(
             "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit its "
             "later blocks; call it without, or prune with tokens=1.0"
+        )
+
+
+def _refuse_symbols(*values: Any) -> None:
+    if any(isinstance(value, torch.fx.Proxy) for value in values):
+        raise UnsupportedModelError(
+            "torch.fx cannot trace this model (create_feature_extractor, say): how many tokens go on follows from their "
+            "number, which it hides; read features by forward_intermediates, timm's features_only or hooks, or trace it "
+            "by torch.export"
         )
 
 
