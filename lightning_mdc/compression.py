@@ -115,10 +115,11 @@ def _check_unused(error: type[MdcError], reason: str, **settings: Any) -> None:
 def _policy(policy: Any) -> Policy | Literal["searched", "uniform"]:
     if isinstance(policy, Policy) or policy in ("searched", "uniform"):
         return policy
-    if isinstance(policy, (str, Path)):
+    if isinstance(policy, (str, Path)) and Path(policy).exists():
         return Policy.load(policy)
     raise PolicyError(
-        f"policy={policy!r:.80}: expected 'searched', 'uniform', a Policy, or the path of a policy's JSON file"
+        f"policy={policy!r:.80}: expected 'searched', 'uniform', a Policy, or the path of a policy's JSON "
+        "file that is there"
     )
 
 

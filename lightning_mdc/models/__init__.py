@@ -74,7 +74,12 @@ def register(family: F) -> F:
     """Make a family known, ahead of those that are: its models are found in everything that takes a model.
 
     One of the same name takes the place of the one that is there.
+
+    Raises:
+        UnsupportedModelError: it is no instance of a `Family`.
     """
+    if not isinstance(family, Family):
+        raise UnsupportedModelError(f"family={family!r:.80}: expected an instance of a Family, such as MyFamily()")
     FAMILIES[:] = [family, *(other for other in FAMILIES if other.name != family.name)]
     return family
 
@@ -228,6 +233,8 @@ def _candidates(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _at(module: nn.Module, path: str) -> nn.Module:
+    if not isinstance(path, str):
+        raise UnsupportedModelError(f"submodule={path!r:.80}: expected an attribute path, such as 'backbone.vit'")
     current = unwrap(module)
     for step in path.split(".") if path else ():
         child = current._modules.get(step)

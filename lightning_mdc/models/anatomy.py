@@ -487,9 +487,12 @@ class Anatomy:
         for name, sizes in self.sizes.items():
             planned = plan.sizes[name]
             if sizes != planned:
+                remedy = "make a plan from this model's scores"
+                if getattr(self.model, "mdc_plan", None) is not None:
+                    remedy = f"this one is slim already: give the dense model, or {remedy}"
                 raise PlanError(
                     f"plan is for another model: it knows {len(planned)} blocks with {brief(planned)} {name}, "
-                    f"{self.name} has {len(sizes)} with {brief(sizes)}; make a plan from this model's scores"
+                    f"{self.name} has {len(sizes)} with {brief(sizes)}; {remedy}"
                 )
         if plan.leaving:
             self.require((TOKENS,))

@@ -163,7 +163,7 @@ def _obstacle(owners: Mapping[int, list[Units]], name_of: Callable[[nn.Module], 
                 f"{name_of(part.module)}.{part.name} is a {type(tensor).__module__}.{type(tensor).__qualname__}, no "
                 "plain tensor; if it is quantised, prune the model before, then quantise the slim one"
             )
-        others = [other for other in owners[id(tensor)] if other is not units]
+        others = [other for other in owners[id(tensor)] if other.block != units.block]  # one block's may be meant
         if others:
             return f"{name_of(part.module)}.{part.name} is of {units.name} and of {others[0].name}; {_APART}"
     return None

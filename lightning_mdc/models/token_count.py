@@ -1,5 +1,5 @@
-"""Do as many tokens reach the blocks as the anatomy says? Prompts, registers and the like that something else adds
-would be ranked as if they were patches, and nothing prices them."""
+"""Is a model given images it can take, and do as many tokens reach its blocks as the anatomy says? Prompts, registers
+and the like that something else adds would be ranked as if they were patches, and nothing prices them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mdc.errors import UnsupportedModelError
+from lightning_mdc.errors import CalibrationError, UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy
 
 log = logging.getLogger(__name__)
@@ -23,15 +23,14 @@ def count_probes(anatomy: Anatomy, *, ranked: bool) -> Iterator[tuple[Callable[[
         ranked: whether tokens are scored: another count is refused then, and else said once.
 
     Raises:
-        UnsupportedModelError: from the hooks; there are more or fewer tokens.
+        CalibrationError: from the hooks; images that the model cannot take.
+        UnsupportedModelError: likewise; there are more or fewer tokens.
     """
-    if anatomy.tokens_at is not None or anatomy.stages:
-        return  # not all blocks see the same
     size: list[tuple[int, int]] = []  # of the images at hand, if the model is given images
 
     def see_images(model: nn.Module, args: Any, options: Any) -> None:
         given = [part for part in (*args, *options.values()) if isinstance(part, Tensor)]
-        size[:] = [(part.shape[-2], part.shape[-1]) for part in given[:1] if part.ndim == 4]
+        size[:] = [_size_of(anatomy, part) for part in given[:1] if part.ndim == 4]
 
     def count(name: str, block: nn.Module, args: Any) -> None:
         if not size or not args or args[0].ndim != 3:
@@ -52,9 +51,24 @@ def count_probes(anatomy: Anatomy, *, ranked: bool) -> Iterator[tuple[Callable[[
         _warn(f"{said}prices are without them")
 
     yield partial(anatomy.model.register_forward_pre_hook, with_kwargs=True), see_images
+    if anatomy.tokens_at is not None or anatomy.stages:
+        return  # not all blocks see the same
     for index, block in enumerate(anatomy.blocks):
         if index == 0 or block.point is not None:
             yield block.module.register_forward_pre_hook, partial(count, block.name)
+
+
+def _size_of(anatomy: Anatomy, images: Tensor) -> tuple[int, int]:
+    """(height, width) of images that the model can take."""
+    channels, shape = anatomy.input_size[0], tuple(images.shape)
+    if not images.is_floating_point():
+        raise CalibrationError(
+            f"images are {images.dtype}; {anatomy.name} takes floating-point ones, as it was trained on"
+        )
+    if images.shape[1] != channels:
+        order = "; channels come first: images.permute(0, 3, 1, 2)" if images.shape[3] == channels else ""
+        raise CalibrationError(f"images are {shape}; {anatomy.name} takes (n, {channels}, height, width){order}")
+    return images.shape[-2], images.shape[-1]
 
 
 @cache

@@ -110,8 +110,8 @@ def refuse_masks(*options: Any) -> None:
 def _refuse_symbols(*values: Any) -> None:
     if any(isinstance(value, torch.fx.Proxy) for value in values):
         raise UnsupportedModelError(
-            "torch.fx cannot trace this model (create_feature_extractor, say): how many tokens go on follows from their "
-            "number, which it hides; read features by forward_intermediates, timm's features_only or hooks, or trace it "
+            "torch.fx cannot trace this model (create_feature_extractor, say): how many tokens go on follows from "
+            "the number that it hides; read features by forward_intermediates, features_only or hooks, or trace it "
             "by torch.export"
         )
 
