@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,8 @@ from lightning_mdc.budget import CostModel, num_params
 from lightning_mdc.errors import ArtifactError, MdcError, PlanError
 from lightning_mdc.files import read_json
 from lightning_mdc.models import FAMILIES, Anatomy, Family, check_unmasked, find_anatomy, find_model, unwrap
+from lightning_mdc.models.anatomy import brief
+from lightning_mdc.models.parts import uninitialised, unloaded
 from lightning_mdc.models.swapping import plain_copy
 from lightning_mdc.models.timm_hub import (
     ENTRYPOINT,
@@ -101,12 +104,14 @@ def save(
             place that cannot be written, or a folder there that holds something else.
     """
     anatomy, target = _savable(model, submodule), _free_folder(directory)
+    if (name := uninitialised(model) or unloaded(model)) is not None:
+        raise ArtifactError(
+            f"model={type(model).__name__}: {name} has no values yet (a lazy module, or on the meta device); call "
+            "the model, or load its weights, first"
+        )
     plan = plan_of(anatomy.model)
     spec = _describe(anatomy, plan) if constructor else None
-    tensors = {
-        name.replace("_orig_mod.", ""): tensor.detach().cpu().contiguous()  # of a block compiled by itself
-        for name, tensor in anatomy.model.state_dict().items()
-    }
+    tensors = _written(anatomy.model.state_dict(keep_vars=True))
     costs = CostModel(anatomy)
     cost: dict[str, Any] = {"macs": costs.of_model(), "params": num_params(anatomy.model)}
     if spec is not None and plan is not None:
@@ -120,7 +125,7 @@ def save(
         "cost": cost,
         "versions": _versions(),
     }
-    rest = {name: tensor.detach().cpu().contiguous() for name, tensor in _rest(model, anatomy.model).items()}
+    rest = _written(_rest(model, anatomy.model))
     about = {"module": type(unwrap(model)).__name__, "submodule": find_model(model, submodule)[0]}
     with _replacing(target) as folder:
         save_file(tensors, str(folder / WEIGHTS), metadata={"format": _FORMAT})
@@ -128,6 +133,43 @@ def save(
             save_file(rest, str(folder / REST), metadata=about)
         config["sha256"] = _content_hash(config, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _written(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file holds of `state`: each tensor once, by the first of its names, on the CPU, in memory of its own."""
+    firsts = _first_names(state)
+    found = {name: tensor.detach().cpu() for name, tensor in state.items() if firsts[name] == name}
+    memory = Counter(tensor.untyped_storage().data_ptr() for tensor in found.values())
+    return {
+        name.replace("_orig_mod.", ""): (  # of a block compiled by itself
+            tensor.clone(memory_format=torch.contiguous_format)
+            if memory[tensor.untyped_storage().data_ptr()] > 1
+            else tensor.contiguous()
+        )
+        for name, tensor in found.items()
+    }
+
+
+def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of a state with its own parameters and buffers: for each name the first of the same tensor."""
+    firsts: dict[int, str] = {}
+    return {name: firsts.setdefault(id(tensor), name) for name, tensor in state.items()}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names in the state of `model` that are another's tensor, whose first name is given."""
+    firsts = _first_names(model.state_dict(keep_vars=True))
+    return {name: first for name, first in firsts.items() if name != first}
+
+
+def _spread(weights: dict[str, Tensor], ties: Mapping[str, str], folder: Path, kind: str) -> None:
+    """Give what a file has by the first of its names to all of them (name -> first name)."""
+    for name, first in ties.items():
+        if first in weights and not torch.equal(weights.setdefault(name, weights[first]), weights[first]):
+            raise ArtifactError(
+                f"{folder / WEIGHTS}: {name} and {first} differ, but are one tensor in {kind}; give a model in which "
+                "they are two"
+            )
 
 
 def check_savable(model: nn.Module, directory: str | Path) -> None:
@@ -150,7 +192,7 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
     Raises:
         ArtifactError: the folder is missing, incomplete, damaged, edited or not ours; says what and what to do.
     """
-    folder = _recovered(Path(directory).resolve())
+    folder = _recovered(_resolved(directory))
     config = _read_config(folder)
     shapes = read_header(folder / WEIGHTS, whole_numbers=model is not None)
     plan = read_plan(_recipe(config))
@@ -159,16 +201,24 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
         if own is None:
             result = rebuilt(_recipe(config), plan, shapes, folder)
         else:
+            _check_like_saved(own, plan, _recipe(config), folder)
             result = plain_copy(own) if plan is None else slim(own, plan)
         if config["sha256"] != _content_hash(config, folder / WEIGHTS):
             raise ArtifactError(
                 f"{folder} was changed after it was saved (its content does not match its sha256); get a fresh copy"
             )
-        weights = load_file(str(folder / WEIGHTS))
+        weights: dict[str, Tensor] = dict(load_file(str(folder / WEIGHTS)))
+        ties = _tied(result)
+        _spread(weights, ties, folder, type(result).__name__)
         if model is not None:
             weights = fitted(result, weights, str(folder / WEIGHTS), ArtifactError)
             like = next(iter(weights.values()))  # a new head is of the others' device and dtype
             weights = {name: weights.get(name, own.to(like)) for name, own in result.state_dict().items()}
+        of_result = result.state_dict(keep_vars=True)
+        for name, first in ties.items():  # one parameter by both names, so that they stay tied
+            if isinstance(of_result[first], nn.Parameter) and not isinstance(weights[first], nn.Parameter):
+                weights[first] = nn.Parameter(weights[first], of_result[first].requires_grad)
+            weights[name] = weights[first]
         result.load_state_dict(weights, assign=True)
         if model is None:
             anatomy = find_anatomy(result)
@@ -186,6 +236,23 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
     except (MdcError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
     return result.eval()
+
+
+def _check_like_saved(own: nn.Module, plan: Plan | None, recipe: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a model of other blocks, heads or neurons than that which was saved had when it was dense."""
+    anatomy = find_anatomy(own)
+    sizes: Mapping[str, tuple[int, ...]] = {} if plan is None else plan.sizes
+    if plan is None and recipe["constructor"] is not None:
+        saved = find_anatomy(rebuilt(recipe, None, None, folder))
+        sizes = saved.sizes if saved.family is anatomy.family else {}
+    for dimension, counts in sizes.items():
+        if counts != anatomy.sizes[dimension]:
+            was, is_ = (f"{len(of)} blocks of {brief(of)} {dimension}" for of in (counts, anatomy.sizes[dimension]))
+            slimmed = ", and is slim already" if plan_of(own) is not None else ""
+            raise ArtifactError(
+                f"{folder} was saved of a model with {was}, before any left; model={anatomy.name} has {is_}{slimmed}: "
+                "give a dense model built as that one was, or leave model= out"
+            )
 
 
 def _savable(model: nn.Module, submodule: str | None = None) -> Anatomy:
@@ -251,7 +318,7 @@ def load_skeleton(directory: str | Path) -> nn.Module:
     Raises:
         ArtifactError: as `load`, but weights that were changed are not noticed.
     """
-    folder = _recovered(Path(directory).resolve())
+    folder = _recovered(_resolved(directory))
     config = _read_config(folder)
     return rebuilt(_recipe(config), read_plan(_recipe(config)), read_header(folder / WEIGHTS), folder).eval()
 
@@ -265,6 +332,12 @@ def _describe(anatomy: Anatomy, plan: Plan | None) -> dict[str, Any]:
         "save(model, directory, constructor=False) keeps plan and weights; get them back with "
         "load(directory, model=my_dense_model)"
     )
+    if ties := _tied(anatomy.model):
+        name, first = next(iter(ties.items()))
+        raise ArtifactError(
+            f"{anatomy.name} cannot be expressed by constructor arguments: {name} and {first} are one tensor, and "
+            f"would be two. {advice}"
+        )
     try:
         spec = described(anatomy, plan)
         again = _built(anatomy.family, spec, plan)
@@ -293,16 +366,22 @@ def _difference(model: nn.Module, again: nn.Module) -> str | None:
             return f"{name} is a {parts[name][0]}, which the rebuilt model does not have"
         if name not in parts:
             return f"{name} is missing, the rebuilt model has a {rebuilt[name][0]} there"
-        for is_, would_be in zip(parts[name][1:], rebuilt[name][1:], strict=True):
-            if is_ != would_be:
-                return f"{name or 'the model'} is {parts[name][0]}: {is_}, the rebuilt one would be {would_be}"
+        kind, what, own = parts[name]
+        other_kind, other_what, other = rebuilt[name]
+        if what != other_what:
+            is_, would_be = (f"{k} ({f}: {shown})" for k, (f, shown) in ((kind, what), (other_kind, other_what)))
+            return f"{name or 'the model'} is a {is_}, the rebuilt one would be a {would_be}"
+        for key in [*own, *(key for key in other if key not in own)]:
+            if own.get(key) != other.get(key):
+                at = f"{name}.{key}" if name else key
+                return f"{at} is {own.get(key)!r:.80}, in the rebuilt one it would be {other.get(key)!r:.80}"
     return None
 
 
 def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
-    """By name: class, what it computes (its forward and printed settings), and its own tensors' shapes and settings."""
+    """By name: class, what it computes (its forward, printed settings), and shapes of its own tensors, and settings."""
     parts = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         module = unwrap(module)
         tensors = {
             n: tuple(t.shape)
@@ -315,7 +394,7 @@ def _parts(model: nn.Module) -> dict[str, tuple[str, Any, dict[str, Any]]]:
             if _is_simple(value) and not key.startswith("_") and key not in _STATE
         }
         what = (type(module).forward.__qualname__, module.extra_repr())
-        parts[name] = (type(module).__qualname__, what, {"tensors": tensors, "settings": simple})
+        parts[name] = (type(module).__qualname__, what, tensors | simple)
     return parts
 
 
@@ -376,7 +455,8 @@ def rebuilt(
 
 
 def _check_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ties = _tied(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in ties}
     missing, extra = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
     if missing or extra:
         raise ArtifactError(f"{folder / WEIGHTS} does not fit its config: missing {missing[:3]}, unknown {extra[:3]}")
@@ -469,9 +549,15 @@ def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
     return digest.hexdigest()
 
 
+def _resolved(directory: Any) -> Path:
+    if not isinstance(directory, (str, os.PathLike)):
+        raise ArtifactError(f"directory={directory!r:.80}: expected the path of a folder")
+    return Path(directory).resolve()
+
+
 def _free_folder(directory: str | Path) -> Path:
     """`directory` without links, if a model may be written there: nothing of somebody else's would be lost."""
-    target = Path(directory).resolve()
+    target = _resolved(directory)
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"directory={str(directory)!r} is a file; give a folder")
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()

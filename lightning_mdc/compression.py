@@ -28,7 +28,7 @@ from lightning_mdc.errors import (
 )
 from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
 from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batch
-from lightning_mdc.models import Prediction, Units, find_anatomy
+from lightning_mdc.models import Prediction, Units, find_anatomy, runnable
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
@@ -130,10 +130,11 @@ def _check_unused(error: type[MdcError], reason: str, **settings: Any) -> None:
 def _policy(policy: Any) -> Policy | Literal["searched", "uniform"]:
     if isinstance(policy, Policy) or policy in ("searched", "uniform"):
         return policy
-    if isinstance(policy, (str, Path)):
+    if isinstance(policy, (str, Path)) and Path(policy).exists():
         return Policy.load(policy)
     raise PolicyError(
-        f"policy={policy!r:.80}: expected 'searched', 'uniform', a Policy, or the path of a policy's JSON file"
+        f"policy={policy!r:.80}: expected 'searched', 'uniform', a Policy, or the path of a policy's JSON "
+        "file that is there"
     )
 
 
@@ -356,6 +357,8 @@ def compress(
     )
     check_kind("options", options, SearchOptions, CompressionError)
     options = SearchOptions() if options is None else options
+    if (able := runnable(model, submodule)) is not model:
+        model, submodule = able, None
     task = Compression(method, model, submodule, input_size)
     scoring, judging = _shared_out(batches, method.calibration, judged=task.needs_judging)
 

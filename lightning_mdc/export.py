@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def export_model(
             cannot be written.
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise ArtifactError(f"path={path!r:.80}: expected where to write the file, after the model")
     target = Path(path)
     format = _format(target, format)
     path_inside, whole, anatomy = find_whole(model, submodule)

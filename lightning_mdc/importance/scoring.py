@@ -31,9 +31,11 @@ from lightning_mdc.models import (
     find_anatomy,
     prediction_in,
     probing,
+    runnable,
 )
 from lightning_mdc.models.anatomy import Channels
 from lightning_mdc.models.swapping import calling_readers
+from lightning_mdc.models.token_count import count_probes
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
@@ -91,7 +93,7 @@ def score(
     scorer = Scorer(
         anatomy, as_criterion(criterion), dimensions, stages, prediction, moments=moments, moment_tokens=moment_tokens
     )
-    return scored_by(scorer, model, batches, progress=progress, over_ranks=over_ranks)
+    return scored_by(scorer, runnable(model, submodule), batches, progress=progress, over_ranks=over_ranks)
 
 
 def scored_by(
@@ -209,6 +211,7 @@ class Scorer:
         for part in self.anatomy.model.modules():
             yield partial(part.register_forward_pre_hook, with_kwargs=True), self._enter
         yield self.anatomy.model.register_forward_hook, self._hear
+        yield from count_probes(self.anatomy, ranked=TOKENS in self.dimensions)
         for name, group in self.groups.items():
             if group.units is not None:
                 yield group.units.reader.register_forward_pre_hook, partial(self._see_units, name, group.units)

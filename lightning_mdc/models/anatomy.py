@@ -171,12 +171,15 @@ class TokenPoint:
         attention: the units whose attention ranks tokens. Where they cannot be cut, all of them do.
         values: where the value vectors of the tokens can be seen, or else what they are made of.
         key_width: channels of a key, if that is not what `attention` has per unit.
+        calls: the attention, which `attend` calls by `tokens.block.attention_called`, so that hooks on it see
+            what they always do; None: it is not called.
     """
 
     halves: type
     attention: Units
     values: Channels
     key_width: int | None = None
+    calls: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,7 @@ class Anatomy:
         reader: mixin for the class of `passage` while tokens leave inside it, whose methods replace those that go
             through the blocks, by `tokens.block.through`; its ``plan`` is the one at work. None: tokens cannot leave.
         container: the part of the model that is called to go through the blocks; None: the model itself does.
+        sequence: what holds the blocks and is called, which `reader` does by `tokens.block.called`; None: it is not.
         no_tokens: why tokens cannot leave, naming the module; None if they can.
         classifies: whether a classifier is known to read the tokens.
         drops_patches_at_random: whether the model drops patches at random in training, so that a token's place in the
@@ -323,6 +327,7 @@ class Anatomy:
     tokens_at: Callable[[tuple[int, int]], Sequence[tuple[int, int]]] | None = None
     reader: type | None = None
     container: nn.Module | None = None
+    sequence: nn.Module | None = None
     no_tokens: str | None = None
     classifies: bool = True
     drops_patches_at_random: bool = False
@@ -509,9 +514,12 @@ class Anatomy:
         for name, sizes in self.sizes.items():
             planned = plan.sizes[name]
             if sizes != planned:
+                remedy = "make a plan from this model's scores"
+                if getattr(self.model, "mdc_plan", None) is not None:
+                    remedy = f"this one is slim already: give the dense model, or {remedy}"
                 raise PlanError(
-                    f"plan is for another model: it knows {len(planned)} blocks with {_brief(planned)} {name}, "
-                    f"{self.name} has {len(sizes)} with {_brief(sizes)}; make a plan from this model's scores"
+                    f"plan is for another model: it knows {len(planned)} blocks with {brief(planned)} {name}, "
+                    f"{self.name} has {len(sizes)} with {brief(sizes)}; {remedy}"
                 )
         if plan.leaving:
             self.require((TOKENS,))
@@ -522,8 +530,9 @@ class Anatomy:
             )
 
 
-def _brief(sizes: tuple[int, ...]) -> str:
-    return str(sizes[0]) if len(set(sizes)) == 1 else str(list(sizes))
+def brief(sizes: tuple[int, ...]) -> str:
+    """Units per block, in words: one number where all have as many."""
+    return "no" if not sizes else str(sizes[0]) if len(set(sizes)) == 1 else str(list(sizes))
 
 
 def unit_channels(indices: Tensor, width: int) -> Tensor:
@@ -549,5 +558,5 @@ def columns_of(linear: nn.Linear, width: int = 1) -> tuple[tuple[Slice, ...], tu
 
 def affine_of(norm: nn.Module, width: int = 1) -> tuple[tuple[Slice, ...], tuple[Size, ...]]:
     """Slices and sizes of a normalisation over all channels of the units."""
-    slices = tuple(Slice(norm, name) for name in ("weight", "bias") if norm._parameters.get(name) is not None)
+    slices = tuple(Slice(norm, name) for name in ("weight", "bias") if getattr(norm, name, None) is not None)
     return slices, (Size(norm, "normalized_shape", lambda kept: (kept * width,)),)

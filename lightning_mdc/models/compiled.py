@@ -12,8 +12,8 @@ from torch import nn
 
 def unwrap(module: nn.Module) -> nn.Module:
     """`module` without the wrapper of ``torch.compile(module)``, which keeps the original as its only child."""
-    original = module._modules.get("_orig_mod")
-    return module if original is None else original
+    original = getattr(module, "_orig_mod", None)  # TorchScript's modules have no dictionary to ask
+    return original if isinstance(original, nn.Module) else module
 
 
 def is_compiled(module: nn.Module) -> bool:

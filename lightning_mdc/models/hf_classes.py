@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from lightning_mdc.errors import ArtifactError
+from lightning_mdc.models.parts import other_than, unlike_linear
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import look_up
 
@@ -35,8 +36,25 @@ def known_class(module: nn.Module, packages: Mapping[str, str]) -> type | None:
 def computes_as(module: nn.Module, packages: Mapping[str, str]) -> bool:
     """Whether `module` is of one of these classes, and has its forward, none of its own."""
     kind: Any = known_class(module, packages)
+    if kind is None or "forward" in vars(module):
+        return False
     # The library wraps the forward of each subclass of a layer anew.
-    return kind is not None and inspect.unwrap(original_class(module).forward) is inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    return inspect.unwrap(original_class(module).forward) is inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+
+
+def own_forward(module: nn.Module, kind: type) -> str:
+    """Why `module`, of that class, does not compute as it."""
+    if "forward" in vars(module):
+        return other_than("it", module, f"transformers' {kind.__name__}")
+    return f"its class overrides forward of transformers' {kind.__name__}"
+
+
+def altered(name: str, module: nn.Module, packages: Mapping[str, str], linears: Iterable[str] = ()) -> str | None:
+    """What is in the way in the part called `name`, if it does not compute as one of these classes does, or one of its
+    children with the names `linears` is no Linear layer; None if nothing is."""
+    if not computes_as(module, packages):
+        return other_than(name, module, "transformers' own with its own forward")
+    return unlike_linear(name, module, linears)
 
 
 def describe(model: Any, packages: Mapping[str, str], **options: Any) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from torch import nn
 
 from lightning_mdc.models.anatomy import Anatomy, Block, Family, Units
 from lightning_mdc.models.compiled import unwrap
-from lightning_mdc.models.hf_classes import build, check_spec, computes_as, describe, known_class
-from lightning_mdc.models.hf_vit import MAKERS, PROJECTIONS, READERS, heads_of, is_plain, neurons_of, not_plain, pair
-from lightning_mdc.models.timm_constructor import qualified_name
+from lightning_mdc.models.hf_classes import altered, build, check_spec, computes_as, describe, known_class, own_forward
+from lightning_mdc.models.hf_vit import MAKERS, PROJECTIONS, READERS, heads_of, neurons_of, pair
 from lightning_mdc.models.timm_vit import CountedMacs, counted_macs
 
 _TOWERS = {"SwinModel": "", "SwinForImageClassification": "swin", "SwinBackbone": "swin"}
@@ -40,18 +39,18 @@ class HfSwin(Family):
         if kind is None:
             return None
         if not computes_as(module, _PACKAGES):
-            return f"its class overrides forward of transformers' {kind.__name__}"
+            return own_forward(module, kind)
         tower = _tower(module)
         if not computes_as(tower, _PACKAGES):
-            return f"{_TOWERS[kind.__name__]} is a {qualified_name(tower)}, whose forward is its own"
+            return altered(_TOWERS[kind.__name__], tower, _PACKAGES)
         for name, stage in _stages(tower):
             parts = [(name, stage, _STAGE)]
             if stage.downsample is not None:
                 parts.append((f"{name}.downsample", stage.downsample, _MERGING))
             parts += [(f"{name}.blocks.{i}", unwrap(block), _LAYER) for i, block in enumerate(stage.blocks)]
             for path, part, known in parts:
-                if not computes_as(part, known):
-                    return f"{path} is a {qualified_name(part)}, whose forward is its own"
+                if (own := altered(path, part, known)) is not None:
+                    return own
         return None
 
     def anatomy(self, model: Any) -> Anatomy:
@@ -115,15 +114,17 @@ def _block(index: int, name: str, block: Any) -> Block:
     units: dict[str, Units] = {}
     reasons: dict[str, str] = {}
     rest: list[Any] = [None, None]
-    if is_plain(attn, _ATTENTION, PROJECTIONS):
+    in_attn = altered(f"{name}.attention", attn, _ATTENTION, PROJECTIONS)
+    in_mlp = altered(f"{name}.mlp", mlp, _MLP, MAKERS + READERS)
+    if in_attn is None:
         units["heads"] = heads_of(index, f"{name}.attention", attn, attn.relative_position_bias, area)
     else:
-        reasons["heads"] = not_plain(f"{name}.attention", attn)
+        reasons["heads"] = in_attn
         rest[0] = CountedMacs(attn, dim, f"{name}.attention", area)
-    if is_plain(mlp, _MLP, MAKERS + READERS):
+    if in_mlp is None:
         units["neurons"] = neurons_of(index, f"{name}.mlp", mlp)
     else:
-        reasons["neurons"], rest[1] = not_plain(f"{name}.mlp", mlp), CountedMacs(mlp, dim, f"{name}.mlp")
+        reasons["neurons"], rest[1] = in_mlp, CountedMacs(mlp, dim, f"{name}.mlp")
     return Block(name, block, units, reasons, rest=(rest[0], rest[1]), second_half=block.layernorm_after)
 
 

@@ -30,14 +30,13 @@ from lightning_mdc.models.anatomy import (
     rows_of,
 )
 from lightning_mdc.models.compiled import unwrap
-from lightning_mdc.models.hf_classes import build, check_spec, computes_as, describe, known_class
+from lightning_mdc.models.hf_classes import altered, build, check_spec, computes_as, describe, known_class, own_forward
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_attention import bias_table
-from lightning_mdc.models.timm_constructor import qualified_name
 from lightning_mdc.models.timm_eva import rope_of
 from lightning_mdc.models.timm_vit import CountedMacs, counted_macs
 from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import StagedBlock, check_grid, refuse_masks, restored, stage_of
+from lightning_mdc.tokens.block import StagedBlock, attention_called, check_grid, refuse_masks, restored, stage_of
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import Carried
 
@@ -148,10 +147,10 @@ class HfViT(Family):
         if kind is None:
             return None
         if not computes_as(module, _PACKAGES):
-            return f"its class overrides forward of transformers' {kind.__name__}"
+            return own_forward(module, kind)
         tower = _tower(module)
         if not computes_as(tower, _PACKAGES):
-            return f"{_MODELS[kind.__name__].tower} is a {qualified_name(tower)}, whose forward is its own"
+            return altered(_MODELS[kind.__name__].tower, tower, _PACKAGES)
         try:
             _listed_blocks(tower)
         except AttributeError:
@@ -215,7 +214,8 @@ def _tower(model: Any) -> nn.Module:
 
 def _listed_blocks(tower: nn.Module) -> list[nn.Module]:
     """The blocks as the library's loop has them, compiled or not."""
-    return list(tower.get_submodule(_BLOCKS[_package(tower, _PACKAGES)]).children())
+    listed = tower.get_submodule(_BLOCKS[_package(tower, _PACKAGES)])
+    return [block for block in listed._modules.values() if block is not None]  # one that is in two places, twice
 
 
 def pair(size: Any) -> tuple[int, int]:
@@ -270,8 +270,8 @@ def _blocks(model: Any) -> tuple[Block, ...]:
 
 def _block_of(index: int, name: str, block: Any, tower: Any) -> Block:
     dim = tower.config.hidden_size
-    if not computes_as(block, _LAYERS):
-        reasons = dict.fromkeys(UNIT_DIMENSIONS, f"{name} is a {qualified_name(block)}, whose forward is its own")
+    if (own := altered(name, block, _LAYERS)) is not None:
+        reasons = dict.fromkeys(UNIT_DIMENSIONS, own)
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     package = _package(block, _LAYERS)
     names = _HALVES[package].names
@@ -280,38 +280,27 @@ def _block_of(index: int, name: str, block: Any, tower: Any) -> Block:
     reasons = {}
     rest: list[Any] = [None, None]
     point = None
+    in_attn = altered(f"{name}.{names.attention}", attn, _ATTENTIONS, PROJECTIONS)
+    in_mlp = altered(f"{name}.mlp", mlp, _MLPS, MAKERS + READERS)
     if getattr(tower, "shared_position_bias", None) is not None:
         reasons["heads"] = "shared_position_bias has a column for the heads of all blocks"
         rest[0] = partial(heads_of(index, name, attn).macs, attn.num_attention_heads)
-    elif is_plain(attn, _ATTENTIONS, PROJECTIONS):
+    elif in_attn is None:
         heads = units["heads"] = heads_of(index, f"{name}.{names.attention}", attn, block._modules.get(_BIAS))
         if package != "beit":
-            point = TokenPoint(_HALVES[package], heads, Channels(attn.v_proj, 0, attn.v_proj.out_features))
+            point = TokenPoint(_HALVES[package], heads, Channels(attn.v_proj, 0, attn.v_proj.out_features), calls=attn)
     else:
-        reasons["heads"] = not_plain(f"{name}.{names.attention}", attn)
+        reasons["heads"] = in_attn
         rest[0] = CountedMacs(attn, dim, f"{name}.{names.attention}")
-    if is_plain(mlp, _MLPS, MAKERS + READERS):
+    if in_mlp is None:
         units["neurons"] = neurons_of(index, f"{name}.mlp", mlp)
     else:
-        reasons["neurons"], rest[1] = not_plain(f"{name}.mlp", mlp), CountedMacs(mlp, dim, f"{name}.mlp")
+        reasons["neurons"], rest[1] = in_mlp, CountedMacs(mlp, dim, f"{name}.mlp")
     second_half = block._modules[names.norms[1]]
     alone: Any = _alone_turning if package == "dinov3_vit" else _alone
     if package == "beit":
         alone = partial(_alone, resolution=pair(tower.config.image_size))
     return Block(name, block, units, reasons, point, stage_of(block), (rest[0], rest[1]), second_half, alone)
-
-
-def is_plain(module: nn.Module, classes: Mapping[str, str], linears: tuple[str, ...]) -> bool:
-    """Whether the module computes what one of the classes does, on Linear layers that can be sliced."""
-    children = (module._modules.get(name) for name in linears)
-    return computes_as(module, classes) and all(
-        child is None or (original_class(child).forward is nn.Linear.forward and "weight" in child._parameters)  # type: ignore[attr-defined]
-        for child in children
-    )
-
-
-def not_plain(name: str, module: nn.Module) -> str:
-    return f"{name} is a {qualified_name(module)}, not transformers' own with its own forward and Linears"
 
 
 def heads_of(index: int, name: str, attn: Any, bias: Any = None, window: int | None = None) -> Units:
@@ -506,9 +495,14 @@ class _Halves(StagedBlock):
         return journey.behind(self, x, carried)
 
     def attend(self, x: Tensor, bias: Tensor | None, rope: Any = None) -> tuple[Tensor, Evidence]:
-        attn: Any = getattr(self, self.names.attention)
-        y, q, k = attended(attn, getattr(self, self.names.norms[0])(x), bias, rope)
-        return x + self._after(0, y), Evidence(q, k, _scale(attn))
+        attn, normed = getattr(self, self.names.attention), getattr(self, self.names.norms[0])(x)
+
+        def compute(x: Tensor) -> tuple[Tensor, Evidence]:
+            y, q, k = attended(attn, x, bias, rope)
+            return y, Evidence(q, k, _scale(attn))
+
+        y, evidence = attention_called(attn, compute, normed, paired=True)
+        return x + self._after(0, y), evidence
 
     def finish(self, x: Tensor) -> Tensor:
         mlp: Any = self.mlp

@@ -17,12 +17,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_mdc.errors import MdcError
+from lightning_mdc.errors import MdcError, UnsupportedModelError
 from lightning_mdc.models.anatomy import Behaviour, Units
 from lightning_mdc.models.compiled import unwrap
 
@@ -134,13 +134,51 @@ def unmask(model: nn.Module) -> None:
 
 def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy with nothing of it compiled or masked; `memo`, by ``id`` what is in it instead of a copy."""
-    copied = copy.deepcopy(model, memo)
+    memo = {**_not_copied(model), **(memo or {})}
+    try:
+        copied = copy.deepcopy(model, dict(memo))
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UnsupportedModelError(f"{original_class(model).__name__}: {_uncopied(model, memo)} ({error})") from error
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             if unwrap(child) is not child:  # a block compiled by itself
                 setattr(parent, name, unwrap(child))
     unmask(copied)
     return copied
+
+
+def _not_copied(model: nn.Module) -> dict[int, Any]:
+    """By ``id``, what a copy of `model` shares with it: what hooks write to, which its owner reads, and the values of
+    what a forward pass left in its modules, without how they came to be."""
+    parts = {id(module) for module in model.modules()}
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        for hook in (hook for of_kind in hooks for hook in of_kind.values()):
+            function = hook.func if isinstance(hook, partial) else hook
+            owner = getattr(function, "__self__", function)
+            if id(owner) not in parts:  # its own hooks are those of the copy
+                shared[id(owner)] = owner
+                shared[id(hook)] = hook
+        for value in [*vars(module).values(), *module._buffers.values()]:
+            for left in (
+                value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+            ):
+                if isinstance(left, Tensor) and not left.is_leaf:
+                    shared[id(left)] = left.detach()
+    return shared
+
+
+def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
+    """The attribute of a module in `model` that cannot be copied, in words."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(value, dict(memo)) if attribute != "_modules" else None
+            except Exception:
+                at = f"{name}.{attribute}" if name else attribute
+                return f"its {at} cannot be copied; take it off the model before pruning"
+    return "it cannot be copied"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.models.anatomy import Anatomy, Behaviour, Block, Family, Size, Units, columns_of, rows_of
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import own_methods
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import (
     act_from,
@@ -28,9 +29,8 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     one_size,
-    qualified_name,
 )
-from lightning_mdc.models.timm_vit import check_size, computes_as, counted_macs, foreign_part, is_plain, two_halves
+from lightning_mdc.models.timm_vit import check_size, counted_macs, foreign_part, not_plain, two_halves
 
 _MODEL_METHODS = ("forward", "forward_features", "forward_head")
 
@@ -62,8 +62,8 @@ class TimmCait(Family):
         """The part that computes another way than timm's."""
         if not isinstance(module, cait.Cait):
             return None
-        if not computes_as(module, (cait.Cait,), _MODEL_METHODS):
-            return "its class overrides a forward of timm's Cait"
+        if (own := own_methods(module, (cait.Cait,), _MODEL_METHODS)) is not None:
+            return own
         parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, (PatchEmbed,))]
         for kind, attention, blocks in (
             (cait.LayerScaleBlock, cait.TalkingHeadAttn, _blocks(module)),
@@ -132,9 +132,7 @@ def _block(index: int, name: str, block: Any, dim: int) -> Block:
 
 
 def _class_block(index: int, name: str, block: Any, dim: int) -> Block:
-    heads: Units | str = f"{name}.attn is a {qualified_name(block.attn)}, not timm's ClassAttn as it is"
-    if is_plain(block.attn, (cait.ClassAttn,)):
-        heads = _heads(index, f"{name}.attn", block.attn)
+    heads = not_plain(f"{name}.attn", block.attn, (cait.ClassAttn,)) or _heads(index, f"{name}.attn", block.attn)
     return two_halves(index, name, block, dim, heads, block.norm2)
 
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import qualified_name
 from lightning_mdc.models.timm_stem import build_stem, check_stem, describe_stem
 
 # What a saved model may be made of. Loading looks classes up here and nowhere else.
@@ -49,11 +50,6 @@ _ACTIVATIONS = {
     for name in ("GELU", "GELUTanh", "QuickGELU", "Swish", "Sigmoid", "Tanh", "Mish", "SquaredReLU")
     if hasattr(timm_activations, name)  # SquaredReLU is new
 }
-
-
-def qualified_name(module: nn.Module) -> str:
-    """Module and class name, for messages."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def in_chans(model: Any) -> int:

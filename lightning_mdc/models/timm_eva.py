@@ -32,6 +32,7 @@ from lightning_mdc.models.anatomy import (
     rows_of,
 )
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import qualified_name
 from lightning_mdc.models.timm_constructor import (
     check_args,
     check_depth,
@@ -42,9 +43,9 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     one_size,
-    qualified_name,
 )
 from lightning_mdc.models.timm_vit import BlockKind, TimmReader, TimmVisionTransformer, spanning
+from lightning_mdc.tokens.block import attention_called
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import Carried
 
@@ -248,7 +249,7 @@ def _point(block: Any, heads: Units) -> TokenPoint:
         values = Channels(attn.qkv, channels * 2 // 3, channels)
     else:  # the weights of `qkv` are used without calling it, so no module puts values out
         values = Channels(block.norm1, 0, attn.qkv.in_features)
-    return TokenPoint(EvaHalves, heads, values, key_width=_head_dim(attn))
+    return TokenPoint(EvaHalves, heads, values, key_width=_head_dim(attn), calls=attn)
 
 
 class EvaHalves:
@@ -265,10 +266,14 @@ class EvaHalves:
     drop_path2: Any
 
     def attend(self, x: Tensor, bias: Tensor | None, rope: Tensor | None = None) -> tuple[Tensor, Evidence]:
-        y, q, k = attended(self.attn, self.norm1(x), rope, bias)
+        y, evidence = attention_called(self.attn, partial(self._attended, bias, rope), self.norm1(x))
         if self.gamma_1 is not None:
             y = self.gamma_1 * y
-        return x + self.drop_path1(y), Evidence(q, k, self.attn.scale)
+        return x + self.drop_path1(y), evidence
+
+    def _attended(self, bias: Tensor | None, rope: Tensor | None, x: Tensor) -> tuple[Tensor, Evidence]:
+        y, q, k = attended(self.attn, x, rope, bias)
+        return y, Evidence(q, k, self.attn.scale)
 
     def finish(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm2(x))

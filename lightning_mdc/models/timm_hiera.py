@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family, Size
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import own_methods, qualified_name
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_attention import PositionBias, heads_of
-from lightning_mdc.models.timm_constructor import (
-    act_spec,
-    check_args,
-    check_depth,
-    in_chans,
-    norm_from,
-    norm_spec,
-    qualified_name,
-)
-from lightning_mdc.models.timm_vit import check_size, computes_as, counted_macs, foreign_part, is_plain, two_halves
+from lightning_mdc.models.timm_constructor import act_spec, check_args, check_depth, in_chans, norm_from, norm_spec
+from lightning_mdc.models.timm_vit import check_size, counted_macs, foreign_part, not_plain, two_halves
 
 _MODEL_METHODS = ("forward", "forward_features", "forward_head", "_pos_embed")
 
@@ -58,8 +51,8 @@ class TimmHiera(Family):
         """The part that computes another way than timm's."""
         if not isinstance(module, hiera.Hiera):
             return None
-        if not computes_as(module, (hiera.Hiera,), _MODEL_METHODS):
-            return "its class overrides a forward of timm's Hiera"
+        if (own := own_methods(module, (hiera.Hiera,), _MODEL_METHODS)) is not None:
+            return own
         if len(module.tokens_spatial_shape) != 2:
             return f"its input has {len(module.tokens_spatial_shape)} dimensions, and images have 2"
         parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, (hiera.PatchEmbed,))]
@@ -67,8 +60,8 @@ class TimmHiera(Family):
         if (found := foreign_part(parts)) is not None:
             return found
         for index, block in enumerate(_blocks(module)):
-            if not is_plain(block.attn, (hiera.MaskUnitAttention,)):
-                return f"blocks.{index}.attn is a {qualified_name(block.attn)}, not timm's MaskUnitAttention as it is"
+            if (found := not_plain(f"blocks.{index}.attn", block.attn, (hiera.MaskUnitAttention,))) is not None:
+                return found
         return None
 
     def anatomy(self, model: Any) -> Anatomy:

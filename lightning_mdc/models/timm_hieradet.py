@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import own_methods
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_attention import PositionBias, heads_of
 from lightning_mdc.models.timm_constructor import (
@@ -27,10 +28,9 @@ from lightning_mdc.models.timm_constructor import (
     in_chans,
     norm_from,
     norm_spec,
-    qualified_name,
 )
 from lightning_mdc.models.timm_hiera import STAGE_ARGS, check_stages, head_macs, stage_args
-from lightning_mdc.models.timm_vit import computes_as, configured_size, foreign_part, is_plain, two_halves
+from lightning_mdc.models.timm_vit import configured_size, foreign_part, not_plain, two_halves
 
 _MODEL_METHODS = ("forward", "forward_features", "forward_head", "_pos_embed")
 
@@ -60,8 +60,8 @@ class TimmHieraDet(Family):
         """The part that computes another way than timm's."""
         if not isinstance(module, hieradet.HieraDet):
             return None
-        if not computes_as(module, (hieradet.HieraDet,), _MODEL_METHODS):
-            return "its class overrides a forward of timm's HieraDet"
+        if (own := own_methods(module, (hieradet.HieraDet,), _MODEL_METHODS)) is not None:
+            return own
         parts: list[tuple[str, Any, tuple[type, ...]]] = [
             ("patch_embed", module.patch_embed, (hieradet.HieraPatchEmbed,))
         ]
@@ -71,8 +71,8 @@ class TimmHieraDet(Family):
         if (found := foreign_part(parts)) is not None:
             return found
         for index, block in enumerate(_blocks(module)):
-            if not is_plain(block.attn, (hieradet.MultiScaleAttention,)):
-                return f"blocks.{index}.attn is a {qualified_name(block.attn)}, not timm's MultiScaleAttention as it is"
+            if (found := not_plain(f"blocks.{index}.attn", block.attn, (hieradet.MultiScaleAttention,))) is not None:
+                return found
         return None
 
     def anatomy(self, model: Any) -> Anatomy:

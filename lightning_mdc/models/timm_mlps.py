@@ -20,21 +20,12 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models import timm_factory
-from lightning_mdc.models.anatomy import (
-    Anatomy,
-    Behaviour,
-    Block,
-    Family,
-    Size,
-    Slice,
-    Units,
-    columns_of,
-    rows_of,
-)
+from lightning_mdc.models.anatomy import Anatomy, Behaviour, Block, Family, Size, Slice, Units, columns_of, rows_of
 from lightning_mdc.models.compiled import probing, unwrap
+from lightning_mdc.models.parts import computes_as, own_methods
 from lightning_mdc.models.swapping import original_class, plain_copy
 from lightning_mdc.models.timm_eva import eva_blocks
-from lightning_mdc.models.timm_vit import PLAIN, BlockKind, block_of, computes_as, counted, is_plain, neurons_of
+from lightning_mdc.models.timm_vit import PLAIN, BlockKind, block_of, counted, neurons_of, not_plain
 
 # --- which ------------------------------------------------------------------------------------------------------------
 
@@ -199,8 +190,7 @@ class TimmMlps(Family):
         if library == "timm.models" and file in _HYBRIDS:
             return f"it is one of {library}.{file}, half a CNN: no family says which of its channels would be units"
         found = _class_of(module)
-        own = [name for name in _METHODS if found and not computes_as(module, (found,), (name,))]
-        return f"its class overrides {', '.join(own)} of timm's {found.__name__}" if found and own else None
+        return None if found is None else own_methods(module, (found,), _METHODS)
 
     def anatomy(self, model: Any) -> Anatomy:
         found = _class_of(model)
@@ -288,7 +278,7 @@ def _mlp(index: int, name: str, mlp: Any, no_heads: str) -> Block:
 
 
 def _neurons(index: int, name: str, mlp: Any) -> Units | str:
-    if is_plain(mlp, (pvt_v2.MlpWithDepthwiseConv,)) and _is_depthwise(mlp.dwconv):
+    if not_plain("", mlp, (pvt_v2.MlpWithDepthwiseConv,)) is None and _is_depthwise(mlp.dwconv):
         conv = mlp.dwconv
         names = ["weight", *(["bias"] if conv.bias is not None else [])]
         sizes = [Size(conv, size, lambda kept: kept) for size in ("in_channels", "out_channels", "groups")]
@@ -304,12 +294,12 @@ def _neurons(index: int, name: str, mlp: Any) -> Units | str:
 
 
 def _is_depthwise(conv: Any) -> bool:
-    return computes_as(conv, (nn.Conv2d,)) and "weight" in conv._parameters and conv.groups == conv.out_channels
+    return computes_as(conv, (nn.Conv2d,)) and conv.groups == conv.out_channels
 
 
 def _is_clippable(layer: Any) -> bool:
-    own = computes_as(layer, (models.gemma4_vit.Gemma4ClippableLinear,)) and computes_as(layer.linear, (nn.Linear,))
-    return own and "weight" in layer.linear._parameters
+    kinds = (models.gemma4_vit.Gemma4ClippableLinear,)
+    return computes_as(layer, kinds) and computes_as(layer.linear, (nn.Linear,))
 
 
 def _units(

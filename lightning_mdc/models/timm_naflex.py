@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models import timm_constructor, timm_eva
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import computes_as, other_than, qualified_name
 from lightning_mdc.models.timm_constructor import (
     act_from,
     act_spec,
@@ -28,10 +29,9 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     one_size,
-    qualified_name,
 )
 from lightning_mdc.models.timm_eva import EvaReader, TimmEva, is_mixed
-from lightning_mdc.models.timm_vit import PLAIN, BlockKind, computes_as, configured_size
+from lightning_mdc.models.timm_vit import PLAIN, BlockKind, configured_size
 from lightning_mdc.tokens.selection import Carried
 
 
@@ -44,7 +44,7 @@ class TimmNaFlex(TimmEva):
 
     def refusal(self, module: nn.Module) -> str | None:
         if isinstance(module, NaFlexVit) and not computes_as(module.embeds, (NaFlexEmbeds,)):
-            return f"embeds is a {qualified_name(module.embeds)}, not timm's NaFlexEmbeds with its own forward"
+            return other_than("embeds", module.embeds, "timm's NaFlexEmbeds with its own forward")
         return super().refusal(module)
 
     def accepts(self, module: nn.Module) -> bool:

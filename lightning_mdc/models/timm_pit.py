@@ -16,9 +16,10 @@ from torch import nn
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import own_methods
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import check_args, check_depth, check_positive
-from lightning_mdc.models.timm_vit import PLAIN, block_of, check_size, computes_as, counted_macs, foreign_part
+from lightning_mdc.models.timm_vit import PLAIN, block_of, check_size, counted_macs, foreign_part
 
 _MODEL_METHODS = ("forward", "forward_features", "forward_head")
 
@@ -36,8 +37,8 @@ class TimmPiT(Family):
         """The part that computes another way than timm's."""
         if not isinstance(module, pit.PoolingVisionTransformer):
             return None
-        if not computes_as(module, (pit.PoolingVisionTransformer,), _MODEL_METHODS):
-            return "its class overrides a forward of timm's PoolingVisionTransformer"
+        if (own := own_methods(module, (pit.PoolingVisionTransformer,), _MODEL_METHODS)) is not None:
+            return own
         parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, (pit.ConvEmbedding,))]
         for index, stage in enumerate(module.transformers):
             parts.append((f"transformers.{index}", stage, (pit.Transformer,)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_mdc.errors import UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family, Size, Units
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import computes_as, own_methods, qualified_name
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_attention import AnyHeads, PositionBias, bias_mlp, bias_table, heads_of
 from lightning_mdc.models.timm_constructor import (
@@ -30,9 +31,8 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     one_size,
-    qualified_name,
 )
-from lightning_mdc.models.timm_vit import computes_as, counted_macs, foreign_part, is_plain, two_halves
+from lightning_mdc.models.timm_vit import counted_macs, foreign_part, not_plain, two_halves
 
 # --- the kinds --------------------------------------------------------------------------------------------------------
 
@@ -118,8 +118,8 @@ class TimmRelPos(Family):
         kind = _kind(module)
         if kind is None:
             return None
-        if not computes_as(module, (kind.model,), _MODEL_METHODS):
-            return f"its class overrides a forward of timm's {kind.model.__name__}"
+        if (own := own_methods(module, (kind.model,), _MODEL_METHODS)) is not None:
+            return own
         kinds = tuple(kind.blocks.values())
         parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, (PatchEmbed,))]
         parts += [(f"blocks.{index}", block, kinds) for index, block in enumerate(_blocks(module))]
@@ -193,8 +193,8 @@ def _heads(index: int, name: str, attn: Any, model: Any, kind: _Kind) -> Units |
     """The heads, or why they cannot be cut."""
     if (shared := getattr(model, kind.shared)) is not None:
         return f"{kind.shared} ({type(shared).__name__}) is one bias, of the heads of all blocks alike"
-    if not is_plain(attn, (kind.attention,)):
-        return f"{name} is a {qualified_name(attn)}, not timm's {kind.attention.__name__} as it is"
+    if (reason := not_plain(name, attn, (kind.attention,))) is not None:
+        return reason
     bias = kind.bias(attn)
     if bias is None:
         return f"{name}.rel_pos is a {qualified_name(attn.rel_pos)}, neither timm's RelPosBias nor its RelPosMlp"

@@ -19,6 +19,7 @@ from torch import nn
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import own_methods
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_attention import NoneToo, PositionBias, heads_of
 from lightning_mdc.models.timm_constructor import (
@@ -31,10 +32,9 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     one_size,
-    qualified_name,
 )
 from lightning_mdc.models.timm_swin import grid_of
-from lightning_mdc.models.timm_vit import computes_as, counted_macs, foreign_part, is_plain, two_halves
+from lightning_mdc.models.timm_vit import counted_macs, foreign_part, not_plain, two_halves
 
 _MODEL_METHODS = ("forward", "forward_features", "forward_head")
 
@@ -52,16 +52,16 @@ class TimmSAM(Family):
         """The part that computes another way than timm's."""
         if not isinstance(module, sam.VisionTransformerSAM):
             return None
-        if not computes_as(module, (sam.VisionTransformerSAM,), _MODEL_METHODS):
-            return "its class overrides a forward of timm's VisionTransformerSAM"
+        if (own := own_methods(module, (sam.VisionTransformerSAM,), _MODEL_METHODS)) is not None:
+            return own
         parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, (PatchEmbed,))]
         for index, block in enumerate(_blocks(module)):
             parts.append((f"blocks.{index}", block, (sam.Block,)))
         if (found := foreign_part(parts)) is not None:
             return found
         for index, block in enumerate(_blocks(module)):
-            if not is_plain(block.attn, (sam.Attention,)):
-                return f"blocks.{index}.attn is a {qualified_name(block.attn)}, not timm's Attention as it is"
+            if (found := not_plain(f"blocks.{index}.attn", block.attn, (sam.Attention,))) is not None:
+                return found
         return None
 
     def anatomy(self, model: Any) -> Anatomy:

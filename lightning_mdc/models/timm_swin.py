@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Block, Family, Slice, Units
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import own_methods
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_attention import AnyHeads, PositionBias, bias_mlp, bias_table, heads_of
 from lightning_mdc.models.timm_constructor import (
@@ -34,9 +35,8 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     parts_of,
-    qualified_name,
 )
-from lightning_mdc.models.timm_vit import computes_as, counted_macs, foreign_part, is_plain, two_halves
+from lightning_mdc.models.timm_vit import counted_macs, foreign_part, not_plain, two_halves
 
 # --- the generations --------------------------------------------------------------------------------------------------
 
@@ -153,8 +153,8 @@ class TimmSwin(Family):
         kind = _generation(module)
         if kind is None:
             return None
-        if not computes_as(module, (kind.model,), _MODEL_METHODS):
-            return f"its class overrides a forward of timm's {kind.model.__name__}"
+        if (own := own_methods(module, (kind.model,), _MODEL_METHODS)) is not None:
+            return own
         parts: list[tuple[str, Any, tuple[type, ...]]] = [("patch_embed", module.patch_embed, _EMBEDDINGS)]
         for name, stage in _stages(module, kind):
             parts.append((name, stage, (kind.stage,)))
@@ -229,10 +229,8 @@ def _blocks(model: Any, kind: _Generation) -> Iterator[tuple[str, Any]]:
 
 def _block(index: int, name: str, block: Any, kind: _Generation) -> Block:
     attn, area = block.attn, math.prod(block.window_size)
-    if is_plain(attn, (kind.attention,)):
-        heads: Units | str = heads_of(index, f"{name}.attn", attn, kind.heads, kind.bias(attn), window=area)
-    else:
-        heads = f"{name}.attn is a {qualified_name(attn)}, not timm's {kind.attention.__name__} as it is"
+    heads: Units | str | None = not_plain(f"{name}.attn", attn, (kind.attention,))
+    heads = heads or heads_of(index, f"{name}.attn", attn, kind.heads, kind.bias(attn), window=area)
     return two_halves(index, name, block, block.dim, heads, block.norm2 if kind.is_pre_norm else block.mlp, area)
 
 

@@ -41,11 +41,21 @@ from lightning_mdc.models.anatomy import (
     rows_of,
 )
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import altered, computes_as, other_than, own_methods, qualified_name
 from lightning_mdc.models.swapping import original_class
-from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans, qualified_name
+from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans
 from lightning_mdc.models.timm_fused import fused_block_of
 from lightning_mdc.policy import TOKENS, UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import check_grid, refuse_masks, restored, stage_of, step, through
+from lightning_mdc.tokens.block import (
+    attention_called,
+    called,
+    check_grid,
+    refuse_masks,
+    restored,
+    stage_of,
+    step,
+    through,
+)
 from lightning_mdc.tokens.reduction import Evidence
 from lightning_mdc.tokens.selection import Carried
 
@@ -70,8 +80,7 @@ class TimmVisionTransformer(Family):
         """The method of its own that makes one of `models` another model."""
         if not isinstance(module, self.models):
             return None
-        own = [name for name in _WHOLE_MODEL_METHODS if not computes_as(module, self.models, (name,))]
-        return f"its class overrides {', '.join(own)} of timm's {self.models[0].__name__}" if own else None
+        return own_methods(module, self.models, _WHOLE_MODEL_METHODS)
 
     def anatomy(self, model: Any) -> Anatomy:
         kind = self.block_kind(model)
@@ -93,6 +102,7 @@ class TimmVisionTransformer(Family):
             grid_of=partial(self.grid_of, model),
             fixed_macs=lambda size, tokens: self.embedding_macs(model, size) + _head_macs(model, tokens),
             reader=kind.reader,
+            sequence=model.blocks if isinstance(model.blocks, nn.Sequential) else None,
             no_tokens=_no_tokens(model, blocks, kind.post_norm),
             classifies=not isinstance(model.head, nn.Identity),
             drops_patches_at_random=getattr(model.patch_drop, "prob", 0) > 0,
@@ -129,22 +139,13 @@ class TimmVisionTransformer(Family):
         return build(spec)
 
 
-def computes_as(module: nn.Module, kinds: tuple[type, ...], methods: tuple[str, ...] = ("forward",)) -> bool:
-    """Whether the module is of one of `kinds` and has its `methods`, none of its own."""
-    return any(
-        isinstance(module, kind)
-        and all(getattr(original_class(module), name, None) is getattr(kind, name, None) for name in methods)
-        for kind in kinds
-    )
-
-
 def foreign_part(
     parts: Iterable[tuple[str, Any, tuple[type, ...]]], methods: tuple[str, ...] = ("forward",)
 ) -> str | None:
     """What the first of `parts` (name, module, timm's classes) is that computes another way; None if none does."""
     for name, part, kinds in parts:
         if not computes_as(part, kinds, methods):
-            return f"{name} is a {qualified_name(part)}, not timm's {kinds[0].__name__} with its own forward"
+            return other_than(name, part, f"timm's {kinds[0].__name__} with its own forward")
     return None
 
 
@@ -169,14 +170,9 @@ _LINEARS = (
 )
 
 
-def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether the module computes what one of `kinds` does, on Linear layers that can be sliced."""
-    children = (module._modules.get(name) for name in _LINEARS)
-    return computes_as(module, kinds) and all(
-        # no parametrisation, no torch.nn.utils.prune
-        child is None or (computes_as(child, (nn.Linear,)) and "weight" in child._parameters)
-        for child in children
-    )
+def not_plain(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str | None:
+    """What is in the way in the part called `name`, if it is not as one of `kinds` is, made of Linear layers."""
+    return altered(name, module, kinds, _LINEARS)
 
 
 # --- what a block is made of ------------------------------------------------------------------------------------------
@@ -205,10 +201,8 @@ class BlockKind:
 def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Block:
     """What the block of that index and name is made of: of that kind, or else one that loses nothing."""
     if not computes_as(block, (kind.pre_norm, kind.post_norm)):
-        reason = (
-            f"{name} is a {qualified_name(block)}, neither timm's {kind.pre_norm.__name__} nor "
-            f"{kind.post_norm.__name__} with its own forward"
-        )
+        expected = f"timm's {kind.pre_norm.__name__} or {kind.post_norm.__name__} with its own forward"
+        reason = other_than(name, block, expected)
         if isinstance(getattr(block, "out_proj", None), nn.Linear):
             reason = f"{name}.out_proj ({type(block).__name__}) is one layer, which reads heads and neurons at once"
         elif _misplaces_bias(block):
@@ -217,7 +211,7 @@ def block_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Bl
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     point = None
     pre_norm = computes_as(block, (kind.pre_norm,))
-    if pre_norm and is_plain(block.attn, kind.attentions):
+    if pre_norm and not_plain("", block.attn, kind.attentions) is None:
         point = kind.point(block, kind.heads(index, f"{name}.attn", block.attn))
     heads = _heads_or_reason(kind, index, f"{name}.attn", block.attn)
     found = two_halves(index, name, block, dim, heads, block.norm2 if pre_norm else block.mlp)
@@ -254,7 +248,7 @@ def two_halves(
 
 def _parts_of(kind: BlockKind, index: int, name: str, block: Any, dim: int) -> Iterator[Block]:
     """A block of the model; where it has attentions side by side, and MLPs after them, each is a block of its own."""
-    if is_plain(block, (ParallelScalingBlock,)) and block.out_proj is None and not _misplaces_bias(block):
+    if not_plain("", block, (ParallelScalingBlock,)) is None and block.out_proj is None and not _misplaces_bias(block):
         yield fused_block_of(index, name, block)
         return
     if not computes_as(block, (ParallelThingsBlock,)):
@@ -287,9 +281,8 @@ def _misplaces_bias(block: Any) -> bool:
 
 def _heads_or_reason(kind: BlockKind, index: int, name: str, attn: Any) -> Units | str:
     """The heads, or why they cannot be cut."""
-    if not is_plain(attn, kind.attentions):
-        known = " or ".join(f"timm's {attention.__name__}" for attention in kind.attentions)
-        return f"{name} is a {qualified_name(attn)}, not {known} with its own forward and Linears"
+    if (reason := not_plain(name, attn, kind.attentions)) is not None:
+        return reason
     return _unknown_norm(f"{name}.norm", attn.norm) or kind.heads(index, name, attn)
 
 
@@ -323,13 +316,14 @@ def _heads(index: int, name: str, attn: Any) -> Units:
 
 def _point(block: Any, heads: Units) -> TokenPoint:
     channels = block.attn.qkv.out_features
-    return TokenPoint(TimmHalves, heads, Channels(block.attn.qkv, channels * 2 // 3, channels))
+    values = Channels(block.attn.qkv, channels * 2 // 3, channels)
+    return TokenPoint(TimmHalves, heads, values, calls=block.attn)
 
 
 def neurons_of(index: int, name: str, mlp: Any) -> Units | str:
     """The neurons, or why they cannot be cut."""
-    if not is_plain(mlp, tuple(MLPS.values())):
-        return f"{name} is a {qualified_name(mlp)}, not timm's Mlp, GluMlp or SwiGLU with its own forward and Linears"
+    if (reason := not_plain(name, mlp, tuple(MLPS.values()))) is not None:
+        return reason
     if (reason := _unknown_norm(f"{name}.norm", mlp.norm)) is not None:
         return reason
     makers = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, layers.SwiGLU) else [mlp.fc1]
@@ -488,9 +482,13 @@ class TimmHalves:
     drop_path2: Any
 
     def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Evidence]:
+        y, evidence = attention_called(self.attn, partial(self._attended, bias), self.norm1(x))
+        return x + self.drop_path1(self.ls1(y)), evidence
+
+    def _attended(self, bias: Tensor | None, normed: Tensor) -> tuple[Tensor, Evidence]:
         # What timm's Attention does, with q and k handed out: they are needed for the scores, and the fused kernel
         # hides its map. (b, n, 3 * h * d) -> three of (b, h, n, d)
-        attn, normed = self.attn, self.norm1(x)
+        attn = self.attn
         batch, num_tokens, _ = normed.shape
         qkv = attn.qkv(normed).reshape(batch, num_tokens, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -505,8 +503,7 @@ class TimmHalves:
         gate = getattr(attn, "gate", None)
         if gate is not None:
             y = y * gate(normed).sigmoid()
-        y = attn.proj_drop(attn.proj(y))
-        return x + self.drop_path1(self.ls1(y)), Evidence(q, k, attn.scale)
+        return attn.proj_drop(attn.proj(y)), Evidence(q, k, attn.scale)
 
     def finish(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -536,7 +533,12 @@ class TimmReader:
         self._check(x, attn_mask, is_causal)
         x, *ropes = self._embedded(x)
         checkpoint = timm_checkpoint if self.grad_checkpointing else None
-        x = through(self.blocks, x, self.num_prefix_tokens, self.plan.restore, checkpoint, *ropes)
+
+        def run(x: Tensor) -> Tensor:
+            return through(self.blocks, x, self.num_prefix_tokens, self.plan.restore, checkpoint, *ropes)
+
+        # Where blocks are checkpointed, timm does not call what holds them.
+        x = run(x) if checkpoint else called(self.blocks, run, x)
         features: Tensor = self.norm(x)
         return features
 

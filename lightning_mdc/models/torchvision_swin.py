@@ -21,18 +21,12 @@ from torch import Tensor, nn
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from lightning_mdc.models.anatomy import Anatomy, Behaviour, Block, Family, Slice, Units
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import computes_as, other_than, own_methods, unlike_linear
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_attention import bias_mlp, bias_table, heads_of
-from lightning_mdc.models.timm_constructor import (
-    check_args,
-    check_depth,
-    check_positive,
-    norm_from,
-    norm_spec,
-    qualified_name,
-)
-from lightning_mdc.models.timm_vit import CountedMacs, computes_as, counted_macs
-from lightning_mdc.models.torchvision_vit import check_head, head_spec, is_of, is_plain_linear, neurons_of, put_head
+from lightning_mdc.models.timm_constructor import check_args, check_depth, check_positive, norm_from, norm_spec
+from lightning_mdc.models.timm_vit import CountedMacs, counted_macs
+from lightning_mdc.models.torchvision_vit import check_head, head_spec, is_of, neurons_of, put_head
 
 _FILE = "torchvision.models.swin_transformer"
 
@@ -52,8 +46,8 @@ class TorchvisionSwin(Family):
             return None
         from torchvision.models import swin_transformer as tv
 
-        if not computes_as(module, (tv.SwinTransformer,)):
-            return "its class overrides the forward of torchvision's SwinTransformer"
+        if (own := own_methods(module, (tv.SwinTransformer,), ("forward",))) is not None:
+            return own
         parts: list[tuple[str, nn.Module, tuple[type, ...]]] = []
         for name, stage, merging in _stages(module):
             parts.append((name, stage, (nn.Sequential,)))
@@ -63,13 +57,14 @@ class TorchvisionSwin(Family):
             parts.append((name, block, (tv.SwinTransformerBlock, tv.SwinTransformerBlockV2)))
         for name, part, kinds in parts:
             if not computes_as(part, kinds):
-                return f"{name} is a {qualified_name(part)}, not torchvision's {kinds[0].__name__} with its own forward"
+                return other_than(name, part, f"torchvision's {kinds[0].__name__} with its own forward")
         attentions = (tv.ShiftedWindowAttention, tv.ShiftedWindowAttentionV2)
         for name, block in _blocks(module):
             attn = block.attn
-            whole = computes_as(attn, attentions, ("forward", "get_relative_position_bias"))
-            if not whole or not is_plain_linear(attn.qkv) or not is_plain_linear(attn.proj):
-                return f"{name}.attn is a {qualified_name(attn)}, not torchvision's ShiftedWindowAttention as it is"
+            if not computes_as(attn, attentions, ("forward", "get_relative_position_bias")):
+                return other_than(f"{name}.attn", attn, "torchvision's ShiftedWindowAttention with its own forward")
+            if (reason := unlike_linear(f"{name}.attn", attn, ("qkv", "proj"))) is not None:
+                return reason
         return None
 
     def anatomy(self, model: Any) -> Anatomy:
@@ -133,7 +128,7 @@ def _stages(model: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
     for stage_name, stage, _ in _stages(model):
-        for name, block in stage.named_children():
+        for name, block in stage._modules.items():
             yield f"{stage_name}.{name}", unwrap(block)
 
 

@@ -30,6 +30,7 @@ from lightning_mdc.models.anatomy import (
     rows_of,
 )
 from lightning_mdc.models.compiled import unwrap
+from lightning_mdc.models.parts import computes_as, other_than, own_methods, qualified_name, unlike_linear
 from lightning_mdc.models.swapping import original_class
 from lightning_mdc.models.timm_constructor import (
     check_args,
@@ -38,11 +39,10 @@ from lightning_mdc.models.timm_constructor import (
     norm_from,
     norm_spec,
     one_size,
-    qualified_name,
 )
-from lightning_mdc.models.timm_vit import CountedMacs, computes_as, counted_macs
+from lightning_mdc.models.timm_vit import CountedMacs, counted_macs
 from lightning_mdc.policy import UNIT_DIMENSIONS, Plan
-from lightning_mdc.tokens.block import stage_of, through
+from lightning_mdc.tokens.block import attention_called, stage_of, through
 from lightning_mdc.tokens.reduction import Evidence
 
 _FILE = "torchvision.models.vision_transformer"
@@ -63,12 +63,12 @@ class TorchvisionViT(Family):
             return None
         from torchvision.models import vision_transformer as tv
 
-        if not computes_as(module, (tv.VisionTransformer,), ("forward", "_process_input")):
-            return "its class overrides a method of torchvision's VisionTransformer"
+        if (own := own_methods(module, (tv.VisionTransformer,), ("forward", "_process_input"))) is not None:
+            return own
         encoder: Any = module.encoder
         for name, part, kind in (("encoder", encoder, tv.Encoder), ("encoder.layers", encoder.layers, nn.Sequential)):
             if not computes_as(part, (kind,)):
-                return f"{name} is a {qualified_name(part)}, not torchvision's {kind.__name__} with its own forward"
+                return other_than(name, part, f"torchvision's {kind.__name__} with its own forward")
         return None
 
     def anatomy(self, model: Any) -> Anatomy:
@@ -127,7 +127,7 @@ def is_of(file: str, module: nn.Module, name: str) -> bool:
 
 
 def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, block in model.encoder.layers.named_children():
+    for name, block in model.encoder.layers._modules.items():  # one that is in two places counts twice
         yield f"encoder.layers.{name}", unwrap(block)
 
 
@@ -139,7 +139,9 @@ def _block(index: int, name: str, block: Any, dim: int) -> Block:
         reasons = dict.fromkeys(UNIT_DIMENSIONS, reason)
         return Block(name, block, {}, reasons, rest=(CountedMacs(block, dim, name), None))
     heads = _heads(index, name, block)
-    point = TokenPoint(EncoderHalves, heads, Channels(block.ln_1, 0, dim))  # no module puts values out
+    point = TokenPoint(
+        EncoderHalves, heads, Channels(block.ln_1, 0, dim), calls=block.self_attention
+    )  # no module puts values out
     neurons = neurons_of(index, f"{name}.mlp", block.mlp)
     if isinstance(neurons, Units):
         return Block(
@@ -154,18 +156,14 @@ def _odd(name: str, block: Any) -> str | None:
     from torchvision.models.vision_transformer import EncoderBlock
 
     if not computes_as(block, (EncoderBlock,)):
-        return f"{name} is a {qualified_name(block)}, not torchvision's EncoderBlock with its own forward"
+        return other_than(name, block, "torchvision's EncoderBlock with its own forward")
     attn = block.self_attention
-    if not (
-        computes_as(attn, (nn.MultiheadAttention,))
-        and attn.batch_first
-        and attn._parameters.get("in_proj_weight") is not None
-        and attn.bias_k is None
-        and not attn.add_zero_attn
-        and is_plain_linear(attn.out_proj)
-    ):
-        return f"{name}.self_attention is a {qualified_name(attn)}, not such an nn.MultiheadAttention as torchvision's"
-    return None
+    expected = "such an nn.MultiheadAttention as torchvision's"
+    if not computes_as(attn, (nn.MultiheadAttention,)):
+        return other_than(f"{name}.self_attention", attn, expected)
+    if not attn.batch_first or attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
+        return f"{name}.self_attention is not {expected}"
+    return unlike_linear(f"{name}.self_attention", attn, ("out_proj",))
 
 
 def _heads(index: int, name: str, block: Any) -> Units:
@@ -191,9 +189,10 @@ def _heads(index: int, name: str, block: Any) -> Units:
 def neurons_of(index: int, name: str, mlp: nn.Module) -> Units | str:
     """The neurons of torchvision's MLP of two layers, or why they cannot be cut."""
     children = list(mlp.children())
-    plain = computes_as(mlp, (MLP,)) and len(children) == 5 and all(is_plain_linear(children[i]) for i in (0, 3))
-    if not plain:
-        return f"{name} is a {qualified_name(mlp)}, not torchvision's MLP of two Linear layers with its own forward"
+    if not computes_as(mlp, (MLP,)) or len(children) != 5:
+        return other_than(name, mlp, "torchvision's MLP of two Linear layers with its own forward")
+    if (reason := unlike_linear(name, mlp, ("0", "3"))) is not None:
+        return reason
     maker: Any = children[0]
     reader: Any = children[3]
     (rows, row_sizes), (columns, column_sizes) = rows_of(maker), columns_of(reader)
@@ -211,11 +210,6 @@ def neurons_of(index: int, name: str, mlp: nn.Module) -> Units | str:
         macs=lambda neurons, tokens: tokens * neurons * weights,
         after_point=True,
     )
-
-
-def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether the layer is a Linear that can be sliced: no parametrisation, no `torch.nn.utils.prune`."""
-    return computes_as(layer, (nn.Linear,)) and "weight" in layer._parameters
 
 
 def _no_tokens(blocks: tuple[Block, ...]) -> str | None:
@@ -271,8 +265,13 @@ class EncoderHalves:
     mlp: Any
 
     def attend(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Evidence]:
-        y, q, k = attended(self.self_attention, self.ln_1(x), bias)
-        return x + self.dropout(y), Evidence(q, k, self.self_attention.head_dim**-0.5)
+        normed = self.ln_1(x)
+        y, evidence = attention_called(self.self_attention, partial(self._attended, bias), *3 * (normed,), paired=True)
+        return x + self.dropout(y), evidence
+
+    def _attended(self, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Evidence]:
+        y, q, k = attended(self.self_attention, x, bias)
+        return y, Evidence(q, k, self.self_attention.head_dim**-0.5)
 
     def finish(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.mlp(self.ln_2(x))

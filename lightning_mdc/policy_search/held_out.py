@@ -365,6 +365,8 @@ def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Te
     images: list[Tensor] = []
     labels: list[Tensor] = []
     count = 0
+    if not isinstance(batches, Iterable):
+        raise SearchError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
     for batch in batches:
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)
         if not isinstance(parts[0], Tensor):

@@ -16,7 +16,7 @@ from lightning_mdc.models import find_anatomy, find_model
 from lightning_mdc.models.swapping import is_masked, mask_units, mask_with_mixins, unmask
 from lightning_mdc.policy import Plan
 from lightning_mdc.surgery.token_stages import roles
-from lightning_mdc.tokens.block import with_stage
+from lightning_mdc.tokens.block import Lent, with_stage
 
 
 @contextmanager
@@ -52,9 +52,13 @@ def apply_masks(model: nn.Module, plan: Plan, submodule: str | None = None) -> N
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
         mask_with_mixins(block.module, with_stage(block.point.halves), role=role)
+        if block.point.calls is not None and not isinstance(block.point.calls, Lent):
+            mask_with_mixins(block.point.calls, (Lent,))
     if staged:
         assert anatomy.reader is not None  # where tokens may leave
         mask_with_mixins(anatomy.passage, (anatomy.reader,), plan=plan)
+        if anatomy.sequence is not None:
+            mask_with_mixins(anatomy.sequence, (Lent,))
 
 
 def remove_masks(model: nn.Module, submodule: str | None = None) -> None:

@@ -15,7 +15,7 @@ from lightning_mdc.errors import CompensationError, check_one_of
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.ridge import RIDGES
 from lightning_mdc.importance.scoring import on_device_of, split_batch
-from lightning_mdc.models import Anatomy, evaluating, find_anatomy, standing_in
+from lightning_mdc.models import Anatomy, evaluating, find_anatomy, runnable, standing_in
 from lightning_mdc.models.swapping import cut_units, plain_copy, with_mixins
 from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
@@ -23,7 +23,7 @@ from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
 from lightning_mdc.surgery.sequential import refit_in_sequence
 from lightning_mdc.surgery.token_stages import roles
-from lightning_mdc.tokens.block import with_stage
+from lightning_mdc.tokens.block import Lent, with_stage
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def slim(
         _say_fewer_tokens(dense.name)
     copied.mdc_plan = made_by = _since_dense(dense, plan)  # type: ignore[assignment]
     if batches is not None:
-        _refit_on(model, dense, find_anatomy(copied), batches, ridge)
+        _refit_on(runnable(model, submodule), dense, find_anatomy(copied), batches, ridge)
     if is_timms(copied):
         make_known(anatomy, made_by)
     return copied
@@ -114,6 +114,8 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
         block = anatomy.blocks[index]
         assert block.point is not None  # Anatomy.check has refused other models
         with_mixins(block.module, *with_stage(block.point.halves))
+        if block.point.calls is not None and not isinstance(block.point.calls, Lent):
+            with_mixins(block.point.calls, Lent)
         vars(block.module)["role"] = role
         if role.select is not None:
             device = next(block.module.parameters()).device
@@ -121,6 +123,8 @@ def stage_tokens(anatomy: Anatomy, plan: Plan) -> None:
             block.module.add_module("select", role.select if device.type == "meta" else role.select.to(device))
     if staged and anatomy.reader is not None:  # None: of blocks alone, which are timed
         with_mixins(anatomy.passage, anatomy.reader)
+        if anatomy.sequence is not None:
+            with_mixins(anatomy.sequence, Lent)
         vars(anatomy.passage)["plan"] = plan
 
 

@@ -83,6 +83,7 @@ class StagedBlock(nn.Module):
 
     def staged(self, x: Tensor, carried: Carried | None, rope: Any = None) -> tuple[Tensor, Carried | None]:
         """The tokens that go on, and what travels beside them."""
+        _refuse_symbols(x)
         x, evidence = self.attend(x, self._log_sizes(x, carried), *(() if rope is None else (rope,)))
         if self.role.select is not None:
             x, carried = self.role.select(x, evidence, carried)
@@ -98,11 +99,53 @@ class StagedBlock(nn.Module):
 
 def refuse_masks(*options: Any) -> None:
     """Refuse, with an `UnsupportedModelError`, masks over the input's tokens: what is neither None nor False."""
+    _refuse_symbols(*options)
     if any(option is not None and option is not False for option in options):
         raise UnsupportedModelError(
             "attn_mask / is_causal: tokens leave inside this model, so a mask over the input's tokens does not fit its "
             "later blocks; call it without, or prune with tokens=1.0"
         )
+
+
+def _refuse_symbols(*values: Any) -> None:
+    if any(isinstance(value, torch.fx.Proxy) for value in values):
+        raise UnsupportedModelError(
+            "torch.fx cannot trace this model (create_feature_extractor, say): how many tokens go on follows from "
+            "the number that it hides; read features by forward_intermediates, features_only or hooks, or trace it "
+            "by torch.export"
+        )
+
+
+class Lent(nn.Module):
+    """Mixin: a module that computes what its caller says, who restates it while tokens leave: hooks see its call."""
+
+    def forward(self, *args: Any, instead: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """As ever, or `instead` of these arguments."""
+        return super().forward(*args, **options) if instead is None else instead(*args)
+
+
+def called(module: nn.Module, compute: Callable[..., Any], *args: Any) -> Any:
+    """``compute(*args)``, as a call of `module`, with its hooks, if it is lent."""
+    return module(*args, instead=compute) if isinstance(module, Lent) else compute(*args)
+
+
+def attention_called(
+    attention: nn.Module, compute: Callable[[Tensor], tuple[Tensor, Evidence]], *args: Tensor, paired: bool = False
+) -> tuple[Tensor, Evidence]:
+    """What `compute` makes of the first of `args`, as a call of `attention` with all of them.
+
+    Args:
+        paired: whether its library's attention gives a pair, the second of which is its map or None.
+    """
+    found: list[Evidence] = []
+
+    def instead(x: Tensor, *_: Tensor) -> Any:
+        y, evidence = compute(x)
+        found.append(evidence)
+        return (y, None) if paired else y
+
+    given = called(attention, instead, *args)
+    return (given[0] if paired else given), found[-1]
 
 
 def with_stage(halves: type) -> tuple[type, ...]:
