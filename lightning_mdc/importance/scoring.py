@@ -306,7 +306,11 @@ class Scorer:
         return as_prediction(output, self.prediction, self._link if self._are_logits(output) else None)
 
     def _are_logits(self, output: Any) -> bool:
-        return self.anatomy.classifies and any(are_logits(output, call.said) for call in self._pass.calls)
+        said = [read(call.said) for call in self._pass.calls]
+        parts = [one for one in said if isinstance(one, Tensor) and one.ndim]
+        if len(parts) > 1 and len({part.shape[1:] for part in parts}) == 1:  # of one batch, it may be
+            said.append(torch.cat(parts))
+        return self.anatomy.classifies and any(are_logits(output, one) for one in said)
 
     def _prediction_of(self, number: int, prediction: Tensor) -> Tensor:
         """Of each row of a call: the module's, if it has one for each, or for those of all calls, one after another;
