@@ -51,6 +51,7 @@ from lightning_mdc.policy_search.closeness import float_tensors
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, digest_of
 from lightning_mdc.policy_search.folder import SearchFolder, digest_of_batches
 from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_written
+from lightning_mdc.prediction import plain
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.schedule import Schedule
@@ -281,7 +282,7 @@ class MultiDimPruneCallback(Callback):
                 f"a training batch is a {type(batch).__name__}, not images or (images, ...); subclass "
                 "MultiDimPruneCallback and override calibration_step(pl_module, batch)"
             )
-        return pl_module(images)
+        return pl_module(plain(images))
 
     # --- hooks ----------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from lightning_mdc.errors import (
     check_whole,
 )
 from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
-from lightning_mdc.importance.scoring import on_device_of, scored_by, split_batch
+from lightning_mdc.importance.scoring import on_device_of, run_on, scored_by, split_batch
 from lightning_mdc.models import Prediction, Units, find_anatomy, runnable
 from lightning_mdc.policy import Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
@@ -363,7 +363,7 @@ def compress(
     scoring, judging = _shared_out(batches, method.calibration, judged=task.needs_judging)
 
     def run(module: nn.Module, batch: Any) -> Any:
-        return module(on_device_of(task.anatomy, batch[0]))
+        return run_on(module, on_device_of(task.anatomy, batch[0]))
 
     task = task.for_images(partial(run, model, scoring[0]) if scoring else None)
     scores = scored_by(task.scorer(), model, scoring, progress=options.progress)

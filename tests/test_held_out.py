@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanSquaredError, Metric
 
 import lightning_mdc as mdc
-from lightning_mdc.errors import SearchError
-from lightning_mdc.policy_search.held_out import HeldOut
+from lightning_mdc.errors import CalibrationError, SearchError
+from lightning_mdc.policy_search.held_out import HeldOut, InPlace
 from tests.kinds import CLASSES, images, make
 
 X, LABELS = images(40), torch.arange(40) % CLASSES
@@ -142,3 +142,66 @@ def test_labels_do_not_matter_where_outputs_are_compared() -> None:
 def test_images_are_of_one_size() -> None:
     with pytest.raises(SearchError, match=r"images of \(3, 48, 48\) after \(3, 32, 32\)"):
         HeldOut([(X, LABELS), (torch.randn(4, 3, 48, 48), LABELS[:4])])
+
+
+@pytest.mark.parametrize("of", [lambda p: p, lambda p: p[:, 0]], ids=["column", "row"])
+def test_one_number_says_how_probable_the_second_class_is(of: Callable[[Tensor], Tensor]) -> None:
+    model, labels = Ending(lambda x: x[:, :1]), LABELS % 2
+    with torch.no_grad():
+        p = model(X)[:, 0].sigmoid()
+    loss = HeldOut(batches(labels), "loss", prediction=lambda out: of(out.sigmoid()))(model)
+    assert loss == pytest.approx(-float(F.binary_cross_entropy(p, labels.float())), abs=1e-6)
+    judged = HeldOut(batches(labels), "accuracy", prediction=lambda out: of(out.sigmoid())).judge(model)
+    assert judged.facts["accuracy"] == ((p > 0.5) == labels).double().mean().item()
+
+
+def test_yes_or_no_for_each_class_is_compared_as_such() -> None:
+    dense, small = make(), make()
+    with torch.no_grad():
+        small.head.weight.mul_(0.5)
+    several = (torch.arange(40)[:, None] >> torch.arange(CLASSES)) % 2
+    ours = HeldOut(batches(several), "kl", dense=dense)(small)
+    assert ours == pytest.approx(HeldOut([X], "kl", dense=dense, prediction=torch.sigmoid)(small), rel=1e-5)
+    judge = InPlace(dense, [(X, several)], lambda module, batch: module(batch[0]))
+    assert judge(small) == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        ((X, LABELS[:10]), r"labels of shape \(10,\) for 40 images"),
+        ((X[:1], LABELS[0]), r"labels of shape \(\) for 1 images"),
+        ((X, ["cat"] * 40), "needs labels"),
+        ((X, {"boxes": LABELS}), "needs labels"),
+        ({"image": X, "label": LABELS}, r"batches of dict.*batch\['image'\]"),
+        ((), "batches of tuple"),
+        ((X.where(torch.arange(40)[:, None, None, None] > 0, torch.nan), LABELS), "hold NaN"),
+    ],
+    ids=["bags", "a scalar", "names", "boxes", "dict", "nothing", "NaN"],
+)
+def test_batches_that_cannot_be_judged_on_are_said(batch: object, reason: str) -> None:
+    with pytest.raises(SearchError, match=reason):
+        HeldOut([batch])
+
+
+def test_names_are_no_labels_but_no_obstacle() -> None:
+    dense = make()
+    assert HeldOut([(X, ["cat"] * 40)], dense=dense)(dense) == pytest.approx(0, abs=1e-9)
+
+
+def test_predictions_are_one_of_each_image_and_probabilities() -> None:
+    bags = Ending(lambda x: x.view(-1, 4, CLASSES).mean(dim=1))
+    with pytest.raises(SearchError, match="10 predictions of 40"):
+        HeldOut([(X, LABELS)], "accuracy")(bags)
+    with pytest.raises(SearchError, match="prediction= makes numbers from -"):
+        HeldOut([(X, LABELS)], "loss", prediction=lambda logits: logits)(make())
+
+
+def test_images_that_are_all_alike_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="all 8 held-out images are alike"):
+        HeldOut([(torch.zeros(8, 3, 32, 32), LABELS[:8])])
+
+
+def test_bytes_are_no_images() -> None:
+    with pytest.raises(CalibrationError, match=r"cannot be run on a batch .* of torch.uint8"):
+        HeldOut([(X.to(torch.uint8), LABELS)])(make())

@@ -478,6 +478,89 @@ def test_rows_that_nobody_can_tell_apart_are_refused() -> None:
         mdc.score(Parts(net, "crops"), [images(8)], "hsic", progress=False)
 
 
+class Parts(nn.Module):
+    """Gives the transformer its images in parts, or an image to compare with, too."""
+
+    def __init__(self, how: str, size: int = 6) -> None:
+        super().__init__()
+        self.net, self.how, self.size = make(), how, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "beside one":
+            return self.net(x) - self.net(x[:1])
+        if self.how == "by a method":
+            return self.net(x) + self.net.forward_head(self.net.forward_features(x.flip(-1)))
+        return torch.cat([self.net(part) for part in x.split(self.size)])
+
+
+@pytest.mark.parametrize("prediction", [None, torch.tanh])
+def test_parts_of_a_batch_are_tied_to_their_own_predictions(prediction: Callable[[Tensor], Tensor] | None) -> None:
+    module, x = Parts("parts"), images(12)
+    ours = mdc.score(module, [x], RAW, prediction=prediction, progress=False)
+    parts = mdc.score(module.net, x.split(6), RAW, prediction=prediction, progress=False)
+    torch.testing.assert_close(torch.cat(ours.neurons), torch.cat(parts.neurons))
+
+
+def test_taylor_keeps_images_of_different_parts_apart() -> None:
+    module, batch = Parts("parts"), (images(12), torch.arange(12) % CLASSES)
+    loss = mdc.Taylor(loss=lambda out, batch: F.cross_entropy(out, batch[1], reduction="sum"))
+    ours, whole = (mdc.score(each, [batch], loss, progress=False) for each in (module, module.net))
+    torch.testing.assert_close(torch.cat(ours.neurons), torch.cat(whole.neurons))
+
+
+def test_a_call_on_fewer_images_than_needed_is_passed_over() -> None:
+    module, x = Parts("beside one"), images(8)
+    ours = mdc.score(module, [x], RAW, progress=False)
+    alone = mdc.score(module.net, [x], RAW, prediction=lambda _: module(x), progress=False)
+    torch.testing.assert_close(torch.cat(ours.neurons), torch.cat(alone.neurons))
+    with pytest.raises(CalibrationError, match=r"8 images VisionTransformer is given 2 at a time.*'activation'"):
+        mdc.score(Parts("parts", size=2), [x], "hsic", progress=False)
+    mdc.score(Parts("parts", size=2), [x], "activation", progress=False)
+
+
+def test_a_call_of_a_method_beside_one_of_the_whole_counts() -> None:
+    module, x = Parts("by a method"), images(8)
+    ours = mdc.score(module, [x], RAW, progress=False)
+    both = [
+        mdc.score(module.net, [seen], RAW, prediction=lambda _: module(x), progress=False) for seen in (x, x.flip(-1))
+    ]
+    torch.testing.assert_close(ours.neurons[1], (both[0].neurons[1] + both[1].neurons[1]) / 2)
+
+
+# --- what logits say --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "meant"),
+    [
+        (torch.arange(8)[:, None].bitwise_and(2 ** torch.arange(CLASSES)).bool().long(), torch.sigmoid),
+        (torch.linspace(-1, 1, 8 * CLASSES).view(8, CLASSES), lambda outputs: outputs),
+        (
+            F.one_hot(torch.arange(8) % CLASSES, CLASSES).float() * 0.9 + 0.1 / CLASSES,
+            lambda logits: logits.softmax(-1),
+        ),
+    ],
+    ids=["yes or no", "numbers", "smoothed"],
+)
+def test_labels_tell_what_logits_are_of(labels: Tensor, meant: Callable[[Tensor], Tensor]) -> None:
+    model, x = make(), images(8)
+    ours = mdc.score(model, [(x, labels)], RAW, progress=False)
+    said = mdc.score(model, [x], RAW, prediction=meant, progress=False)
+    torch.testing.assert_close(torch.cat(ours.neurons), torch.cat(said.neurons))
+
+
+def test_taylor_takes_a_softmax_that_is_built_in() -> None:
+    class Built(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).softmax(dim=-1)
+
+    module, batch = Built("softmax"), (images(8), torch.arange(8) % CLASSES)
+    ours, plain = (mdc.score(each, [batch], "taylor", progress=False) for each in (module, module.net))
+    torch.testing.assert_close(torch.cat(ours.neurons), torch.cat(plain.neurons), rtol=1e-4, atol=1e-7)
+    with pytest.raises(CalibrationError, match=r"prediction= makes numbers from -.*softmax"):
+        mdc.score(module.net, [batch], "taylor", prediction=lambda logits: logits, progress=False)
+
+
 # --- images as they come ----------------------------------------------------------------------------------------------
 
 
@@ -543,3 +626,8 @@ def test_images_that_show_nothing_are_warned_of_once(batch: Tensor, how: str) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mdc.score(make(), [batch, images(8)], progress=False)
+
+
+def test_images_given_again_and_again_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="of 24 calibration images only 8 differ"):
+        mdc.score(make(), [images(8)] * 3, "activation", progress=False)

@@ -5,7 +5,7 @@ from lightning_mdc.importance.conditional import ConditionalDependence
 from lightning_mdc.importance.criteria import HSIC, Criterion, Needs, Taylor, UnitGroup, as_criterion, register
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.scores import Scores
-from lightning_mdc.importance.scoring import Scorer, as_prediction, score
+from lightning_mdc.importance.scoring import Scorer, score
 
 __all__ = [
     "HSIC",
@@ -19,7 +19,6 @@ __all__ = [
     "Taylor",
     "UnitGroup",
     "as_criterion",
-    "as_prediction",
     "register",
     "score",
 ]

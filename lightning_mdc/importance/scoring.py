@@ -12,7 +12,6 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_mdc.distributed import gather, on_every_rank, summed
@@ -21,6 +20,7 @@ from lightning_mdc.importance.calibration import TOGETHER
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
 from lightning_mdc.importance.moments import MOMENT_TOKENS, MomentSums
 from lightning_mdc.importance.scores import Scores
+from lightning_mdc.importance.variety import Variety
 from lightning_mdc.models import (
     Anatomy,
     Prediction,
@@ -29,7 +29,6 @@ from lightning_mdc.models import (
     check_unmasked,
     evaluating,
     find_anatomy,
-    prediction_in,
     probing,
     runnable,
 )
@@ -37,6 +36,17 @@ from lightning_mdc.models.anatomy import Channels
 from lightning_mdc.models.swapping import calling_readers
 from lightning_mdc.models.token_count import count_probes
 from lightning_mdc.policy import DIMENSIONS, TOKENS, Policy, default_stages
+from lightning_mdc.prediction import (
+    are_probabilities,
+    as_prediction,
+    check_classes,
+    class_numbers,
+    inverse_link,
+    labels_in,
+    log_probabilities,
+    plain,
+    read,
+)
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 
@@ -173,13 +183,13 @@ class Scorer:
         self._moments = MomentSums(anatomy, self.dimensions if self.needs.moments else (), tokens)
         device = next(anatomy.model.parameters()).device
         self.sums: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in ("batches", "images")}
-        self._door: nn.Module | None = None  # the part of the transformer that it is called by
-        self._variety = _Variety()
+        self._door: nn.Module | None = None  # the part that is given images where it is not called as a whole
+        self._variety = Variety()
         self.groups = dict(self._groups())
         self._pass = _Pass()
         self._draw = torch.Generator().manual_seed(0)  # labels of the model's own
         self._two_passes = False
-        self._images = 0  # of the batch at hand
+        self._images, self._link = 0, inverse_link()  # of the batch at hand
         self._grid: tuple[int, int] | None = None  # of the images seen, in patches, where positions are scored
 
     def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
@@ -230,16 +240,11 @@ class Scorer:
         Raises:
             CalibrationError: too few images, or labels or a prediction are needed and missing.
         """
-        self._images = images
+        self._images, self._link = images, inverse_link(labels)
         with torch.set_grad_enabled(self.needs.gradients or self.needs.output_gradients):
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
-            seen = min((call.rows for call in self._pass.calls), default=images)
-            if seen < self.needs.images:
-                raise CalibrationError(
-                    f"a batch of {seen} images: criterion={self.criterion.name!r} needs at least {self.needs.images} "
-                    "in each; give larger batches"
-                )
+            self._check_rows(images)
             if self.needs.output_gradients:
                 self._add_output_gradients(surprise(self._predicted(output), self._draw))
             if self.needs.gradients:
@@ -252,16 +257,27 @@ class Scorer:
     def _enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Where the transformer is given images, a call of it begins. It may have several in a batch, or be given
         several images for one of the batch's: crops, frames, what is in a bag."""
+        is_whole = module is self.anatomy.model
+        if self._pass.is_inside or not (is_whole or self._door in (None, module)):
+            return
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4)
         images = next(given, None)
-        if images is not None and self._door in (None, module):
+        if images is None and not is_whole:
+            return
+        if is_whole:
+            self._pass.is_inside = True
+        else:
             self._door = module
-            self._pass.calls.append(_Call(len(images)))
+        self._pass.calls.append(_Call(self._images if images is None else len(images)))
+        if images is None:
+            return
+        # What a second call sees is made of the same images, which a second pass has seen before.
+        if len(self._pass.calls) == 1 and self._pass.prediction is None:
             self._variety.look(images)
-            if TOKENS in self.dimensions:
-                if not self._variety.has_one_size:
-                    self._refuse_sizes(f"images of {tuple(images.shape[1:])} after others")
-                self._grid = self.anatomy.grid_of((images.shape[-2], images.shape[-1]))
+        if TOKENS in self.dimensions:
+            if not self._variety.has_one_size:
+                self._refuse_sizes(f"images of {tuple(images.shape[1:])} after others")
+            self._grid = self.anatomy.grid_of((images.shape[-2], images.shape[-1]))
 
     def _refuse_sizes(self, what: str) -> NoReturn:
         raise CalibrationError(
@@ -269,7 +285,23 @@ class Scorer:
             "'neurons'] with criterion='conditional'"
         )
 
+    def _check_rows(self, images: int) -> None:
+        most = max((call.rows for call in self._pass.calls), default=images)
+        if most >= self.needs.images:
+            return  # smaller calls, on an image to compare with, say, are passed over
+        if images >= self.needs.images:
+            raise CalibrationError(
+                f"of a batch of {images} images {self.anatomy.name} is given {most} at a time, and "
+                f"criterion={self.criterion.name!r} needs at least {self.needs.images}; call it on more of them at "
+                "once, or choose a criterion that does not look at the prediction, such as 'activation'"
+            )
+        raise CalibrationError(
+            f"{images} images: criterion={self.criterion.name!r} needs at least {self.needs.images} in a batch; give "
+            "more images"
+        )
+
     def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._pass.is_inside = False
         self._call.said = output
 
     @property
@@ -280,15 +312,23 @@ class Scorer:
         return self._pass.calls[-1]
 
     def _predicted(self, output: Any) -> Tensor:
-        return as_prediction(output, self.prediction, self._are_logits(output))
+        return as_prediction(output, self.prediction, self._link if self._are_logits(output) else None)
 
     def _are_logits(self, output: Any) -> bool:
-        return self.anatomy.classifies and are_logits(output, self._call.said)
+        said = [read(call.said) for call in self._pass.calls]
+        parts = [one for one in said if isinstance(one, Tensor) and one.ndim]
+        if len(parts) > 1 and len({part.shape[1:] for part in parts}) == 1:  # of one batch, it may be
+            said.append(torch.cat(parts))
+        return self.anatomy.classifies and any(are_logits(output, one) for one in said)
 
-    def _prediction_of(self, call: _Call, prediction: Tensor) -> Tensor:
-        """Of each row of a call: the module's, if it has one for each; else what the transformer itself said."""
+    def _prediction_of(self, number: int, prediction: Tensor) -> Tensor:
+        """Of each row of a call: the module's, if it has one for each, or for those of all calls, one after another;
+        else what the transformer itself said."""
+        call, rows = self._pass.calls[number], [call.rows for call in self._pass.calls]
         if call.rows == len(prediction):
             return prediction
+        if sum(rows) == len(prediction):  # parts of the batch
+            return prediction.split(rows)[number]
         if self.prediction is not None or call.said is None:
             raise CalibrationError(
                 f"{self.anatomy.name} was given {call.rows} images in a call, of which {len(prediction)} predictions "
@@ -299,7 +339,8 @@ class Scorer:
                     else "call the transformer itself, not a method of it: each image then counts for what it says"
                 )
             )
-        own = as_prediction(call.said, None, self.anatomy.classifies and are_logits(call.said, call.said))
+        are_classes = self.anatomy.classifies and are_logits(call.said, call.said)
+        own = as_prediction(call.said, None, self._link if are_classes else None)
         if call.rows != len(own):
             raise CalibrationError(
                 f"{self.anatomy.name} was given {call.rows} images in a call and put out {len(own)} rows: a criterion "
@@ -315,9 +356,9 @@ class Scorer:
             self._two_passes = True
             self._pass = _Pass(prediction=prediction)
             run()
-        for call in self._pass.calls:
+        for number, call in enumerate(self._pass.calls):
             for name, seen in call.seen.items():
-                self._add(name, seen, call.rows, self._prediction_of(call, prediction))
+                self._add(name, seen, call.rows, self._prediction_of(number, prediction))
 
     def _add_changes(self, output: Any, labels: Tensor | None, batch: Any) -> None:
         """Add what the loss changes by if units leave."""
@@ -330,9 +371,9 @@ class Scorer:
         gates = self._pass.gates
         found = torch.autograd.grad(loss.sum(), list(gates.values()), allow_unused=True)
         with torch.no_grad():
-            for ((name, rows), gate), gradient in zip(gates.items(), found, strict=True):
+            for ((name, _), gate), gradient in zip(gates.items(), found, strict=True):
                 change = torch.zeros_like(gate) if gradient is None else gradient
-                self._add(name, self.criterion.observe(change.flatten(1), self.groups[name]), rows)
+                self._add(name, self.criterion.observe(change.flatten(1), self.groups[name]), len(gate))
 
     def _add_output_gradients(self, loss: Tensor) -> None:
         added = self._pass.added
@@ -351,29 +392,21 @@ class Scorer:
 
     def _cross_entropy(self, output: Any, labels: Tensor | None) -> Tensor:
         """Of classes, summed over images."""
-        if self.prediction is None and not self._are_logits(output):
+        who: dict[str, Any] = {"error": CalibrationError, "who": f"criterion={self.criterion.name!r}"}
+        if self.prediction is None and not self._are_logits(output) and not _are_probabilities(output):
             raise CalibrationError(
                 f"criterion={self.criterion.name!r} needs a loss, and the output of {self.anatomy.name} is not known "
                 "to be classes; pass Taylor(loss=), a function of (output, batch), or prediction=, which makes "
                 "probabilities of it, or choose another criterion"
             )
-        prediction = self._predicted(output)
         if labels is None:
             raise CalibrationError(
                 f"criterion={self.criterion.name!r} needs labels: give batches of (images, labels), labels (images,)"
             )
-        if labels.is_floating_point() or labels.shape != prediction.shape[:1]:
-            raise CalibrationError(
-                f"labels of shape {tuple(labels.shape)} and type {labels.dtype}: criterion={self.criterion.name!r} "
-                f"needs one class number for each of the {len(prediction)} images (no one-hot, no mixup), or a loss of "
-                "your own, Taylor(loss=)"
-            )
-        labels = labels.long()
-        if int(labels.min()) < 0 or int(labels.max()) >= prediction.shape[1]:
-            raise CalibrationError(
-                f"labels {int(labels.min())} to {int(labels.max())}: the model has {prediction.shape[1]} classes"
-            )
-        return F.nll_loss(prediction.clamp_min(1e-12).log(), labels.to(prediction.device), reduction="sum")
+        found, otherwise = log_probabilities(output, self.prediction, **who), "a loss of your own, Taylor(loss=)"
+        labels = class_numbers(labels, len(found), otherwise=f"pass {otherwise}", **who)
+        check_classes(int(labels.min()), int(labels.max()), found.shape[1], otherwise=f"pass {otherwise}", **who)
+        return F.nll_loss(found, labels.to(found.device), reduction="sum")
 
     def sum_over_ranks(self) -> None:
         """From here on `sums` are those of all ranks; one that saw no batch adds nothing."""
@@ -400,7 +433,7 @@ class Scorer:
                 f"criterion={self.criterion.name!r} needs images, but no usable batch was given; pass batches of at "
                 f"least {self.needs.images} images, e.g. a DataLoader"
             )
-        self._variety.warn()
+        self._variety.warn("calibration", "scores say nothing about images that differ")
         blocks = {d: len(self.stages if d == TOKENS else self.anatomy.units(d)) for d in self.dimensions}
         values: dict[str, Any] = {d: [torch.zeros(0) for _ in range(blocks.get(d, 0))] for d in DIMENSIONS}
         for name, group in self.groups.items():
@@ -459,17 +492,24 @@ class Scorer:
             if now.prediction is not None:
                 return None
             images, _, units, _ = activations.shape
-            # One for all calls: what the loss changes by is the sum of what it changes by in each.
-            if (name, images) not in now.gates:
-                now.gates[name, images] = activations.new_ones((images, 1, units, 1), requires_grad=True)
-            return activations * now.gates[name, images]
+            # One for all calls on all of the images: what the loss changes by is the sum of what it does in each.
+            key = name, -1 if images == self._images else len(now.calls)
+            if key not in now.gates:
+                now.gates[key] = activations.new_ones((images, 1, units, 1), requires_grad=True)
+            return activations * now.gates[key]
         call = self._call
+        if call.rows < needs.images:
+            return None
         waits = needs.prediction and (now.prediction is None or call.rows != len(now.prediction))
         if now.overflowed if waits else (now.prediction is not None and not needs.prediction):
             return None  # to be seen in the second pass, or seen in the first
         with torch.no_grad(), exactly(activations):
             seen = self.criterion.observe(activations, group)
         if waits:
+            if name in call.seen:
+                raise CalibrationError(
+                    f"{group.name} ran twice in a call of {self.anatomy.name}: nobody knows what for"
+                )
             call.seen[name] = seen
             now.remember(seen)
         else:
@@ -504,6 +544,11 @@ def _dimensions(anatomy: Anatomy, criterion: Criterion, dimensions: Iterable[str
     return found
 
 
+def _are_probabilities(output: Any) -> bool:
+    found = read(output)
+    return isinstance(found, Tensor) and are_probabilities(found)
+
+
 @dataclass
 class _Call:
     """What one call of the transformer has seen so far."""
@@ -518,10 +563,11 @@ class _Pass:
     """What one forward pass of the module has seen so far."""
 
     prediction: Tensor | None = None  # known from a pass before: contract at once, remember nothing
-    gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by group and number of images
+    gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by group and, of a part of the images, call
     added: list[tuple[str, Tensor]] = field(default_factory=list)  # zeros, to what layers put out, by group
     calls: list[_Call] = field(default_factory=list)
     remembered: int = 0  # bytes
+    is_inside: bool = False  # of a call of the whole transformer
     overflowed: bool = False  # nothing (more) is remembered: there will be a second pass
 
     def remember(self, seen: dict[str, Tensor]) -> None:
@@ -532,66 +578,14 @@ class _Pass:
             self.overflowed = True
 
 
-class _Variety:
-    """In what the images differ: scores of images that are all alike rank noise."""
-
-    def __init__(self) -> None:
-        self._first: Tensor | None = None
-        self._count = 0
-        self._are_alike = self._are_flat = self.has_one_size = True
-
-    def look(self, images: Tensor) -> None:
-        self._first = images[:1].detach().clone() if self._first is None else self._first
-        self._count += len(images)
-        self.has_one_size &= self._first.shape[1:] == images.shape[1:]
-        if self._are_alike or self._are_flat:
-            self._are_alike &= self.has_one_size and bool((images == self._first).all())
-            self._are_flat &= bool((images == images[..., :1, :1]).all())
-
-    def warn(self) -> None:
-        if self._count > 1 and (self._are_alike or self._are_flat):
-            alike = "alike" if self._are_alike else "of one colour each"
-            rank_zero_warn(
-                f"all {self._count} calibration images are {alike}: scores say nothing about images that differ; look "
-                "at what the loader gives, and at the normalisation"
-            )
-
-
-def as_prediction(output: Any, prediction: Prediction | None = None, is_logits: bool = False) -> Tensor:
-    """What units are to matter for, of a model's output: (images, numbers), in fp32 or wider.
-
-    What `prediction` makes of it; else the softmax of logits, and anything else as it is, one row per image.
-
-    Raises:
-        CalibrationError: there is no such tensor in it.
-    """
-    result = prediction_in(output) if prediction is None else prediction(output)
-    if isinstance(result, Tensor):
-        result = plain(result)
-        if result.ndim == 1:  # one number of each
-            result = result[:, None]
-        elif result.ndim > 2 and prediction is None:  # a map, say
-            result = result.flatten(1)
-    if not isinstance(result, Tensor) or result.ndim != 2 or not result.is_floating_point():
-        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise CalibrationError(
-            f"the model's output ({shape}) is no float tensor (images, ...); pass prediction=, a function that makes "
-            "one of it, e.g. prediction=lambda out: out.logits.softmax(-1)"
-        )
-    result = result.to(torch.promote_types(result.dtype, torch.float32))
-    return result.softmax(dim=-1) if prediction is None and is_logits else result
-
-
 def surprise(prediction: Tensor, draw: torch.Generator) -> Tensor:
     """How unlikely labels are, drawn from the prediction itself by `draw`, summed over images: () with gradients.
 
     prediction: (images, numbers). Rows of probabilities give -log p of a class each; others half the squared distance
     to what a normal distribution of unit variance about them gives, but for a constant.
     """
-    with torch.no_grad():
-        of_classes = bool((prediction >= 0).all() and (prediction.sum(dim=1) - 1).abs().max() < 1e-2)
-        drawn = prediction.cpu().multinomial(1, generator=draw) if of_classes else None
-    if drawn is not None:
+    if are_probabilities(prediction):
+        drawn = prediction.detach().cpu().multinomial(1, generator=draw)
         return -prediction.gather(1, drawn.to(prediction.device)).clamp_min(1e-12).log().sum()
     noise = torch.randn(prediction.shape, generator=draw)
     return (prediction * noise.to(prediction)).sum()
@@ -608,11 +602,6 @@ def exactly(tensor: Tensor) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """Without a subclass, such as that of images that carry metadata, which would go on into all that is computed."""
-    return tensor if type(tensor) in (Tensor, nn.Parameter) else tensor.as_subclass(Tensor)
 
 
 def on_device_of(anatomy: Anatomy, images: Tensor) -> Tensor:
@@ -645,13 +634,13 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     if not parts or not isinstance(parts[0], Tensor) or parts[0].ndim < 4:
         given = type(batch).__name__ if not isinstance(parts[0] if parts else None, Tensor) else tuple(parts[0].shape)
         raise CalibrationError(
-            f"a batch is {given}; expected images (n, channels, height, width) or (images, labels). For other batches "
-            "use MultiDimPruneCallback and override calibration_step"
+            f"a batch is {given}; expected images (n, channels, height, width) or (images, labels). Of other batches "
+            "make such, e.g. [(batch['image'], batch['label']) for batch in loader], or use MultiDimPruneCallback and "
+            "override calibration_step"
         )
     if not len(parts[0]):
         raise CalibrationError("a batch holds no image; leave empty batches out")
-    labels = parts[1] if len(parts) > 1 and isinstance(parts[1], Tensor) else None
-    return plain(parts[0]), None if labels is None else plain(labels)
+    return plain(parts[0]), labels_in(batch)
 
 
 def _as_tensors(batches: Iterable[Any], needs: Needs) -> Iterator[tuple[Tensor, Tensor | None, Any]]:

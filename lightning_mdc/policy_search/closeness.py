@@ -12,37 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.distributed import gather
 from lightning_mdc.errors import SearchError
-from lightning_mdc.importance.scoring import plain
-from lightning_mdc.models import Prediction, prediction_in
+from lightning_mdc.models import Prediction
+from lightning_mdc.prediction import are_probabilities, plain, read, softmax
 
 # Bytes of the dense model's outputs that are remembered. What does not fit is computed anew for every model.
 _MEMORY_LIMIT = 2**30
-
-
-def log_probabilities(output: Any, prediction: Prediction | None = None) -> Tensor:
-    """Of classes, (images, classes) in fp32: by softmax, or the logarithm of what `prediction` makes of the output, or
-    of the output itself where that is probabilities.
-
-    Raises:
-        SearchError: there are none in it.
-    """
-    found = prediction_in(output) if prediction is None else prediction(output)
-    if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise SearchError(
-            f"the model's output ({shape}) is no float tensor (images, classes); pass prediction=, a function that "
-            "makes one of it, or metric='kl', which compares outputs of any shape with the dense model's"
-        )
-    found = plain(found).float()
-    if prediction is None and not are_probabilities(found):
-        return F.log_softmax(found, dim=-1)
-    return found.clamp_min(1e-12).log()
-
-
-def are_probabilities(values: Tensor) -> bool:
-    """Whether each row of (images, classes) is a distribution: of a model that ends in a softmax, say."""
-    sums = values.sum(dim=1)
-    return bool((values >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-2)
 
 
 class Closeness:
@@ -56,8 +30,9 @@ class Closeness:
         batches: how many this rank has.
         dense: the dense model's output on one of them, whatever mode the model is in; asked again for what does not fit
             into memory.
-        prediction: makes of an output what is compared; None: nothing is made of it.
-        classifies: whether an output (images, classes) is logits, if there is no `prediction`.
+        prediction: makes of an output what is compared, as it is.
+        of_logits: makes it of an output (images, classes) where there is no `prediction` and the output is logits; see
+            `inverse_link`. None: nothing is made of it.
 
     Attributes:
         is_divergence: whether it is class probabilities that are compared.
@@ -71,9 +46,10 @@ class Closeness:
         batches: int,
         dense: Callable[[int], Any],
         prediction: Prediction | None = None,
-        classifies: bool = True,
+        of_logits: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._dense, self._prediction, self._classifies = dense, prediction, classifies
+        self._dense, self._prediction, self._of_logits = dense, prediction, of_logits
+        self._made: Callable[[Tensor], Tensor] | None = None  # what is made of an output's only tensor
         self._remembered: list[list[Tensor] | None] = []
         self.is_divergence = False
         looks = [look for look in gather(lambda: self._look(batches)) if look is not None]
@@ -112,7 +88,7 @@ class Closeness:
         for batch in range(batches):
             output = self._dense(batch)
             if batch == 0:
-                self.is_divergence = self._gives_probabilities(output)
+                self._settle(output)
             tensors = self._read(output)
             left -= sum(tensor.nbytes for tensor in tensors)
             self._remembered.append(tensors if left >= 0 else None)
@@ -125,26 +101,34 @@ class Closeness:
         remembered = self._remembered[batch]
         return self._read(self._dense(batch)) if remembered is None else remembered
 
-    def _gives_probabilities(self, output: Any) -> bool:
-        tensors = float_tensors(prediction_in(output) if self._prediction is None else self._prediction(output))
+    def _settle(self, output: Any) -> None:
+        """What is compared, by the dense model's first output."""
+        tensors = float_tensors(read(output, self._prediction))
         if len(tensors) != 1 or tensors[0].ndim != 2 or tensors[0].shape[1] < 2:
-            return False
-        if self._prediction is None and self._classifies:
-            return True
-        return are_probabilities(tensors[0])
+            return
+        if are_probabilities(tensors[0]):  # a softmax is built in, or `prediction` ends in one
+            self._made = _log
+        elif self._prediction is None and self._of_logits is not None:
+            self._made = _log_softmax if self._of_logits is softmax else self._of_logits
+        self.is_divergence = self._made in (_log, _log_softmax)
 
     def _read(self, output: Any) -> list[Tensor]:
         """What is compared of an output."""
-        tensors = float_tensors(prediction_in(output) if self._prediction is None else self._prediction(output))
-        if not self.is_divergence:
-            return tensors
-        is_logits = self._prediction is None and self._classifies
-        return [F.log_softmax(tensors[0], dim=-1) if is_logits else tensors[0].clamp_min(1e-12).log()]
+        tensors = float_tensors(read(output, self._prediction))
+        return tensors if self._made is None else [self._made(tensors[0])]
 
     def _error(self, dense: Tensor, found: Tensor) -> Tensor:
         if self.is_divergence:
             return F.kl_div(found, dense, reduction="sum", log_target=True).double()
         return (found - dense).square().sum(dtype=torch.float64)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp_min(1e-12).log()
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=-1)
 
 
 def float_tensors(output: Any) -> list[Tensor]:
@@ -154,9 +138,8 @@ def float_tensors(output: Any) -> list[Tensor]:
         SearchError: there is none.
     """
     leaves: Sequence[Any] = tree_leaves(output)
-    tensors = [
-        plain(leaf).float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim
-    ]
+    found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim)
+    tensors = [plain(tensor).float() for tensor in found]
     if not tensors:
         raise SearchError(
             f"the model's output ({type(output).__name__}) holds no float tensor that could be compared with the dense "

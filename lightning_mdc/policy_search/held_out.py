@@ -18,7 +18,8 @@ from torchmetrics import Metric
 from lightning_mdc.distributed import gather, rank, world_size
 from lightning_mdc.errors import SearchError, UnsupportedModelError, check_prediction, check_whole
 from lightning_mdc.importance.calibration import num_images
-from lightning_mdc.importance.scoring import plain
+from lightning_mdc.importance.scoring import run_on
+from lightning_mdc.importance.variety import Variety
 from lightning_mdc.models import (
     Prediction,
     check_unmasked,
@@ -26,16 +27,28 @@ from lightning_mdc.models import (
     find_anatomy,
     find_model,
     gives_logits,
-    prediction_in,
     probing,
     standing_in,
 )
-from lightning_mdc.policy_search.closeness import Closeness, are_probabilities, log_probabilities
+from lightning_mdc.policy_search.closeness import Closeness
+from lightning_mdc.prediction import (
+    are_probabilities,
+    check_classes,
+    class_numbers,
+    inverse_link,
+    labels_in,
+    log_probabilities,
+    plain,
+    read,
+)
 from lightning_mdc.randomness import isolated_rng
 
 METRICS = ("auto", "accuracy", "loss", "kl")
 # With fewer images, many policies tie in top-1, and the best of many trials is the luckiest.
 _ENOUGH_FOR_TOP1 = 1000
+_OTHERWISE = "pass a torchmetrics Metric, or metric='kl' with dense="
+# Held-out images, in a random order, of which some have to differ.
+_LOOKED_AT = 64
 _NOT_TOLD = torch.tensor([0.0, -math.inf], dtype=torch.float64)
 
 
@@ -80,17 +93,20 @@ class HeldOut(Judge):
             one image. ``"loss"``: minus the cross-entropy. ``"kl"``: minus the distance to the dense model's own
             output, whatever its shape, for which labels do not matter; see `Closeness`. ``"auto"``: accuracy of 1000
             labelled images or more, or where there is no dense model; else ``"kl"``. Or a torchmetrics `Metric` of
-            (predictions, labels), negated if lower is better.
+            (predictions, labels), which reads both as they are, negated if lower is better.
         dense: the dense model, for ``"kl"``, as metric or fact; looked at once, here.
-        prediction: makes of a model's output what is judged: class probabilities, or for a `Metric` or ``"kl"``
-            anything; None: its softmax, or of an output that is no (images, classes) tensor itself.
+        prediction: makes of a model's output what is judged, and is taken as it is: class probabilities, or how
+            probable the second of two classes is; for a `Metric` or ``"kl"`` anything. None: of (images, classes) the
+            softmax, unless one is built in; for a `Metric` the output itself; for ``"kl"`` the output itself unless it
+            is known to be logits (of which a sigmoid is taken where labels are yes or no for each class).
         batch_size: images per forward pass.
         device: where to; None: where the first batch is.
         max_images: use the first so many.
         seed: of the order.
 
     Raises:
-        SearchError: no images, no labels where they are needed, an unknown metric, or a dense model with masks on.
+        SearchError: no images, images of several sizes or with NaN, no labels or others than the metric needs, an
+            unknown metric, or a dense model with masks on.
     """
 
     def __init__(
@@ -118,37 +134,42 @@ class HeldOut(Judge):
             check_unmasked(dense, SearchError, consequence, "take the masks off, by remove_masks(model)")
         check_whole("max_images", max_images, 1, SearchError, or_none="all")
         images, labels = gathered(batches, max_images)
-        classes = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
+        classes = _classes(labels, len(images), name)
         if name == "auto":
-            name = "accuracy" if classes and (dense is None or len(images) >= _ENOUGH_FOR_TOP1) else "kl"
+            is_enough = dense is None or (classes is not None and len(images) >= _ENOUGH_FOR_TOP1)
+            name = "accuracy" if labels is not None and is_enough else "kl"
         if labels is None and (name != "kl" or dense is None):
             raise SearchError(
-                f"metric={metric!r} needs labels, batches of (images, labels); or dense=, to compare with"
-            )
-        if name in ("accuracy", "loss") and labels is not None and not classes:
-            raise SearchError(
-                f"labels {tuple(labels.shape)} of {labels.dtype}: metric={name!r} needs one class number of each "
-                "image; for others pass a torchmetrics Metric (MultilabelAveragePrecision, MeanSquaredError), or "
-                "metric='kl' with dense="
+                f"metric={metric!r} needs labels, batches of (images, labels) with tensors of numbers; or dense=, to "
+                "compare with"
             )
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         of_this_rank = order[rank() :: world_size()]
         self.metric: str | Metric = metric if isinstance(metric, Metric) else str(name)
         self._is_of_classes = name in ("accuracy", "loss")  # a torchmetrics Metric answers == with a Metric
+        if self._is_of_classes and labels is not None:
+            classes = class_numbers(labels, len(images), otherwise=_OTHERWISE, **self._who)
         self.batch_size, self.num_images, self.prediction = batch_size, len(images), prediction
         self.images = images[of_this_rank].to(device or images.device)
         self.labels = None if labels is None else labels[of_this_rank].to(self.images.device)
-        self._label_range: tuple[int, int] | None = None
-        if classes and labels is not None and self.labels is not None:
-            self.labels = self.labels.long()
-            self._label_range = int(labels.min()), int(labels.max())
+        self._classes = None if classes is None else classes[of_this_rank].to(self.images.device)
+        self._range = (0, 0) if classes is None else (int(classes.min()), int(classes.max()))  # on all ranks
         self._closeness: Closeness | None = None
         if dense is not None:
             says = partial(self._dense_output, dense)
-            self._closeness = Closeness(self._num_batches, says, prediction, _gives_logits(dense, partial(says, 0)))
+            of_logits = inverse_link(labels) if _gives_logits(dense, partial(says, 0)) else None
+            self._closeness = Closeness(self._num_batches, says, prediction, of_logits)
         # What is told of every model beside the metric's value.
-        self._tells_top1 = classes and (self._closeness is None or self._closeness.is_divergence)
         self._tells_kl = self._closeness is not None and self._closeness.is_divergence
+        self._tells_top1 = classes is not None and (dense is None or self._tells_kl)
+        variety = Variety()
+        variety.look(self.images[:_LOOKED_AT])
+        if variety.are_alike:
+            variety.warn("held-out", "policies are judged on nothing that they could see")
+
+    @property
+    def _who(self) -> dict[str, Any]:
+        return {"error": SearchError, "who": f"metric={self.metric!r}"}
 
     @property
     def _num_batches(self) -> int:
@@ -170,7 +191,7 @@ class HeldOut(Judge):
             with self._computing(self.metric):
                 value = float(self.metric.compute())  # of all ranks
             value = -value if self.metric.higher_is_better is False else value
-        facts = {"accuracy": right / count} if self._tells_top1 and right >= 0 else {}
+        facts = {"accuracy": right / count} if self._tells_top1 and not math.isnan(right) else {}
         return Judgement(value, facts | ({"kl": distance} if self._tells_kl else {}))
 
     def _sums_of_this_rank(self, model: nn.Module) -> Tensor:
@@ -193,58 +214,47 @@ class HeldOut(Judge):
                     sums[3:] += self._closeness.errors(number, output)
                 if isinstance(self.metric, Metric):
                     self._update(self.metric, output, labels)
-                if labels is not None and (self._tells_top1 or self._is_of_classes):
-                    sums[1:3] += self._of_classes(output, labels).cpu()
+                if self._is_of_classes or self._tells_top1:
+                    sums[1:3] += self._of_classes(output, number)
         return sums
 
-    def _of_classes(self, output: Any, labels: Tensor) -> Tensor:
-        """Sum of the images' values by the metric, if it is of classes, and how many are right: (2,), float64."""
-        assert self._label_range is not None
-        lowest, highest = self._label_range
+    def _of_classes(self, output: Any, batch: int) -> Tensor:
+        """Sum of the images' values by the metric, if it is of classes, and how many are right, NaN where that is not
+        asked and nobody can say: (2,), float64, on the CPU."""
+        assert self._classes is not None  # __init__ refuses it
+        classes = self._classes.split(self.batch_size)[batch]
         try:
-            found = log_probabilities(output, self.prediction).to(labels.device)
+            found = log_probabilities(output, self.prediction, **self._who).to(classes.device)
+            check_classes(*self._range, found.shape[1], otherwise=_OTHERWISE, **self._who)
+            if len(found) != len(classes):
+                raise SearchError(f"metric={self.metric!r}: {len(found)} predictions of {len(classes)} labelled images")
+            if self.metric == "loss" and self.prediction is None and _are_sigmoids(read(output)):
+                raise SearchError(
+                    "metric='loss': the model's output is between 0 and 1 and no distribution over classes (a "
+                    "sigmoid?); pass prediction=, which makes probabilities of it, or a torchmetrics Metric"
+                )
         except SearchError:
             if self._is_of_classes:
                 raise
-            return _NOT_TOLD
-        if lowest < 0 or highest >= found.shape[1]:
-            if not self._is_of_classes:  # the labels are something else, or some images have none
-                return _NOT_TOLD
-            one = "a torchmetrics Metric of one logit, such as BinaryAccuracy" if found.shape[1] == 1 else "metric='kl'"
-            raise SearchError(
-                f"labels {lowest} to {highest}, but the model's output has {found.shape[1]} classes; "
-                f"metric={self.metric!r} needs a class number of each image: leave out images without one, or pass "
-                f"{one if found.shape[1] == 1 else one + ' with dense='}"
-            )
-        right = (found.argmax(dim=1) == labels).double()
-        if not self._is_of_classes:
-            return torch.stack([torch.zeros_like(right.sum()), right.sum()])
-        if self.metric == "loss" and self.prediction is None and _are_sigmoids(prediction_in(output)):
-            raise SearchError(
-                "metric='loss': the model's output is between 0 and 1 and no distribution over classes (a sigmoid?); "
-                "pass prediction=, which makes probabilities of it, or a torchmetrics Metric"
-            )
-        certain = found.gather(1, labels[:, None])[:, 0].double()
-        values = right + certain.exp() / (self.num_images + 1) if self.metric == "accuracy" else certain
-        return torch.stack([values.sum(), right.sum()])
+            return torch.tensor([0.0, math.nan], dtype=torch.float64)
+        right = (found.argmax(dim=1) == classes).double()
+        certain = found.gather(1, classes[:, None])[:, 0].double()
+        values = certain if self.metric == "loss" else right + certain.exp() / (self.num_images + 1)
+        return torch.stack([values.sum(), right.sum()]).cpu()
 
     def _update(self, metric: Metric, output: Any, labels: Tensor | None) -> None:
         assert labels is not None  # __init__ refuses it
-        if self.prediction is not None:
-            found = self.prediction(output)
-        else:
-            found = prediction_in(output)
-            is_of_classes = isinstance(found, Tensor) and found.ndim == 2 and found.shape[1] > 1
-            if is_of_classes and self._label_range is not None:  # class numbers; all else is the metric's to read
-                found = log_probabilities(found).exp()
+        found = read(output, self.prediction)
         with self._computing(metric):
-            metric.update(found.to(labels.device).contiguous(), labels)
+            metric.update(found.to(labels.device).contiguous() if isinstance(found, Tensor) else found, labels)
 
     @contextmanager
     def _computing(self, metric: Metric) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             labels = self.labels
             assert labels is not None
             raise SearchError(
@@ -259,7 +269,8 @@ class HeldOut(Judge):
 
     def _output(self, model: nn.Module, batch: int) -> Any:
         images, parameter = self.images.split(self.batch_size)[batch], next(model.parameters(), self.images)
-        return model(images.to(parameter.device, parameter.dtype if images.is_floating_point() else None))
+        images = images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
+        return run_on(model, images)
 
 
 class InPlace(Judge):
@@ -299,7 +310,8 @@ class InPlace(Judge):
         begun = time.perf_counter()
         says, anatomy = partial(self._output, self._dense), find_anatomy(self._dense)
         is_logits = bool(len(batches)) and gives_logits(anatomy, partial(says, 0))
-        self._closeness = Closeness(len(batches), says, prediction, is_logits)
+        of_logits = inverse_link(labels_in(batches[0])) if is_logits else None
+        self._closeness = Closeness(len(batches), says, prediction, of_logits)
         self.seconds = time.perf_counter() - begun
 
     def judge(self, model: nn.Module) -> Judgement:
@@ -356,11 +368,23 @@ def _are_sigmoids(output: Tensor) -> bool:
     return bool((output >= 0).all()) and bool((output <= 1).all()) and not are_probabilities(output)
 
 
+def _classes(labels: Tensor | None, images: int, name: str | None) -> Tensor | None:
+    """Class numbers of the images, (images,), if that is what the labels are. Floats are, for a metric by name, where
+    they are whole."""
+    if labels is None or (name is None and labels.is_floating_point()):
+        return None
+    try:
+        return class_numbers(labels, images, error=SearchError, who="top-1", otherwise=_OTHERWISE)
+    except SearchError:
+        return None
+
+
 def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Tensor | None]:
-    """The first `max_images` images (n, ...) and labels (n,) of the batches, or all.
+    """The first `max_images` images (n, ...) and labels (n, ...) of the batches, or all. Labels that are no numbers are
+    none.
 
     Raises:
-        SearchError: there are none, or labels for some only.
+        SearchError: there are none, or labels for some only; images of several sizes, or with NaN.
     """
     images: list[Tensor] = []
     labels: list[Tensor] = []
@@ -369,16 +393,27 @@ def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Te
         raise SearchError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
     for batch in batches:
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)
-        if not isinstance(parts[0], Tensor):
-            raise SearchError(f"batches of {type(batch).__name__}: expected (images, labels), tensors both")
+        if not parts or not isinstance(parts[0], Tensor) or not parts[0].ndim:
+            raise SearchError(
+                f"batches of {type(batch).__name__}: expected (images, labels), tensors both; make such of others, "
+                "e.g. [(batch['image'], batch['label']) for batch in loader]"
+            )
         images.append(plain(parts[0]))
-        if len(parts) > 1:
-            labels.append(plain(torch.as_tensor(parts[1])))
         if images[-1].shape[1:] != images[0].shape[1:]:
             raise SearchError(
                 f"images of {tuple(images[-1].shape[1:])} after {tuple(images[0].shape[1:])}: held-out images are of "
                 "one size; give them in one"
             )
+        if images[-1].isnan().any():
+            raise SearchError("held-out images hold NaN: every model would be worth NaN; look at what the loader gives")
+        found = _numbers(parts[1]) if len(parts) > 1 else None
+        if found is not None:
+            if found.shape[:1] != images[-1].shape[:1]:
+                raise SearchError(
+                    f"labels of shape {tuple(found.shape)} for {len(images[-1])} images: held-out images have a label "
+                    "each; judge others (bags, pairs) by an evaluate of your own"
+                )
+            labels.append(found)
         count += len(parts[0])
         if max_images is not None and count >= max_images:
             break
@@ -387,3 +422,10 @@ def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Te
     if labels and len(labels) != len(images):
         raise SearchError("some batches have labels and some have none; give all of them labels")
     return torch.cat(images)[:max_images], torch.cat(labels)[:max_images] if labels else None
+
+
+def _numbers(labels: Any) -> Tensor | None:
+    try:
+        return plain(torch.as_tensor(labels))
+    except (RuntimeError, TypeError, ValueError):  # names, boxes
+        return None

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_mdc.errors import CompensationError, check_one_of
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.ridge import RIDGES
-from lightning_mdc.importance.scoring import on_device_of, split_batch
+from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch
 from lightning_mdc.models import Anatomy, evaluating, find_anatomy, runnable, standing_in
 from lightning_mdc.models.swapping import cut_units, plain_copy, with_mixins
 from lightning_mdc.models.timm_hub import is_timms, make_known
@@ -92,7 +92,7 @@ def slim(
 def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterable[Any], ridge: str) -> None:
     images = [on_device_of(dense, split_batch(batch)[0]) for batch in batches]
     whole = small.model if model is dense.model else model  # which holds the dense one
-    passes = [(partial(model, batch), partial(whole, batch)) for batch in images]
+    passes = [(partial(run_on, model, batch), partial(run_on, whole, batch)) for batch in images]
     in_place = partial(standing_in, model, dense.model, small.model)
     with evaluating(model, small.model), isolated_rng():
         refit_in_sequence(dense, small, passes, standing_in=in_place, ridge=ridge)
