@@ -119,6 +119,8 @@ class HeldOut(Judge):
         check_whole("max_images", max_images, 1, SearchError, or_none="all")
         images, labels = gathered(batches, max_images)
         classes = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
+        if labels is not None and labels.ndim == 1 and name in ("accuracy", "loss", "kl"):  # of classes, by name
+            classes = bool((labels == labels.round()).all())
         if name == "auto":
             name = "accuracy" if classes and (dense is None or len(images) >= _ENOUGH_FOR_TOP1) else "kl"
         if labels is None and (name != "kl" or dense is None):
