@@ -190,7 +190,7 @@ class Scorer:
         self._draw = torch.Generator().manual_seed(0)  # labels of the model's own
         self._two_passes = False
         self._images, self._link = 0, inverse_link()  # of the batch at hand
-        self._grid: tuple[int, int] | None = None  # of the images seen, in patches, where positions are scored
+        self._size: tuple[int, int] | None = None  # of the images seen, in pixels, where positions are scored
 
     def _groups(self) -> Iterator[tuple[str, UnitGroup]]:
         for dimension in self.dimensions:
@@ -277,7 +277,7 @@ class Scorer:
         if TOKENS in self.dimensions:
             if not self._variety.has_one_size:
                 self._refuse_sizes(f"images of {tuple(images.shape[1:])} after others")
-            self._grid = self.anatomy.grid_of((images.shape[-2], images.shape[-1]))
+            self._size = images.shape[-2], images.shape[-1]
 
     def _refuse_sizes(self, what: str) -> NoReturn:
         raise CalibrationError(
@@ -417,10 +417,10 @@ class Scorer:
             value = self.sums.get(name)
             self.sums[name] = summed(torch.zeros(shape, dtype=dtype, device=device) if value is None else value)
         self._moments.sum_over_ranks()
-        grids = {grid for grid in gather(lambda: self._grid) if grid is not None}
-        if len(grids) > 1:
-            self._refuse_sizes(f"images of {' and '.join(f'{h}x{w}' for h, w in sorted(grids))} patches on the ranks")
-        self._grid = next(iter(grids), None)
+        sizes = {size for size in gather(lambda: self._size) if size is not None}
+        if len(sizes) > 1:
+            self._refuse_sizes(f"ranks see images of {' and '.join(f'{h} x {w}' for h, w in sorted(sizes))} pixels")
+        self._size = next(iter(sizes), None)
 
     def scores(self) -> Scores:
         """Scores from the sums so far, on the CPU.
@@ -454,7 +454,8 @@ class Scorer:
         images = int(self.sums["images"].item())
         stages = self.stages if TOKENS in self.dimensions else ()
         moments = self._moments.moments(images) if self.needs.moments else None
-        rest: dict[str, Any] = {"stages": stages, "images": images, "moments": moments, "grid": self._grid}
+        grid = None if self._size is None else self.anatomy.grid_of(self._size)
+        rest: dict[str, Any] = {"stages": stages, "images": images, "moments": moments, "grid": grid}
         return Scores(**values, criterion=self.criterion.name, **rest)
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
