@@ -141,7 +141,7 @@ def _sample(
 ) -> tuple[list[list[Any]], list[list[Any]]]:
     """Keys drawn without replacement: of batches to score on, and of batches to judge on."""
     order = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
-    size = calibration.batch_size
+    size, each = calibration.batch_size, 1
     if loader.batch_sampler is None:  # the data set yields whole batches itself, of as many images as the first has
         each = num_images(batches_of(loader, [order[:1]], [seed])[0]) or 1
         scored, judging = (-(-images // each) for images in (calibration.images, calibration.judging))
@@ -160,7 +160,7 @@ def _sample(
         size = TOGETHER if size < least else size
     scored, judging = calibration.shares(len(order), judged=judged)
     if scored < least:
-        raise too_few(scored, least)
+        raise too_few(scored * each, least * each)
     size = min(size, scored)
     others = order[scored : scored + judging]
     return (
