@@ -98,6 +98,7 @@ WEIGHTS = [float(k in KEPT) for k in range(40)]
     [
         {"sampler": SubsetRandomSampler(KEPT)},
         {"sampler": WeightedRandomSampler(WEIGHTS, 400)},
+        {"sampler": WeightedRandomSampler(WEIGHTS, 5)},  # an epoch has fewer than are wanted
         {"sampler": KEPT},
         {"sampler": torch.tensor(KEPT)},
         {"sampler": Endless(KEPT)},

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain
 from types import FunctionType, GeneratorType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.data import (
     BatchSampler,
@@ -140,7 +141,7 @@ def _sample(
 ) -> tuple[list[list[Any]], list[list[Any]]]:
     """Keys drawn without replacement: of batches to score on, and of batches to judge on."""
     order = [pool[i] for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()]
-    size = calibration.batch_size
+    size, each = calibration.batch_size, 1
     if loader.batch_sampler is None:  # the data set yields whole batches itself, of as many images as the first has
         each = num_images(batches_of(loader, [order[:1]], [seed])[0]) or 1
         scored, judging = (-(-images // each) for images in (calibration.images, calibration.judging))
@@ -159,7 +160,7 @@ def _sample(
         size = TOGETHER if size < least else size
     scored, judging = calibration.shares(len(order), judged=judged)
     if scored < least:
-        raise too_few(scored, least)
+        raise too_few(scored * each, least * each)
     size = min(size, scored)
     others = order[scored : scored + judging]
     return (
@@ -199,7 +200,7 @@ def has_own_batches(loader: DataLoader[Any]) -> bool:
 
 
 def pool_of(loader: DataLoader[Any], wanted: int, seed: int) -> Sequence[Any]:
-    """What an epoch is made of, each once and the same on all ranks: keys of the data set, whatever they are (numbers,
+    """What training is on, each once and the same on all ranks: keys of the data set, whatever they are (numbers,
     names, tuples with a box or a size); where the loader `has_own_batches`, lists of keys.
 
     A sampler that nothing is known of is copied, and the copy is iterated over with a seed of ours.
@@ -223,7 +224,7 @@ def pool_of(loader: DataLoader[Any], wanted: int, seed: int) -> Sequence[Any]:
     elif type(source) is SubsetRandomSampler:
         found = distinct(source.indices)
     else:
-        shares = gather(lambda: list(_walked(source, loader.dataset, wanted, seed, own)))
+        shares = gather(lambda: _walked(source, loader.dataset, wanted, seed, own))
         found = _sorted(distinct(key for share in shares for key in share))
     if not len(found):
         sized = not hasattr(loader.dataset, "__len__") or len(loader.dataset)
@@ -239,21 +240,34 @@ def _undistributed(sampler: Any) -> Any:
     return sampler
 
 
-def _walked(source: Iterable[Any], dataset: Any, wanted: int, seed: int, own_batches: bool) -> Iterator[Any]:
-    """Keys, or batches of them, of one epoch."""
+def _walked(source: Iterable[Any], dataset: Any, wanted: int, seed: int, own_batches: bool) -> list[Any]:
+    """Keys, or batches of them, of an epoch; of more, as long as they add some, where one has fewer than wanted."""
     limit = max(_ENDLESS * wanted, _length(dataset), 0 if own_batches else _length(source))
+    found: list[Any] = []
+    known: set[Any] = set()
+    in_vain = 0
     with isolated_rng():
         seed_all(seed)
-        items = iter(_copy_of(source, dataset))
-        if not own_batches:
-            yield from islice(items, limit)
-            return
-        for batch in items:
-            keys = list(batch)
-            yield keys
-            limit -= len(keys) or 1
-            if limit <= 0:
-                return
+        copy = _copy_of(source, dataset)
+        while limit > 0 and len(known) < wanted and in_vain <= 2 * len(known):
+            epoch: list[Any] = []
+            keys: set[Any] = set()
+            for item in copy:
+                group = list(item) if own_batches else [item]
+                epoch.append(group if own_batches else item)
+                keys.update(map(identity_of, group))
+                limit -= len(group) or 1
+                if limit <= 0:
+                    break
+            if not epoch:
+                break
+            if keys <= known:  # by chance, or there are no more
+                in_vain += len(epoch)
+            else:
+                found += epoch
+                known |= keys
+                in_vain = 0
+    return found
 
 
 def _length(sized: Any) -> int:
@@ -304,7 +318,7 @@ class _Copier(pickle.Pickler):
         return len(self.kept) - 1
 
     def _is_shared(self, thing: Any) -> bool:
-        if thing is self._dataset or isinstance(thing, (DataLoader, type, FunctionType, ModuleType)):
+        if thing is self._dataset or isinstance(thing, (DataLoader, nn.Module, type, FunctionType, ModuleType)):
             return True
         if isinstance(thing, Dataset):  # but for one that a sampler is made to look like, to be shared out
             return not any(isinstance(value, Sampler) for value in vars(thing).values())
