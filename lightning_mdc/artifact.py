@@ -552,7 +552,7 @@ def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
 
 def _resolved(directory: Any) -> Path:
     if not isinstance(directory, (str, os.PathLike)):
-        raise ArtifactError(f"directory={directory!r:.80}: expected the path of a folder")
+        raise ArtifactError(f"directory is a {type(directory).__name__}: expected the path of a folder")
     return Path(directory).resolve()
 
 

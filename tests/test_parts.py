@@ -160,3 +160,14 @@ def test_models_that_are_not_all_there_are_named():
     model.head = nn.Identity()
     with pytest.raises(UnsupportedModelError, match="it has no blocks"):
         find_anatomy(model)
+
+
+def test_a_forward_on_an_instance_that_a_copy_cannot_follow_is_said(caplog):
+    model = make()
+    own = model.blocks[1].mlp.forward
+    model.blocks[1].mlp.forward = lambda x: own(x) * 0.5
+    scores = mdc.score(model, [images()], "activation", progress=False)
+    with caplog.at_level("WARNING"):
+        mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(0.5, 0.5, 0.5)))
+    (said,) = caplog.messages
+    assert "blocks.1.mlp: its forward was replaced on the instance" in said
