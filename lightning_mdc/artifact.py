@@ -368,9 +368,11 @@ def _difference(model: nn.Module, again: nn.Module) -> str | None:
             return f"{name} is missing, the rebuilt model has a {rebuilt[name][0]} there"
         kind, what, own = parts[name]
         other_kind, other_what, other = rebuilt[name]
-        if what != other_what:
-            is_, would_be = (f"{k} ({f}: {shown})" for k, (f, shown) in ((kind, what), (other_kind, other_what)))
-            return f"{name or 'the model'} is a {is_}, the rebuilt one would be a {would_be}"
+        if what != other_what:  # the class is enough, if what it prints is the same
+            is_, would_be = (f"{k}({shown})" for k, (_, shown) in ((kind, what), (other_kind, other_what)))
+            if is_ == would_be:
+                is_, would_be = what[0], other_what[0]
+            return f"{name or 'the model'} is {is_}, the rebuilt one would be {would_be}"
         for key in [*own, *(key for key in other if key not in own)]:
             if own.get(key) != other.get(key):
                 at = f"{name}.{key}" if name else key
@@ -551,7 +553,7 @@ def _content_hash(config: Mapping[str, Any], weights: Path) -> str:
 
 def _resolved(directory: Any) -> Path:
     if not isinstance(directory, (str, os.PathLike)):
-        raise ArtifactError(f"directory={directory!r:.80}: expected the path of a folder")
+        raise ArtifactError(f"directory is a {type(directory).__name__}: expected the path of a folder")
     return Path(directory).resolve()
 
 

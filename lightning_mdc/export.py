@@ -83,7 +83,7 @@ def export_model(
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several.
     """
     if not isinstance(path, (str, PathLike)):
-        raise ArtifactError(f"path={path!r:.80}: expected where to write the file, after the model")
+        raise ArtifactError(f"path is a {type(path).__name__}: expected where to write the file, after the model")
     target = Path(path)
     format = _format(target, format)
     path_inside, whole, anatomy = find_whole(model, submodule)

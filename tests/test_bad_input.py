@@ -106,6 +106,25 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "plan from nothing": (lambda: mdc.Plan.from_json("{}"), "format"),
     "policy from a list": (lambda: mdc.Policy.from_json("[0.5]"), "must be an object"),
     "policy of unknown fields": (lambda: mdc.Policy.from_json('{"layers": 0.5}'), "unknown fields"),
+    "a class": (lambda: mdc.macs(VisionTransformer), "VisionTransformer is a class.*; make a model of it first"),
+    "what makes a model": (lambda: mdc.macs(make), "model=<function make .*call it first"),
+    "weights of a model": (
+        lambda: mdc.score({"cls_token": torch.zeros(3)}, [images(4)]),  # type: ignore[arg-type]
+        "model=dict of cls_token, ...: .*load_state_dict",
+    ),
+    "models": (lambda: mdc.uniform_policy([MODEL, MODEL], 0.6), "model=list of 2: .*one by one"),  # type: ignore[arg-type]
+    "TorchScript": (
+        lambda: mdc.macs(torch.jit.trace(MODEL, images(1))),
+        "TorchScript made .*prune the model it was made",
+    ),
+    "a part as its path": (lambda: mdc.macs(MODEL, submodule=MODEL), "expected an attribute path"),  # type: ignore[arg-type]
+    "a class of family": (lambda: mdc.models.register(mdc.models.Family), "expected an instance of a Family"),
+    "a slim model": (lambda: mdc.slim(mdc.slim(MODEL, PLAN), PLAN), "is slim already: give the dense model"),
+    "no such policy": (lambda: mdc.compress(MODEL, [], policy="unifrom"), "'unifrom': expected 'searched', 'uniform'"),
+    "budget of a model": (lambda: mdc.MultiDimPruneCallback(MODEL), r"budget=VisionTransformer\(: a plain"),  # type: ignore[arg-type]
+    "held out model": (lambda: mdc.HeldOut(MODEL), "batches is a VisionTransformer: expected"),  # type: ignore[arg-type]
+    "export the other way": (lambda: mdc.export_model("x.onnx", MODEL), "path is a VisionTransformer: expected"),  # type: ignore[arg-type]
+    "a folder of none": (lambda: mdc.load(None), "directory is a NoneType: expected the path"),  # type: ignore[arg-type]
     "loading nothing": (lambda: mdc.load("nowhere/at/all"), "is no folder"),
 }
 

@@ -376,7 +376,7 @@ def test_a_class_of_ones_own_is_taken_if_it_computes_the_same() -> None:
     model = make("vit")
     model.vit.layers[1].mlp.fc1 = nn.Sequential(nn.Linear(DIM, 100))
     assert find_anatomy(model).sizes["neurons"] == (100, 0, 100, 100)
-    assert "vit.layers.1.mlp is a transformers" in find_anatomy(model).blocks[1].reasons["neurons"]
+    assert "vit.layers.1.mlp.fc1 is a torch" in find_anatomy(model).blocks[1].reasons["neurons"]
 
 
 def test_transformers_is_imported_by_who_has_it() -> None:

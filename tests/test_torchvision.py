@@ -212,7 +212,7 @@ def test_a_refusal_names_the_module_and_the_cause() -> None:
         pass
 
     options = {"image_size": SIZE, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": DIM, "mlp_dim": 96}
-    with pytest.raises(mdc.errors.UnsupportedModelError, match="overrides a method of torchvision's VisionTransformer"):
+    with pytest.raises(mdc.errors.UnsupportedModelError, match="overrides forward of torchvision's VisionTransformer"):
         mdc.macs(Own(**options))
     assert find_anatomy(Named(**options)).num_heads == (4, 4)
     model = vit()
@@ -237,7 +237,7 @@ def test_what_a_swin_does_otherwise_is_named() -> None:
             return super().forward(x.flip(-1))
 
     options = {"patch_size": [2, 2], "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": [4, 4]}
-    with pytest.raises(mdc.errors.UnsupportedModelError, match="overrides the forward of torchvision's Swin"):
+    with pytest.raises(mdc.errors.UnsupportedModelError, match="overrides forward of torchvision's Swin"):
         mdc.macs(Own(**options))
     model: Any = randomised(SwinTransformer(**options))
     before = mdc.macs(model)

@@ -305,3 +305,20 @@ def test_what_does_not_run_on_images_alone_is_refused_with_what_works(tmp_path: 
     with pytest.raises(ArtifactError, match="Dict puts out a dict, where a program has one tensor"):
         mdc.export_model(Dict(), tmp_path / "d.pt2")
     assert mdc.macs(Dict()) == mdc.macs(make())
+
+
+@pytest.mark.parametrize("module", [Backbone, lambda: nn.ModuleDict({"net": make(), "neck": nn.Linear(7, 2)})])
+def test_of_a_module_without_forward_the_transformer_is_run(module: Callable[[], nn.Module], caplog) -> None:
+    whole = module()
+    with caplog.at_level(logging.WARNING):
+        scores = mdc.score(whole, [images()], "hsic", progress=False)
+    assert "has no forward: its vision transformer net is taken alone" in caplog.text
+    alone = mdc.score(make(), [images()], "hsic", progress=False)
+    assert all(
+        torch.equal(*pair) for pair in zip(scores.heads + scores.tokens, alone.heads + alone.tokens, strict=True)
+    )
+    plan = mdc.make_plan(whole, scores, mdc.Policy(0.5, 0.5, 0.5))
+    slim = mdc.slim(whole, plan, "sequential", batches=[images()])
+    assert slim(images()).shape == (6, 7)
+    found = mdc.compress(whole, [images(12)], policy="uniform", criterion="activation", compensate="none")
+    assert found.model(images()).shape == (6, 7)

@@ -100,8 +100,9 @@ def as_budget(budget: float | Budget) -> Budget:
         return budget
     fraction = as_number(budget)
     if fraction is None or not 0 < fraction <= 1:
+        shown = f"{budget!r:.80}".splitlines()[0]  # a model's has many
         raise BudgetError(
-            f"budget={budget!r:.80}: a plain number is a fraction of the dense MACs in (0, 1]; "
+            f"budget={shown}: a plain number is a fraction of the dense MACs in (0, 1]; "
             "for absolute limits pass Budget(macs=1.84e9), Budget(params=...) or Budget(latency='1.8ms')"
         )
     return Budget(macs=fraction)

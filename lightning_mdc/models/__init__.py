@@ -235,7 +235,9 @@ def _candidates(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _at(module: nn.Module, path: str) -> nn.Module:
     if not isinstance(path, str):
-        raise UnsupportedModelError(f"submodule={path!r:.80}: expected an attribute path, such as 'backbone.vit'")
+        raise UnsupportedModelError(
+            f"submodule is a {type(path).__name__}: expected an attribute path, such as 'backbone.vit'"
+        )
     current = unwrap(module)
     for step in path.split(".") if path else ():
         child = current._modules.get(step)

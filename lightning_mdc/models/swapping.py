@@ -15,6 +15,7 @@ infinite.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from lightning_mdc.errors import MdcError, UnsupportedModelError
 from lightning_mdc.models.anatomy import Behaviour, Units
 from lightning_mdc.models.compiled import unwrap
+
+log = logging.getLogger(__name__)
 
 _ENTRIES, _SIZES, _ATTRIBUTES, _UNDER = "_mdc_entries", "_mdc_sizes", "_mdc_attributes", "_mdc_under"
 
@@ -144,6 +147,14 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             if unwrap(child) is not child:  # a block compiled by itself
                 setattr(parent, name, unwrap(child))
     unmask(copied)
+    for name, module in copied.named_modules():
+        own = vars(module).get("forward")
+        if own is not None and getattr(own, "__self__", None) is not module:
+            log.warning(
+                "%s: its forward was replaced on the instance, and in a copy still computes with the weights of the "
+                "original; take it off (del module.forward), and use a hook",
+                name or original_class(copied).__name__,
+            )
     return copied
 
 

@@ -24,7 +24,7 @@ def count_probes(anatomy: Anatomy, *, ranked: bool) -> Iterator[tuple[Callable[[
 
     Raises:
         CalibrationError: from the hooks; images that the model cannot take.
-        UnsupportedModelError: likewise; there are more or fewer tokens.
+        UnsupportedModelError: likewise; images of another size than it takes, or more or fewer tokens.
     """
     size: list[tuple[int, int]] = []  # of the images at hand, if the model is given images
 
@@ -68,7 +68,10 @@ def _size_of(anatomy: Anatomy, images: Tensor) -> tuple[int, int]:
     if images.shape[1] != channels:
         order = "; channels come first: images.permute(0, 3, 1, 2)" if images.shape[3] == channels else ""
         raise CalibrationError(f"images are {shape}; {anatomy.name} takes (n, {channels}, height, width){order}")
-    return images.shape[-2], images.shape[-1]
+    size = (images.shape[-2], images.shape[-1])
+    if anatomy.tokens_at is None:
+        anatomy.grid_of(size)  # says if the model cannot take it
+    return size
 
 
 @cache

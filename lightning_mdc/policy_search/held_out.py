@@ -390,7 +390,7 @@ def gathered(batches: Iterable[Any], max_images: int | None) -> tuple[Tensor, Te
     labels: list[Tensor] = []
     count = 0
     if not isinstance(batches, Iterable):
-        raise SearchError(f"batches={batches!r:.80}: expected a DataLoader or a list of batches")
+        raise SearchError(f"batches is a {type(batches).__name__}: expected a DataLoader or a list of batches")
     for batch in batches:
         parts = batch if isinstance(batch, (tuple, list)) else (batch,)
         if not parts or not isinstance(parts[0], Tensor) or not parts[0].ndim:
