@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mdc.errors import CalibrationError, MdcError
-from lightning_mdc.models import prediction_in
-
-Prediction = Callable[[Any], Tensor]
+from lightning_mdc.models import Prediction, prediction_in
 
 # Rows of probabilities sum to 1 up to this, in half precision too.
 _ROUNDING = 1e-2
