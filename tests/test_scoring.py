@@ -423,7 +423,7 @@ class Views(nn.Module):
         return torch.cat([x, x.flip(-1)]) if self.how in ("crops", "two calls") else x.flatten(0, -4)
 
 
-@pytest.mark.parametrize("criterion", ["conditional", "activation", RAW], ids=str)
+@pytest.mark.parametrize("criterion", ["conditional", "activation", RAW], ids=["conditional", "activation", "hsic"])
 @pytest.mark.parametrize("how", ["crops", "bags", "clips"])
 def test_more_images_than_predictions_count_for_what_is_said_of_each(how: str, criterion: object) -> None:
     net = make()
