@@ -311,7 +311,7 @@ def slim(restore: bool | None = None) -> torch.nn.Module:
 
 def foreign_pickle() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"state_dict": make().state_dict(), "hyper_parameters": SimpleNamespace()}, f"{folder}/a.ckpt")
+        torch.save({"state_dict": SimpleNamespace(weights=make().state_dict())}, f"{folder}/a.ckpt")
         load_weights(make(), f"{folder}/a.ckpt")
 
 
