@@ -69,9 +69,9 @@ class MultiDimPruneCallback(Callback):
     how much each block gives up under the budget, puts reversible masks on, and refits the layers that read what
     leaves, so that what stays makes up for it. Masks are on in training, validation, test and predict, and off when the
     Trainer is done. `slim_model` then gives the small network. The plan lives in the checkpoint: a resumed run goes on
-    with it, without scoring or searching again; test, validate and predict with a ``ckpt_path`` show the checkpoint's masks
-    and leave what a fit has found alone. Logging, and torchmetrics, of the module are still while it is looked at. The
-    module's own weights and keys never change shape.
+    with it, without scoring or searching again; test, validate and predict with a ``ckpt_path`` have that checkpoint's
+    masks on and leave alone what a fit has found. While we look at images the module logs nothing. Its own weights and
+    keys never change shape.
 
     Policies are judged, on training images that units are not scored on, by how close the module's own output stays to
     what it is with the dense model: no labels are needed. Trials lie in ``<trainer.default_root_dir>/mdc/``; a fit that
