@@ -69,7 +69,9 @@ class MultiDimPruneCallback(Callback):
     how much each block gives up under the budget, puts reversible masks on, and refits the layers that read what
     leaves, so that what stays makes up for it. Masks are on in training, validation, test and predict, and off when the
     Trainer is done. `slim_model` then gives the small network. The plan lives in the checkpoint: a resumed run goes on
-    with it, without scoring or searching again. The module's own weights and keys never change shape.
+    with it, without scoring or searching again; test, validate and predict with a ``ckpt_path`` have that checkpoint's
+    masks on and leave alone what a fit has found. While we look at images the module logs nothing. Its own weights and
+    keys never change shape.
 
     Policies are judged, on training images that units are not scored on, by how close the module's own output stays to
     what it is with the dense model: no labels are needed. Trials lie in ``<trainer.default_root_dir>/mdc/``; a fit that
@@ -93,7 +95,7 @@ class MultiDimPruneCallback(Callback):
             as ``evaluate(pl_module)``, in eval mode and without gradients, by all ranks.
         schedule: ``"one-shot"`` masks all at `start`; ``"cubic"`` goes there gradually until `end`, fast first
             (Zhu & Gupta 2017), always from the same scores, never compounding.
-        start, end: when, in `unit`; `end` defaults to two thirds of the training.
+        start, end: when, in `unit`; `end` defaults to two thirds of the training, by the first of the Trainer's limits.
         unit: ``"epoch"`` or ``"step"`` (optimizer steps).
         submodule: attribute path of the vision transformer in the LightningModule; None finds it if there is just one.
         prediction: makes of what the module returns what criterion and judging look at, probabilities (images, classes)
@@ -473,7 +475,8 @@ class MultiDimPruneCallback(Callback):
                 # Keep the first training batches as they go by, then decide.
                 self._watched, self._watched_in = [], trainer.current_epoch
                 return
-            self._decide(trainer, pl_module, *self._drawn(trainer, pl_module))
+            with unlogged(trainer, pl_module):
+                self._decide(trainer, pl_module, *self._drawn(trainer, pl_module))
         progress = self._timing.progress(trainer)
         if progress > self._outcome.progress:
             self._outcome = replace(self._outcome, progress=progress)
@@ -593,7 +596,8 @@ class MultiDimPruneCallback(Callback):
         scored = min(enough, len(batches) - 1) if judged else enough
         least = self._compression(pl_module).scorer().needs.images
         scoring = on_every_rank(partial(put_together, batches[:scored], least))
-        self._decide(trainer, pl_module, scoring, batches[scored:])
+        with unlogged(trainer, pl_module):
+            self._decide(trainer, pl_module, scoring, batches[scored:])
         self._advance(trainer, pl_module)
 
     # --- scoring and judging them ---------------------------------------------------------------------------------
@@ -601,7 +605,7 @@ class MultiDimPruneCallback(Callback):
     def _run(self, trainer: Trainer, module: nn.Module, batch: Any) -> Any:
         """What the module says about a batch of ours."""
         device = next(module.parameters()).device
-        with trainer.precision_plugin.forward_context(), unlogged(trainer, trainer.lightning_module):
+        with trainer.precision_plugin.forward_context():
             return self.calibration_step(module, move_data_to_device(batch, device))  # type: ignore[arg-type]
 
     def _score(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batches: Sequence[Any]) -> None:
@@ -640,7 +644,7 @@ class MultiDimPruneCallback(Callback):
         task = self._compression(pl_module)
         scorer = task.scorer()
         if scorer.needs.images:
-            with isolated_rng(), evaluating(pl_module), scorer.watching():
+            with isolated_rng(), unlogged(trainer, pl_module), evaluating(pl_module), scorer.watching():
                 output = self._observe(trainer, pl_module, scorer, batch)
             if task.needs_judging:
                 float_tensors(output if self.method.prediction is None else self.method.prediction(output))
@@ -860,7 +864,7 @@ def _by_the_user(
 ) -> float:
     _stop_if_told(trainer)
     dense = find_model(pl_module, submodule)[1]
-    with standing_in(pl_module, dense, model) as whole, running_as_written(whole), unlogged(trainer, pl_module):
+    with standing_in(pl_module, dense, model) as whole, running_as_written(whole):
         return evaluate(whole)
 
 

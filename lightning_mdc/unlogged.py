@@ -16,7 +16,10 @@ from torchmetrics import Metric
 @contextmanager
 def unlogged(trainer: Trainer, pl_module: nn.Module) -> Iterator[None]:
     """Inside, whatever `pl_module` logs, by ``self.log`` or on a logger of the Trainer, goes nowhere, and its metrics
-    are as before after it: a forward that logs is no training step while we look at images."""
+    are as before after it: a forward that logs is no training step while we look at images.
+
+    Around all that belongs together: passes that take turns would put back what the other one has put there.
+    """
     modules = list(pl_module.modules())
     logging = [vars(module) for module in modules if isinstance(module, LightningModule)]
     before: list[dict[str, Any]] = [{name: own[name] for name in ("log", "log_dict") if name in own} for own in logging]

@@ -52,7 +52,7 @@ def read(path: str | Path) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        known = _KNOWN.get(f"{module}.{name}", Foreign)
+        known = _KNOWN.get(f"{module.replace('__builtin__', 'builtins')}.{name}", Foreign)  # as Python 2 called them
         of_torch = getattr(torch, name, None) if module == "torch" else None
         return of_torch if isinstance(of_torch, torch.dtype) else known
 
@@ -79,7 +79,6 @@ _KNOWN: dict[str, Any] = {
     "builtins.complex": complex,
     "builtins.frozenset": frozenset,
     "builtins.set": set,
-    "__builtin__.set": set,
     "collections.Counter": Counter,
     "collections.OrderedDict": OrderedDict,
     "collections.defaultdict": lambda *args: defaultdict(None),

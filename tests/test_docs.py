@@ -28,11 +28,13 @@ from omegaconf import OmegaConf
 import lightning_mdc as mdc
 from lightning_mdc import compression
 from lightning_mdc.__main__ import _parser
+from lightning_mdc.belonging import complaint
 from lightning_mdc.budget import measuring
 from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.importance import criteria
 from lightning_mdc.importance.calibration import put_together
 from lightning_mdc.importance.training_data import pool_of
+from lightning_mdc.schedule import Schedule
 from lightning_mdc.tokens.reduction import REDUCTIONS
 from lightning_mdc.weights import load_weights
 from tests import strangers
@@ -311,7 +313,7 @@ def slim(restore: bool | None = None) -> torch.nn.Module:
 
 def foreign_pickle() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"state_dict": SimpleNamespace(weights=make().state_dict())}, f"{folder}/a.ckpt")
+        torch.save({"model": make()}, f"{folder}/a.ckpt")
         load_weights(make(), f"{folder}/a.ckpt")
 
 
@@ -331,6 +333,20 @@ def unfinished_sampler() -> None:
     pool_of(torch.utils.data.DataLoader(strangers.Spots(), sampler=sampler), 9, 0)
 
 
+def of_a_callback(ckpt_path: str | None = None) -> None:
+    raise RuntimeError(complaint(ckpt_path, has_plan=True, is_other=True, fits=True))
+
+
+def two_callbacks() -> None:
+    both = [mdc.MultiDimPruneCallback(), mdc.MultiDimPruneCallback(0.5)]
+    trainer: Any = SimpleNamespace(strategy=None, callbacks=both)
+    both[0].setup(trainer, strangers.Stranger(), "fit")
+
+
+def endless() -> None:
+    Schedule("cubic").in_training(lightning.Trainer(max_epochs=-1, logger=False, enable_checkpointing=False))
+
+
 # What leads to the errors of the table in docs/faq.md.
 ERRORS: dict[str, Callable[[], Any]] = {
     "budget=... is below the smallest reachable cost": lambda: mdc.uniform_policy(make("vit"), 0.01),
@@ -347,6 +363,10 @@ ERRORS: dict[str, Callable[[], Any]] = {
     "there is no full feature map to return": lambda: slim(restore=False).forward_intermediates(images()),
     "holds more than weights": foreign_pickle,
     "holds several networks that fit": twins,
+    "holds no state of this callback": lambda: of_a_callback(ckpt_path="a.ckpt"),
+    "the weights of this module are not those that the plan": of_a_callback,
+    "two callbacks prune one model": two_callbacks,
+    "schedule='cubic' with an endless Trainer": endless,
     "size mismatch for blocks.0.attn.qkv.weight": lambda: make().load_state_dict(slim().state_dict()),
     "has to be given, e.g.": lambda: settings("budget=???"),
 }

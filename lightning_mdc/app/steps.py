@@ -59,6 +59,7 @@ from lightning_mdc.policy import DIMENSIONS, Plan, Policy
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
 from lightning_mdc.surgery import compensation
+from lightning_mdc.unpickling import read
 
 log = logging.getLogger(__name__)
 
@@ -369,7 +370,7 @@ def _with_weights(model: nn.Module, weights: nn.Module | Path) -> nn.Module:
     """`weights` themselves, or `model` with those of its student that the checkpoint there holds."""
     if isinstance(weights, nn.Module):
         return weights
-    state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
+    state = read(weights)["state_dict"]
     model.load_state_dict({name.removeprefix("student."): value for name, value in state.items()})
     return model
 
