@@ -146,6 +146,14 @@ def test_what_a_pass_left_in_a_module_is_no_obstacle_and_what_cannot_be_copied_i
         mdc.slim(model, plan_for(model))
 
 
+def test_pricing_shows_hooks_nothing():
+    model, recorder = make(), Recorder()
+    model.head = nn.Sequential(nn.Linear(48, 7))  # what has no formula of its own is counted on a copy
+    model.head.register_forward_hook(recorder)
+    assert mdc.macs(model) == mdc.macs(make())
+    assert recorder.seen == []
+
+
 def test_torch_fx_is_refused_by_name_where_tokens_leave():
     model = make()
     slim = mdc.slim(model, plan_for(model))

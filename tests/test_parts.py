@@ -80,9 +80,16 @@ ALTERED = {
 }
 
 
-@pytest.mark.parametrize(("alter", "why"), ALTERED.values(), ids=ALTERED)
-@pytest.mark.parametrize("path", ["attn.qkv", "mlp.fc2"])
-def test_an_altered_layer_is_named_and_the_rest_is_pruned(alter, why, path):
+PATHS = ("attn.qkv", "mlp.fc2")
+CASES = [
+    pytest.param(path, *ALTERED[case], marks=[] if (i + j) % 2 else pytest.mark.slow, id=f"{case}-{path}")
+    for i, case in enumerate(ALTERED)
+    for j, path in enumerate(PATHS)
+]
+
+
+@pytest.mark.parametrize(("path", "alter", "why"), CASES)
+def test_an_altered_layer_is_named_and_the_rest_is_pruned(path, alter, why):
     model = make()
     block = model.blocks[1]
     owner, name = path.split(".")

@@ -43,7 +43,7 @@ from lightning_mdc.budget.timing import blank_images, settled_memory
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import BudgetError, check_number, check_whole
 from lightning_mdc.models import Anatomy, Block, Units, find_anatomy, probing
-from lightning_mdc.models.swapping import cut_units, original_class, plain_copy
+from lightning_mdc.models.swapping import cut_units, not_copied, original_class, plain_copy
 from lightning_mdc.policy import TOKENS, Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
@@ -376,7 +376,7 @@ class _Blocks:
 
     def _cut(self, original: Block, widths: Sequence[int]) -> Block:
         """A copy with so many units in the first half, and the second if that is said."""
-        block = _without_stage(copy.deepcopy(original))
+        block = _without_stage(copy.deepcopy(original, not_copied(original.module)))
         for units, kept in zip(self.units, widths, strict=False):
             if units is not None:
                 cut_units(block.units[units.dimension], tuple(range(kept)))
@@ -449,7 +449,7 @@ class _OutsideBlocks:
 
     def _alone(self, model: nn.Module) -> Anatomy:
         """Of a copy of the model that runs its last block only, in which no tokens leave."""
-        anatomy = find_anatomy(copy.deepcopy(model))
+        anatomy = find_anatomy(copy.deepcopy(model, not_copied(model)))
         for block in anatomy.blocks[:-1]:
             anatomy.model.set_submodule(block.name, _Skipped())
         return replace(anatomy, blocks=(_without_stage(anatomy.blocks[-1]),))

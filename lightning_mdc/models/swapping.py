@@ -137,7 +137,7 @@ def unmask(model: nn.Module) -> None:
 
 def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy with nothing of it compiled or masked; `memo`, by ``id`` what is in it instead of a copy."""
-    memo = {**_not_copied(model), **(memo or {})}
+    memo = {**not_copied(model), **(memo or {})}
     try:
         copied = copy.deepcopy(model, dict(memo))
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -158,7 +158,7 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     return copied
 
 
-def _not_copied(model: nn.Module) -> dict[int, Any]:
+def not_copied(model: nn.Module) -> dict[int, Any]:
     """By ``id``, what a copy of `model` shares with it: what hooks write to, which its owner reads, and the values of
     what a forward pass left in its modules, without how they came to be."""
     parts = {id(module) for module in model.modules()}

@@ -42,7 +42,7 @@ from lightning_mdc.models.anatomy import (
 )
 from lightning_mdc.models.compiled import unwrap
 from lightning_mdc.models.parts import altered, computes_as, other_than, own_methods, qualified_name
-from lightning_mdc.models.swapping import original_class
+from lightning_mdc.models.swapping import not_copied, original_class
 from lightning_mdc.models.timm_constructor import MLPS, NORMS, build, check_spec, describe, in_chans
 from lightning_mdc.models.timm_fused import fused_block_of
 from lightning_mdc.policy import TOKENS, UNIT_DIMENSIONS, Plan
@@ -427,7 +427,9 @@ def _pool_macs(pool: nn.Module, num_tokens: Any, dim: int) -> Any:
 def counted_macs(module: nn.Module, shape: tuple[int, ...], name: str) -> int:
     """MACs of a part without a formula of its own (a hybrid's CNN stem, a custom head), counted on the meta device."""
     try:
-        stand_in = copy.deepcopy(module).to("meta", torch.float32).eval().requires_grad_(False)
+        stand_in = copy.deepcopy(module, not_copied(module)).to("meta", torch.float32).eval().requires_grad_(False)
+        for part in stand_in.modules():
+            part._forward_hooks.clear()  # other people's are not shown what is no image
         return counted(lambda: stand_in(torch.empty(shape, device="meta")))
     except Exception as error:
         raise UnsupportedModelError(
