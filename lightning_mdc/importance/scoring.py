@@ -276,7 +276,7 @@ class Scorer:
             self._variety.look(images)
         if TOKENS in self.dimensions:
             size = images.shape[-2], images.shape[-1]
-            if not self._variety.has_one_size or self._size not in (None, size):
+            if self._size not in (None, size):  # in a later call, too
                 self._refuse_sizes(f"images of {tuple(images.shape[1:])} after others")
             self._size = size
 
