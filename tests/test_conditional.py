@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError
