@@ -1,6 +1,7 @@
 """A layer that is not the library's own is named, with the reason and a remedy that can be followed."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -71,7 +72,10 @@ ALTERED = {
     "old weight norm": (nn.utils.weight_norm, r"\.weight is made by a WeightNorm .*remove_weight_norm"),
     "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"\.weight is made by a L1U.*prune\.remove"),
     "torchao": (quantised, r"\.weight is a .*Int8, no plain tensor; if it is quantised, prune the model before"),
-    "compiled": (torch.compile, r"is compiled by itself; put the original \(its _orig_mod\) back"),
+    "compiled": (
+        partial(torch.compile, backend="eager"),
+        r"is compiled by itself; put the original \(its _orig_mod\) back",
+    ),
     "forward": (scaled, r"\.forward was replaced on the instance.*del module\.forward"),
     "wrapped": (
         lambda layer: nn.Sequential(layer, nn.Dropout()),

@@ -9,7 +9,7 @@ from torch import nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError, UnsupportedModelError
-from tests.kinds import BASE, NAFLEX_KINDS, images, make, randomised
+from tests.kinds import BASE, NAFLEX_KINDS, everyday, images, make, randomised
 
 
 class Prompts(nn.Module):
@@ -89,7 +89,7 @@ def test_heads_and_neurons_go_on_and_it_is_said_that_prices_do_not_count_them(ca
     assert sum("blocks.0 is given 21 tokens" in line and "prices" in line for line in caplog.messages) == 1
 
 
-@pytest.mark.parametrize("kind", ["any_size", "registers", "deit_distilled"])
+@pytest.mark.parametrize("kind", everyday("any_size", "registers", "deit_distilled"))
 def test_what_a_model_counts_itself_is_taken(kind):
     shape = (8, 3, 16, 64) if kind == "any_size" else (8, 3, 32, 32)
     mdc.score(make(kind), [torch.randn(shape)], progress=False)
