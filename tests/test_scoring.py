@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import tv_tensors
 
 import lightning_mdc as mdc
-from lightning_mdc.errors import CalibrationError
+from lightning_mdc.errors import CalibrationError, UnsupportedModelError
 from lightning_mdc.importance import Calibration, Criterion, Scorer, UnitGroup, as_criterion, criteria, register
 from lightning_mdc.models import find_anatomy
 from tests.kinds import CLASSES, images, make
@@ -527,6 +527,21 @@ def test_a_call_of_a_method_beside_one_of_the_whole_counts() -> None:
     torch.testing.assert_close(ours.neurons[1], (both[0].neurons[1] + both[1].neurons[1]) / 2)
 
 
+def test_positions_of_crops_of_several_sizes_are_refused() -> None:
+    class Crops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make("any_size")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + self.net(x[..., :16, :16])
+
+    module, x = Crops(), images(8)
+    with pytest.raises(CalibrationError, match=r"images of \(3, 16, 16\) after others"):
+        mdc.score(module, [x], "activation", dimensions=("tokens",), progress=False)
+    mdc.score(module, [x], "activation", dimensions=("heads", "neurons"), progress=False)
+
+
 # --- what logits say --------------------------------------------------------------------------------------------------
 
 
@@ -599,14 +614,14 @@ def test_several_sizes_are_scored_where_no_grid_is_in_the_way() -> None:
     ("batch", "reason"),
     [
         (images(8).to(torch.uint8), "torch.uint8"),
-        (images(8)[:, :1], "expected input"),
+        (images(8)[:, :1], r"images are \(8, 1, 32, 32\)"),
         (torch.randn(8, 3, 40, 40), "40"),
         (torch.randn(8, 4, 3, 32, 32), "cannot be run on a batch"),
     ],
     ids=["bytes", "grey", "size", "clips"],
 )
 def test_what_the_model_cannot_take_is_said_with_its_shape(batch: Tensor, reason: str) -> None:
-    with pytest.raises(CalibrationError, match=reason):
+    with pytest.raises((CalibrationError, UnsupportedModelError), match=reason):
         mdc.score(make(), [batch], progress=False)
 
 

@@ -275,9 +275,10 @@ class Scorer:
         if len(self._pass.calls) == 1 and self._pass.prediction is None:
             self._variety.look(images)
         if TOKENS in self.dimensions:
-            if not self._variety.has_one_size:
+            size = images.shape[-2], images.shape[-1]
+            if self._size not in (None, size):  # in a later call, too
                 self._refuse_sizes(f"images of {tuple(images.shape[1:])} after others")
-            self._size = images.shape[-2], images.shape[-1]
+            self._size = size
 
     def _refuse_sizes(self, what: str) -> NoReturn:
         raise CalibrationError(

@@ -13,21 +13,15 @@ class Variety:
     """In what the images differ that were looked at."""
 
     def __init__(self) -> None:
-        self._sizes: set[torch.Size] = set()
         self._distinct: set[int] = set()
         self._count = 0
         self._are_flat = True
-
-    @property
-    def has_one_size(self) -> bool:
-        return len(self._sizes) <= 1
 
     def look(self, images: Tensor) -> None:
         """At images (n, ..., channels, height, width); those of one pixel stand for something else."""
         if images.ndim < 4 or images.shape[-2:].numel() == 1:
             return
         self._count += len(images)
-        self._sizes.add(images.shape[1:])
         self._are_flat = self._are_flat and bool((images == images[..., :1, :1]).all())
         for image in images.detach().cpu():
             self._distinct.add(zlib.crc32(image.contiguous().flatten().view(torch.uint8).numpy()))
