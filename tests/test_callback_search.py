@@ -397,7 +397,7 @@ def test_two_ranks_share_the_work_and_end_with_one_plan(data: str, tmp_path: Pat
         ({"evaluate": 3}, "evaluate=3: expected a function"),
         ({"compensate": "mean"}, "compensate='mean'"),
         ({"prediction": 3}, "prediction=3"),
-        ({"policy": "best"}, "cannot be read"),
+        ({"policy": "best"}, "policy='best': expected"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

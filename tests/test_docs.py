@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.strategies import FSDPStrategy
 from omegaconf import OmegaConf
+from torch.nn.utils.parametrizations import spectral_norm
 
 import lightning_mdc as mdc
 from lightning_mdc import compression
@@ -34,12 +35,15 @@ from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.importance import criteria
 from lightning_mdc.importance.calibration import put_together
 from lightning_mdc.importance.training_data import pool_of
+from lightning_mdc.models import find_anatomy
 from lightning_mdc.schedule import Schedule
 from lightning_mdc.tokens.reduction import REDUCTIONS
 from lightning_mdc.weights import load_weights
 from tests import strangers
 from tests.kinds import POST_NORM, images, make
 from tests.test_configs import settings
+from tests.test_parts import LoRA
+from tests.test_scoring import Views
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -348,25 +352,73 @@ def endless() -> None:
 
 
 # What leads to the errors of the table in docs/faq.md.
+def crops() -> None:
+    """A module that sees two crops of every image in one call."""
+    model = Views(make(), "crops")
+    mdc.score(model, [images(8)], "hsic", prediction=lambda output: output.softmax(-1))
+
+
+def altered(alter: Callable[[torch.nn.Module], torch.nn.Module], dimension: str) -> None:
+    """A model in whose way something is, in every block."""
+    model = make()
+    for block in model.blocks:
+        block.attn.qkv = alter(block.attn.qkv)
+    find_anatomy(model).require([dimension])
+
+
+def shared() -> None:
+    model = make()
+    model.blocks = torch.nn.Sequential(*[model.blocks[0]] * 3)
+    mdc.score(model, [images()])
+
+
+def replaced() -> None:
+    model = make()
+    model.forward = partial(type(model).forward, model)  # type: ignore[method-assign]
+    find_anatomy(model).require(["tokens"])
+
+
+def prompted() -> None:
+    model = make()
+    model.patch_drop.register_forward_hook(lambda module, args, output: output[:, ::2])
+    mdc.score(model, [images()])
+
+
+def of_another_depth() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mdc.save(slim(), folder)
+        mdc.load(folder, model=make("parallel"))
+
+
 ERRORS: dict[str, Callable[[], Any]] = {
     "budget=... is below the smallest reachable cost": lambda: mdc.uniform_policy(make("vit"), 0.01),
     "holds no supported vision transformer": lambda: mdc.macs(torch.nn.Linear(2, 2)),
     "holds 2 vision transformers": lambda: mdc.macs(two_models()),
     "is no float tensor (images, ...)": lambda: mdc.score(make(), [images()], "hsic", prediction=lambda y: [y]),
     "a batch is dict": lambda: mdc.score(make("vit"), [{"pixel_values": images()}]),
+    "labels -1 to 6, but the model has 7 classes": lambda: mdc.score(
+        make(), [(images(8), torch.arange(8) - 1)], "taylor"
+    ),
+    "images in a call, of which ... predictions were made": crops,
     "but no usable batch was given": lambda: mdc.score(make("vit"), [images(2)]),
     "are too small to score on, and cannot be put together": lambda: put_together([images(2), images(2, 16)], 4),
     "cannot be copied": unfinished_sampler,
     "cannot lose tokens": lambda: mdc.uniform_policy(POST_NORM(), 0.9, ["tokens"]),
+    "is a ..., an adapter around a Linear layer": lambda: altered(LoRA, "heads"),
+    "has a parametrization": lambda: altered(spectral_norm, "heads"),
+    "... is of blocks.0... and of blocks.1...": shared,
+    "was replaced on the instance": replaced,
+    "is given ... tokens, but": prompted,
+    "was saved of a model with ...": of_another_depth,
     "shards parameters": under_fsdp,
     "cannot be expressed by constructor arguments": lambda: mdc.save(with_a_head_of_its_own(), "x"),
     "there is no full feature map to return": lambda: slim(restore=False).forward_intermediates(images()),
     "holds more than weights": foreign_pickle,
-    "holds several networks that fit": twins,
     "holds no state of this callback": lambda: of_a_callback(ckpt_path="a.ckpt"),
     "the weights of this module are not those that the plan": of_a_callback,
     "two callbacks prune one model": two_callbacks,
     "schedule='cubic' with an endless Trainer": endless,
+    "holds several networks that fit": twins,
     "size mismatch for blocks.0.attn.qkv.weight": lambda: make().load_state_dict(slim().state_dict()),
     "has to be given, e.g.": lambda: settings("budget=???"),
 }

@@ -434,7 +434,6 @@ class Scorer:
                 f"criterion={self.criterion.name!r} needs images, but no usable batch was given; pass batches of at "
                 f"least {self.needs.images} images, e.g. a DataLoader"
             )
-        self._variety.warn("calibration", "scores say nothing about images that differ")
         blocks = {d: len(self.stages if d == TOKENS else self.anatomy.units(d)) for d in self.dimensions}
         values: dict[str, Any] = {d: [torch.zeros(0) for _ in range(blocks.get(d, 0))] for d in DIMENSIONS}
         for name, group in self.groups.items():
@@ -456,6 +455,7 @@ class Scorer:
         stages = self.stages if TOKENS in self.dimensions else ()
         moments = self._moments.moments(images) if self.needs.moments else None
         grid = None if self._size is None else self.anatomy.grid_of(self._size)
+        self._variety.warn("calibration", "scores say nothing about images that differ")
         rest: dict[str, Any] = {"stages": stages, "images": images, "moments": moments, "grid": grid}
         return Scores(**values, criterion=self.criterion.name, **rest)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+
+from lightning_mdc.distributed import rank
 
 
 class Variety:
@@ -38,4 +40,6 @@ class Variety:
         are = f"all {self._count} {of} images are {'alike' if self.are_alike else 'of one colour each'}"
         if not (self.are_alike or self._are_flat):
             are = f"of {self._count} {of} images only {len(self._distinct)} differ"
-        rank_zero_warn(f"{are}: {consequence}; look at what the loader gives, and at the normalisation")
+        if rank() == 0:
+            words = f"{are}: {consequence}; look at what the loader gives, and at the normalisation"
+            warnings.warn(words, stacklevel=3)
