@@ -40,6 +40,7 @@ def test_int8_of_a_slim_model_is_close_and_comes_back(reduction, tmp_path):
         mdc.save(int8, tmp_path / "int8")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("reduction", ["fuse", "drop", "merge"])
 def test_a_program_of_executorch_computes_what_the_slim_model_does(reduction, tmp_path):
