@@ -48,6 +48,7 @@ def run_program(path: Path, batch: Tensor) -> Tensor:
     return torch.export.load(path).module()(batch)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_programs_equal_the_model_at_any_batch(kind, tmp_path):

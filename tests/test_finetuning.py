@@ -21,6 +21,8 @@ from lightning_mdc.app.trainer import BestEpoch
 from lightning_mdc.distillation import DistillationModule
 from tests.test_train import settings
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 # A recipe that wrecks any network.
 WRECKS = ("distillation.recipe=scratch", "distillation.optimizer.opt=sgd", "distillation.optimizer.lr=1000")
 DATA = ("data.val_fraction=0.1", "data.augment=false")

@@ -379,6 +379,7 @@ def test_a_class_of_ones_own_is_taken_if_it_computes_the_same() -> None:
     assert "vit.layers.1.mlp.fc1 is a torch" in find_anatomy(model).blocks[1].reasons["neurons"]
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_by_who_has_it() -> None:
     program = "import sys, lightning_mdc.models; print('transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"

@@ -198,6 +198,7 @@ def shallow(kind: str = "vit") -> nn.Module:
 COMPILED_KINDS = everyday("deit_distilled", "vit", "average_pool", "rms_norms")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPILED_KINDS)
 @torch.no_grad()
 def test_slim_models_compile_whole_and_export(kind: str) -> None:

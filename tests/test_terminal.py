@@ -26,6 +26,8 @@ from tests.processes import program
 from tests.processes import script as train
 from tests.test_train import ROOT, TINY, script, settings
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 # Anything but printable characters and line ends.
 CONTROL = re.compile(r"[^\x20-\x7e\n\u00a0-\uffff]")
 

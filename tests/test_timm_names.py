@@ -22,29 +22,21 @@ KINDS = (
     "deit_tiny_distilled_patch16_224",
     "vit_base_patch16_rpn_224",  # post-norm
     "vit_base_patch16_siglip_224",  # attention pooling
-    "beit3_base_patch16_224",  # norms over heads and neurons
     "vit_tiny_r_s16_p8_224",
-    "vit_small_resnet50d_s16_224",
-    "vit_base_mci_224",
     "vitamin_small_224",
     "vit_dwee_patch16_reg1_gap_256",  # differential attention
     "vit_pe_core_tiny_patch16_384",  # attention pooling
     "vit_small_patch16_rope_mixed_224",
-    "vit_small_plus_patch16_dinov3_qkvb",
     "t2t_vit_7",
-    "t2t_vit_t_14",
     "swin_tiny_patch4_window7_224",
     "swin_s3_tiny_224",  # windows of two sizes
-    "swinv2_tiny_window8_256",
     "beit_base_patch16_224",
     "vit_relpos_small_patch16_rpn_224",
-    "vit_srelpos_small_patch16_224",  # all blocks share a bias
     "pit_ti_distilled_224",
     "samvit_base_patch16_224",
     "hiera_tiny_224",
     "naflexvit_base_patch16_radio_v3",
     "pvt_v2_b0",
-    "crossvit_9_240",
     "qwen3_vit_88m_enc",  # as wide as its tag says
 )
 

@@ -34,6 +34,8 @@ from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity
 from tests.test_train import ROOT, TINY, script, settings
 from tests.wandb_file import OfflineRun, read
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 TRAININGS = ("dense", "finetuned/seed0", "finetuned/seed1", "reference/seed0")
 
 
@@ -221,7 +223,6 @@ def test_curves_are_csv_files_too(folder):
     assert {"step", "train/task", "train/kd", "train/task_step", "train/kd_step", "lr-Muon/pg1"} <= set(header)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(folder, run, tmp_path):
     """After the tests of the finished run: it adds to its folder."""
     import shutil
@@ -472,7 +473,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, recorder, caplog):
     assert warned == ["csv", "tensorboard", "wandb"]
 
 
-@pytest.mark.slow
 def test_a_server_that_cannot_be_reached(tmp_path):
     """One warning, with the folder to upload later; and nothing asks for a key, though there is none to be had."""
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0123456789" * 4, "WANDB_MODE": "online"}

@@ -38,6 +38,8 @@ from tests.kinds import CLASSES, make
 from tests.kinds import images as pictures
 from tests.processes import two_ranks
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 CONSTANT_SGD = {"optimizer": {"opt": "sgd", "lr": 0.01, "weight_decay": 0.0}, "schedule": {"sched": "none"}}
 
 
@@ -160,7 +162,6 @@ def test_masks_come_off_when_the_masked_pass_fails() -> None:
     assert not is_masked(model)
 
 
-@pytest.mark.slow
 def test_sharing_makes_masked_models_better_where_dense_training_does_not() -> None:
     data = DigitsDataModule(augment=False, max_train_images=64).splits
     images, labels = data.train.images, torch.tensor(data.train.labels)
