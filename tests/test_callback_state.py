@@ -90,8 +90,15 @@ def said() -> Iterator[Callable[[], list[str]]]:
 # --- a checkpoint without a state of ours -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["weights", "others"])
-@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("weights", "test"),
+        ("others", "predict"),
+        pytest.param("weights", "validate", marks=pytest.mark.slow),
+        pytest.param("others", "test", marks=pytest.mark.slow),
+    ],
+)
 def test_looking_at_a_checkpoint_without_a_plan_says_that_the_model_is_dense(
     name: str, stage: str, fit: Fit, said: Callable[[], list[str]]
 ) -> None:
