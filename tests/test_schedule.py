@@ -47,7 +47,6 @@ ACCUMULATED = [GradientAccumulationScheduler({0: 1, 2: 5})]  # 5, 5, 1, 1, ... s
         ({"max_epochs": 9, "max_steps": 30, "num_training_batches": math.inf}, None, None),
         ({}, None, None),
     ],
-    ids=str,
 )
 def test_the_nearest_limit_counts(given: dict[str, Any], epochs: int | None, steps: int | None) -> None:
     assert training_length(limits(**given), "epoch") == epochs
