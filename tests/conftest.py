@@ -11,9 +11,11 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 # What takes longest comes first: two processes, each of which takes the next file when it has done one, then end at
-# about the same time.
-LONGEST = ("sweeper", "tracking", "search", "train", "surgery", "callback", "export", "install", "gp_ei", "t2t_vit")
-LONGEST += ("distributed_run", "distillation", "report", "artifact", "weight_sharing", "docs", "terminal")
+# about the same time. What forks comes before what uses autograd in ways after which torch refuses it in forks.
+LONGEST = ("sweeper", "search", "callback", "callback_search", "data_processes", "distillation_processes")
+LONGEST += ("training_data", "conditional", "distributed", "weight_sharing", "terminal", "study", "data_loading")
+LONGEST += ("tracking", "train", "docs", "export", "surgery", "families", "install", "gp_ei", "t2t_vit", "dashboards")
+LONGEST += ("distributed_run", "distillation", "report", "artifact")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
