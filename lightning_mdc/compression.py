@@ -292,6 +292,9 @@ class Compressed:
     scores: Scores
     search: SearchResult | None
 
+    def __repr__(self) -> str:
+        return f"Compressed({type(self.model).__name__}, {self.policy})"  # scores and plan are long
+
 
 def compress(
     model: nn.Module,

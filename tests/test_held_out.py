@@ -205,3 +205,17 @@ def test_images_that_are_all_alike_are_warned_of() -> None:
 def test_bytes_are_no_images() -> None:
     with pytest.raises(CalibrationError, match=r"cannot be run on a batch .* of torch.uint8"):
         HeldOut([(X.to(torch.uint8), LABELS)])(make())
+
+
+def test_a_module_around_the_transformer_is_not_compared_with_the_transformer_alone() -> None:
+    model = Ending(torch.sigmoid)
+    judge = HeldOut(batches(LABELS), "kl", dense=model)
+    assert judge(model) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(SearchError, match=r"holds the vision transformer.*the transformer itself as dense="):
+        judge(model.net)
+
+
+def test_labels_of_several_classes_that_are_floats_are_told_what_to_become() -> None:
+    metric = of_classes.MultilabelAveragePrecision(CLASSES)
+    with pytest.raises(SearchError, match=r"make labels integers, labels\.long\(\)"):
+        HeldOut(batches(torch.rand(40, CLASSES).round()), metric)(Ending(torch.sigmoid))

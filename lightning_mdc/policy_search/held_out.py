@@ -21,6 +21,7 @@ from lightning_mdc.importance.calibration import num_images
 from lightning_mdc.importance.scoring import run_on
 from lightning_mdc.importance.variety import Variety
 from lightning_mdc.models import (
+    Anatomy,
     Prediction,
     check_unmasked,
     evaluating,
@@ -154,6 +155,8 @@ class HeldOut(Judge):
         self.labels = None if labels is None else labels[of_this_rank].to(self.images.device)
         self._classes = None if classes is None else classes[of_this_rank].to(self.images.device)
         self._range = (0, 0) if classes is None else (int(classes.min()), int(classes.max()))  # on all ranks
+        anatomy = None if dense is None else _anatomy_in(dense)
+        self._dense_holds_it = anatomy is not None and anatomy.model is not dense
         self._closeness: Closeness | None = None
         if dense is not None:
             says = partial(self._dense_output, dense)
@@ -202,6 +205,12 @@ class HeldOut(Judge):
             raise SearchError(
                 f"metric={self.metric!r} needs classes, but what {type(model).__name__} puts out are features; pass "
                 "metric='kl' with dense=, which compares outputs, or prediction=, which makes probabilities of them"
+            )
+        if self._dense_holds_it and getattr(_anatomy_in(model), "model", None) is model:
+            raise SearchError(
+                f"dense= is a module that holds the vision transformer, and what is judged is a {type(model).__name__} "
+                "alone, whose output is another; pass the transformer itself as dense=, or judge within the module, as "
+                "compress and the callback do by themselves"
             )
         if isinstance(self.metric, Metric):
             self.metric.to(self.images.device).reset()
@@ -259,8 +268,9 @@ class HeldOut(Judge):
             assert labels is not None
             raise SearchError(
                 f"metric={metric!r} cannot be computed of labels {tuple(labels.shape)} of {labels.dtype}, "
-                f"{labels.min().item():g} to {labels.max().item():g}: {str(error).strip().partition(chr(10))[0]}; pass "
-                "prediction=, which makes of the model's output what the metric reads, or another metric"
+                f"{labels.min().item():g} to {labels.max().item():g}: {str(error).strip().partition(chr(10))[0]}; "
+                + ("make labels integers, labels.long(), or " if labels.is_floating_point() else "")
+                + "pass prediction=, which makes of the model's output what the metric reads, or another metric"
             ) from error
 
     def _dense_output(self, dense: nn.Module, batch: int) -> Any:
@@ -348,19 +358,22 @@ def running_as_written(module: nn.Module) -> Iterator[None]:
 
 def _gives_logits(model: nn.Module, run: Callable[[], Any]) -> bool:
     """Whether what `run` makes `model` put out are logits; those of what holds no vision transformer are."""
+    anatomy = _anatomy_in(model)
+    return anatomy is None or gives_logits(anatomy, run)
+
+
+def _anatomy_in(model: nn.Module) -> Anatomy | None:
+    """Of the vision transformer in `model`, if there is one."""
     try:
-        return gives_logits(find_anatomy(model), run)
+        return find_anatomy(model)
     except UnsupportedModelError:
-        return True
+        return None
 
 
 def _is_headless(model: nn.Module) -> bool:
     """Whether `model` is a vision transformer without a classifier. A module around one may have its own."""
-    try:
-        anatomy = find_anatomy(model)
-    except UnsupportedModelError:
-        return False
-    return anatomy.model is model and not anatomy.classifies
+    anatomy = _anatomy_in(model)
+    return anatomy is not None and anatomy.model is model and not anatomy.classifies
 
 
 def _are_sigmoids(output: Tensor) -> bool:
