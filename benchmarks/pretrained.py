@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/pretrained.py --quick                        # on digits: trains the dense model first
 
 The folder holds CIFAR-10 as ``cifar10-train.tar`` and ``cifar10-test.tar``, which timm reads, and the ViT-S/14 of timm
-that was finetuned on it at 98 px, `WEIGHTS`; docs/benchmarks.md says how that was made. Every row cuts the dense model
+that was finetuned on it at 98 px, `WEIGHTS`. Every row cuts the dense model
 to a share of its MACs, or by pairs of ratios that others have published: each criterion with each compensation, options
 of ours, each dimension alone, in pairs and all three, uniform and searched, and Torch-Pruning. A seed draws the
 calibration images and is that of the search, which judges on training images that the dense model has not seen. All
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import digits_run, spread
 from matplotlib.figure import Figure
-from pages import folder_of, write_pages
+from pages import folder_of
 from safetensors.torch import load_file
 from targets import Target, verdicts
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--judging", type=int, default=1000, help="images of a search (default: %(default)s)")
     parser.add_argument("--test-images", type=int, default=2000, help="at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
-    parser.add_argument("--quick", action="store_true", help="digits, one budget, one seed; pages stay as they are")
+    parser.add_argument("--quick", action="store_true", help="digits, one budget, one seed")
     parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     asked = parser.parse_args()
     if asked.threads:
@@ -179,8 +179,6 @@ def main() -> None:
     found = json.loads(path.read_text())
     print(text(found))
     save_figure(figure(found), results / "pretrained.png")
-    if not asked.quick:
-        write_pages("pretrained", found)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

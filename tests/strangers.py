@@ -58,6 +58,17 @@ class Stranger(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
+class Twins(Stranger):
+    """Has two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = network(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x) + self.other(x)
+
+
 class Spots(Dataset[tuple[Tensor, int]]):
     """Where is the bright spot? Five places; fixed images."""
 

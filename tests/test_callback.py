@@ -26,7 +26,7 @@ from lightning_mdc.errors import BudgetError, CalibrationError, CallbackError, P
 from lightning_mdc.importance import Calibration, Scorer
 from lightning_mdc.surgery import is_masked
 from tests.processes import two_ranks
-from tests.strangers import Spots, Stranger, loader, network, train_ddp, trainer
+from tests.strangers import Spots, Stranger, Twins, loader, network, train_ddp, trainer
 
 ROOT = Path(mdc.__file__).parents[1]
 
@@ -442,14 +442,6 @@ def test_several_loaders_and_taylor(tmp_path: Path) -> None:
 
 
 def test_two_models_in_one_module(tmp_path: Path) -> None:
-    class Twins(Stranger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other = network(1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.encoder(x) + self.other(x)
-
     module = Twins()
     with pytest.raises(UnsupportedModelError, match=r"encoder .*other"):
         trainer(tmp_path, uniform(0.5)).fit(module, loader())

@@ -17,7 +17,7 @@ import lightning_mdc as mdc
 from lightning_mdc.errors import CallbackError
 from lightning_mdc.gp_ei.study import read_study
 from lightning_mdc.surgery import is_masked
-from tests.strangers import Stranger, loader, network, trainer
+from tests.strangers import Stranger, Twins, loader, network, trainer
 
 QUICK: dict[str, Any] = {"limit_train_batches": 1, "limit_test_batches": 1}
 
@@ -333,14 +333,6 @@ def test_two_callbacks_on_one_model_are_refused_in_our_words(two: Callable[[], A
 
 
 def test_two_callbacks_on_two_models_keep_their_plans_apart(tmp_path: Path) -> None:
-    class Twins(Stranger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other = network(1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.encoder(x) + self.other(x)
-
     def both() -> tuple[mdc.MultiDimPruneCallback, ...]:
         return quick(submodule="encoder"), quick(mdc.Policy(heads=0.5), submodule="other")
 

@@ -147,7 +147,7 @@ class HeldOut(Judge):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         of_this_rank = order[rank() :: world_size()]
         self.metric: str | Metric = metric if isinstance(metric, Metric) else str(name)
-        self._is_of_classes = name in ("accuracy", "loss")  # a torchmetrics Metric answers == with a Metric
+        self._name = name
         if self._is_of_classes and labels is not None:
             classes = class_numbers(labels, len(images), otherwise=_OTHERWISE, **self._who)
         self.batch_size, self.num_images, self.prediction = batch_size, len(images), prediction
@@ -173,6 +173,10 @@ class HeldOut(Judge):
     @property
     def _who(self) -> dict[str, Any]:
         return {"error": SearchError, "who": f"metric={self.metric!r}"}
+
+    @property
+    def _is_of_classes(self) -> bool:
+        return self._name in ("accuracy", "loss")
 
     @property
     def _num_batches(self) -> int:
@@ -201,12 +205,14 @@ class HeldOut(Judge):
         """Images, the sum of their values, how many are right, and their errors; float64, on the CPU. A torchmetrics
         metric has no value per image: it is updated."""
         sums = torch.zeros(3 + (0 if self._closeness is None else self._closeness.num_errors), dtype=torch.float64)
-        if self._is_of_classes and self.prediction is None and _is_headless(model):
+        anatomy = _anatomy_in(model)
+        bare = anatomy if anatomy is not None and anatomy.model is model else None  # no module around it, with a head
+        if self._is_of_classes and self.prediction is None and bare is not None and not bare.classifies:
             raise SearchError(
                 f"metric={self.metric!r} needs classes, but what {type(model).__name__} puts out are features; pass "
                 "metric='kl' with dense=, which compares outputs, or prediction=, which makes probabilities of them"
             )
-        if self._dense_holds_it and getattr(_anatomy_in(model), "model", None) is model:
+        if self._dense_holds_it and bare is not None:
             raise SearchError(
                 f"dense= is a module that holds the vision transformer, and what is judged is a {type(model).__name__} "
                 "alone, whose output is another; pass the transformer itself as dense=, or judge within the module, as "
@@ -237,7 +243,7 @@ class HeldOut(Judge):
             check_classes(*self._range, found.shape[1], otherwise=_OTHERWISE, **self._who)
             if len(found) != len(classes):
                 raise SearchError(f"metric={self.metric!r}: {len(found)} predictions of {len(classes)} labelled images")
-            if self.metric == "loss" and self.prediction is None and _are_sigmoids(read(output)):
+            if self._name == "loss" and self.prediction is None and _are_sigmoids(read(output)):
                 raise SearchError(
                     "metric='loss': the model's output is between 0 and 1 and no distribution over classes (a "
                     "sigmoid?); pass prediction=, which makes probabilities of it, or a torchmetrics Metric"
@@ -248,7 +254,7 @@ class HeldOut(Judge):
             return torch.tensor([0.0, math.nan], dtype=torch.float64)
         right = (found.argmax(dim=1) == classes).double()
         certain = found.gather(1, classes[:, None])[:, 0].double()
-        values = certain if self.metric == "loss" else right + certain.exp() / (self.num_images + 1)
+        values = certain if self._name == "loss" else right + certain.exp() / (self.num_images + 1)
         return torch.stack([values.sum(), right.sum()]).cpu()
 
     def _update(self, metric: Metric, output: Any, labels: Tensor | None) -> None:
@@ -368,12 +374,6 @@ def _anatomy_in(model: nn.Module) -> Anatomy | None:
         return find_anatomy(model)
     except UnsupportedModelError:
         return None
-
-
-def _is_headless(model: nn.Module) -> bool:
-    """Whether `model` is a vision transformer without a classifier. A module around one may have its own."""
-    anatomy = _anatomy_in(model)
-    return anatomy is not None and anatomy.model is model and not anatomy.classifies
 
 
 def _are_sigmoids(output: Tensor) -> bool:
