@@ -5,8 +5,8 @@
     .venv/bin/python benchmarks/pretrained.py --quick                        # on digits: trains the dense model first
 
 The folder holds CIFAR-10 as ``cifar10-train.tar`` and ``cifar10-test.tar``, which timm reads, and the ViT-S/14 of timm
-that was finetuned on it at 98 px, `WEIGHTS`. Every row cuts the dense
-model to a share of its MACs, or by pairs of ratios that others have published: each criterion with each compensation, options
+that was finetuned on it at 98 px, `WEIGHTS`. Every row cuts the dense model
+to a share of its MACs, or by pairs of ratios that others have published: each criterion with each compensation, options
 of ours, each dimension alone, in pairs and all three, uniform and searched, and Torch-Pruning. A seed draws the
 calibration images and is that of the search, which judges on training images that the dense model has not seen. All
 rows are tested on the same images, so that differences are paired.
