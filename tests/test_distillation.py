@@ -525,6 +525,7 @@ def test_the_students_own_form_is_kept(tmp_path):
     assert student.grad_checkpointing is True
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_is_validated_saved_and_left(tmp_path):
     decay, steps = 0.9, []
     student, teacher = slimmed(), tiny(1)

@@ -260,7 +260,13 @@ def prepared(models, tmp_path, monkeypatch, registries) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+SLOW_PAGES = ("faq.md",)  # two exports
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW_PAGES), id=page.name) for page in WRITTEN],
+)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, prepared, monkeypatch):
     monkeypatch.setattr(compression, "N_TRIALS", 3)  # where a page leaves it at the default
     monkeypatch.setattr(measuring, "_MOST_ROUNDS", 3)  # 30 s otherwise

@@ -217,6 +217,7 @@ def test_the_seed_decides() -> None:
     assert searched(small(0), 9) != searched(small(1), 9)
 
 
+@pytest.mark.slow
 def test_told_again_it_goes_on_the_same_way() -> None:
     """63 and more: the kernel is then fitted to the first 60 only, whenever that happens."""
     space = Space([Axis(name, 0, 1, step=0.01) for name in ("a", "b", "c")])
@@ -298,6 +299,7 @@ def test_failures_never_reach_the_process(failed: float | None, monkeypatch: pyt
     assert math.isfinite(search.best.value)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_where_trials_fail_is_avoided() -> None:
     """Half of the space fails; the best point of the other half is far from the edge."""
     early, late = [], []

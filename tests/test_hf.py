@@ -21,7 +21,7 @@ from lightning_mdc.models import find_anatomy, prediction_in
 from lightning_mdc.policy_search.sensitivity import measure_sensitivity
 from lightning_mdc.tokens.surviving_patches import surviving_patches
 from tests.family_suite import assert_exported, random_plan
-from tests.kinds import everyday, randomised
+from tests.kinds import randomised
 from tests.strangers import SIDE, Spots, loader, trainer
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -170,7 +170,8 @@ def test_a_decoder_behind_a_backbone_sees_the_dense_grid() -> None:
     torch.testing.assert_close(model(x), masked, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("suffix", everyday("pt2", "onnx"))
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 def test_it_is_exported(suffix: str, tmp_path: Path) -> None:
     from tests.test_hf_vit import make
 

@@ -68,6 +68,7 @@ def test_mdc_of_a_wheel_runs_in_any_folder(tmp_path, installed):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_slim_model_loads_where_nothing_is_known_but_the_wheel(tmp_path, installed):
     """No training code, no tests, and no more of ours than it takes: neither Lightning nor Hydra."""
     model = make()

@@ -108,6 +108,7 @@ def test_all_settings_are_explained_where_they_are_defined():
     assert [lines[i] for i in settings if not lines[i - 1].lstrip().startswith("#")] == []
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_without_torch(tmp_path, wheel, app):
     python = environment(tmp_path / "venv", "hydra-core", "scikit-optimize")
     pip(python, "--no-index", wheel)

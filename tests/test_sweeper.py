@@ -870,7 +870,8 @@ def test_all_launchers_come_to_the_same(tmp_path, in_one_process, launcher):
     assert len(processes) >= 2
 
 
-@pytest.mark.parametrize("kind", ["exit", pytest.param("kill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["exit", "kill"])
 def test_when_a_worker_dies_the_rest_is_recovered(tmp_path, kind):
     given = (*XY, "hydra.sweeper.n_jobs=2", *JOBLIB, f"trouble=[{kind}-1]", f"lab={tmp_path}")
     printed = finished(start(tmp_path / "out", *given, "hydra.sweeper.max_failure_rate=0.5", n_trials=4))

@@ -57,8 +57,11 @@ def altered(name: str, module: nn.Module, kinds: tuple[type, ...], linears: Iter
     """What is in the way in the part called `name`, if it is not as one of `kinds` is, or one of its children with the
     names `linears` is no Linear layer; None if nothing is."""
     if not computes_as(module, kinds):
-        known = " or ".join(f"{_library(kind)} {kind.__name__}" for kind in kinds)
-        return other_than(name, module, f"{known} with its own forward")
+        by_library: dict[str, list[str]] = defaultdict(list)
+        for kind in kinds:
+            by_library[_library(kind)].append(kind.__name__)
+        known = (f"{library} {' or '.join(names)}" for library, names in by_library.items())
+        return other_than(name, module, f"{' or '.join(known)} with its own forward")
     return unlike_linear(name, module, linears)
 
 

@@ -46,6 +46,7 @@ def as_timm_writes_it(anatomy: Anatomy, recipe: Mapping[str, Any], cfg: Mapping[
     of_weights = {key: value for key, value in cfg.items() if key not in ("architecture", "num_classes", *LABELS)}
     if tuple(cfg.get("input_size", anatomy.input_size)) != anatomy.input_size:  # these are for another size
         of_weights = {key: value for key, value in of_weights.items() if key not in ("test_input_size", "pool_size")}
+    made_for_a_size = "img_size" in ((recipe["constructor"] or {}).get("args") or {})  # else timm has none to hand over
     heads = [name.removesuffix(".") for name in classifiers_of(model)]
     pool = getattr(model, "global_pool", None)
     return {
@@ -56,7 +57,7 @@ def as_timm_writes_it(anatomy: Anatomy, recipe: Mapping[str, Any], cfg: Mapping[
         "model_args": dict(recipe),
         "pretrained_cfg": {
             "classifier": heads[0] if len(heads) == 1 else heads,
-            "fixed_input_size": not getattr(model, "dynamic_img_size", False),
+            "fixed_input_size": made_for_a_size and not getattr(model, "dynamic_img_size", False),
             **of_weights,
             "input_size": list(anatomy.input_size),
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 import tempfile
@@ -125,8 +126,10 @@ class WandbTracker(Tracker):
             return opened(mode="online")
         except Exception as error:  # the network, the server, the key: there is more than one class for each
             reason = " ".join(str(error).split())[:200]
-        # The service still holds the id of the run that could not be started.
+        # The service still holds the id of the run that could not be started. It may be a parent process's, which goes
+        # on: the next `setup` then begins one of our own.
         wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
         wandb.setup(settings)
         try:
             run = opened(mode="offline")
