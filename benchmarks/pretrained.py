@@ -23,7 +23,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -187,13 +187,18 @@ def main() -> None:
 class Benchmark:
     """The dense model, its images, and what is asked of them."""
 
-    def __init__(self, asked: argparse.Namespace) -> None:
+    def __init__(self, asked: argparse.Namespace, further: Mapping[str, Any] | None = None) -> None:
+        """`further`: options beside those of a slim model, of which other rows come."""
         self.asked = asked
         self.dense, self.data, self.name = from_digits() if asked.quick else from_folder(asked.data)
-        self.options = {key: getattr(asked, key) for key in ("calibration", "judging", "trials", "test_images")}
-        mark = fingerprint_of(self.options, {"model": self.name})
-        self.work: Path = asked.work / f"{self.name}-{mark[:12]}"
-        self.work.mkdir(parents=True, exist_ok=True)
+        searched = {key: getattr(asked, key) for key in ("calibration", "judging", "trials")}
+        self.options = {**searched, "test_images": asked.test_images, **(further or {})}
+        self.work, self.searches = (
+            asked.work / f"{self.name}{what}-{fingerprint_of(options, {'model': self.name})[:12]}"
+            for what, options in (("", self.options), ("-searches", searched))
+        )
+        for folder in (self.work, self.searches):
+            folder.mkdir(parents=True, exist_ok=True)
         self.test = sample(self.data.test_dataloader().dataset, asked.test_images, 0)
         _, self.said = looked_at(self.dense, self.test[0])
         self._seed, self._scores = -1, dict[str, tuple[mdc.Scores, float]]()
@@ -242,7 +247,7 @@ class Benchmark:
         spent: dict[str, float] = {}
         begun = time.perf_counter()
         try:
-            slim = self.slim(METHODS[name], at, seed, spent)
+            slim = self.slim(name, at, seed, spent)
         except BudgetError as error:
             return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
         row |= {"macs": mdc.macs(slim), "params": num_params(slim)}
@@ -253,15 +258,17 @@ class Benchmark:
         spent["all"] = time.perf_counter() - begun
         return row | {"seconds": {key: round(value, 1) for key, value in spent.items()}}
 
-    def slim(self, method: Method, at: str, seed: int, spent: dict[str, float]) -> nn.Module:
+    def slim(self, name: str, at: str, seed: int, spent: dict[str, float]) -> nn.Module:
         """The model that a method makes; what it took, part by part, goes into `spent`."""
-        batches = self.calibration(seed)
+        method, batches = METHODS[name], self.calibration(seed)
         policy = PAIRS[at] if at in PAIRS else mdc.uniform_policy(self.dense, BUDGETS[at], method.dimensions)
         if method.peer:
             return peers.torch_pruning(self.dense, policy, method.criterion, batches).eval()
         scores, spent["score"] = self.scores(method.criterion, seed, batches)
         if method.searched:
             begun = time.perf_counter()
+            journal = self.searches / f"{name} at {at}, seed {seed}.jsonl"
+            whole = not journal.exists()  # else a part of it, or all, took its time before
             policy = mdc.search(
                 self.dense,
                 scores,
@@ -271,9 +278,10 @@ class Benchmark:
                 seed,
                 method.dimensions,
                 compensate="lstsq",
-                options=mdc.SearchOptions(progress=False),
+                options=mdc.SearchOptions(journal=journal, progress=False),
             ).policy
-            spent["search"] = time.perf_counter() - begun
+            if whole:
+                spent["search"] = time.perf_counter() - begun
         begun = time.perf_counter()
         plan = mdc.make_plan(self.dense, scores, policy, method.tokens, swaps=method.swaps)
         given = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": batches}}.get(method.compensate, {})
@@ -372,11 +380,16 @@ def hours(rows: list[dict[str, Any]], left: Iterable[tuple[str, str, int]]) -> f
     """What the rows that are left will take, by those that are done of their kind, or by all."""
     spent: dict[Any, list[float]] = {}
     for row in rows:
-        method = METHODS[row["method"]]
-        for kind in ((method.searched, method.compensate), None):
+        for kind in (kind_of(row["method"]), None):
             spent.setdefault(kind, []).append(row["seconds"]["all"])
-    kinds = ((METHODS[name].searched, METHODS[name].compensate) for name, _, _ in left)
+    kinds = (kind_of(name) for name, _, _ in left)
     return sum(statistics.mean(spent.get(kind, spent[None])) for kind in kinds) / 3600
+
+
+def kind_of(name: str) -> tuple[bool, str] | str:
+    """Rows of a kind take about as long."""
+    method = METHODS.get(name)
+    return name if method is None else (method.searched, method.compensate)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -397,12 +410,12 @@ def best(found: dict[str, Any], methods: Iterable[str], at: str) -> float:
     return max(values, default=math.nan)
 
 
-def apart(found: dict[str, Any], method: str, other: str, at: str) -> tuple[float, float]:
-    """How many points of top-1 a method is ahead of another one, and the standard error: over the same test images, of
-    the seeds that both have."""
+def apart(found: dict[str, Any], one: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
+    """How many points of top-1 one (method, where) is ahead of another one, and the standard error: over the same test
+    images, of the seeds that both have."""
     rights = [
-        {row["seed"]: right(row, found["tested"]) for row in found["rows"] if place(row)[:2] == (name, at)}
-        for name in (method, other)
+        {row["seed"]: right(row, found["tested"]) for row in found["rows"] if place(row)[:2] == each}
+        for each in (one, other)
     ]
     seeds = [seed for seed in rights[0] if seed in rights[1]]
     if not seeds:
@@ -437,7 +450,7 @@ def judged(found: dict[str, Any]) -> Iterator[Target]:
             weaker = best(found, (f"{name}, sequential" for name in WEAKER), at)
             ahead = top1(found, f"{OURS}, sequential", at) - weaker
             yield Target(f"{at}: default − best of the other criteria (points)", ahead, ">=", 1)
-    seconds = [row["seconds"] for row in found["rows"] if row["method"] == DEFAULT and "macs" in row]
+    seconds = [row["seconds"] for row in found["rows"] if row["method"] == DEFAULT and "search" in row["seconds"]]
     took = [sum(each[part] for part in ("score", "search", "compensate")) / 60 for each in seconds]
     yield Target("minutes to compress, at most", max(took, default=math.nan), "<=", MINUTES)
 
@@ -496,7 +509,7 @@ def paired(found: dict[str, Any]) -> list[str]:
     for name in (f"{FISHER}, sequential", f"{HSIC_METRIC}, sequential", f"{OURS}, lstsq", *VARIANTS):
         changes = []
         for at in BUDGETS:
-            points, error = apart(found, name, plainly, at)
+            points, error = apart(found, (name, at), (plainly, at))
             if not math.isnan(points):
                 changes.append(f"{points:+.1f} ± {error:.1f} at {at}")
         if changes:

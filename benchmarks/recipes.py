@@ -207,27 +207,45 @@ class Benchmark:
 
     def finetune(self, model: nn.Module, recipe: Recipe, losses: Callback) -> None:
         """As the step distill does, by another recipe."""
-        options, epochs = self.settings["distillation"], self.asked.epochs
-        kinds = {name: options[name] for name in ("kd", "kd_weight", "temperature", "label_smoothing")}
-        kinds |= training(options, epochs)
-        kinds["optimizer"] = kinds["optimizer"] | {key: getattr(recipe, key) for key in ("opt", "lr", "layer_decay")}
-        kinds["schedule"] |= {"warmup_lr": recipe.lr / 50, "min_lr": recipe.lr / 50}
-        # The same order of images and the same augmentation for all.
-        L.seed_everything(0, verbose=False)
-        trainer = L.Trainer(
-            accelerator="cpu",
-            precision=self.asked.precision,
-            max_epochs=epochs,
-            gradient_clip_val=recipe.clip,
-            limit_val_batches=0,
-            logger=False,
-            callbacks=[losses, *([] if recipe.ema is None else [EMAWeightAveraging(decay=recipe.ema)])],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(DistillationModule(model.train(), self.dense, **kinds), datamodule=self.data)
-        model.cpu().eval()
+        options = copy.deepcopy(self.settings["distillation"])
+        options["optimizer"] |= {key: getattr(recipe, key) for key in ("opt", "lr", "layer_decay")}
+        options["schedule"] |= {"warmup_lr": recipe.lr / 50, "min_lr": recipe.lr / 50}
+        callbacks = [losses, *([] if recipe.ema is None else [EMAWeightAveraging(decay=recipe.ema)])]
+        asked = self.asked
+        finetune(model, self.dense, self.data, options, asked.epochs, asked.precision, recipe.clip, callbacks=callbacks)
+
+
+def finetune(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: L.LightningDataModule,
+    options: dict[str, Any],
+    epochs: int,
+    precision: str,
+    clip: float | None,
+    seed: int = 0,
+    callbacks: list[Callback] | None = None,
+) -> None:
+    """Train a model in place as the step distill does with these `options` (settings of ``distillation``).
+
+    The same seed: the same order of images and the same augmentation.
+    """
+    kinds = {name: options[name] for name in ("kd", "kd_weight", "temperature", "label_smoothing")}
+    L.seed_everything(seed, verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=epochs,
+        gradient_clip_val=clip,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(DistillationModule(model.train(), teacher, **kinds, **training(options, epochs)), datamodule=data)
+    model.cpu().eval()
 
 
 class _Losses(Callback):

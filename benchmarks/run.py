@@ -41,6 +41,7 @@ SCRIPTS = (
     "criteria",
     "accuracy",
     "pretrained",
+    "finetuned",
     "callback",
     "recipes",
 )

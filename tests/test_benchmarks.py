@@ -305,11 +305,11 @@ def test_methods_are_compared_image_by_image(module):
     pretrained = module("pretrained")
     ours, others = [1, 1, 1, 0, 1, 0, 1, 1, 1, 1], [1, 0, 1, 0, 1, 1, 1, 0, 1, 1]
     rows = [pretrained_row("a", ours), pretrained_row("b", others), pretrained_row("a", [0] * 10, seed=1)]
-    points, error = pretrained.apart({"rows": rows, "tested": 10}, "a", "b", "50 %")
+    points, error = pretrained.apart({"rows": rows, "tested": 10}, ("a", "50 %"), ("b", "50 %"))
     difference = np.array(ours) - others
     assert points == pytest.approx(100 * difference.mean())
     assert error == pytest.approx(100 * difference.std() / 10**0.5)
-    assert math.isnan(pretrained.apart({"rows": rows, "tested": 10}, "a", "c", "50 %")[0])
+    assert math.isnan(pretrained.apart({"rows": rows, "tested": 10}, ("a", "50 %"), ("c", "50 %"))[0])
 
 
 def test_what_is_left_takes_as_long_as_what_was_done_of_its_kind(module):
@@ -376,3 +376,25 @@ def test_runs_of_another_version_of_the_search_are_told_apart(module, monkeypatc
 def test_every_picture_of_a_benchmark_is_shown():
     shown = re.findall(r"\]\(\.\./(benchmarks/results/[^)]+\.png)\)", (ROOT / "docs" / "benchmarks.md").read_text())
     assert sorted(shown) == sorted(f"benchmarks/results/{path.name}" for path in BENCHMARKS.glob("results/*.png"))
+
+
+def test_after_the_finetune_dense_has_the_same_training(module):
+    """A row of dense for all budgets; no loss is asked for at 60 % alone, beyond the noise against rivals below."""
+    finetuned = module("finetuned")
+    ours, dense, rival = [1] * 90 + [0] * 10, [1] * 80 + [0] * 20, [0] * 20 + [1] * 80
+    rows = [
+        pretrained_row(finetuned.DENSE, dense) | {"at": finetuned.WHOLE, "top1": 0.8},
+        pretrained_row(finetuned.DEFAULT, ours) | {"at": "60 %", "top1": 0.9},
+        pretrained_row(finetuned.DEFAULT, ours) | {"top1": 0.9},
+        pretrained_row("neurons alone", rival) | {"top1": 0.8},
+    ]
+    found = {"rows": rows, "tested": 100}
+    targets = {target.what: target for target in finetuned.judged(found)}
+    assert targets["60 %: searched − dense, same training (points)"].measured == pytest.approx(10)
+    difference = np.array(ours) - dense
+    lower = 10 - 196 * difference.std() / 100**0.5
+    assert targets["60 %: lower end of its 95 % interval (points)"].measured == pytest.approx(lower)
+    against = targets["50 %: searched − best single dimension (points)"]
+    noise = 196 * (np.array(ours) - rival).std() / 100**0.5
+    assert (against.measured, against.wanted) == (pytest.approx(10), pytest.approx(noise, abs=0.01))
+    assert len(targets) == 3

@@ -1,0 +1,301 @@
+"""What is left of a model that was trained to the end, after pruning and the same short finetune for all?
+
+    .venv/bin/python benchmarks/finetuned.py --data FOLDER --work FOLDER     # a row at a time; goes on where it stopped
+    .venv/bin/python benchmarks/finetuned.py --data FOLDER --work FOLDER --method "searched, all three" --at "60 %"
+    .venv/bin/python benchmarks/finetuned.py --quick                         # on digits: trains the dense model first
+
+Slim models are made as in ``pretrained.py``, from the same folder, and share its finished searches. Each is then
+trained as ``mdc train`` does with weights that were given: its recipe, the dense model as teacher, mirror images the
+only augmentation. The dense model has the same training. All are tested on the same images, so that differences are
+paired.
+
+Every finished row is kept in ``--work``. Leaves ``benchmarks/results/finetuned.json`` and ``.png``, and tables in
+``docs/benchmarks.md`` and README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pretrained
+import torch
+from accuracy import spread
+from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
+from pages import ROOT, folder_of, write_pages
+from pretrained import (
+    BUDGETS,
+    DEFAULT,
+    METHODS,
+    OURS,
+    PEERS,
+    SINGLE,
+    WEIGHTS,
+    Method,
+    apart,
+    best,
+    of,
+    place,
+    top1,
+)
+from recipes import Recipe, finetune
+from targets import Target, verdicts
+from torch import nn
+
+import lightning_mdc as mdc
+from lightning_mdc.app import build
+from lightning_mdc.app.settings import plain as settings_of
+from lightning_mdc.budget import num_params
+from lightning_mdc.errors import BudgetError
+from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, RED, new_figure, plain, save_figure
+from lightning_mdc.files import write_json
+
+DENSE, WHOLE = "dense, same training", "100 %"
+# The most telling first.
+ROWS: dict[str, Method] = {
+    name: METHODS[name]
+    for name in (
+        DEFAULT,
+        f"{OURS}, sequential",
+        "Torch-Pruning, Taylor",
+        "all three",
+        "neurons alone",
+        "neurons and tokens",
+        "tokens alone",
+    )
+}
+PAIRS_OF = (f"{OURS}, sequential", "neurons and tokens")
+NO_LOSS = (-0.2, -0.5)  # points at 60 %: the mean, and the lower end of the 95 % interval
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with the model and the images; --quick needs none")
+    parser.add_argument("--work", type=Path, help="folder for what is finished; --quick has one")
+    parser.add_argument("--method", action="append", choices=[DENSE, *ROWS], metavar="NAME", help="these alone")
+    parser.add_argument("--at", action="append", choices=[*BUDGETS], metavar="WHERE", help="these alone")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=10000, help="training images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--precision", default="bf16-mixed", help="of the training (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=40, help="of each search")
+    parser.add_argument("--calibration", type=int, default=512, help="images (default: %(default)s)")
+    parser.add_argument("--judging", type=int, default=1000, help="images of a search (default: %(default)s)")
+    parser.add_argument("--test-images", type=int, default=10000, help="at most (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
+    parser.add_argument("--quick", action="store_true", help="digits, one budget, two methods, one seed")
+    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
+    asked = parser.parse_args()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+    results = folder_of(asked.quick)
+    path = results / "finetuned.json"
+    if asked.quick:
+        path.unlink(missing_ok=True)
+        asked.method, asked.at, asked.seeds = asked.method or [DENSE, DEFAULT, PAIRS_OF[0]], asked.at or ["50 %"], 1
+        asked.trials, asked.calibration, asked.precision = 4, 192, "32-true"
+        asked.work = asked.work or results / "finetuned-work"
+        shutil.rmtree(asked.work, ignore_errors=True)  # rows of older code
+    elif not asked.table_only and (asked.data is None or asked.work is None):
+        parser.error("--data, --work: give the folder with the model and the images, and one for what is finished")
+    if not asked.table_only:
+        for found in Benchmark(asked).measured():
+            write_json(path, found | {"targets": [target.facts() for target in judged(found)]})
+    found = json.loads(path.read_text())
+    print(text(found))
+    save_figure(figure(found), results / "finetuned.png")
+    if not asked.quick:
+        write_pages("finetuned", found)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+class Benchmark(pretrained.Benchmark):
+    """As before any finetune, and the training."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.kinds = {key: getattr(asked, key) for key in ("images", "epochs", "precision")}
+        super().__init__(asked, self.kinds)
+        self.settings = self.settings_of_training()
+        # Not the data module that draws calibration images: this one has fewer, and mirrors them.
+        self.training = build.build_data(self.settings)
+
+    def settings_of_training(self) -> dict[str, Any]:
+        """Those of ``mdc train`` with a dense model that was given."""
+        asked = self.asked
+        overrides = [f"data.max_train_images={asked.images}", "+data.split_seed=0", "data.num_workers=0"]
+        if asked.quick:
+            overrides = ["experiment=digits", "distillation.recipe=finetune"]
+        else:
+            overrides += [
+                *("experiment=cifar10", f"data.root={asked.data / 'cifar10-train.tar'}"),
+                *(f"data.test_root={asked.data / 'cifar10-test.tar'}", f"model.name={pretrained.MODEL}"),
+                *(f"model.args.img_size={pretrained.SIZE}", "model.args.patch_size=14"),
+                *(f"model.checkpoint={asked.data / WEIGHTS}", f"data.batch_size={pretrained.BATCH}"),
+                *("data.augmentation.auto_augment=null", "data.augmentation.scale=[1.0,1.0]"),
+                "data.augmentation.ratio=[1.0,1.0]",
+            ]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return settings_of(compose("train", overrides))
+
+    def wanted(self) -> Iterator[tuple[str, str, int]]:
+        names, places = self.asked.method or [DENSE, *ROWS], self.asked.at or BUDGETS
+        for seed in range(self.asked.seeds):
+            yield from ((name, WHOLE, seed) for name in names if name == DENSE)
+            yield from ((name, at, seed) for at in places for name in names if name != DENSE)
+
+    def measured(self) -> Iterator[dict[str, Any]]:
+        optimizer = self.settings["distillation"]["optimizer"]
+        recipe = str(Recipe(optimizer["opt"], optimizer["lr"], optimizer.get("layer_decay")))
+        facts = {"recipe": recipe, "images": len(self.training.splits.train)}  # type: ignore[arg-type]
+        yield from (found | facts for found in super().measured())
+
+    def row(self, name: str, at: str, seed: int) -> dict[str, Any]:
+        row: dict[str, Any] = {"method": name, "at": at, "seed": seed}
+        spent: dict[str, float] = {}
+        begun = time.perf_counter()
+        try:
+            model = copy.deepcopy(self.dense) if name == DENSE else self.slim(name, at, seed, spent)
+        except BudgetError as error:
+            return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
+        row |= {"macs": mdc.macs(model), "params": num_params(model)}
+        row["before"] = self.judged(self.said if name == DENSE else pretrained.looked_at(model, self.test[0])[1])
+        started = time.perf_counter()
+        self.finetune(model, seed)
+        spent["finetune"] = time.perf_counter() - started
+        row |= self.judged(pretrained.looked_at(model, self.test[0])[1])
+        spent["all"] = time.perf_counter() - begun
+        return row | {"seconds": {key: round(value, 1) for key, value in spent.items()}}
+
+    def finetune(self, model: nn.Module, seed: int) -> None:
+        options, asked = self.settings["distillation"], self.asked
+        clip = self.settings["trainer"]["gradient_clip_val"]
+        finetune(model, self.dense, self.training, options, asked.epochs, asked.precision, clip, seed)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def budgets_of(found: dict[str, Any]) -> list[str]:
+    return [at for at in sorted(BUDGETS, reverse=True) if any(row["at"] == at for row in found["rows"])]
+
+
+def interval(found: dict[str, Any], at: str, other: tuple[str, str]) -> tuple[float, float, float]:
+    """How many points the default is ahead of `other`, paired: (mean, lower, upper end of the 95 % interval)."""
+    points, error = apart(found, (DEFAULT, at), other)
+    return points, points - 1.96 * error, points + 1.96 * error
+
+
+def judged(found: dict[str, Any]) -> Iterator[Target]:
+    """What was to be reached after the finetune, in points of top-1; of what was run."""
+    for at in budgets_of(found):
+        if at == "60 %":
+            mean, lower, _ = interval(found, at, (DENSE, WHOLE))
+            yield Target(f"{at}: searched − dense, same training (points)", mean, ">=", NO_LOSS[0])
+            yield Target(f"{at}: lower end of its 95 % interval (points)", lower, ">=", NO_LOSS[1])
+        for what, names in (("Torch-Pruning", PEERS), ("best single dimension", SINGLE), ("best pair", PAIRS_OF)):
+            tried = [name for name in names if not math.isnan(top1(found, name, at))]
+            if not tried:
+                continue
+            rival = max(tried, key=lambda name: top1(found, name, at))
+            points, error = apart(found, (DEFAULT, at), (rival, at))
+            wanted = 0.0 if at == "60 %" else round(1.96 * error, 2)  # by more than the noise
+            yield Target(f"{at}: searched − {what} (points)", points, ">=", wanted)
+
+
+def rows_of(found: dict[str, Any]) -> list[str]:
+    """The lines of the table."""
+    budgets = budgets_of(found)
+    lines = [f"| share of the MACs | {' | '.join(budgets)} | min |", f"|---|{'---:|' * (len(budgets) + 1)}"]
+    for name in (DENSE, *ROWS):
+        rows = [row for row in found["rows"] if row["method"] == name]
+        if not rows:
+            continue
+        cells = [cell(found, name, WHOLE if name == DENSE else at) for at in budgets]
+        minutes = [sum(value for key, value in row["seconds"].items() if key != "all") / 60 for row in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} | {sum(minutes) / len(minutes):.0f} |")
+    return lines
+
+
+def cell(found: dict[str, Any], name: str, at: str) -> str:
+    rows = [row for row in found["rows"] if place(row)[:2] == (name, at)]
+    if not any("top1" in row for row in rows):
+        return "out of reach" if rows else ""
+    before = [100 * row["before"]["top1"] for row in rows]
+    return f"{spread(before)} → {spread(100 * of(found, name, at, 'top1'))}"
+
+
+def how(found: dict[str, Any]) -> str:
+    seeds = len({row["seed"] for row in found["rows"]})
+    return (
+        f"Test top-1 in % straight after pruning → after the finetune; mean of {seeds} seed(s) ± standard deviation; "
+        f"an empty cell was not run. {found['name']}: {found['model']}, {found['macs'] / 1e6:.0f} MMACs, dense "
+        f"{100 * found['dense']['top1']:.1f} %. Finetune: {found['epochs']} epoch(s) of {found['images']} training "
+        f"images, {found['precision']}, {found['recipe']}, half labels and half dense teacher; {found['tested']} test "
+        "images, the same for all."
+    )
+
+
+def text(found: dict[str, Any]) -> str:
+    """A row per method; paired differences; targets; how it was measured."""
+    lines = [*rows_of(found), "", how(found)]
+    lines[-1] += (
+        " Rows are those of the table before any finetune; min: minutes to score, search, compensate and train, on "
+        f"{found['threads']} thread(s), without a search that was known. Measured by `python benchmarks/finetuned.py "
+        f"--data FOLDER --work FOLDER --images {found['images']} --test-images {found['test_images']}`; a row alone by "
+        "`--method NAME --at WHERE`."
+    )
+    lines.append("")
+    for at in budgets_of(found):
+        mean, lower, upper = interval(found, at, (DENSE, WHOLE))
+        if not math.isnan(mean):
+            lines.append(
+                f"- {at}: {DEFAULT} − {DENSE}: {mean:+.1f} points, 95 % interval of the same images {lower:+.1f} to "
+                f"{upper:+.1f}."
+            )
+    return "\n".join([*lines, "", verdicts(judged(found))])
+
+
+def headline(found: dict[str, Any]) -> str:
+    """For README: the table alone, and how."""
+    return "\n".join([*rows_of(found), "", how(found)])
+
+
+def figure(found: dict[str, Any]) -> Figure:
+    """Top-1 after the finetune by share of the MACs."""
+    shown = {
+        DEFAULT: RED,
+        PAIRS_OF[0]: BLUE,
+        "all three": ORANGE,
+        "neurons alone": GREEN,
+        "Torch-Pruning, Taylor": GRAY,
+    }
+    picture, (panel,) = new_figure(6.4, 3.6)
+    for name, colour in shown.items():
+        points = [(BUDGETS[at], value) for at in sorted(BUDGETS) if not math.isnan(value := top1(found, name, at))]
+        if points:
+            panel.plot(*zip(*points, strict=True), "o-", color=colour, label=name.replace("`", ""))
+    reference = best(found, [DENSE], WHOLE)
+    if not math.isnan(reference):
+        panel.axhline(reference, color=GRAY, lw=0.8, ls="--", label=DENSE)
+    panel.invert_xaxis()
+    panel.set_xlabel("MACs, share of dense")
+    plain(panel, "test top-1 after the finetune, %")
+    panel.legend(frameon=False, fontsize=8)
+    return picture
+
+
+if __name__ == "__main__":
+    main()
