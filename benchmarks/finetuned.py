@@ -73,6 +73,8 @@ ROWS: dict[str, Method] = {
         "tokens alone",
     )
 }
+# Healed: the searched model under the dense one alone, on few images, whose labels nothing looks at.
+HEALED, HEAL_IMAGES, HEAL_EPOCHS, HEAL_RATE = "searched, all three; healed without labels instead", 2048, 3, 1e-5
 PAIRS_OF = (f"{OURS}, sequential", "neurons and tokens")
 NO_LOSS = (-0.2, -0.5)  # points at 60 %: the mean, and the lower end of the 95 % interval
 
@@ -81,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the model and the images; --quick needs none")
     parser.add_argument("--work", type=Path, help="folder for what is finished; --quick has one")
-    parser.add_argument("--method", action="append", choices=[DENSE, *ROWS], metavar="NAME", help="these alone")
+    parser.add_argument("--method", action="append", choices=[DENSE, *ROWS, HEALED], metavar="NAME", help="these alone")
     parser.add_argument("--at", action="append", choices=[*BUDGETS], metavar="WHERE", help="these alone")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=10000, help="training images (default: %(default)s)")
@@ -128,14 +130,14 @@ class Benchmark(pretrained.Benchmark):
     def __init__(self, asked: argparse.Namespace) -> None:
         self.kinds = {key: getattr(asked, key) for key in ("images", "epochs", "precision")}
         super().__init__(asked, self.kinds)
-        self.settings = self.settings_of_training()
+        self.settings = self.settings_of_training(asked.images)
         # Not the data module that draws calibration images: this one has fewer, and mirrors them.
         self.training = build.build_data(self.settings)
 
-    def settings_of_training(self) -> dict[str, Any]:
+    def settings_of_training(self, images: int) -> dict[str, Any]:
         """Those of ``mdc train`` with a dense model that was given."""
         asked = self.asked
-        overrides = [f"data.max_train_images={asked.images}", "+data.split_seed=0", "data.num_workers=0"]
+        overrides = [f"data.max_train_images={images}", "+data.split_seed=0", "data.num_workers=0"]
         if asked.quick:
             overrides = ["experiment=digits", "distillation.recipe=finetune"]
         else:
@@ -151,7 +153,7 @@ class Benchmark(pretrained.Benchmark):
             return settings_of(compose("train", overrides))
 
     def wanted(self) -> Iterator[tuple[str, str, int]]:
-        names, places = self.asked.method or [DENSE, *ROWS], self.asked.at or BUDGETS
+        names, places = self.asked.method or [DENSE, *ROWS, HEALED], self.asked.at or BUDGETS
         for seed in range(self.asked.seeds):
             yield from ((name, WHOLE, seed) for name in names if name == DENSE)
             yield from ((name, at, seed) for at in places for name in names if name != DENSE)
@@ -167,22 +169,31 @@ class Benchmark(pretrained.Benchmark):
         spent: dict[str, float] = {}
         begun = time.perf_counter()
         try:
-            model = copy.deepcopy(self.dense) if name == DENSE else self.slim(name, at, seed, spent)
+            method = DEFAULT if name == HEALED else name
+            model = copy.deepcopy(self.dense) if name == DENSE else self.slim(method, at, seed, spent)
         except BudgetError as error:
             return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
         row |= {"macs": mdc.macs(model), "params": num_params(model)}
         row["before"] = self.judged(self.said if name == DENSE else pretrained.looked_at(model, self.test[0])[1])
         started = time.perf_counter()
-        self.finetune(model, seed)
+        (self.heal if name == HEALED else self.finetune)(model, seed)
         spent["finetune"] = time.perf_counter() - started
         row |= self.judged(pretrained.looked_at(model, self.test[0])[1])
         spent["all"] = time.perf_counter() - begun
         return row | {"seconds": {key: round(value, 1) for key, value in spent.items()}}
 
     def finetune(self, model: nn.Module, seed: int) -> None:
-        options, asked = self.settings["distillation"], self.asked
+        self._train(model, seed, self.training, self.settings["distillation"], self.asked.epochs)
+
+    def heal(self, model: nn.Module, seed: int) -> None:
+        few = build.build_data(self.settings_of_training(HEAL_IMAGES))
+        options = copy.deepcopy(self.settings["distillation"]) | {"kd_weight": 1.0}
+        options["optimizer"] |= {"lr": HEAL_RATE}
+        self._train(model, seed, few, options, HEAL_EPOCHS)
+
+    def _train(self, model: nn.Module, seed: int, data: Any, options: dict[str, Any], epochs: int) -> None:
         clip = self.settings["trainer"]["gradient_clip_val"]
-        finetune(model, self.dense, self.training, options, asked.epochs, asked.precision, clip, seed)
+        finetune(model, self.dense, data, options, epochs, self.asked.precision, clip, seed)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -219,7 +230,7 @@ def rows_of(found: dict[str, Any]) -> list[str]:
     """The lines of the table."""
     budgets = budgets_of(found)
     lines = [f"| share of the MACs | {' | '.join(budgets)} | min |", f"|---|{'---:|' * (len(budgets) + 1)}"]
-    for name in (DENSE, *ROWS):
+    for name in (DENSE, *ROWS, HEALED):
         rows = [row for row in found["rows"] if row["method"] == name]
         if not rows:
             continue
@@ -252,7 +263,8 @@ def text(found: dict[str, Any]) -> str:
     """A row per method; paired differences; targets; how it was measured."""
     lines = [*rows_of(found), "", how(found)]
     lines[-1] += (
-        " Rows are those of the table before any finetune; min: minutes to score, search, compensate and train, on "
+        f" Rows are those of the table before any finetune; healed: {HEAL_EPOCHS} epochs of {HEAL_IMAGES} images at "
+        f"{HEAL_RATE:g}, under the teacher alone; min: minutes to score, search, compensate and train, on "
         f"{found['threads']} thread(s), without a search that was known. Measured by `python benchmarks/finetuned.py "
         f"--data FOLDER --work FOLDER --images {found['images']} --test-images {found['test_images']}`; a row alone by "
         "`--method NAME --at WHERE`."

@@ -51,6 +51,7 @@ from lightning_mdc.budget import num_params
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, new_figure, plain, save_figure
 from lightning_mdc.files import write_json
+from lightning_mdc.gp_ei.study import read_study
 from lightning_mdc.importance import ConditionalDependence, Criterion
 from lightning_mdc.importance.criteria import Random
 from lightning_mdc.policy_search.held_out import HeldOut
@@ -81,6 +82,7 @@ class Method:
         searched: whether the policy is; else it is uniform.
         swaps: see `lightning_mdc.make_plan`.
         tokens: what happens at a token stage.
+        stages: at how many blocks tokens leave; where they do by default if not given.
         peer: Torch-Pruning chooses the units.
     """
 
@@ -91,6 +93,7 @@ class Method:
     swaps: int = 0
     ridge: str | None = None
     tokens: mdc.TokenOptions | None = None
+    stages: int | None = None
     peer: bool = False
 
 
@@ -126,6 +129,17 @@ OF_TOKENS = {
     "neurons and tokens, merged": mdc.TokenOptions(reduction="merge"),
     "neurons and tokens, dropped": mdc.TokenOptions(reduction="drop"),
 }
+SCHEDULES = {
+    f"tokens alone, {word}, at {blocks}": Method(
+        dimensions=("tokens",), tokens=mdc.TokenOptions(reduction=reduction), stages=count
+    )
+    for word, reduction in (("fused", "fuse"), ("dropped", "drop"), ("merged", "merge"))
+    for blocks, count in (("1 block", 1), ("2 blocks", 2), ("4 blocks", 4), ("every block", 10**6))
+}
+JOINTLY = {
+    f"all three, {word}": Method(dimensions=ALL, tokens=mdc.TokenOptions(reduction=reduction))
+    for word, reduction in (("dropped", "drop"), ("merged", "merge"))
+}
 PEERS = {f"Torch-Pruning, {name}": Method(name.lower(), "none", peer=True) for name in ("Taylor", "magnitude")}
 METHODS: dict[str, Method] = {
     **BY_CRITERION,
@@ -134,6 +148,8 @@ METHODS: dict[str, Method] = {
     **SEVERAL,
     **SEARCHED,
     **{name: Method(dimensions=ALL[1:], tokens=tokens) for name, tokens in OF_TOKENS.items()},
+    **SCHEDULES,
+    **JOINTLY,
     **PEERS,
 }
 # On the ladder, too.
@@ -224,6 +240,7 @@ class Benchmark:
             "tested": len(self.test[1]),
             "dense": self.judged(self.said),
             "rows": rows,
+            "searches": self.so_far(),
         }
         yield about
         for number, each in enumerate(left, 1):
@@ -232,7 +249,18 @@ class Benchmark:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(f"[{len(wanted) - len(left) + number}/{len(wanted)}] {said(rows[-1])}; ", end="")
             print(f"{hours(rows, left[number:]):.1f} h left", flush=True)
-            yield about
+            yield about | {"searches": self.so_far()}
+
+    def so_far(self) -> dict[str, dict[str, Any]]:
+        """What each search tried: KL(dense ‖ slim) on the images that judge, and seconds, trial by trial."""
+        found = {}
+        for path in sorted(self.searches.glob("*.jsonl")):
+            trials = read_study(path).trials
+            found[path.stem] = {
+                "kl": [None if trial.value is None else -trial.value for trial in trials],
+                "seconds": [trial.seconds for trial in trials],
+            }
+        return found
 
     def wanted(self) -> Iterator[tuple[str, str, int]]:
         """(method, where, seed), the most telling first."""
@@ -261,7 +289,7 @@ class Benchmark:
     def slim(self, name: str, at: str, seed: int, spent: dict[str, float]) -> nn.Module:
         """The model that a method makes; what it took, part by part, goes into `spent`."""
         method, batches = METHODS[name], self.calibration(seed)
-        policy = PAIRS[at] if at in PAIRS else mdc.uniform_policy(self.dense, BUDGETS[at], method.dimensions)
+        policy = PAIRS[at] if at in PAIRS else self.uniform(method, BUDGETS[at])
         if method.peer:
             return peers.torch_pruning(self.dense, policy, method.criterion, batches).eval()
         scores, spent["score"] = self.scores(method.criterion, seed, batches)
@@ -288,6 +316,11 @@ class Benchmark:
         slim = mdc.slim(self.dense, plan, method.compensate, ridge=method.ridge, **given)  # type: ignore[arg-type]
         spent["compensate"] = time.perf_counter() - begun
         return slim.eval()
+
+    def uniform(self, method: Method, budget: float) -> mdc.Policy:
+        depth = len(mdc.models.find_anatomy(self.dense).blocks)
+        space = None if method.stages is None else mdc.Space(stages=apart_in(depth, method.stages))
+        return mdc.uniform_policy(self.dense, budget, method.dimensions, space, method.tokens)
 
     def scores(self, criterion: str, seed: int, batches: list[Images]) -> tuple[mdc.Scores, float]:
         """By criterion, and the seconds they took; all of a seed share the moments of the first."""
@@ -364,6 +397,11 @@ def looked_at(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     parts = [net.forward_head(net.forward_features(part), pre_logits=True) for part in images.split(2 * BATCH)]
     features = torch.cat(parts)
     return features, net.get_classifier()(features).log_softmax(dim=-1)
+
+
+def apart_in(depth: int, count: int) -> tuple[int, ...]:
+    """So many blocks, as far from each other as from both ends; all of them if there are no more."""
+    return tuple(range(depth)) if count >= depth else tuple(depth * (k + 1) // (count + 1) for k in range(count))
 
 
 def place(row: dict[str, Any]) -> tuple[str, str, int]:
@@ -479,6 +517,7 @@ def text(found: dict[str, Any]) -> str:
             "--data FOLDER --work FOLDER`; a row alone by `--method NAME`.",
             "",
             *paired(found),
+            *searched(found),
             verdicts(judged(found)),
         ]
     )
@@ -500,6 +539,20 @@ def table(found: dict[str, Any], head: str, places: list[str], beside: str, form
         parts = [sum(value for part, value in row["seconds"].items() if part != "all") for row in rows]
         lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(parts):.0f} |")
     return lines
+
+
+def searched(found: dict[str, Any]) -> list[str]:
+    """How far each search of the default had come after so many trials, and what a trial took: lines of a list."""
+    lines = []
+    for name, each in found["searches"].items():
+        values = [math.inf if value is None else value for value in each["kl"]]
+        if not name.startswith(DEFAULT) or not values:
+            continue
+        best_of = {count: min(values[:count]) for count in (1, 5, 10, 20, 30, 40) if count <= len(values)}
+        steps = ", ".join(f"{value:.4f} after {count}" for count, value in best_of.items())
+        seconds = statistics.median(second for second in each["seconds"] if second is not None)
+        lines.append(f"- {name}: best KL on the judging images {steps} trials; {seconds:.1f} s a trial")
+    return [*lines, ""] if lines else []
 
 
 def paired(found: dict[str, Any]) -> list[str]:

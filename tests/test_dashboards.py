@@ -30,6 +30,8 @@ from lightning_mdc.figures.decision import Decision
 from lightning_mdc.models import find_anatomy
 from tests.wandb_file import OfflineRun, read_finished
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 PICTURES = {
     f"charts/{key}"
     for key in (

@@ -260,7 +260,7 @@ def prepared(models, tmp_path, monkeypatch, registries) -> dict[str, Any]:
     }
 
 
-SLOW_PAGES = ("faq.md",)  # two exports
+SLOW_PAGES = ("faq.md", "your-trainer.md")
 
 
 @pytest.mark.parametrize(

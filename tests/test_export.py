@@ -21,6 +21,8 @@ from lightning_mdc.tokens.surviving_patches import surviving_patches
 from tests import kinds
 from tests.kinds import SIZE, everyday, images
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' is not installed")
 
 # Two heads; register tokens; no class row (mean attention); attention pooling; norms over units and a packed GLU.

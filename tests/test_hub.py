@@ -74,7 +74,8 @@ EVERY_WAY: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("names", everyday(("vit", "t2t", "dinov3", "swin"), tuple(EVERY_WAY)), ids=len)
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("vit", "t2t", "dinov3", "swin"), tuple(EVERY_WAY)], ids=len)
 @torch.no_grad()
 def test_a_fresh_process_creates_what_was_saved(names: tuple[str, ...], tmp_path: Path) -> None:
     x, logits = images(), {}

@@ -20,6 +20,8 @@ from lightning_mdc.policy import Space, TokenOptions
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from tests.kinds import DEPTH, HEADS, KINDS, POST_NORM, images, make
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 NEURONS, TOKENS = 192, 17  # of the models in tests/kinds.py
 ONCE = {"seconds": 1e-3, "progress": False}  # as few rounds as there may be
 

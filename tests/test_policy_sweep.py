@@ -17,6 +17,8 @@ from lightning_mdc.errors import ConfigError, PolicyError, SearchError
 from lightning_mdc.importance import Moments
 from tests.test_train import ROOT, TINY, script, settings
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 KEEP = ("policy.keep.heads=[0.5,1]", "policy.keep.neurons=[0.5,0.25]", "policy.keep.tokens=0.7")
 
 

@@ -14,7 +14,6 @@ from lightning_mdc.app import evaluation, pipeline, steps
 from lightning_mdc.app.settings import plain
 from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.policy_search.held_out import HeldOut
-from tests.kinds import everyday
 from tests.test_configs import CONF, EXPERIMENTS
 
 T2T = "t2t_vit_14_imagenet_40"
@@ -83,9 +82,8 @@ def settings(name: str, tmp_path: Path, images: Path) -> dict:
         return plain(compose("train", overrides))
 
 
-@pytest.mark.parametrize(
-    "name", everyday("t2t_vit_14_imagenet_40", *(e for e in EXPERIMENTS if e != "t2t_vit_14_imagenet_40"))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.usefixtures("no_charts")
 def test_every_step_runs(name, tmp_path, images):
     composed = settings(name, tmp_path, images)
@@ -97,6 +95,7 @@ def test_every_step_runs(name, tmp_path, images):
     assert mdc.macs(slim) <= budget * mdc.macs(dense)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_charts")
 def test_no_val_image_reaches_what_decides(tmp_path, images, monkeypatch):
     """Scores, search and training see noise; the white images of val are only tested on."""

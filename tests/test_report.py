@@ -26,6 +26,8 @@ from lightning_mdc.policy_search.held_out import HeldOut
 from tests.browser import CHROMIUM, look_at
 from tests.test_train import settings
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 KEYS = [
     *("kept", "macs", "policy"),
     *("search/value", "search/improvement", "search/cost", "search/dependence", "search/front"),

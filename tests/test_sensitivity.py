@@ -18,6 +18,8 @@ from lightning_mdc.policy_search.sensitivity import Cut, Sensitivity, measure_se
 from tests.kinds import CLASSES, DEPTH, HEADS, POST_NORM, images, make, randomised
 from tests.test_train import settings
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 LEVELS = {"heads": None, "neurons": (0.5, 0.0), "tokens": (0.5, 0.0)}
 
 

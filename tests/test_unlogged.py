@@ -16,6 +16,8 @@ from torchmetrics import MeanMetric
 import lightning_mdc as mdc
 from tests.strangers import Spots, Stranger, loader, trainer
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 # What a module may do while it is called.
 HABITS: dict[str, Callable[[Any, Tensor], Any]] = {
     "on_step": lambda module, x: module.log("seen", x.mean(), on_step=True),

@@ -20,6 +20,8 @@ from lightning_mdc.artifact import CONFIG, REST, WEIGHTS
 from lightning_mdc.errors import ArtifactError, UnsupportedModelError
 from tests.kinds import DIM, SIZE, counted_macs, images, make, randomised
 
+pytestmark = pytest.mark.slow  # CI runs them
+
 SIDE = SIZE // 8
 
 
