@@ -9,8 +9,8 @@ trained as ``mdc train`` does with weights that were given: its recipe, the dens
 only augmentation. The dense model has the same training. All are tested on the same images, so that differences are
 paired.
 
-Every finished row is kept in ``--work``. Leaves ``benchmarks/results/finetuned.json`` and ``.png``, and tables in
-``docs/benchmarks.md`` and README.md.
+Every finished row is kept in ``--work``. Leaves ``benchmarks/results/finetuned.json`` and ``.png``, and prints the
+table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from accuracy import spread
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
-from pages import ROOT, folder_of, write_pages
+from pages import ROOT, folder_of
 from pretrained import (
     BUDGETS,
     DEFAULT,
@@ -117,8 +117,6 @@ def main() -> None:
     found = json.loads(path.read_text())
     print(text(found))
     save_figure(figure(found), results / "finetuned.png")
-    if not asked.quick:
-        write_pages("finetuned", found)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -137,7 +135,7 @@ class Benchmark(pretrained.Benchmark):
     def settings_of_training(self, images: int) -> dict[str, Any]:
         """Those of ``mdc train`` with a dense model that was given."""
         asked = self.asked
-        overrides = [f"data.max_train_images={images}", "+data.split_seed=0", "data.num_workers=0"]
+        overrides = [f"data.max_train_images={images}", "data.num_workers=0"]
         if asked.quick:
             overrides = ["experiment=digits", "distillation.recipe=finetune"]
         else:
@@ -260,29 +258,25 @@ def how(found: dict[str, Any]) -> str:
 
 
 def text(found: dict[str, Any]) -> str:
-    """A row per method; paired differences; targets; how it was measured."""
-    lines = [*rows_of(found), "", how(found)]
-    lines[-1] += (
+    """A row per method; how it was measured; the default beside dense; targets."""
+    more = (
         f" Rows are those of the table before any finetune; healed: {HEAL_EPOCHS} epochs of {HEAL_IMAGES} images at "
         f"{HEAL_RATE:g}, under the teacher alone; min: minutes to score, search, compensate and train, on "
         f"{found['threads']} thread(s), without a search that was known. Measured by `python benchmarks/finetuned.py "
         f"--data FOLDER --work FOLDER --images {found['images']} --test-images {found['test_images']}`; a row alone by "
         "`--method NAME --at WHERE`."
     )
-    lines.append("")
+    return "\n".join([*rows_of(found), "", how(found) + more, "", beside_dense(found), "", verdicts(judged(found))])
+
+
+def beside_dense(found: dict[str, Any]) -> str:
+    """A sentence."""
+    parts = []
     for at in budgets_of(found):
         mean, lower, upper = interval(found, at, (DENSE, WHOLE))
         if not math.isnan(mean):
-            lines.append(
-                f"- {at}: {DEFAULT} − {DENSE}: {mean:+.1f} points, 95 % interval of the same images {lower:+.1f} to "
-                f"{upper:+.1f}."
-            )
-    return "\n".join([*lines, "", verdicts(judged(found))])
-
-
-def headline(found: dict[str, Any]) -> str:
-    """For README: the table alone, and how."""
-    return "\n".join([*rows_of(found), "", how(found)])
+            parts.append(f"{mean:+.1f} ({lower:+.1f} to {upper:+.1f}) at {at}")
+    return f"*{DEFAULT}* − *{DENSE}*, points, and the 95 % interval over the same images: {', '.join(parts)}."
 
 
 def figure(found: dict[str, Any]) -> Figure:

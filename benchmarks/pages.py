@@ -41,8 +41,8 @@ PAGES = {
     "models": ROOT / "docs" / "models.md",
 }
 NAMES = (
-    *("accuracy", "criteria", "scoring", "slim_speed", "training", "training_run", "search", "search_models"),
-    *("latency", "scale", "digits", "callback", "recipes", "weight_sharing", "coverage"),
+    *("pretrained", "accuracy", "criteria", "scoring", "slim_speed", "training", "training_run", "search"),
+    *("search_models", "latency", "scale", "digits", "callback", "recipes", "weight_sharing", "coverage"),
 )
 
 

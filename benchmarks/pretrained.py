@@ -11,8 +11,8 @@ of ours, each dimension alone, in pairs and all three, uniform and searched, and
 calibration images and is that of the search, which judges on training images that the dense model has not seen. All
 rows are tested on the same images, so that differences are paired.
 
-Every finished row is kept in ``--work``. Leaves ``benchmarks/results/pretrained.json`` and ``.png``, and
-prints the tables.
+Every finished row is kept in ``--work``. Leaves ``benchmarks/results/pretrained.json`` and ``.png`` and the tables in
+``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import digits_run, spread
 from matplotlib.figure import Figure
-from pages import folder_of
+from pages import folder_of, write_pages
 from safetensors.torch import load_file
 from targets import Target, verdicts
 from torch import Tensor, nn
@@ -195,6 +195,8 @@ def main() -> None:
     found = json.loads(path.read_text())
     print(text(found))
     save_figure(figure(found), results / "pretrained.png")
+    if not asked.quick:
+        write_pages("pretrained", found)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
