@@ -88,8 +88,8 @@ class MultiDimPruneCallback(Callback):
             ``Calibration()``. In batches of the training loader's size, unless it says another or
             that is too small for the criterion.
         compensate: ``"sequential"`` and ``"lstsq"`` refit, once, by least squares, the weights that read units; see
-            `slim`. ``"none"`` leaves them. None: ``"sequential"``, but ``"none"`` with ``schedule="cubic"``. An
-            optimizer that has state by then keeps it.
+            `slim`; in sequence on all images that scored and judged. ``"none"`` leaves them. None: ``"sequential"``,
+            but ``"none"`` with ``schedule="cubic"``. An optimizer that has state by then keeps it.
         n_trials: how many policies are tried; None: 40.
         evaluate: what the module is worth with a slim model in place, higher is better, instead of closeness; called
             as ``evaluate(pl_module)``, in eval mode and without gradients, by all ranks.
@@ -684,7 +684,9 @@ class MultiDimPruneCallback(Callback):
         moments, scores = scores.moments, scores.with_moments(None)
         self._outcome = Outcome(plan, str(self.method), found, scores)
         if task.compensate != "none":
-            self._compensate(trainer, pl_module, scoring, moments if task.compensate == "lstsq" else None)
+            # There is nothing left to be judged, so the images that did it serve the refit, too.
+            images = [*scoring, *judging]
+            self._compensate(trainer, pl_module, images, moments if task.compensate == "lstsq" else None)
         costs, budget = CostModel(task.anatomy, task.input_size), None if task.is_given else self.method.budget
         with evaluating(pl_module):
             self._dashboard.decided(Decision(costs, plan, scores, budget, found, first))

@@ -324,7 +324,8 @@ def compress(
     Args:
         model: the dense model, or a module that holds it; called as ``model(images)``; unchanged.
         batches: what a DataLoader of *training* images yields, ``(images, labels)`` or ``images``; a generator will
-            do. The first images score, the next ones judge; they are read once, and kept.
+            do. The first images score, the next ones judge, and all of them refit what is found; they are read once,
+            and kept.
         budget: fraction of the dense MACs to keep, or a `Budget`; None: 0.6. A given policy has a budget of its own.
         policy: ``"searched"``, ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
         criterion: see `score`.
@@ -375,7 +376,7 @@ def compress(
         log.info("%s", duration_in_words(judge, method.n_trials))
         evaluate = judge
     plan, found = task.decide(scores, evaluate, options)
-    needed: dict[str, Any] = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": scoring}}
+    needed: dict[str, Any] = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": [*scoring, *judging]}}
     small = slim(model, plan, task.compensate, **needed.get(task.compensate, {}), submodule=submodule)
     return Compressed(small, plan, plan.policy, scores, found)
 

@@ -73,7 +73,7 @@ def test_the_five_lines_score_search_compensate_and_mask(tmp_path: Path) -> None
     scores = _scores(scoring)
     plan = mdc.make_plan(dense.encoder, scores, callback.search.policy)
     assert plan == callback.plan
-    shown = [2 * images[scoring[start : start + 16]] - 1 for start in range(0, len(scoring), 16)]
+    shown = [2 * images[part] - 1 for part in (*scoring.split(16), *judging.split(16))]
     by_hand = mdc.slim(dense.encoder, plan, "sequential", batches=shown).eval()
     with torch.no_grad():
         torch.testing.assert_close(by_hand(2 * images - 1), moment.output, rtol=1e-4, atol=1e-5)
@@ -378,8 +378,8 @@ def test_two_ranks_share_the_work_and_end_with_one_plan(data: str, tmp_path: Pat
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in ("plan", "value", "weights"):
         assert first[name] == second[name]
-    if data == "map":  # one to score on; one to judge on: is it logits, the dense model, two trials; both to refit on
-        assert second["seen"] == [16] * 7
+    if data == "map":  # one to score on; one to judge on: is it logits, the dense model, two trials; both to refit on,
+        assert second["seen"] == [16] * 9  # dense and slim
         assert first["seen"] == [16, *second["seen"]]  # what size images have
 
 

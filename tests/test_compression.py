@@ -30,7 +30,8 @@ def test_it_is_the_sum_of_its_parts():
     assert found.search.value == pytest.approx(by_hand.value, rel=1e-4)
     assert found.policy.ratios == by_hand.policy.ratios
     assert found.plan == mdc.make_plan(model, scores, by_hand.policy)
-    slim = mdc.slim(model, found.plan, "sequential", batches=[shown[:10], shown[10:16]])
+    seen = [shown[:10], shown[10:16], shown[16:20], shown[20:28]]  # those that judged as well
+    slim = mdc.slim(model, found.plan, "sequential", batches=seen)
     with torch.no_grad():
         torch.testing.assert_close(found.model.eval()(shown), slim.eval()(shown))
     assert mdc.macs(found.model) <= 0.6 * mdc.macs(model)

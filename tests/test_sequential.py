@@ -292,6 +292,6 @@ def test_in_one_line_it_is_the_default_also_where_a_norm_is_taken_over_units() -
         model, shown = make(kind), images(48)
         few = mdc.Calibration(images=32, judging=16)
         found = mdc.compress(model, [shown], 0.7, n_trials=2, calibration=few)
-        by_hand = mdc.slim(model, found.plan, "sequential", batches=[shown[:32]])
+        by_hand = mdc.slim(model, found.plan, "sequential", batches=[shown[:32], shown[32:]])
         for name, tensor in by_hand.state_dict().items():
             assert torch.equal(tensor, found.model.state_dict()[name])

@@ -136,7 +136,9 @@ def pruned(run: Run, model: nn.Module, policy: Policy, compensate: str) -> tuple
     size = find_anatomy(model).input_size[1:]  # a file's policy may be of another
     plan = mdc.make_plan(model, run.scores, policy, token_options(run.settings), input_size=size)
     moments = run.moments if compensate == "lstsq" else None
-    batches = calibration_batches(run, share=False) if compensate == "sequential" else None
+    # Twice as many as are scored, as elsewhere, where the images that judged policies serve the refit, too: here they
+    # are to judge its finetuning.
+    batches = calibration_batches(run, share=False, times=2) if compensate == "sequential" else None
     return plan, mdc.slim(model, plan, compensate, moments=moments, batches=batches)
 
 
@@ -467,11 +469,11 @@ def held_out_batches(run: Run) -> DataLoader[Any]:
     return DataLoader(dataset, run.data.batch_size, num_workers=run.data.num_workers)
 
 
-def calibration_batches(run: Run, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+def calibration_batches(run: Run, share: bool = True, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """A seeded sample of the training images under the evaluation transforms, with labels: all of it, or this rank's
-    `share`."""
+    `share`; so many `times` those that are scored."""
     first, step = (rank(), world_size()) if share else (0, 1)
-    images, batch_size = run.settings["calibration"]["images"], run.settings["calibration"]["batch_size"]
+    images, batch_size = times * run.settings["calibration"]["images"], run.settings["calibration"]["batch_size"]
     dataset = run.data.splits.calibration
     workers = run.data.num_workers
     if isinstance(dataset, IterableDataset):
