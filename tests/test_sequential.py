@@ -295,3 +295,18 @@ def test_in_one_line_it_is_the_default_also_where_a_norm_is_taken_over_units() -
         by_hand = mdc.slim(model, found.plan, "sequential", batches=[shown[:32], shown[32:]])
         for name, tensor in by_hand.state_dict().items():
             assert torch.equal(tensor, found.model.state_dict()[name])
+
+
+def test_what_is_not_finite_is_refused_by_the_layers_name() -> None:
+    model, shown = make("vit"), images(16)
+    plan = mdc.make_plan(model, mdc.score(model, [shown]), mdc.Policy(heads=0.5, neurons=0.5))
+    shown[3, 0, 0, 0] = float("nan")
+    with pytest.raises(CompensationError, match=r"sequential': what blocks\.0\.attn.* is not finite on these images"):
+        mdc.slim(model, plan, "sequential", batches=[shown])
+
+
+def test_a_masked_model_is_no_model_to_make_up_for() -> None:
+    model, shown = make("vit"), images(16)
+    plan = mdc.make_plan(model, mdc.score(model, [shown]), mdc.Policy(heads=0.5, neurons=0.5))
+    with mdc.masked(model, plan), pytest.raises(CompensationError, match=r"has masks on: .* leave the masked block"):
+        mdc.slim(model, plan, "sequential", batches=[shown])

@@ -73,6 +73,7 @@ class ConditionalDependence(Criterion):
             )
         self.metric, self.metric_weight = metric, 0.5 if metric_weight is None else metric_weight
         check_number("metric_weight", self.metric_weight, "a share", CalibrationError, least=0, most=1)
+        self.metric_weight = float(self.metric_weight)  # numpy's has no digest of its value
         self._of_tokens = HSIC(hsic_weight=1.0, activation_weight=0.0)
 
     def needs(self, dimension: str) -> Needs:

@@ -154,10 +154,12 @@ def take_readers(small: Anatomy, plan: Plan, dense: Anatomy, *others: Anatomy) -
         weight, bias, given = units.reader.weight, units.reader.bias, layers.pop(0)
         channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=weight.device), units.width)
         with torch.no_grad():
-            for layer in layers:
-                layer.weight[:, channels] += given.weight - weight[:, channels]
+            for layer in layers:  # an average may be elsewhere than the model
+                layer.weight[:, channels.to(layer.weight.device)] += (given.weight - weight[:, channels]).to(
+                    layer.weight
+                )
                 if bias is not None:
-                    layer.bias.add_(given.bias - bias)
+                    layer.bias.add_((given.bias - bias).to(layer.bias))
             weight[:, channels] = given.weight
             if bias is not None:
                 bias.copy_(given.bias)

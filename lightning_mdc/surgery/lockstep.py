@@ -36,7 +36,7 @@ class Walk:
         self._seen: Any = None
         self._error: BaseException | None = None
         self._goes, self._halts = threading.Semaphore(0), threading.Semaphore(0)
-        self._is_ended = False
+        self._is_ended = self._is_over = False
         self._dtype: torch.dtype | None = None  # the default one inside the pass
         self._thread = threading.Thread(target=self._walk, daemon=True)
 
@@ -54,9 +54,11 @@ class Walk:
     def end(self) -> None:
         """Leave the rest out."""
         self._is_ended = True
-        if self._thread.is_alive():
+        if self._thread.ident is None:
+            return
+        if not self._is_over:  # else the thread waits for nobody, alive as it may be
             self._go_on()
-            self._thread.join()
+        self._thread.join()
 
     def _go_on(self) -> None:
         # A setting that a pass may change around itself (Lightning's bf16-true does) is nobody's own: put aside.
@@ -81,7 +83,7 @@ class Walk:
             pass
         except BaseException as error:  # the owner's thread raises it
             self._error = error
-        self._seen = None
+        self._seen, self._is_over = None, True
         self._halts.release()
 
     def _halt(self, seen: Any) -> None:

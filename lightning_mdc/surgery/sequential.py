@@ -225,6 +225,11 @@ def _refit(
     if not int(sums.rows):
         raise CompensationError("compensate='sequential': no batches; give the images that units were scored on")
     moments = sums.moments()
+    if not (moments.mean.isfinite().all() and moments.scatter.isfinite().all()):
+        raise CompensationError(
+            f"compensate='sequential': what {layer.small.name} is given, or is to give, is not finite on these images; "
+            "check the model's weights, and the images"
+        )
     if reader.weight.device.type not in ("cpu", "cuda"):  # where float64 is not to be had
         moments = moments.to("cpu")
     update, shift = made_up(moments, channels, centred=reader.bias is not None, ridge=ridge)

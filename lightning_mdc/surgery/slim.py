@@ -16,7 +16,7 @@ from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.ridge import RIDGES
 from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch
 from lightning_mdc.models import Anatomy, evaluating, find_anatomy, runnable, standing_in
-from lightning_mdc.models.swapping import cut_units, plain_copy, with_mixins
+from lightning_mdc.models.swapping import check_unmasked, cut_units, plain_copy, with_mixins
 from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
 from lightning_mdc.randomness import isolated_rng
@@ -53,7 +53,8 @@ def slim(
             costs nothing at run time. ``"sequential"`` does so from the first block to the last, on what each layer is
             given in the slim model, so that it makes up for what went before, too; see `surgery.sequential`.
         moments: of `model`, for ``"lstsq"``: `moments` of scores.
-        batches: of images, for ``"sequential"``; what `score` takes. Read once, and kept.
+        batches: of images, for ``"sequential"``; what `score` takes. Read once, and kept. Of several calls of the
+            transformer in a pass the first counts.
         ridge: what is added to each channel's variance is a small share of: ``"mean"`` of all channels; ``"clipped"``,
             the mean without what some have far above the others; ``"channel"``, its own; ``"largest"``. None:
             ``"mean"``.
@@ -68,6 +69,9 @@ def slim(
     dense = find_anatomy(model, submodule)
     dense.check(plan)
     check_compensation(dense, compensate, moments, batches)
+    if batches is not None:
+        consequence = "what is to be made up for would be missing from its own output already"
+        check_unmasked(dense.model, CompensationError, consequence, "leave the masked block first")
     check_one_of("ridge", ridge, (None, *RIDGES), CompensationError)
     if ridge is not None and compensate == "none":
         raise CompensationError(f"ridge={ridge!r} is not looked at: compensate='none' refits nothing; leave it out")
