@@ -122,7 +122,8 @@ def test_no_val_image_reaches_what_decides(tmp_path, images, monkeypatch):
     monkeypatch.setattr(mdc.DistillationModule, "training_step", trained)
     monkeypatch.setattr(evaluation, "outcomes", tested)
     sample = steps.calibration_batches
-    monkeypatch.setattr(steps, "calibration_batches", lambda run, share=True: spied("score", sample(run, share)))
+    spy = lambda *options, **named: spied("score", sample(*options, **named))  # noqa: E731
+    monkeypatch.setattr(steps, "calibration_batches", spy)
     pipeline.run(settings("deit_small_imagenet_40", tmp_path, images))
 
     def white(name):
