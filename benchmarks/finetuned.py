@@ -23,7 +23,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pretrained
@@ -56,7 +55,7 @@ from lightning_mdc.app import build
 from lightning_mdc.app.settings import plain as settings_of
 from lightning_mdc.budget import num_params
 from lightning_mdc.errors import BudgetError
-from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, RED, new_figure, plain, save_figure
+from lightning_mdc.figures.style import BLUE, GRAY, GREEN, ORANGE, RED, save_figure
 from lightning_mdc.files import write_json
 
 DENSE, WHOLE = "dense, same training", "100 %"
@@ -81,21 +80,12 @@ NO_LOSS = (-0.2, -0.5)  # points at 60 %: the mean, and the lower end of the 95 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with the model and the images; --quick needs none")
-    parser.add_argument("--work", type=Path, help="folder for what is finished; --quick has one")
+    pretrained.add_options(parser, test_images=10000)
     parser.add_argument("--method", action="append", choices=[DENSE, *ROWS, HEALED], metavar="NAME", help="these alone")
     parser.add_argument("--at", action="append", choices=[*BUDGETS], metavar="WHERE", help="these alone")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=10000, help="training images (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--precision", default="bf16-mixed", help="of the training (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=40, help="of each search")
-    parser.add_argument("--calibration", type=int, default=512, help="images (default: %(default)s)")
-    parser.add_argument("--judging", type=int, default=1000, help="images of a search (default: %(default)s)")
-    parser.add_argument("--test-images", type=int, default=10000, help="at most (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
-    parser.add_argument("--quick", action="store_true", help="digits, one budget, two methods, one seed")
-    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     asked = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -109,8 +99,7 @@ def main() -> None:
         asked.trials, asked.calibration, asked.precision = 4, 192, "32-true"
         asked.work = asked.work or results / "finetuned-work"
         shutil.rmtree(asked.work, ignore_errors=True)  # rows of older code
-    elif not asked.table_only and (asked.data is None or asked.work is None):
-        parser.error("--data, --work: give the folder with the model and the images, and one for what is finished")
+    pretrained.check_folders(parser, asked)
     if not asked.table_only:
         for found in Benchmark(asked).measured():
             write_json(path, found | {"targets": [target.facts() for target in judged(found)]})
@@ -126,8 +115,7 @@ class Benchmark(pretrained.Benchmark):
     """As before any finetune, and the training."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        self.kinds = {key: getattr(asked, key) for key in ("images", "epochs", "precision")}
-        super().__init__(asked, self.kinds)
+        super().__init__(asked, {key: getattr(asked, key) for key in ("images", "epochs", "precision")})
         self.settings = self.settings_of_training(asked.images)
         # Not the data module that draws calibration images: this one has fewer, and mirrors them.
         self.training = build.build_data(self.settings)
@@ -262,7 +250,7 @@ def text(found: dict[str, Any]) -> str:
     more = (
         f" Rows are those of the table before any finetune; healed: {HEAL_EPOCHS} epochs of {HEAL_IMAGES} images at "
         f"{HEAL_RATE:g}, under the teacher alone; min: minutes to score, search, compensate and train, on "
-        f"{found['threads']} thread(s), without a search that was known. Measured by `python benchmarks/finetuned.py "
+        f"{found['threads']} thread(s). Measured by `python benchmarks/finetuned.py "
         f"--data FOLDER --work FOLDER --images {found['images']} --test-images {found['test_images']}`; a row alone by "
         "`--method NAME --at WHERE`."
     )
@@ -288,19 +276,8 @@ def figure(found: dict[str, Any]) -> Figure:
         "neurons alone": GREEN,
         "Torch-Pruning, Taylor": GRAY,
     }
-    picture, (panel,) = new_figure(6.4, 3.6)
-    for name, colour in shown.items():
-        points = [(BUDGETS[at], value) for at in sorted(BUDGETS) if not math.isnan(value := top1(found, name, at))]
-        if points:
-            panel.plot(*zip(*points, strict=True), "o-", color=colour, label=name.replace("`", ""))
     reference = best(found, [DENSE], WHOLE)
-    if not math.isnan(reference):
-        panel.axhline(reference, color=GRAY, lw=0.8, ls="--", label=DENSE)
-    panel.invert_xaxis()
-    panel.set_xlabel("MACs, share of dense")
-    plain(panel, "test top-1 after the finetune, %")
-    panel.legend(frameon=False, fontsize=8)
-    return picture
+    return pretrained.curves(found, shown, (DENSE, reference), "test top-1 after the finetune, %")
 
 
 if __name__ == "__main__":

@@ -165,18 +165,9 @@ def criterion_of(name: str, seed: int) -> str | Criterion:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with the model and the images; --quick needs none")
-    parser.add_argument("--work", type=Path, help="folder for what is finished; --quick has one")
+    add_options(parser, test_images=2000)
     parser.add_argument("--method", action="append", choices=METHODS, metavar="NAME", help="these alone; repeatable")
     parser.add_argument("--at", action="append", choices=[*BUDGETS, *PAIRS], metavar="WHERE", help="these alone")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=40, help="of each search")
-    parser.add_argument("--calibration", type=int, default=512, help="images (default: %(default)s)")
-    parser.add_argument("--judging", type=int, default=1000, help="images of a search (default: %(default)s)")
-    parser.add_argument("--test-images", type=int, default=2000, help="at most (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
-    parser.add_argument("--quick", action="store_true", help="digits, one budget, one seed")
-    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
     asked = parser.parse_args()
     if asked.threads:
         torch.set_num_threads(asked.threads)
@@ -187,8 +178,7 @@ def main() -> None:
         asked.at, asked.seeds, asked.trials, asked.calibration = asked.at or ["50 %", *[*PAIRS][:1]], 1, 4, 192
         asked.work = asked.work or results / "pretrained-work"
         shutil.rmtree(asked.work, ignore_errors=True)  # rows of older code
-    elif not asked.table_only and (asked.data is None or asked.work is None):
-        parser.error("--data, --work: give the folder with the model and the images, and one for what is finished")
+    check_folders(parser, asked)
     if not asked.table_only:
         for found in Benchmark(asked).measured():
             write_json(path, found | {"targets": [target.facts() for target in judged(found)]})
@@ -197,6 +187,25 @@ def main() -> None:
     save_figure(figure(found), results / "pretrained.png")
     if not asked.quick:
         write_pages("pretrained", found)
+
+
+def add_options(parser: argparse.ArgumentParser, test_images: int) -> None:
+    """What says of which slim models rows are, and where they are kept."""
+    parser.add_argument("--data", type=Path, help="folder with the model and the images; --quick needs none")
+    parser.add_argument("--work", type=Path, help="folder for what is finished; --quick has one")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=40, help="of each search")
+    parser.add_argument("--calibration", type=int, default=512, help="images (default: %(default)s)")
+    parser.add_argument("--judging", type=int, default=1000, help="images of a search (default: %(default)s)")
+    parser.add_argument("--test-images", type=int, default=test_images, help="at most (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; one per core if not given")
+    parser.add_argument("--quick", action="store_true", help="digits, one budget, one seed")
+    parser.add_argument("--table-only", action="store_true", help="draw and write from the JSON that is there")
+
+
+def check_folders(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    if not (asked.quick or asked.table_only) and (asked.data is None or asked.work is None):
+        parser.error("--data, --work: give the folder with the model and the images, and one for what is finished")
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -257,11 +266,8 @@ class Benchmark:
         """What each search tried: KL(dense ‖ slim) on the images that judge, and seconds, trial by trial."""
         found = {}
         for path in sorted(self.searches.glob("*.jsonl")):
-            trials = read_study(path).trials
-            found[path.stem] = {
-                "kl": [None if trial.value is None else -trial.value for trial in trials],
-                "seconds": [trial.seconds for trial in trials],
-            }
+            done = [trial for trial in read_study(path).trials if trial.value is not None]
+            found[path.stem] = {"kl": [-trial.value for trial in done], "seconds": [trial.seconds for trial in done]}
         return found
 
     def wanted(self) -> Iterator[tuple[str, str, int]]:
@@ -319,7 +325,7 @@ class Benchmark:
 
     def uniform(self, method: Method, budget: float) -> mdc.Policy:
         depth = len(mdc.models.find_anatomy(self.dense).blocks)
-        space = None if method.stages is None else mdc.Space(stages=apart_in(depth, method.stages))
+        space = None if method.stages is None else mdc.Space(stages=evenly(depth, method.stages))
         return mdc.uniform_policy(self.dense, budget, method.dimensions, space, method.tokens)
 
     def scores(self, criterion: str, seed: int, batches: list[Images]) -> tuple[mdc.Scores, float]:
@@ -403,7 +409,7 @@ def looked_at(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return features, net.get_classifier()(features).log_softmax(dim=-1)
 
 
-def apart_in(depth: int, count: int) -> tuple[int, ...]:
+def evenly(depth: int, count: int) -> tuple[int, ...]:
     """So many blocks, as far from each other as from both ends; all of them if there are no more."""
     return tuple(range(depth)) if count >= depth else tuple(depth * (k + 1) // (count + 1) for k in range(count))
 
@@ -550,12 +556,12 @@ def searched(found: dict[str, Any]) -> list[str]:
     """How far each search of the default had come after so many trials, and what a trial took: lines of a list."""
     lines = []
     for name, each in found["searches"].items():
-        values = [math.inf if value is None else value for value in each["kl"]]
+        values = each["kl"]
         if not name.startswith(DEFAULT) or not values:
             continue
         best_of = {count: min(values[:count]) for count in (1, 5, 10, 20, 30, 40) if count <= len(values)}
         steps = ", ".join(f"{value:.4f} after {count}" for count, value in best_of.items())
-        seconds = statistics.median(second for second in each["seconds"] if second is not None)
+        seconds = statistics.median(each["seconds"])
         lines.append(f"- {name}: best KL on the judging images {steps} trials; {seconds:.1f} s a trial")
     return [*lines, ""] if lines else []
 
@@ -585,15 +591,23 @@ def figure(found: dict[str, Any]) -> Figure:
         "`hsic`, lstsq": PURPLE,
         f"{OURS}, none": GRAY,
     }
+    reference = ("dense", 100 * found["dense"]["top1"])
+    return curves(found, shown, reference, "test top-1 straight after pruning, %")
+
+
+def curves(found: dict[str, Any], shown: dict[str, str], reference: tuple[str, float], what: str) -> Figure:
+    """Top-1 of each method shown, in its colour, by share of the MACs; a line for a reference, if that was run."""
     picture, (panel,) = new_figure(6.4, 3.6)
     for name, colour in shown.items():
         points = [(BUDGETS[at], value) for at in sorted(BUDGETS) if not math.isnan(value := top1(found, name, at))]
         if points:
             panel.plot(*zip(*points, strict=True), "o-", color=colour, label=name.replace("`", ""))
-    panel.axhline(100 * found["dense"]["top1"], color=GRAY, lw=0.8, ls="--", label="dense")
+    name, value = reference
+    if not math.isnan(value):
+        panel.axhline(value, color=GRAY, lw=0.8, ls="--", label=name)
     panel.invert_xaxis()
     panel.set_xlabel("MACs, share of dense")
-    plain(panel, "test top-1 straight after pruning, %")
+    plain(panel, what)
     panel.legend(frameon=False, fontsize=8)
     return picture
 

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -685,8 +685,8 @@ class MultiDimPruneCallback(Callback):
         self._outcome = Outcome(plan, str(self.method), found, scores)
         if task.compensate != "none":
             # There is nothing left to be judged, so the images that did it serve the refit, too.
-            images = [*scoring, *judging]
-            self._compensate(trainer, pl_module, images, moments if task.compensate == "lstsq" else None)
+            batches = chain(scoring, judging)
+            self._compensate(trainer, pl_module, batches, moments if task.compensate == "lstsq" else None)
         costs, budget = CostModel(task.anatomy, task.input_size), None if task.is_given else self.method.budget
         with evaluating(pl_module):
             self._dashboard.decided(Decision(costs, plan, scores, budget, found, first))
@@ -716,7 +716,7 @@ class MultiDimPruneCallback(Callback):
         return SearchFolder(Path(root) / "mdc", settings, self.submodule, digest_of(pl_module.state_dict()), images)
 
     def _compensate(
-        self, trainer: Trainer, pl_module: LightningModule, batches: Sequence[Any], moments: Moments | None
+        self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], moments: Moments | None
     ) -> None:
         """Refit what reads units, in the model and, alike, in the averages of it that callbacks keep: by `moments`, or
         in sequence on the batches."""
@@ -739,7 +739,7 @@ class MultiDimPruneCallback(Callback):
             copy_from_first_rank(tensor)
 
     def _refitted_in_sequence(
-        self, trainer: Trainer, pl_module: LightningModule, dense: nn.Module, plan: Plan, batches: Sequence[Any]
+        self, trainer: Trainer, pl_module: LightningModule, dense: nn.Module, plan: Plan, batches: Iterable[Any]
     ) -> Anatomy:
         """The slim model, whose layers are refitted on what the module shows it."""
         small = find_anatomy(slim(dense, plan))

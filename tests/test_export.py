@@ -152,7 +152,6 @@ def with_tied_tokens(by: str) -> tuple[nn.Module, list[int]]:
     return mdc.slim(model, plan), sorted(best[:7])  # half of 17, less the class token
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("by", ["attention", "dependence"])
 def test_an_export_by_hand_breaks_ties_as_the_model_does(by, tmp_path):

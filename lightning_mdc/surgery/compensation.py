@@ -155,9 +155,8 @@ def take_readers(small: Anatomy, plan: Plan, dense: Anatomy, *others: Anatomy) -
         channels = unit_channels(torch.tensor(kept, dtype=torch.long, device=weight.device), units.width)
         with torch.no_grad():
             for layer in layers:  # an average may be elsewhere than the model
-                layer.weight[:, channels.to(layer.weight.device)] += (given.weight - weight[:, channels]).to(
-                    layer.weight
-                )
+                change = given.weight - weight[:, channels]
+                layer.weight[:, channels.to(layer.weight.device)] += change.to(layer.weight)
                 if bias is not None:
                     layer.bias.add_((given.bias - bias).to(layer.bias))
             weight[:, channels] = given.weight
