@@ -48,7 +48,7 @@ from pretrained import (
 )
 from recipes import Recipe, finetune
 from targets import Target, verdicts
-from torch import nn
+from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.app import build
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--at", action="append", choices=[*BUDGETS], metavar="WHERE", help="these alone")
     parser.add_argument("--images", type=int, default=10000, help="training images (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--precision", default="bf16-mixed", help="of the training (default: %(default)s)")
+    parser.add_argument("--precision", default="bf16-mixed", help="of training and test (default: %(default)s)")
     asked = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -119,6 +119,11 @@ class Benchmark(pretrained.Benchmark):
         self.settings = self.settings_of_training(asked.images)
         # Not the data module that draws calibration images: this one has fewer, and mirrors them.
         self.training = build.build_data(self.settings)
+
+    def looked_at(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """As precise as the training."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.asked.precision == "bf16-mixed"):
+            return super().looked_at(model)
 
     def settings_of_training(self, images: int) -> dict[str, Any]:
         """Those of ``mdc train`` with a dense model that was given."""
@@ -160,11 +165,11 @@ class Benchmark(pretrained.Benchmark):
         except BudgetError as error:
             return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
         row |= {"macs": mdc.macs(model), "params": num_params(model)}
-        row["before"] = self.judged(self.said if name == DENSE else pretrained.looked_at(model, self.test[0])[1])
+        row["before"] = self.judged(self.said if name == DENSE else self.looked_at(model)[1])
         started = time.perf_counter()
         (self.heal if name == HEALED else self.finetune)(model, seed)
         spent["finetune"] = time.perf_counter() - started
-        row |= self.judged(pretrained.looked_at(model, self.test[0])[1])
+        row |= self.judged(self.looked_at(model)[1])
         spent["all"] = time.perf_counter() - begun
         return row | {"seconds": {key: round(value, 1) for key, value in spent.items()}}
 

@@ -227,12 +227,16 @@ class Benchmark:
         for folder in (self.work, self.searches):
             folder.mkdir(parents=True, exist_ok=True)
         self.test = sample(self.data.test_dataloader().dataset, asked.test_images, 0)
-        _, self.said = looked_at(self.dense, self.test[0])
+        _, self.said = self.looked_at(self.dense)
         self._seed, self._scores = -1, dict[str, tuple[mdc.Scores, float]]()
 
     @cached_property
     def judging(self) -> Images:
         return sample(self.data.val_dataloader().dataset, self.asked.judging, 0)
+
+    def looked_at(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """(features, log-probabilities) of the test images."""
+        return looked_at(model, self.test[0])
 
     def measured(self) -> Iterator[dict[str, Any]]:
         """All numbers so far, after every row."""
@@ -287,7 +291,7 @@ class Benchmark:
         except BudgetError as error:
             return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
         row |= {"macs": mdc.macs(slim), "params": num_params(slim)}
-        features, said = looked_at(slim, self.test[0])
+        features, said = self.looked_at(slim)
         row |= self.judged(said)
         if at in PAIRS:
             row["knn"] = self.nearest(slim, features, seed)
