@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget, InputSize, as_budget, image_size
@@ -34,7 +35,12 @@ from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, sear
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.surgery import make_plan, slim
-from lightning_mdc.surgery.compensation import COMPENSATIONS, check_compensable, compensation_of_trials
+from lightning_mdc.surgery.compensation import (
+    COMPENSATIONS,
+    check_all_tokens,
+    check_compensable,
+    compensation_of_trials,
+)
 from lightning_mdc.tokens.surviving_patches import watched_patches
 
 log = logging.getLogger(__name__)
@@ -111,7 +117,7 @@ class Method:
             return f"a given policy, {hashlib.sha256(self.policy.to_json().encode()).hexdigest()[:8]}"
         others = {
             "policy": (self.policy, "searched"),
-            "criterion": (self.criterion.name, "conditional"),
+            "criterion": (str(self.criterion), "conditional"),
             "dimensions": (self.dimensions, None),
             "space": (self.space, Space()),
             "tokens": (self.tokens, TokenOptions()),
@@ -154,7 +160,7 @@ class Compression:
         compensate_trials: how they are where policies are tried: what rests on moments alone, as one pass serves all.
 
     Raises:
-        BudgetError, PolicyError, SearchError, UnsupportedModelError: what is in the way.
+        BudgetError, CompensationError, PolicyError, SearchError, UnsupportedModelError: what is in the way.
     """
 
     def __init__(
@@ -259,6 +265,7 @@ class Compression:
             for units in pruned:
                 check_compensable(units, compensate)
             return compensate, compensate
+        check_all_tokens(self.anatomy)
         return compensate, "none" if self.policy is not None else compensation_of_trials(compensate, pruned)
 
     def _best_compensation(self, pruned: Sequence[Units]) -> str:
@@ -296,6 +303,7 @@ class Compressed:
         return f"Compressed({type(self.model).__name__}, {self.policy})"  # scores and plan are long
 
 
+@torch.inference_mode(False)  # as `score` and `slim`
 def compress(
     model: nn.Module,
     batches: Iterable[Any],

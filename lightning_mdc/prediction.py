@@ -110,9 +110,10 @@ def as_they_are(outputs: Tensor) -> Tensor:
 
 
 def labels_in(batch: Any) -> Tensor | None:
-    """The labels of a batch that is (images, labels, ...), if they are a tensor."""
+    """The labels of a batch that is (images, labels, ...), if they are a tensor with a row for each image, or should
+    be."""
     labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    return plain(labels) if isinstance(labels, Tensor) else None
+    return plain(labels) if isinstance(labels, Tensor) and labels.ndim else None
 
 
 def class_numbers(labels: Tensor, images: int, *, error: type[MdcError], who: str, otherwise: str) -> Tensor:

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lightning_mdc as mdc
-from lightning_mdc.errors import BudgetError, CalibrationError, CompressionError, MdcError
+from lightning_mdc.errors import BudgetError, CalibrationError, CompensationError, CompressionError, MdcError
 from tests.kinds import images, make
 
 FEW: dict[str, Any] = {"n_trials": 4, "calibration": mdc.Calibration(images=16, judging=12)}
@@ -132,3 +132,16 @@ def test_wrong_arguments(options, error, words):
     with pytest.raises(error, match=words) as caught:
         mdc.compress(make(), **{"batches": batches(), **options})
     assert isinstance(caught.value, MdcError)
+
+
+def test_a_refit_in_sequence_where_tokens_leave_already_is_refused_before_the_search():
+    model = make()
+    scores = mdc.score(model, [images(8)], progress=False)
+    slim = mdc.slim(model, mdc.make_plan(model, scores, mdc.Policy(tokens=0.6)))
+
+    def unread():
+        raise AssertionError("no image is looked at")
+        yield
+
+    with pytest.raises(CompensationError, match=r"tokens leave .* already"):
+        mdc.compress(slim, unread(), compensate="sequential", **FEW)

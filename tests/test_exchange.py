@@ -7,15 +7,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import lightning_mdc as mdc
-from lightning_mdc.errors import CalibrationError, PlanError
+from lightning_mdc.errors import CalibrationError, CompensationError, PlanError
 from lightning_mdc.importance import exchange
 from lightning_mdc.importance.conditional import lost_by_elimination
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import find_anatomy, unit_channels
-from tests.kinds import images, make
+from tests.kinds import BASE, images, make, randomised
 
 
 def problem(channels: int, out: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -112,3 +113,11 @@ def test_swaps_that_cannot_be_are_refused() -> None:
     assert mdc.make_plan(model, scores, mdc.Policy(tokens=0.5), swaps=3)
     with pytest.raises(PlanError, match="swaps=-1"):
         mdc.make_plan(model, scores, mdc.Policy(neurons=0.5), swaps=-1)
+
+
+def test_moments_of_another_model_are_refused() -> None:
+    model, other = make(), randomised(VisionTransformer(**BASE | {"mlp_ratio": 2}))
+    scores = mdc.score(model, [images(8)], "activation", progress=False)
+    of_other = mdc.score(other, [images(8)], "activation", moments=True, progress=False)
+    with pytest.raises(CompensationError, match=r"moments are of another model: its layers read"):
+        mdc.make_plan(model, scores.with_moments(of_other.moments), mdc.Policy(neurons=0.5), swaps=3)

@@ -14,7 +14,16 @@ from torchvision import tv_tensors
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError, UnsupportedModelError
-from lightning_mdc.importance import Calibration, Criterion, Scorer, UnitGroup, as_criterion, criteria, register
+from lightning_mdc.importance import (
+    Calibration,
+    ConditionalDependence,
+    Criterion,
+    Scorer,
+    UnitGroup,
+    as_criterion,
+    criteria,
+    register,
+)
 from lightning_mdc.models import find_anatomy
 from tests.kinds import CLASSES, images, make
 
@@ -646,3 +655,44 @@ def test_images_that_show_nothing_are_warned_of_once(batch: Tensor, how: str) ->
 def test_images_given_again_and_again_are_warned_of() -> None:
     with pytest.warns(UserWarning, match="of 24 calibration images only 8 differ"):
         mdc.score(make(), [images(8)] * 3, "activation", progress=False)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", ConditionalDependence("fisher"), RAW])
+def test_what_gradient_checkpointing_runs_again_is_not_seen_again(criterion: object) -> None:
+    model, batch = make(), (images(8), torch.arange(8) % CLASSES)
+    plain = mdc.score(model, [batch], criterion, moments=True, progress=False)  # type: ignore[arg-type]
+    model.set_grad_checkpointing()
+    again = mdc.score(model, [batch], criterion, moments=True, progress=False)  # type: ignore[arg-type]
+    torch.testing.assert_close(again.tensors(), plain.tensors())
+    moments = [each.moments for each in (plain, again) if each.moments is not None]
+    torch.testing.assert_close(moments[1].tensors(), moments[0].tensors())
+
+
+def test_gradients_are_had_in_inference_mode_too() -> None:
+    model, batch = make(), (images(8), torch.arange(8) % CLASSES)
+    expected = mdc.score(model, [batch], "taylor", progress=False)
+    with torch.inference_mode():
+        found = mdc.score(model, [batch], "taylor", progress=False)
+    torch.testing.assert_close(torch.cat(found.neurons), torch.cat(expected.neurons))
+
+
+def test_one_label_for_a_whole_batch_is_none() -> None:
+    batch = images(8), torch.tensor(1)
+    assert mdc.score(make(), [batch], "hsic", progress=False).images == 8
+    with pytest.raises(CalibrationError, match=r"'taylor' needs labels: .* labels \(images,\)"):
+        mdc.score(make(), [batch], "taylor", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "words"),
+    [
+        (mdc.HSIC(), "hsic"),
+        (RAW, "hsic(hsic_weight=1, activation_weight=0)"),
+        (ConditionalDependence(), "conditional"),
+        (ConditionalDependence("fisher", 0.25), "conditional(metric=fisher, metric_weight=0.25)"),
+        (mdc.Taylor(loss=F.cross_entropy), "taylor"),
+        (criteria.Random(3), "random(seed=3)"),
+    ],
+)
+def test_criteria_tell_their_options(criterion: Criterion, words: str) -> None:
+    assert str(criterion) == words

@@ -310,3 +310,24 @@ def test_a_masked_model_is_no_model_to_make_up_for() -> None:
     plan = mdc.make_plan(model, mdc.score(model, [shown]), mdc.Policy(heads=0.5, neurons=0.5))
     with mdc.masked(model, plan), pytest.raises(CompensationError, match=r"has masks on: .* leave the masked block"):
         mdc.slim(model, plan, "sequential", batches=[shown])
+
+
+def test_small_batches_go_together() -> None:
+    model = make()
+    plan, x = plan_for(model, neurons=0.4), images(40)
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    small = mdc.slim(model, plan, "sequential", batches=x.split(1))
+    assert sorted(seen) == [8, 8, 32, 32]  # dense and slim
+    expected = mdc.slim(model, plan, "sequential", batches=[x[:32], x[32:]])
+    torch.testing.assert_close(small.state_dict(), expected.state_dict())
+
+
+def test_images_of_several_sizes_stay_apart() -> None:
+    model = randomised(VisionTransformer(**BASE, dynamic_img_size=True))
+    plan = plan_for(model, neurons=0.4)
+    batches = [images(2, size=size) for size in (16, 16, 32, 16)]
+    seen: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    mdc.slim(model, plan, "sequential", batches=batches)
+    assert sorted(shape[0] for shape in seen) == [2, 2, 2, 2, 4, 4]

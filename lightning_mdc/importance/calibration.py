@@ -14,7 +14,7 @@ from lightning_mdc.errors import CalibrationError, check_whole
 
 # Bytes of images that are kept between one look at them and the next.
 _MEMORY_LIMIT = 2 * 2**30
-# Images that batches too small for a criterion are put together to.
+# Images that batches are put together to where they are too small for a criterion, or for a pass of their own.
 TOGETHER = 32
 
 

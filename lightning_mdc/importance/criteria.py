@@ -91,6 +91,16 @@ class Criterion(ABC):
     loss: Callable[[Any, Any], Any] | None = None  # of (output, batch), whose gradients it needs; None: cross-entropy
     dimensions: ClassVar[tuple[str, ...]] = DIMENSIONS  # that it can score
 
+    def __str__(self) -> str:
+        """Its name, and what of its options is a plain value and not as by default."""
+        usual = vars(CRITERIA[self.name]()) if self.name in CRITERIA else {}
+        options = [
+            f"{name}={value}"
+            for name, value in vars(self).items()
+            if isinstance(value, (str, int, float)) and value != usual.get(name)
+        ]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
     def needs(self, dimension: str) -> Needs:
         """What it has to be given for this dimension."""
         return Needs()

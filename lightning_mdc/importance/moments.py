@@ -88,6 +88,17 @@ class Moments:
         layers = self.layers[units.dimension]
         return layers[units.block] if units.block < len(layers) else None
 
+    def check_fit(self, anatomy: Anatomy) -> None:
+        """Refuse, with a `CompensationError`, a model of other sizes."""
+        for dimension, layers in self.layers.items():
+            expected = [None if units is None else units.count * units.width for units in anatomy.units(dimension)]
+            given = [None if layer is None else len(layer.mean) for layer in layers]
+            if given and given != expected:
+                raise CompensationError(
+                    f"moments are of another model: its layers read {given} channels of {dimension}, those of "
+                    f"{anatomy.name} {expected}; gather them from this model"
+                )
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, e.g. ``neurons.3.scatter``."""
         return {

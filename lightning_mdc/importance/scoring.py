@@ -55,6 +55,7 @@ from lightning_mdc.randomness import isolated_rng
 _MEMORY_LIMIT = 2 * 2**30
 
 
+@torch.inference_mode(False)  # in it no gradients are to be had
 def score(
     model: nn.Module,
     batches: Iterable[Any] = (),
@@ -258,7 +259,7 @@ class Scorer:
         """Where the transformer is given images, a call of it begins. It may have several in a batch, or be given
         several images for one of the batch's: crops, frames, what is in a bag."""
         is_whole = module is self.anatomy.model
-        if self._pass.is_inside or not (is_whole or self._door in (None, module)):
+        if self._pass.is_inside or self._pass.goes_back or not (is_whole or self._door in (None, module)):
             return
         given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4)
         images = next(given, None)
@@ -370,7 +371,7 @@ class Scorer:
                 f"loss gave {given} that no gradients lead from; expected one number, computed from the model's output"
             )
         gates = self._pass.gates
-        found = torch.autograd.grad(loss.sum(), list(gates.values()), allow_unused=True)
+        found = self._gradients(loss.sum(), list(gates.values()))
         with torch.no_grad():
             for ((name, _), gate), gradient in zip(gates.items(), found, strict=True):
                 change = torch.zeros_like(gate) if gradient is None else gradient
@@ -383,13 +384,18 @@ class Scorer:
                 f"criterion={self.criterion.name!r} needs gradients of the prediction, but none lead from it to the "
                 "layers; pass prediction= that does not detach it, or an option or criterion without gradients"
             )
-        tensors = [zeros for _, zeros in added]
-        found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=self.needs.gradients)
+        found = self._gradients(loss, [zeros for _, zeros in added], keep=self.needs.gradients)
         for (name, zeros), gradient in zip(added, found, strict=True):
             gradient = (torch.zeros_like(zeros) if gradient is None else gradient).flatten(0, -2)
             gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             with torch.no_grad(), exactly(gradient):
                 self._add(name, self.criterion.observe_output_gradients(gradient, self.groups[name]))
+
+    def _gradients(self, loss: Tensor, at: Sequence[Tensor], keep: bool = False) -> Sequence[Tensor | None]:
+        self._pass.goes_back = True
+        found = torch.autograd.grad(loss, at, allow_unused=True, retain_graph=keep)
+        self._pass.goes_back = False
+        return found
 
     def _cross_entropy(self, output: Any, labels: Tensor | None) -> Tensor:
         """Of classes, summed over images."""
@@ -465,14 +471,14 @@ class Scorer:
         given, rows = plain(args[0]), self._call.rows
         # (images, tokens, channels), in whatever windows and grids they are seen
         x = given.reshape(rows, math.prod(given.shape[:-1]) // rows, given.shape[-1])
-        if self.needs.moments and self._pass.prediction is None:  # in a second pass all is known already
+        if self.needs.moments and self._pass.is_first:
             with torch.no_grad(), exactly(x):
                 self._moments.add(units, x)
         gated = self._see(name, x.unflatten(-1, (units.count, units.width)))
         return None if gated is None else (gated.flatten(-2).reshape(given.shape),)
 
     def _see_output(self, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if self._pass.prediction is not None:  # a second pass
+        if not self._pass.is_first:
             return None
         zeros = torch.zeros_like(plain(output), requires_grad=True)
         self._pass.added.append((name, zeros))
@@ -499,6 +505,8 @@ class Scorer:
             if key not in now.gates:
                 now.gates[key] = activations.new_ones((images, 1, units, 1), requires_grad=True)
             return activations * now.gates[key]
+        if now.goes_back:
+            return None
         call = self._call
         if call.rows < needs.images:
             return None
@@ -570,7 +578,13 @@ class _Pass:
     calls: list[_Call] = field(default_factory=list)
     remembered: int = 0  # bytes
     is_inside: bool = False  # of a call of the whole transformer
+    goes_back: bool = False  # to gradients: where they are checkpointed, parts of the model run again
     overflowed: bool = False  # nothing (more) is remembered: there will be a second pass
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing that is seen now has been seen before."""
+        return self.prediction is None and not self.goes_back
 
     def remember(self, seen: dict[str, Tensor]) -> None:
         self.remembered += sum(tensor.nbytes for tensor in seen.values())

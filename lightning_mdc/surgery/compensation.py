@@ -65,11 +65,8 @@ def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | Non
                 f"{name} are given, but compensate={compensate!r} does not use them; pass compensate={way!r}, or leave "
                 "them out"
             )
-    if compensate == "sequential" and anatomy.stages:
-        raise CompensationError(
-            f"compensate='sequential': tokens leave {anatomy.name} already (block {anatomy.stages[0].block}), and not "
-            "always those that leave the slim model; use compensate='lstsq'"
-        )
+    if compensate == "sequential":
+        check_all_tokens(anatomy)
     if compensate == "sequential" and not isinstance(batches, Iterable):
         raise CompensationError(
             f"batches={batches!r:.80}: compensate='sequential' looks at images; pass those that units were scored on"
@@ -81,14 +78,16 @@ def check_compensation(anatomy: Anatomy, compensate: str, moments: Moments | Non
             f"moments={moments!r:.80}: compensate={compensate!r} needs those of the dense model; pass moments="
             "scores.moments, of scores = score(model, batches, criterion, moments=True)"
         )
-    for dimension, layers in moments.layers.items():
-        expected = [None if units is None else units.count * units.width for units in anatomy.units(dimension)]
-        given = [None if layer is None else len(layer.mean) for layer in layers]
-        if given and given != expected:
-            raise CompensationError(
-                f"moments are of another model: its layers read {given} channels of {dimension}, those of "
-                f"{anatomy.name} {expected}; gather them from this model"
-            )
+    moments.check_fit(anatomy)
+
+
+def check_all_tokens(anatomy: Anatomy) -> None:
+    """Refuse, with a `CompensationError`, to refit a model in sequence where tokens leave already."""
+    if anatomy.stages:
+        raise CompensationError(
+            f"compensate='sequential': tokens leave {anatomy.name} already (block {anatomy.stages[0].block}), and not "
+            "always those that leave the slim model; use compensate='lstsq'"
+        )
 
 
 def check_compensable(units: Units, compensate: str, moments: Moments | None = None) -> None:

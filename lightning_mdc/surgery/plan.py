@@ -43,6 +43,7 @@ def make_plan(
     Raises:
         PolicyError: the policy does not fit the model.
         CalibrationError: scores are missing or of another model.
+        CompensationError: swaps by moments of another model.
         PlanError: a reduction that is not known, priors where positions are not, or swaps that are no whole number.
     """
     if not isinstance(scores, Scores):
@@ -91,6 +92,8 @@ def _exchanged(
     anatomy: Anatomy, kept: Mapping[str, Sequence[tuple[int, ...]]], moments: Moments | None, swaps: int
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """What is kept after swaps."""
+    if moments is not None:
+        moments.check_fit(anatomy)
     after = {name: list(of_blocks) for name, of_blocks in kept.items()}
     for units in anatomy.all_units:
         before = after[units.dimension][units.block]

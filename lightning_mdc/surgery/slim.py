@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_mdc.errors import CompensationError, check_one_of
+from lightning_mdc.importance.calibration import TOGETHER
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.ridge import RIDGES
 from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch
@@ -62,6 +63,7 @@ def slim(
 
     Raises:
         PlanError: the plan is for another model.
+        CalibrationError: `batches` hold no images that the model can be run on.
         CompensationError: `compensate` or `ridge` is unknown, or the moments are missing or of another model.
         UnsupportedModelError: there is no supported vision transformer in `model`, or there are several; or a norm over
             the units stands in the way of compensation.
@@ -94,12 +96,24 @@ def slim(
 
 
 def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterable[Any], ridge: str) -> None:
-    images = [on_device_of(dense, split_batch(batch)[0]) for batch in batches]
+    images = [on_device_of(dense, part) for part in _together(split_batch(batch)[0] for batch in batches)]
     whole = small.model if model is dense.model else model  # which holds the dense one
     passes = [(partial(run_on, model, batch), partial(run_on, whole, batch)) for batch in images]
     in_place = partial(standing_in, model, dense.model, small.model)
     with evaluating(model, small.model), isolated_rng():
         refit_in_sequence(dense, small, passes, standing_in=in_place, ridge=ridge)
+
+
+def _together(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Small batches of images of one size joined: all passes wait for each other, each in a thread of its own."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        if waiting and (batch.shape[1:] != waiting[0].shape[1:] or sum(map(len, waiting)) >= TOGETHER):
+            yield torch.cat(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield torch.cat(waiting)
 
 
 @cache
