@@ -51,7 +51,7 @@ from lightning_mdc.policy_search.closeness import float_tensors
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, digest_of
 from lightning_mdc.policy_search.folder import SearchFolder, digest_of_batches
 from lightning_mdc.policy_search.held_out import InPlace, Judgement, running_as_written
-from lightning_mdc.prediction import plain
+from lightning_mdc.prediction import labels_in, plain
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, rng_state, seed_all, set_rng_state
 from lightning_mdc.schedule import Schedule
@@ -626,8 +626,7 @@ class MultiDimPruneCallback(Callback):
             said[:] = [self._run(trainer, pl_module, batch)]
             return said[0]
 
-        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-        scorer.update(run, images_in(batch), labels if isinstance(labels, Tensor) else None, batch)
+        scorer.update(run, images_in(batch), labels_in(batch), batch)
         return said[0]
 
     def _try_out_going_by(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:

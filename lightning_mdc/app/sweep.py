@@ -79,7 +79,8 @@ class PolicyCost:
         return _with_ratios(params, columns, space.snap(points))
 
     def first(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The trials to begin with, as `search` does: the uniform policy, then those of fewer dimensions.
+        """The trials to begin with, as `search` does without moments, which no trial has yet: the uniform policy, then
+        those of fewer dimensions.
 
         What is no keep ratio they take from the first of `params`.
         """

@@ -27,6 +27,7 @@ from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy, Space, TokenOptions
 from lightning_mdc.policy_search.held_out import Judge, Judgement
+from lightning_mdc.policy_search.least_loss import least_loss_points
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
@@ -145,10 +146,11 @@ def search(
 ) -> SearchResult:
     """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
 
-    Every trial meets the budget in whole units. The first one is the uniform policy; then come the uniform policies of
-    fewer dimensions that reach the budget, such as neurons alone, so that no single dimension is overlooked; up to
-    `initial_points` the next ones are random, then a Gaussian process and expected improvement choose. In a
-    distributed run rank 0 chooses and all ranks follow.
+    Every trial meets the budget in whole units. The first one is the uniform policy; then come, where layers are
+    refitted, policies under which they lose least by themselves (see `policy_search.least_loss`), and the uniform
+    policies of fewer dimensions that reach the budget, such as neurons alone, so that no single dimension is
+    overlooked; up to `initial_points` the next ones are random, then a Gaussian process and expected improvement
+    choose. In a distributed run rank 0 chooses and all ranks follow.
 
     Args:
         model: the dense model (or a module that holds it); unchanged.
@@ -185,7 +187,7 @@ def search(
         policies.constraint,
         seed=seed,
         n_initial_points=options.initial_points,
-        first=starting_points(policies),
+        first=starting_points(policies, scores if compensate == "lstsq" else None),
         prior=on_first_rank(partial(observations, options.warm_start, policies, "maximize", options.journal)),
         xi=options.xi,
     )
@@ -252,10 +254,12 @@ def digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
     return sha.hexdigest()[:16]
 
 
-def starting_points(space: PolicySpace) -> np.ndarray:
-    """The uniform policy, and those that leave dimensions whole, (n, axes); the process passes over what is beyond the
-    budget where bounds stand in the way."""
-    return np.concatenate([_as_point(space, policy) for policy in (space.uniform, *space.uniform_of_fewer)])
+def starting_points(space: PolicySpace, scores: Scores | None = None) -> np.ndarray:
+    """The uniform policy, those under which layers lose least, by scores with moments, and uniform ones that leave
+    dimensions whole, (n, axes); the process passes over what is beyond the budget where bounds stand in the way."""
+    first, *fewer = (_as_point(space, policy) for policy in (space.uniform, *space.uniform_of_fewer))
+    guided = [] if scores is None else [least_loss_points(space, scores)]
+    return np.concatenate([first, *guided, *fewer])
 
 
 def _as_point(space: PolicySpace, policy: Policy) -> np.ndarray:

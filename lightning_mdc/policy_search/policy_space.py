@@ -23,7 +23,7 @@ from lightning_mdc.policy import DIMENSIONS, TOKENS, UNIT_DIMENSIONS, Policy, Sp
 
 # Without bounds of the user's own, no block goes below this share of what the uniform policy keeps of it, unless a
 # uniform policy of fewer dimensions does.
-_LEAST_OF_UNIFORM = 0.3
+_LEAST_OF_UNIFORM = 0.1
 
 
 class PolicySpace(PointSpace):
@@ -120,7 +120,7 @@ class PolicySpace(PointSpace):
     def policy(self, point: np.ndarray) -> Policy:
         """The policy of a point (axes,), with realised ratios."""
         points = np.atleast_2d(point)
-        units = {name: counts[0] for name, counts in self._counts(points).items()}
+        units = {name: counts[0] for name, counts in self.counts(points).items()}
         reaching, stay = self.grid.tokens(self._stage_ratios(points))
         return self.grid.policy(units, (stay / reaching)[0])
 
@@ -143,7 +143,7 @@ class PolicySpace(PointSpace):
         """See `Space.snap`: every ratio the smallest that keeps the same counts of its blocks."""
         points = np.clip(points, self.low, self.high)
         snapped = points.copy()
-        for dimension, counts in self._counts(points).items():
+        for dimension, counts in self.counts(points).items():
             if axes := [axis for axis, _ in self._members[dimension]]:
                 blocks, first = self._blocks_of(dimension)
                 ratios = (counts / np.maximum(self.grid.sizes[dimension], 1))[:, blocks]
@@ -156,8 +156,8 @@ class PolicySpace(PointSpace):
         members = [members for _, members in self._members[dimension]]
         return np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
 
-    def _counts(self, points: np.ndarray) -> Counts:
-        """(n, axes) -> by dimension, whole units (n, blocks); see `keep_count`."""
+    def counts(self, points: np.ndarray) -> Counts:
+        """Whole units at points (n, axes): by dimension, (n, blocks); see `keep_count`."""
         counts: Counts = {}
         for dimension, sizes in self.grid.sizes.items():
             if not (members := self._members[dimension]):
@@ -171,9 +171,9 @@ class PolicySpace(PointSpace):
     def _kept(self, points: np.ndarray) -> Kept:
         """What is kept at points (n, axes)."""
         if not self._members[TOKENS]:
-            return self.costs.kept(self._counts(points), (), None, self.tokens)
+            return self.costs.kept(self.counts(points), (), None, self.tokens)
         reaching, stay = self.grid.tokens(self._stage_ratios(points))
-        return self.grid.kept(self._counts(points), stay / reaching)
+        return self.grid.kept(self.counts(points), stay / reaching)
 
     def _stage_ratios(self, points: np.ndarray) -> np.ndarray:
         """(n, axes) -> keep ratio asked of each token stage, (n, stages)."""
