@@ -9,6 +9,7 @@ moved there whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG, REST = "model.safetensors", "config.json", "rest.safetensors"
 _FORMAT = "lightning_mdc.model.1"
+_RENAMES = 20  # before others who are at the same folder are taken for an error
 # A batch norm's counter, and where the windows of torchvision's Swin look in their table.
 _WHOLE_NUMBERS = (".num_batches_tracked", ".relative_position_index")
 _FACTS = {"format", "pretrained_cfg", "cost", "versions", "sha256"}
@@ -220,7 +222,9 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
                 weights[first] = nn.Parameter(weights[first], of_result[first].requires_grad)
             weights[name] = weights[first]
         result.load_state_dict(weights, assign=True)
-        if model is None:
+        if model is not None:
+            _take_tables(result, _recipe(config), plan)
+        else:
             anatomy = find_anatomy(result)
             fresh = partial(_built, anatomy.family, _recipe(config)["constructor"], plan, "cpu")
             anatomy.family.complete(result, fresh)
@@ -236,6 +240,20 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
     except (MdcError, RuntimeError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder} cannot be loaded: {error}") from error
     return result.eval()
+
+
+def _take_tables(model: nn.Module, recipe: Mapping[str, Any], plan: Plan | None) -> None:
+    """Put on the CPU, in the precision of the weights, what no file holds and `model` has from the user's own."""
+    dtype = next(model.parameters()).dtype
+    tables = {name: buffer for name, buffer in model.named_buffers() if name not in model.state_dict()}
+    fresh: dict[str, Tensor] = {}
+    others = any(table.is_floating_point() and table.dtype != dtype for table in tables.values())
+    if others and recipe["constructor"] is not None:  # what was rounded once stays so
+        fresh = dict(_built(find_anatomy(model).family, recipe["constructor"], plan, "cpu").named_buffers())
+    for name, own in tables.items():
+        table = fresh[name] if name in fresh and fresh[name].shape == own.shape else own
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, table.to("cpu", dtype if own.is_floating_point() else None))
 
 
 def _check_like_saved(own: nn.Module, plan: Plan | None, recipe: Mapping[str, Any], folder: Path) -> None:
@@ -603,10 +621,7 @@ def _replacing(target: Path) -> Iterator[Path]:
         for path in folder.iterdir():
             path.chmod(mode)
         folder.chmod(mode | (mode & 0o444) >> 2)  # whoever may read may look inside
-        if target.is_dir():
-            shutil.rmtree(_previous(target), ignore_errors=True)
-            target.rename(_previous(target))
-        folder.rename(target)
+        _put_in_place(folder, target)
         shutil.rmtree(_previous(target), ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"directory={str(target)!r} cannot be written: {error}; what was there is kept") from error
@@ -615,10 +630,26 @@ def _replacing(target: Path) -> Iterator[Path]:
         _recovered(target)
 
 
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Others who save there, or load and put back what they find to be missing, may come in between: then again."""
+    for left in reversed(range(_RENAMES)):
+        try:
+            if target.is_dir():
+                shutil.rmtree(_previous(target), ignore_errors=True)
+                target.rename(_previous(target))
+            folder.rename(target)
+        except OSError as error:
+            if not left or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
+        else:
+            return
+
+
 def _recovered(target: Path) -> Path:
     """`target`, put back if a save was killed between taking the old model away and putting the new one there."""
-    if not target.exists() and _previous(target).is_dir():
-        _previous(target).rename(target)
+    if not target.exists():
+        with suppress(OSError):  # there is nothing to put back, or another process was first
+            _previous(target).rename(target)
     return target
 
 

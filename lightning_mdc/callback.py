@@ -712,7 +712,8 @@ class MultiDimPruneCallback(Callback):
             return None
         images = gather(lambda: [digest_of_batches(share) for share in batches])
         settings = {name: value for name, value in vars(self.method).items() if name != "n_trials"}
-        return SearchFolder(Path(root) / "mdc", settings, self.submodule, digest_of(pl_module.state_dict()), images)
+        state = {name: value for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
+        return SearchFolder(Path(root) / "mdc", settings, self.submodule, digest_of(state), images)
 
     def _compensate(
         self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], moments: Moments | None

@@ -27,7 +27,7 @@ import lightning_mdc as mdc
 from lightning_mdc.artifact import CONFIG, WEIGHTS, check_savable
 from lightning_mdc.errors import ArtifactError
 from lightning_mdc.models import find_anatomy
-from tests.kinds import BASE, DIM, KINDS, POST_NORM, TORCHVISION_KINDS, daily, images, make, randomised
+from tests.kinds import BASE, DIM, EVA_KINDS, KINDS, POST_NORM, TORCHVISION_KINDS, daily, images, make, randomised
 
 
 def slimmed(model: nn.Module, **options: Any) -> nn.Module:
@@ -349,3 +349,35 @@ def test_a_kill_between_the_two_renames_is_healed(tmp_path: Path) -> None:
     (tmp_path / "m").rename(tmp_path / ".m.previous")
     with torch.no_grad():
         assert torch.equal(mdc.load(tmp_path / "m")(images()), model(images()))
+
+
+def test_a_model_of_ones_own_in_another_precision_takes_tables_as_they_were(tmp_path: Path) -> None:
+    """What no file holds, such as rotary positions, is not rounded with the rest."""
+    dense = randomised(EVA_KINDS["rope"]())
+    slim = slimmed(dense)
+    mdc.save(slim, tmp_path / "m")
+    own = EVA_KINDS["rope"]().bfloat16()
+    loaded = mdc.load(tmp_path / "m", model=own)
+    with torch.no_grad():
+        assert torch.equal(loaded(images()), slim(images()))
+    assert own.rope.pos_embed.dtype == torch.bfloat16
+
+
+def test_whoever_loads_meanwhile_does_not_stop_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its two renames there is no folder; a reader puts the old one back."""
+    first, second = make(), make(seed=1)
+    mdc.save(first, tmp_path / "m")
+    rename, seen = Path.rename, []
+
+    def renamed(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if target.name == ".m.previous" and not seen:
+            seen.append(mdc.load(tmp_path / "m"))
+        return moved
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    mdc.save(second, tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(seen[0](images()), first(images()))
+        assert torch.equal(mdc.load(tmp_path / "m")(images()), second(images()))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

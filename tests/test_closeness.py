@@ -143,3 +143,24 @@ def test_a_dense_model_that_is_being_trained_is_looked_at_as_it_is_used(limit, m
 def test_what_cannot_be_compared_is_said(dense, slim, words):
     with pytest.raises(SearchError, match=words):
         HeldOut([numbered(20)], "kl", dense=Says(dense))(Says(slim))
+
+
+def test_variance_of_numbers_far_from_0_is_kept(draw):
+    numbers = torch.randn(24, 5, generator=draw)
+    expected = relative_error(numbers.double().numpy(), numbers.double().numpy() + 0.25)
+    dense, found = Says(numbers + 1e4), Says(numbers + 1e4 + 0.25)
+    judge = HeldOut([numbered(24)], "kl", dense=dense, prediction=lambda out: out)
+    assert -judge(found) == pytest.approx(expected, rel=0.01)
+
+
+def test_classes_that_cannot_be_say_nothing(draw):
+    numbers = torch.randn(24, 5, generator=draw)
+    without = numbers.clone()
+    without[:, 2] = -torch.inf
+    judge = HeldOut([numbered(24)], "kl", dense=Says(without))
+    assert judge(Says(without)) == 0
+    kept = [0, 1, 3, 4]
+    p, q = (x[:, kept].log_softmax(-1).double() for x in (numbers, numbers.flip(0)))
+    other = numbers.flip(0)
+    other[:, 2] = -torch.inf
+    assert -judge(Says(other)) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import norm
 
 from lightning_mdc.errors import BudgetError, SearchError
-from lightning_mdc.gp_ei.process import GpEi, Observation
+from lightning_mdc.gp_ei.process import GpEi, Observation, Trend
 from lightning_mdc.gp_ei.projection import Constraint, Projection
 from lightning_mdc.gp_ei.space import Axis, Space
 
@@ -232,8 +232,64 @@ def test_told_again_it_goes_on_the_same_way() -> None:
         assert (again.ask()[0] == asked[known]).all()
     again = GpEi(space, SUM)
     again.tell(np.array([o.point for o in search.history]), [o.value for o in search.history])
-    encoded = space.encode(drawn(space, 20))
-    assert (again.model().predict(encoded) == search.model().predict(encoded)).all()
+    points = drawn(space, 20)
+    assert (again.model().predict(points) == search.model().predict(points)).all()
+
+
+# --- what is known beforehand -----------------------------------------------------------------------------------------
+
+
+def test_a_trend_is_found_and_leaves_the_rest() -> None:
+    points = np.random.default_rng(0).random((30, 4))
+    losses = 3 + 2 * points[:, 0] - points[:, 1]
+    trend = Trend(points, losses, lambda points: np.stack([points[:, 0], points[:, 1], np.ones(len(points))], axis=1))
+    better = losses <= np.median(losses)
+    assert (trend.bent(losses)[better] == losses[better]).all()
+    assert (trend.bent(losses)[~better] < losses[~better]).all()
+    assert (np.argsort(trend.bent(losses)) == np.argsort(losses)).all()
+    np.testing.assert_allclose(trend.unbent(trend.bent(losses)), losses)
+    # Of losses that are nearly straight, a straight line leaves hardly anything.
+    assert np.ptp(trend.rest(points, losses)) < 0.15 * np.ptp(losses)
+    none = Trend(points, losses, None)
+    assert (none.rest(points, losses) == losses).all()
+    assert not none.at(points).any()
+
+
+def test_a_trend_needs_more_trials_than_features() -> None:
+    points = np.random.default_rng(0).random((3, 4))
+    trend = Trend(points, points[:, 0], lambda points: points)
+    assert not trend.at(points).any()
+    assert Trend(points, np.ones(3), lambda points: points).bent(5.0) == 5.0  # all alike: nothing to bend about
+
+
+def test_what_is_known_beforehand_is_worth_many_trials() -> None:
+    """Twelve axes, a value that mostly follows what is known of them: few trials then come as far as many without."""
+    space, weights = Space([Axis(f"x{n}", 0, 1) for n in range(12)]), np.linspace(0.2, 2, 12)
+
+    def value(points: np.ndarray) -> list[float]:
+        return list(-(weights * (points - 0.7) ** 2).sum(axis=1) - 0.05 * np.sin(9 * points).sum(axis=1))
+
+    def known(points: np.ndarray) -> np.ndarray:
+        return ((points - 0.7) ** 2 * weights).sum(axis=1, keepdims=True)
+
+    found = []
+    for trend in (None, known):
+        search = GpEi(space, seed=1, n_initial_points=8, n_candidates=300, trend=trend)
+        searched(search, 20, value)
+        assert search.best is not None
+        found.append(search.best.value)
+    assert found[1] > found[0] / 2 + 0.1  # values are below 0
+
+
+def test_told_again_a_search_with_a_trend_goes_on_the_same_way() -> None:
+    def trended() -> GpEi:
+        return small(trend=lambda points: points[:, :2])
+
+    search = trended()
+    searched(search, 9)
+    again = trended()
+    again.tell(np.array([o.point for o in search.history]), [o.value for o in search.history])
+    assert (again.ask(2)[0] == search.ask(2)[0]).all()
 
 
 def test_a_batch_is_what_asking_one_by_one_gives() -> None:

@@ -1,5 +1,6 @@
 """What policies are judged by: `HeldOut` takes what a model says, its labels and its metric as they are given."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +57,13 @@ def test_a_sigmoid_built_in_has_no_cross_entropy() -> None:
     with pytest.raises(SearchError, match=r"a sigmoid.*prediction="):
         HeldOut(batches(LABELS), "loss")(model)
     HeldOut(batches(LABELS), "accuracy")(model)  # the order is that of the logits
+
+
+def test_logits_of_a_few_images_may_lie_between_0_and_1() -> None:
+    model = Ending(lambda x: x if x.shape[0] > 1 else x.sigmoid())  # the last batch, of one image
+    assert math.isfinite(HeldOut(batches(LABELS), "loss", batch_size=len(X) - 1)(model))
+    with pytest.raises(SearchError, match="a sigmoid"):
+        HeldOut(batches(LABELS), "loss", batch_size=1)(model)
 
 
 @pytest.mark.parametrize(

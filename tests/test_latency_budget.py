@@ -216,6 +216,9 @@ def test_a_table_is_kept_and_a_damaged_one_is_made_anew(model, tmp_path, monkeyp
         assert measure_latency_table(model) == first
     assert "is damaged" in caplog.text
     assert len(made) == 2
+    for device in ("mps", "xpu", "cuda:99"):  # never another device's times
+        with pytest.raises(BudgetError, match=f"device='{device}'"):
+            measure_latency_table(model, device=device)
     # Another batch size, dtype or width is another table.
     measure_latency_table(model, 2)
     measure_latency_table(make().double())

@@ -12,9 +12,15 @@ from timm.models.vision_transformer import VisionTransformer
 import lightning_mdc as mdc
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import find_anatomy
-from lightning_mdc.policy_search.least_loss import least, least_loss_points, losses_at, lost_shares
+from lightning_mdc.policy_search.least_loss import Forecast, lost_shares
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from tests.kinds import BASE, images, make, randomised
+
+
+def best_points(space: PolicySpace, scores: mdc.Scores) -> np.ndarray:
+    forecast = Forecast.by_moments(space, scores)
+    assert forecast is not None
+    return forecast.best_points()
 
 
 @pytest.mark.parametrize(("units", "width"), [(6, 1), (3, 2), (1, 4)])
@@ -23,7 +29,7 @@ def test_shares_are_what_ridge_regression_leaves(units: int, width: int) -> None
     z = rng.standard_normal((500, units * width)) @ rng.standard_normal((units * width, units * width))
     weight, order = rng.standard_normal((5, units * width)), rng.permutation(units)
     covariance = np.cov(z.T, bias=True)
-    shares = lost_shares(torch.from_numpy(covariance), torch.from_numpy(weight), order.tolist(), width)
+    shares = lost_shares(torch.from_numpy(covariance), torch.from_numpy(weight), torch.from_numpy(order), width)
     noisy = covariance + RIDGE * covariance.diagonal().mean() * np.eye(len(covariance))
     total = np.trace(weight @ noisy @ weight.T)
     for k in range(units + 1):
@@ -33,8 +39,8 @@ def test_shares_are_what_ridge_regression_leaves(units: int, width: int) -> None
 
 
 def test_nothing_is_lost_where_nothing_varies() -> None:
-    assert lost_shares(torch.zeros(4, 4).double(), torch.ones(2, 4).double(), [0, 1, 2, 3], 1).tolist() == [0] * 5
-    assert lost_shares(torch.eye(2).double(), torch.zeros(3, 2).double(), [1, 0], 1).tolist() == [0] * 3
+    assert lost_shares(torch.zeros(4, 4).double(), torch.ones(2, 4).double(), torch.arange(4), 1).tolist() == [0] * 5
+    assert lost_shares(torch.eye(2).double(), torch.zeros(3, 2).double(), torch.tensor([1, 0]), 1).tolist() == [0] * 3
 
 
 def test_they_are_the_scores_of_the_criterion_that_eliminates() -> None:
@@ -45,7 +51,7 @@ def test_they_are_the_scores_of_the_criterion_that_eliminates() -> None:
         own = scores.units(units.dimension)[units.block].double()
         layer = scores.moments.of(units)
         assert layer is not None
-        order = own.argsort(descending=True).tolist()
+        order = own.argsort(descending=True)
         shares = lost_shares(layer.covariance(), units.reader.weight.detach().double(), order, units.width)
         np.testing.assert_allclose(shares[:-1][::-1], np.sort(own.numpy()), rtol=1e-3, atol=1e-6)
 
@@ -58,22 +64,23 @@ def test_no_policy_that_costs_no_more_loses_less() -> None:
         name: [np.append(1, 1 - rng.random(size).cumsum() / size) for size in sizes]
         for name, sizes in space.grid.sizes.items()
     }
-    found = least(space, curves)
+    forecast = Forecast(space, curves)
+    found = forecast.least()
     assert found is not None
     steps = [np.arange(axis.low, axis.high + 1e-9, axis.step) for axis in space.axes]
     every = space.snap(np.array(list(itertools.product(*steps))))
     cost = space.utilisation(found[None])[0]
     assert cost <= 1
-    losses = losses_at(space, curves, every)[space.utilisation(every) <= cost]
+    losses = forecast.losses(every).sum(axis=1)[space.utilisation(every) <= cost]
     assert len(losses) > 100
-    assert losses_at(space, curves, found[None])[0] == pytest.approx(losses.min())
+    assert forecast.losses(found[None]).sum() == pytest.approx(losses.min())
 
 
 def test_points_are_on_the_budget_with_all_tokens_and_with_fewer() -> None:
     model = make()
     scores = mdc.score(model, [images(16)], progress=False)
     space = PolicySpace(model, 0.6)
-    points = least_loss_points(space, scores)
+    points = best_points(space, scores)
     used = space.utilisation(points)
     assert ((used <= 1) & (used > 0.99)).all()
     tokens = [min(space.policy(point).ratios["tokens"]) for point in points]
@@ -85,16 +92,18 @@ def test_points_are_on_the_budget_with_all_tokens_and_with_fewer() -> None:
 def test_where_nothing_is_known_of_layers_there_are_none() -> None:
     model = make()
     space = PolicySpace(model, 0.6)
-    assert not len(least_loss_points(space, mdc.score(model, [images(8)], "activation", progress=False)))
+    assert Forecast.by_moments(space, mdc.score(model, [images(8)], "activation", progress=False)) is None
     of_heads = mdc.score(model, [images(8)], dimensions=["heads"], progress=False)
-    assert not len(least_loss_points(space, of_heads))
+    assert Forecast.by_moments(space, of_heads) is None
+    of_tokens = PolicySpace(model, 0.8, ("tokens",))
+    assert Forecast.by_moments(of_tokens, mdc.score(model, [images(8)], progress=False)) is None
 
 
 def test_a_budget_that_needs_fewer_tokens_begins_with_fewer() -> None:
     model = make()
     scores = mdc.score(model, [images(8)], progress=False)
     space = PolicySpace(model, 0.75, ("tokens", "heads"), mdc.Space(min_heads=3))
-    points = least_loss_points(space, scores)
+    points = best_points(space, scores)
     assert len(points)
     assert all(min(space.policy(point).ratios["tokens"]) < 1 for point in points)
 
@@ -106,7 +115,7 @@ def test_a_search_begins_with_them() -> None:
     options = mdc.SearchOptions(progress=False)
     result = mdc.search(model, scores, judge, 0.6, n_trials=4, compensate="lstsq", options=options)
     assert result.space is not None
-    expected = [result.space.policy(point) for point in least_loss_points(result.space, scores)]
+    expected = [result.space.policy(point) for point in best_points(result.space, scores)]
     assert [trial.policy for trial in result.history[1:]] == expected
     plain = mdc.search(model, scores, judge, 0.6, n_trials=2, options=options)  # nothing is refitted
     assert plain.history[1].policy not in expected

@@ -431,6 +431,17 @@ def test_the_top1_of_every_trial_is_kept_with_the_metrics_name(model, scores, tm
     assert quick(model, scores, judge.__call__, n_trials=1).history[0].accuracy is None  # any function
 
 
+def test_trials_of_another_metric_are_not_gone_on_with(model, scores, tmp_path):
+    journal, batches = tmp_path / "trials.jsonl", [pictures(20)]
+    quick(model, scores, HeldOut(batches, "accuracy"), n_trials=2, journal=journal)
+    by_kl = HeldOut(batches, "kl", dense=model)
+    with pytest.raises(SearchError, match="judged by metric='accuracy', these are by 'kl'"):
+        quick(model, scores, by_kl, n_trials=3, journal=journal)
+    with pytest.raises(SearchError, match=r"warm_start=.* was judged by metric='accuracy', this search is by 'kl'"):
+        quick(model, scores, by_kl, n_trials=3, warm_start=journal)
+    assert len(quick(model, scores, HeldOut(batches, "accuracy"), n_trials=3, journal=journal).history) == 3
+
+
 def test_a_judge_of_ones_own_is_asked_itself(model, scores):
     class Stern(HeldOut):
         def __call__(self, model: nn.Module) -> float:

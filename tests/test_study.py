@@ -381,6 +381,29 @@ def test_a_file_in_use_is_refused_until_its_user_is_gone(tmp_path: Path) -> None
     assert path.read_bytes() == data
 
 
+def test_looking_into_ones_own_file_keeps_others_out(tmp_path: Path) -> None:
+    """A lock ends when the process closes any handle of the file."""
+    pytest.importorskip("fcntl")
+    path, fork = tmp_path / "study.jsonl", multiprocessing.get_context("fork")
+    study_file(path)
+
+    def is_refused(results: Any) -> None:
+        try:
+            Study(search(), path, ABOUT).close()
+        except SearchError:
+            results.put(True)
+        else:
+            results.put(False)
+
+    with Study(search(), path, ABOUT) as study:
+        assert read_study(path).trials == study.trials
+        with pytest.raises(SearchError, match="in use by another search"):
+            Study(search(), path, ABOUT)
+        results = fork.Queue()
+        fork.Process(target=is_refused, args=(results,), daemon=True).start()
+        assert results.get(timeout=30)
+
+
 # --- what another search found ----------------------------------------------------------------------------------------
 
 

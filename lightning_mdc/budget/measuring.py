@@ -164,10 +164,12 @@ def _device_of(anatomy: Anatomy, device: str | torch.device | None) -> torch.dev
     own = next(anatomy.model.parameters()).device
     try:
         wanted = own if device is None else torch.device(device)
-        if wanted.type == "cuda" and not torch.cuda.is_available():
-            raise BudgetError(f"device={str(device)!r}: there is none here; measure there and pass table=")
     except RuntimeError as error:
         raise BudgetError(f"device={device!r}: expected a device such as 'cpu' or 'cuda:0' ({error})") from error
+    if wanted.type not in ("cpu", "cuda", "meta"):
+        raise BudgetError(f"device={str(wanted)!r}: latency is measured on 'cpu' and 'cuda' only; give one of these")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise BudgetError(f"device={str(wanted)!r}: there is none here; measure there and pass table=")
     return torch.device("cpu") if wanted.type == "meta" else wanted
 
 

@@ -102,5 +102,5 @@ def _seconds(model: nn.Module, images: Tensor, passes: int) -> float:
 
 
 def _wait(images: Tensor) -> None:
-    if images.device.type == "cuda":
-        torch.cuda.synchronize(images.device)
+    if images.device.type != "cpu":
+        torch.get_device_module(images.device).synchronize()

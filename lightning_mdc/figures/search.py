@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_mdc.figures import style
 from lightning_mdc.figures.style import BLUE, GRAY, GREEN, INK, PAPER, RED, WIDTH, new_figure, plain
-from lightning_mdc.gp_ei.process import GpEi
+from lightning_mdc.gp_ei.process import Belief, GpEi
 from lightning_mdc.gp_ei.study import Trial
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def dependence_figure(search: GpEi) -> Figure:
     return figure
 
 
-def _dependence(search: GpEi, process: object, background: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _dependence(search: GpEi, process: Belief, background: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Values along the axis of that number and what is expected there, both (grid,)."""
     space, axis = search.space, search.space.axes[number]
     low, high, step = axis.low, axis.high, axis.step
@@ -132,7 +132,7 @@ def _dependence(search: GpEi, process: object, background: np.ndarray, number: i
         grid = np.geomspace(low, high, _GRID) if axis.log else np.linspace(low, high, _GRID)
     points = np.repeat(background[None], len(grid), axis=0)
     points[:, :, number] = grid[:, None]
-    expected = process.predict(space.encode(points.reshape(-1, len(space))))  # type: ignore[attr-defined]
+    expected = process.expected(points.reshape(-1, len(space)))
     sign = 1.0 if search.direction == "minimize" else -1.0
     return grid, sign * expected.reshape(len(grid), -1).mean(axis=1)
 

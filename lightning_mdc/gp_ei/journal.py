@@ -9,13 +9,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
 from lightning_mdc.errors import SearchError
 from lightning_mdc.files import locked, replacing
 
-# Device and inode of the files that journals of this process have open.
-_OPEN: set[tuple[int, int]] = set()
+# What journals of this process have open, by device and inode. A lock is a process's, not a handle's: it does not keep
+# the process itself out, and it ends when any of its handles of the file is closed.
+_OPEN: dict[tuple[int, int], IO[bytes]] = {}
 
 
 class Journal:
@@ -82,20 +83,47 @@ class Journal:
         """Let go of the file."""
         if not self._file.closed:
             self._file.close()
-            _OPEN.discard(self._identity)
+            _OPEN.pop(self._identity, None)
 
     def _open(self) -> None:
+        if _handle(self.path) is not None:
+            self._refuse()
         # Unbuffered: one write, one line; nothing is left to be written at exit.
         self._file = self.path.open("a+b", buffering=0)
-        stat = os.fstat(self._file.fileno())
-        self._identity = (stat.st_dev, stat.st_ino)
-        # Locks do not hold within a process.
-        if self._identity in _OPEN or not locked(self._file):
+        if not locked(self._file):
             self._file.close()
-            raise SearchError(
-                f"study file {self.path} is in use by another search; wait for it, stop it, or give another path"
-            )
-        _OPEN.add(self._identity)
+            self._refuse()
+        self._identity = _identity(os.fstat(self._file.fileno()))
+        _OPEN[self._identity] = self._file
+
+    def _refuse(self) -> NoReturn:
+        raise SearchError(
+            f"study file {self.path} is in use by another search; wait for it, stop it, or give another path"
+        )
+
+
+def bytes_of(path: Path) -> bytes:
+    """All that is in a file, whether or not this process has it open as a journal.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    file = _handle(path)
+    if file is None:
+        return path.read_bytes()
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+
+
+def _handle(path: Path) -> IO[bytes] | None:
+    """Of a journal of this process at this path, if there is one."""
+    try:
+        return _OPEN.get(_identity(path.stat()))
+    except OSError:
+        return None
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +50,9 @@ class GpEi:
         n_initial_points: how many points to try before the Gaussian process is believed.
         first: points (n, axes) to try before any other, where the constraint holds; no more than `n_initial_points`.
         prior: observations from elsewhere, another budget's search say; they inform the process, but are no trials.
+        trend: what is known of points (n, axes) beforehand, (n, features). The Gaussian process then learns what a
+            linear trend in these leaves unexplained (universal kriging); how bad the worse half of the points is counts
+            by its logarithm, so that the trend is that of the better ones. See `Trend`.
         n_candidates: how many points expected improvement is compared at.
         xi: by how much a point has to be better to count, in units of the value.
 
@@ -68,6 +71,7 @@ class GpEi:
         n_initial_points: int = 10,
         first: np.ndarray | None = None,
         prior: Sequence[Observation] = (),
+        trend: Callable[[np.ndarray], np.ndarray] | None = None,
         n_candidates: int = 2000,
         xi: float = 0.0,
     ) -> None:
@@ -83,7 +87,7 @@ class GpEi:
         check_number("xi", xi, "a margin in units of the value", SearchError, least=0)
         self.space, self.constraint, self.direction = space, constraint, direction
         self.seed, self.n_initial_points, self.n_candidates = int(seed), int(n_initial_points), int(n_candidates)
-        self.xi = float(xi)
+        self.xi, self._features = float(xi), trend
         self._project = None if constraint is None else Projection(space, constraint, seed)
         known = np.empty((0, len(space))) if first is None else space.snap(np.asarray(first, dtype=np.float64))
         self._first = known[: self.n_initial_points]
@@ -204,7 +208,7 @@ class GpEi:
         points, losses = np.array([o.point for o in known]), np.array([self._loss(o) for o in known])
         process = self._process("loss", points, losses, len(known))
         for point in waiting:
-            believed = process.predict(self.space.encode(point[None]))
+            believed = process.expected(point[None])
             points, losses = np.concatenate([points, point[None]]), np.concatenate([losses, believed])
             process = self._process("loss", points, losses, len(known))
         return process, losses
@@ -213,34 +217,38 @@ class GpEi:
         """Expected improvement times the chance that the trial succeeds, (n,)."""
         from skopt.acquisition import gaussian_ei
 
-        encoded = self.space.encode(points)
         # To be improved on is what this search found, not what another one did on a larger budget.
         own = losses[len(_worked(self.prior)) :]
         with _quiet():
-            best = own.min() if len(own) else process.predict(encoded).min()
-            improvement = gaussian_ei(encoded, process, best, self.xi)
+            best = process.trend.bent(own.min()) if len(own) else process.predict(points).min()
+            improvement = gaussian_ei(points, process, best, self.xi)
         if all(o.value is not None for o in self._history):
             return improvement
         # Another process has learnt where trials fail: from 1 (worked) and 0.
         worked = np.array([float(o.value is not None) for o in self._history])
         success = self._process("success", np.array([o.point for o in self._history]), worked, len(worked))
         with _quiet():
-            mean, std = success.predict(encoded, return_std=True)
+            mean, std = success.predict(points, return_std=True)
         return improvement * norm.cdf((mean - 0.5) / np.maximum(std, 1e-9))
 
     # --- Gaussian processes ---------------------------------------------------------------------------------------
 
-    def _process(self, about: str, points: np.ndarray, targets: np.ndarray, told: int) -> Any:
+    def _process(self, about: str, points: np.ndarray, targets: np.ndarray, told: int) -> Belief:
         """The process given these targets (n,) of points (n, axes), the first `told` of which are no beliefs."""
         from skopt.learning import GaussianProcessRegressor
 
         beyond = max(0, told - _FIT_ALWAYS)
         kernel, noise = self._fitted_kernel(about, points[: told - beyond % _FIT_EVERY], targets)
+        trend = self._trend(about, points[:told], targets[:told])
         process = GaussianProcessRegressor(
             kernel=kernel, alpha=max(noise, 1e-10), optimizer=None, normalize_y=True, random_state=self.seed
         )
         with _quiet():
-            return process.fit(self.space.encode(points), targets)
+            return Belief(process.fit(self.space.encode(points), trend.rest(points, targets)), self.space, trend)
+
+    def _trend(self, about: str, points: np.ndarray, targets: np.ndarray) -> Trend:
+        """Of the losses; whether a trial works has none."""
+        return Trend(points, targets, self._features if about == "loss" else None)
 
     def _fitted_kernel(self, about: str, points: np.ndarray, targets: np.ndarray) -> tuple[Any, float]:
         """Kernel and noise, fitted to these points: which depend on how many have been told, and on no fit before."""
@@ -248,20 +256,87 @@ class GpEi:
 
         count, kernel, noise = self._kernels.get(about, (0, None, 0.0))
         if count != len(points):
-            encoded = self.space.encode(points)
+            encoded, targets = self.space.encode(points), targets[: len(points)]
             box = [(0.0, 1.0)] * encoded.shape[1]
             process = cook_estimator("GP", space=box, random_state=self.seed, noise="gaussian")
             process.set_params(n_restarts_optimizer=0)  # two more starts cost three times as much and find no more
             with _quiet():
-                process.fit(encoded, targets[: len(points)])
+                process.fit(encoded, self._trend(about, points, targets).rest(points, targets))
             # Without its last summand, the noise, which goes into alpha, where it does not blur predictions.
             kernel, noise = process.kernel_.k1, float(process.noise_)
             self._kernels[about] = (len(points), kernel, noise)
         return kernel, noise
 
-    def model(self) -> Any:
-        """The Gaussian process of all that is known, on encoded points; None before there are two observations."""
+    def model(self) -> Belief | None:
+        """What is expected by all that is known; None before there are two observations."""
         return self._believing([])[0] if len(self._known()) >= 2 else None
+
+
+class Trend:
+    """A linear trend of losses (n,) in features of points (n, axes), by least squares; without features there is none.
+
+    With features, losses above their median are bent: ``m + s log(1 + (l - m) / s)``, m the median and s what the best
+    is below it.
+    """
+
+    def __init__(
+        self, points: np.ndarray, losses: np.ndarray, features: Callable[[np.ndarray], np.ndarray] | None
+    ) -> None:
+        self._median, self._scale = float(np.median(losses)), float(np.median(losses) - losses.min())
+        self._features = features
+        self._slopes = np.zeros(0)
+        if features is None or not self._scale > 0:
+            self._features = None
+            return
+        known = features(points)
+        self._mean, spread = known.mean(axis=0), known.std(axis=0)
+        self._slopes = np.zeros(known.shape[1])
+        telling = np.flatnonzero(spread > 0)
+        if len(losses) > len(telling) + 1:  # else it would explain everything
+            design = (known - self._mean)[:, telling]
+            self._slopes[telling] = np.linalg.lstsq(design, self.bent(losses), rcond=None)[0]
+
+    def bent(self, losses: Any) -> Any:
+        """Losses as the process learns them."""
+        if self._features is None:
+            return losses
+        above = np.maximum(losses - self._median, 0.0)
+        return np.minimum(losses, self._median) + self._scale * np.log1p(above / self._scale)
+
+    def unbent(self, losses: np.ndarray) -> np.ndarray:
+        """The losses that these were."""
+        if self._features is None:
+            return losses
+        above = np.maximum(losses - self._median, 0.0)
+        return np.minimum(losses, self._median) + self._scale * np.expm1(above / self._scale)
+
+    def at(self, points: np.ndarray) -> np.ndarray:
+        """(n,)."""
+        return np.zeros(len(points)) if self._features is None else (self._features(points) - self._mean) @ self._slopes
+
+    def rest(self, points: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        """What it leaves to the process, (n,)."""
+        return self.bent(losses) - self.at(points)
+
+
+@dataclass(frozen=True)
+class Belief:
+    """What is expected of points (n, axes): a trend, and a Gaussian process on encoded points for the rest."""
+
+    process: Any
+    space: Space
+    trend: Trend
+
+    def predict(self, points: np.ndarray, return_std: bool = False) -> Any:
+        """Mean (n,), and standard deviation (n,), of the losses as the process learns them."""
+        found = self.process.predict(self.space.encode(points), return_std=return_std)
+        mean, std = found if return_std else (found, None)
+        mean = mean + self.trend.at(points)
+        return (mean, std) if return_std else mean
+
+    def expected(self, points: np.ndarray) -> np.ndarray:
+        """The losses, (n,)."""
+        return self.trend.unbent(self.predict(points))
 
 
 def _worked(observations: Iterable[Observation]) -> list[Observation]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lightning_mdc.errors import SearchError
-from lightning_mdc.gp_ei.journal import Journal, line_of
+from lightning_mdc.gp_ei.journal import Journal, bytes_of, line_of
 from lightning_mdc.gp_ei.process import GpEi, Observation
 from lightning_mdc.gp_ei.space import Space
 
@@ -343,7 +343,7 @@ def _float(value: Any) -> float | None:
 
 def _read(path: str | Path, space: Space | None = None, called: str | None = None) -> StudyFile:
     try:
-        return _parse(Path(path).read_bytes(), space)
+        return _parse(bytes_of(Path(path)), space)
     except OSError as error:
         raise SearchError(f"{called or f'study file {path}'} cannot be read: {error}; give another path") from error
 
@@ -375,7 +375,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def observations(
-    path: str | Path | None, space: Space, direction: str, begun: str | Path | None = None
+    path: str | Path | None,
+    space: Space,
+    direction: str,
+    begun: str | Path | None = None,
+    metric: str | None = None,
 ) -> tuple[Observation, ...]:
     """What an earlier search found, for another one over the same parameters (of another budget, say).
 
@@ -383,14 +387,15 @@ def observations(
         path: the earlier one's study file; None: there was none.
         space, direction: of the other one.
         begun: the other one's own study file; if it is begun, it holds what it began with, and `path` is not read.
+        metric: what its values mean; None: not known.
 
     Raises:
-        SearchError: the file cannot be read, or its parameters or its direction are others.
+        SearchError: the file cannot be read, or its parameters, its direction or its metric are others.
     """
     if path is None:
         return ()
     with contextlib.suppress(OSError):  # of one that cannot be read the search itself will say so
-        if begun is not None and _parse(Path(begun).read_bytes()).header:
+        if begun is not None and _parse(bytes_of(Path(begun))).header:
             log.info("warm_start is not read again: %s goes on with what it began with", begun)
             return ()
     called = f"warm_start={str(path)!r}"
@@ -400,6 +405,10 @@ def observations(
     if study.header["direction"] != direction:
         raise SearchError(
             f"{called} was to {study.header['direction']}, this search is to {direction}: its values mean the opposite"
+        )
+    if None not in (metric, judged_by := study.metadata.get("metric")) and metric != judged_by:
+        raise SearchError(
+            f"{called} was judged by metric={judged_by!r}, this search is by {metric!r}: its values mean something else"
         )
     known, axes = [axis["name"] for axis in study.header["space"]], [axis.name for axis in space.axes]
     if sorted(known) != sorted(axes):

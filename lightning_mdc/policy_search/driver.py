@@ -27,7 +27,7 @@ from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy, Space, TokenOptions
 from lightning_mdc.policy_search.held_out import Judge, Judgement
-from lightning_mdc.policy_search.least_loss import least_loss_points
+from lightning_mdc.policy_search.least_loss import Forecast
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
@@ -149,8 +149,9 @@ def search(
     Every trial meets the budget in whole units. The first one is the uniform policy; then come, where layers are
     refitted, policies under which they lose least by themselves (see `policy_search.least_loss`), and the uniform
     policies of fewer dimensions that reach the budget, such as neurons alone, so that no single dimension is
-    overlooked; up to `initial_points` the next ones are random, then a Gaussian process and expected improvement
-    choose. In a distributed run rank 0 chooses and all ranks follow.
+    overlooked; up to `initial_points` the next ones are random, then a Gaussian process (of what a trend in those
+    losses leaves unexplained) and expected improvement choose. In a distributed run rank 0 chooses, and all ranks
+    follow.
 
     Args:
         model: the dense model (or a module that holds it); unchanged.
@@ -182,13 +183,17 @@ def search(
     options = SearchOptions() if options is None else options
     policies = PolicySpace(model, budget, dimensions, space, tokens, input_size=input_size, submodule=submodule)
     _check_compensation(policies, scores, compensate)
+    forecast = Forecast.by_moments(policies, scores) if compensate == "lstsq" else None
     process = GpEi(
         policies,
         policies.constraint,
         seed=seed,
         n_initial_points=options.initial_points,
-        first=starting_points(policies, scores if compensate == "lstsq" else None),
-        prior=on_first_rank(partial(observations, options.warm_start, policies, "maximize", options.journal)),
+        first=starting_points(policies, forecast),
+        trend=None if forecast is None else forecast.features,
+        prior=on_first_rank(
+            partial(observations, options.warm_start, policies, "maximize", options.journal, _metric_of(evaluate))
+        ),
         xi=options.xi,
     )
     about = {**_about(policies, scores, compensate), "xi": float(options.xi)}
@@ -201,8 +206,9 @@ def search(
 
     study = _SharedStudy(process, options.journal, about)
     try:
-        if isinstance(evaluate, Judge) and _judges(evaluate):
-            _note_dense(study, evaluate, policies.anatomy.model)
+        if (metric := _metric_of(evaluate)) is not None:
+            assert isinstance(evaluate, Judge)
+            _note_dense(study, evaluate, metric, policies.anatomy.model)
         trials = _run(study, partial(_judged, policies, slim_of, evaluate, seed), n_trials, options)
     finally:
         study.close()
@@ -254,12 +260,11 @@ def digest_of(tensors: Mapping[str, Tensor], name: str = "") -> str:
     return sha.hexdigest()[:16]
 
 
-def starting_points(space: PolicySpace, scores: Scores | None = None) -> np.ndarray:
-    """The uniform policy, those under which layers lose least, by scores with moments, and uniform ones that leave
-    dimensions whole, (n, axes); the process passes over what is beyond the budget where bounds stand in the way."""
+def starting_points(space: PolicySpace, forecast: Forecast | None = None) -> np.ndarray:
+    """The uniform policy, those under which layers lose least, if that is known, and uniform ones that leave dimensions
+    whole, (n, axes); the process passes over what is beyond the budget where bounds stand in the way."""
     first, *fewer = (_as_point(space, policy) for policy in (space.uniform, *space.uniform_of_fewer))
-    guided = [] if scores is None else [least_loss_points(space, scores)]
-    return np.concatenate([first, *guided, *fewer])
+    return np.concatenate([first, *([] if forecast is None else [forecast.best_points()]), *fewer])
 
 
 def _as_point(space: PolicySpace, policy: Policy) -> np.ndarray:
@@ -309,11 +314,23 @@ def _standing(study: Study, n_trials: int) -> _Standing:
     return _Standing(finished, best.value if best else None, trials[0] if trials else None)
 
 
-def _note_dense(study: _SharedStudy, evaluate: Judge, dense: nn.Module) -> None:
+def _metric_of(evaluate: Callable[[nn.Module], float]) -> str | None:
+    """What its values mean, if it says so."""
+    if not (isinstance(evaluate, Judge) and _judges(evaluate)):
+        return None
+    return evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
+
+
+def _note_dense(study: _SharedStudy, evaluate: Judge, metric: str, dense: nn.Module) -> None:
     """Write what values mean, and what the dense model is worth, for whoever reads the file."""
-    metric = evaluate.metric if isinstance(evaluate.metric, str) else type(evaluate.metric).__name__
-    if study.ask(lambda study: study.metadata.get("metric")) == metric:
+    known = study.ask(lambda study: study.metadata.get("metric"))
+    if known == metric:
         return
+    if known is not None:
+        raise SearchError(
+            f"the journal belongs to another search: its trials were judged by metric={known!r}, these are by "
+            f"{metric!r}, and cannot be compared; give another journal"
+        )
     judgement = evaluate.judge(dense)
     facts = {"value": judgement.value, **judgement.facts}
     finite = {name: value for name, value in facts.items() if math.isfinite(value)}

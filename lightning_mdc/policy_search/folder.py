@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterable
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.errors import MdcError
@@ -70,12 +74,51 @@ def digest_of_batches(batches: Iterable[Any]) -> str:
 
 
 def _in_words(value: Any) -> Any:
-    """Settings in JSON's types: the same for equal ones in another process. Functions are told by their names."""
+    """Settings in JSON's types: the same for equal ones in another process. Of a function, what it does and holds."""
     if isinstance(value, (str, int, float, type(None))):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PurePath):
+        return str(value)
     if isinstance(value, (list, tuple)):
         return [_in_words(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _in_words(item) for key, item in sorted(value.items())}
-    kind = value if callable(value) and hasattr(value, "__qualname__") else type(value)
+    if isinstance(value, partial):
+        return ["partial", _in_words(value.func), _held(value.args), _held(value.keywords)]
+    if isinstance(value, MethodType):
+        return [_in_words(value.__func__), _held(value.__self__)]
+    if isinstance(value, FunctionType):
+        cells = inspect.getclosurevars(value).nonlocals
+        return [_held(value), _held(value.__defaults__), _held(value.__kwdefaults__), _held(cells)]
+    kind = value if isinstance(value, type) else type(value)
     return [f"{kind.__module__}.{kind.__qualname__}", _in_words(dict(getattr(value, "__dict__", {})))]
+
+
+def _held(value: Any) -> Any:
+    """What a function holds. It may be anything, a data set or itself, so of an object only what is plain counts."""
+    if isinstance(value, (str, int, float, type(None), np.generic, PurePath)):
+        return _in_words(value)
+    if isinstance(value, (list, tuple)):
+        return [_held(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _held(item) for name, item in sorted((str(key), item) for key, item in value.items())}
+    if isinstance(value, FunctionType):
+        return [f"{value.__module__}.{value.__qualname__}", _of_code(value.__code__)]
+    kind = value if isinstance(value, type) else type(value)
+    # What a module counts as it goes is nobody's setting.
+    own = {} if isinstance(value, (type, nn.Module)) else getattr(value, "__dict__", {})
+    plain = {name: each for name, each in sorted(own.items()) if isinstance(each, (str, int, float))}
+    return [f"{kind.__module__}.{kind.__qualname__}", plain]
+
+
+def _of_code(code: CodeType) -> list[Any]:
+    """The same in every process that has this version of Python."""
+    constants: list[Any] = []
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            constants.append(_of_code(each))
+        else:
+            constants.append(sorted(map(repr, each)) if isinstance(each, frozenset) else repr(each))
+    return [code.co_code.hex(), list(code.co_names), constants]

@@ -144,6 +144,10 @@ class HeldOut(Judge):
                 f"metric={metric!r} needs labels, batches of (images, labels) with tensors of numbers; or dense=, to "
                 "compare with"
             )
+        if isinstance(metric, Metric) and len(images) < world_size():
+            raise SearchError(
+                f"{len(images)} held-out images for {world_size()} processes: metric={metric!r} needs one for each"
+            )
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         of_this_rank = order[rank() :: world_size()]
         self.metric: str | Metric = metric if isinstance(metric, Metric) else str(name)
@@ -191,7 +195,13 @@ class HeldOut(Judge):
             SearchError: its output is not what the metric needs.
             RankError: another rank failed.
         """
-        count, total, right, *errors = sum(gather(partial(self._sums_of_this_rank, model))).tolist()  # type: ignore[union-attr]
+        sums = sum(gather(partial(self._sums_of_this_rank, model)))
+        count, total, right, sigmoids, *errors = sums.tolist()  # type: ignore[union-attr]
+        if count == sigmoids:
+            raise SearchError(
+                "metric='loss': the model's output is between 0 and 1 and no distribution over classes (a sigmoid?); "
+                "pass prediction=, which makes probabilities of it, or a torchmetrics Metric"
+            )
         distance = 0.0 if self._closeness is None else self._closeness.distance(torch.tensor(errors), count)
         value = total / count if self._is_of_classes else -distance
         if isinstance(self.metric, Metric):
@@ -202,9 +212,9 @@ class HeldOut(Judge):
         return Judgement(value, facts | ({"kl": distance} if self._tells_kl else {}))
 
     def _sums_of_this_rank(self, model: nn.Module) -> Tensor:
-        """Images, the sum of their values, how many are right, and their errors; float64, on the CPU. A torchmetrics
-        metric has no value per image: it is updated."""
-        sums = torch.zeros(3 + (0 if self._closeness is None else self._closeness.num_errors), dtype=torch.float64)
+        """Images, the sum of their values, how many are right, how many seem to have been put through sigmoids, and
+        their errors; float64, on the CPU. A torchmetrics metric has no value per image: it is updated."""
+        sums = torch.zeros(4 + (0 if self._closeness is None else self._closeness.num_errors), dtype=torch.float64)
         anatomy = _anatomy_in(model)
         bare = anatomy if anatomy is not None and anatomy.model is model else None  # no module around it, with a head
         if self._is_of_classes and self.prediction is None and bare is not None and not bare.classifies:
@@ -224,13 +234,16 @@ class HeldOut(Judge):
             for number in range(self._num_batches):
                 output = self._output(model, number)
                 labels = None if self.labels is None else self.labels.split(self.batch_size)[number]
-                sums[0] += len(self.images.split(self.batch_size)[number])
+                images = len(self.images.split(self.batch_size)[number])
+                sums[0] += images
                 if self._closeness is not None:
-                    sums[3:] += self._closeness.errors(number, output)
+                    sums[4:] += self._closeness.errors(number, output)
                 if isinstance(self.metric, Metric):
                     self._update(self.metric, output, labels)
                 if self._is_of_classes or self._tells_top1:
                     sums[1:3] += self._of_classes(output, number)
+                if self._name == "loss" and self.prediction is None and _are_sigmoids(read(output)):
+                    sums[3] += images  # logits of a few may be between 0 and 1, too
         return sums
 
     def _of_classes(self, output: Any, batch: int) -> Tensor:
@@ -243,11 +256,6 @@ class HeldOut(Judge):
             check_classes(*self._range, found.shape[1], otherwise=_OTHERWISE, **self._who)
             if len(found) != len(classes):
                 raise SearchError(f"metric={self.metric!r}: {len(found)} predictions of {len(classes)} labelled images")
-            if self._name == "loss" and self.prediction is None and _are_sigmoids(read(output)):
-                raise SearchError(
-                    "metric='loss': the model's output is between 0 and 1 and no distribution over classes (a "
-                    "sigmoid?); pass prediction=, which makes probabilities of it, or a torchmetrics Metric"
-                )
         except SearchError:
             if self._is_of_classes:
                 raise
