@@ -223,7 +223,8 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
             weights[name] = weights[first]
         result.load_state_dict(weights, assign=True)
         if model is not None:
-            _take_tables(result, _recipe(config), plan)
+            assert own is not None
+            _take_tables(result, next(own.parameters()).dtype, _recipe(config), plan)
         else:
             anatomy = find_anatomy(result)
             fresh = partial(_built, anatomy.family, _recipe(config)["constructor"], plan, "cpu")
@@ -242,18 +243,19 @@ def load(directory: str | Path, model: nn.Module | None = None, submodule: str |
     return result.eval()
 
 
-def _take_tables(model: nn.Module, recipe: Mapping[str, Any], plan: Plan | None) -> None:
-    """Put on the CPU, in the precision of the weights, what no file holds and `model` has from the user's own."""
-    dtype = next(model.parameters()).dtype
-    tables = {name: buffer for name, buffer in model.named_buffers() if name not in model.state_dict()}
+def _take_tables(model: nn.Module, before: torch.dtype, recipe: Mapping[str, Any], plan: Plan | None) -> None:
+    """Put on the CPU what no file holds; in the precision of the weights, where it had that of the user's own model."""
+    saved, dtype = model.state_dict(), next(model.parameters()).dtype
+    tables = {name: each for name, each in model.named_buffers(remove_duplicate=False) if name not in saved}
     fresh: dict[str, Tensor] = {}
-    others = any(table.is_floating_point() and table.dtype != dtype for table in tables.values())
-    if others and recipe["constructor"] is not None:  # what was rounded once stays so
+    if dtype != before and recipe["constructor"] is not None and tables:  # what was rounded once stays so
         fresh = dict(_built(find_anatomy(model).family, recipe["constructor"], plan, "cpu").named_buffers())
-    for name, own in tables.items():
-        table = fresh[name] if name in fresh and fresh[name].shape == own.shape else own
+    for name, table in tables.items():
+        if table.dtype == before != dtype:
+            again = fresh.get(name, table)
+            table = (again if again.shape == table.shape else table).to(dtype)
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, table.to("cpu", dtype if own.is_floating_point() else None))
+        setattr(model.get_submodule(owner), attribute, table.cpu())
 
 
 def _check_like_saved(own: nn.Module, plan: Plan | None, recipe: Mapping[str, Any], folder: Path) -> None:

@@ -250,6 +250,8 @@ def test_a_trend_is_found_and_leaves_the_rest() -> None:
     np.testing.assert_allclose(trend.unbent(trend.bent(losses)), losses)
     # Of losses that are nearly straight, a straight line leaves hardly anything.
     assert np.ptp(trend.rest(points, losses)) < 0.15 * np.ptp(losses)
+    far = trend.unbent(np.array([losses.max() + 1e6]))  # nothing tells how bad
+    np.testing.assert_allclose(far, losses.max())
     none = Trend(points, losses, None)
     assert (none.rest(points, losses) == losses).all()
     assert not none.at(points).any()
@@ -259,7 +261,17 @@ def test_a_trend_needs_more_trials_than_features() -> None:
     points = np.random.default_rng(0).random((3, 4))
     trend = Trend(points, points[:, 0], lambda points: points)
     assert not trend.at(points).any()
+    alike = Trend(points, points[:, 0], lambda points: np.full((len(points), 1), 0.3))
+    assert not alike.at(points).any()
     assert Trend(points, np.ones(3), lambda points: points).bent(5.0) == 5.0  # all alike: nothing to bend about
+
+
+def test_losses_of_another_budget_do_not_say_which_are_good() -> None:
+    own, prior = np.linspace(0.9, 1.0, 12), np.linspace(0.0, 0.1, 24)  # a larger budget's
+    losses = np.concatenate([prior, own])
+    trend = Trend(losses[:, None], losses, lambda points: points, prior=24)
+    better = own <= np.median(own)
+    assert (trend.bent(own)[better] == own[better]).all()
 
 
 def test_what_is_known_beforehand_is_worth_many_trials() -> None:

@@ -65,7 +65,7 @@ def test_no_policy_that_costs_no_more_loses_less() -> None:
         for name, sizes in space.grid.sizes.items()
     }
     forecast = Forecast(space, curves)
-    found = forecast.least()
+    found = forecast.least(np.ones(len(space)))
     assert found is not None
     steps = [np.arange(axis.low, axis.high + 1e-9, axis.step) for axis in space.axes]
     every = space.snap(np.array(list(itertools.product(*steps))))

@@ -668,11 +668,23 @@ def test_what_gradient_checkpointing_runs_again_is_not_seen_again(criterion: obj
     torch.testing.assert_close(moments[1].tensors(), moments[0].tensors())
 
 
+def test_gradient_checkpointing_of_frozen_models_and_several_calls() -> None:
+    model, batch = make().requires_grad_(False), (images(8), torch.arange(8) % CLASSES)
+    fisher = ConditionalDependence("fisher")
+    expected = mdc.score(model, [batch], fisher, progress=False)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(mdc.score(model, [batch], fisher, progress=False).tensors(), expected.tensors())
+    parts = Parts("parts", size=6)  # 6 and 2
+    parts.net.set_grad_checkpointing()
+    with pytest.raises(CalibrationError, match=r"checkpointing on and is called several times.*'taylor'"):
+        mdc.score(parts, [batch], mdc.Taylor(loss=lambda out, batch: out.square().sum()), progress=False)
+
+
 def test_gradients_are_had_in_inference_mode_too() -> None:
-    model, batch = make(), (images(8), torch.arange(8) % CLASSES)
-    expected = mdc.score(model, [batch], "taylor", progress=False)
+    model, labels = make(), torch.arange(8) % CLASSES
+    expected = mdc.score(model, [(images(8), labels)], "taylor", progress=False)
     with torch.inference_mode():
-        found = mdc.score(model, [batch], "taylor", progress=False)
+        found = mdc.score(model, [(images(8), labels)], "taylor", progress=False)
     torch.testing.assert_close(torch.cat(found.neurons), torch.cat(expected.neurons))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from lightning_mdc.policy_search.folder import SearchFolder
@@ -30,6 +33,19 @@ class Judge:
 
     def of(self, model: nn.Module) -> float:
         return self.share
+
+
+def wrapped(judge: Callable[[nn.Module], float]) -> Callable[[nn.Module], float]:
+    @functools.wraps(judge)
+    def outer(model: nn.Module) -> float:
+        return judge(model)
+
+    return outer
+
+
+def reads(limit: float) -> FunctionType:
+    """Of a module whose constant this is."""
+    return FunctionType(compile("LIMIT", "module", "eval"), {"LIMIT": limit}, "reads")
 
 
 def power(base: float, exponent: float = 2.0) -> float:
@@ -54,6 +70,12 @@ def cube(base: float, exponent: float = 3.0) -> float:
         (Path("a"), Path("b")),
         (np.float32(0.5), np.float32(0.25)),
         (lambda model: model in {"a", "b"}, lambda model: model in {"a", "c"}),
+        (torch.sigmoid, torch.softmax),
+        (wrapped(within(0.5)), wrapped(within(0.25))),
+        (partial(power, within(0.5)), partial(power, within(0.25))),  # type: ignore[arg-type]
+        (Judge([0.5]).of, Judge([0.25]).of),  # type: ignore[arg-type]
+        (Judge(torch.tensor(0.5)).of, Judge(torch.tensor(0.25)).of),  # type: ignore[arg-type]
+        (reads(0.5), reads(0.25)),
     ],
 )
 def test_what_does_something_else_is_another_search(one: Any, other: Any) -> None:
@@ -68,13 +90,23 @@ def test_equal_ones_are_the_same_search() -> None:
     before = folder_of(module.forward)
     module.seen = 3  # type: ignore[assignment]  # what it counts is no setting
     assert folder_of(module.forward) == before
+    assert folder_of(wrapped(within(0.5))) == folder_of(wrapped(within(0.5)))
+    assert folder_of(torch.sigmoid) == folder_of(torch.sigmoid)
 
 
 def test_what_refers_to_itself_ends() -> None:
     def again(count: int) -> int:
         return again(count - 1) if count else 0
 
+    endless: list[object] = [again]
+    endless.append(endless)
     assert folder_of(again)
+    assert folder_of(lambda model: (endless, later))
+    assert folder_of({1: endless, "1": again})
+    judge = Judge(0.5)
+    judge.own = judge  # type: ignore[attr-defined]
+    assert folder_of(judge)
+    later = 1
 
 
 PROGRAM = """

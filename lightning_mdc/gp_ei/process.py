@@ -27,6 +27,7 @@ _FIT_ALWAYS, _FIT_EVERY = 50, 10
 # Candidates that are filled up and compared again, and the best points that local candidates start from.
 _FINALISTS, _PARENTS = 16, 5
 _SMALLEST_MOVE, _LARGEST_MOVE = 0.005, 0.3
+_FEWEST_OWN = 3  # losses that tell which ones are good
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class GpEi:
         first: points (n, axes) to try before any other, where the constraint holds; no more than `n_initial_points`.
         prior: observations from elsewhere, another budget's search say; they inform the process, but are no trials.
         trend: what is known of points (n, axes) beforehand, (n, features). The Gaussian process then learns what a
-            linear trend in these leaves unexplained (universal kriging); how bad the worse half of the points is counts
-            by its logarithm, so that the trend is that of the better ones. See `Trend`.
+            linear trend in these leaves unexplained (regression kriging); how bad the worse half of the points is
+            counts by its logarithm, so that the trend is that of the better ones. See `Trend`.
         n_candidates: how many points expected improvement is compared at.
         xi: by how much a point has to be better to count, in units of the value.
 
@@ -248,7 +249,8 @@ class GpEi:
 
     def _trend(self, about: str, points: np.ndarray, targets: np.ndarray) -> Trend:
         """Of the losses; whether a trial works has none."""
-        return Trend(points, targets, self._features if about == "loss" else None)
+        prior = len(_worked(self.prior))
+        return Trend(points, targets, self._features if about == "loss" else None, prior)
 
     def _fitted_kernel(self, about: str, points: np.ndarray, targets: np.ndarray) -> tuple[Any, float]:
         """Kernel and noise, fitted to these points: which depend on how many have been told, and on no fit before."""
@@ -276,22 +278,27 @@ class Trend:
     """A linear trend of losses (n,) in features of points (n, axes), by least squares; without features there is none.
 
     With features, losses above their median are bent: ``m + s log(1 + (l - m) / s)``, m the median and s what the best
-    is below it.
+    is below it; those of the first `prior` points, of another budget perhaps, do not count there.
     """
 
     def __init__(
-        self, points: np.ndarray, losses: np.ndarray, features: Callable[[np.ndarray], np.ndarray] | None
+        self,
+        points: np.ndarray,
+        losses: np.ndarray,
+        features: Callable[[np.ndarray], np.ndarray] | None,
+        prior: int = 0,
     ) -> None:
-        self._median, self._scale = float(np.median(losses)), float(np.median(losses) - losses.min())
-        self._features = features
+        own = losses[prior:] if len(losses) - prior >= _FEWEST_OWN else losses
+        self._median, self._scale = float(np.median(own)), float(np.median(own) - own.min())
+        self._features = features if self._scale > 0 else None
         self._slopes = np.zeros(0)
-        if features is None or not self._scale > 0:
-            self._features = None
+        if self._features is None:
             return
-        known = features(points)
+        self._worst = self.bent(losses.max())
+        known = self._features(points)
         self._mean, spread = known.mean(axis=0), known.std(axis=0)
         self._slopes = np.zeros(known.shape[1])
-        telling = np.flatnonzero(spread > 0)
+        telling = np.flatnonzero(spread > 1e-9 * np.abs(known).max(axis=0))
         if len(losses) > len(telling) + 1:  # else it would explain everything
             design = (known - self._mean)[:, telling]
             self._slopes[telling] = np.linalg.lstsq(design, self.bent(losses), rcond=None)[0]
@@ -304,9 +311,10 @@ class Trend:
         return np.minimum(losses, self._median) + self._scale * np.log1p(above / self._scale)
 
     def unbent(self, losses: np.ndarray) -> np.ndarray:
-        """The losses that these were."""
+        """The losses that these were, none of them above the worst known: nothing tells how far above."""
         if self._features is None:
             return losses
+        losses = np.minimum(losses, self._worst)
         above = np.maximum(losses - self._median, 0.0)
         return np.minimum(losses, self._median) + self._scale * np.expm1(above / self._scale)
 

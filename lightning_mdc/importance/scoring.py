@@ -311,6 +311,11 @@ class Scorer:
         """That which runs now, or was the last."""
         if not self._pass.calls:  # it is called on something else than images: one row for each
             self._pass.calls.append(_Call(self._images))
+        if self._pass.goes_back and len({call.rows for call in self._pass.calls}) > 1:
+            raise CalibrationError(
+                f"{self.anatomy.name} has gradient checkpointing on and is called several times, on other numbers of "
+                f"images: nobody knows which call runs again; switch it off to score by {self.criterion.name!r}"
+            )
         return self._pass.calls[-1]
 
     def _predicted(self, output: Any) -> Tensor:
@@ -393,9 +398,10 @@ class Scorer:
 
     def _gradients(self, loss: Tensor, at: Sequence[Tensor], keep: bool = False) -> Sequence[Tensor | None]:
         self._pass.goes_back = True
-        found = torch.autograd.grad(loss, at, allow_unused=True, retain_graph=keep)
-        self._pass.goes_back = False
-        return found
+        try:
+            return torch.autograd.grad(loss, at, allow_unused=True, retain_graph=keep)
+        finally:
+            self._pass.goes_back = False
 
     def _cross_entropy(self, output: Any, labels: Tensor | None) -> Tensor:
         """Of classes, summed over images."""
@@ -478,10 +484,11 @@ class Scorer:
         return None if gated is None else (gated.flatten(-2).reshape(given.shape),)
 
     def _see_output(self, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self._pass.is_first:
+        if self._pass.prediction is not None:  # a second pass
             return None
         zeros = torch.zeros_like(plain(output), requires_grad=True)
-        self._pass.added.append((name, zeros))
+        if not self._pass.goes_back:
+            self._pass.added.append((name, zeros))
         return output + zeros
 
     def _see_values(self, name: str, at: Channels, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -621,8 +628,9 @@ def exactly(tensor: Tensor) -> Iterator[None]:
 
 
 def on_device_of(anatomy: Anatomy, images: Tensor) -> Tensor:
-    """The images where the model is, in its precision."""
+    """The images where the model is, in its precision, and fit for gradients."""
     parameter = next(anatomy.model.parameters())
+    images = images.clone() if images.is_inference() else images
     return images.to(parameter.device, parameter.dtype if images.is_floating_point() else None)
 
 

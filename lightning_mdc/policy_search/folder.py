@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePath
 from types import CodeType, FunctionType, MethodType
@@ -15,12 +16,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_mdc.errors import MdcError
 from lightning_mdc.importance import Moments, Scores
 from lightning_mdc.policy_search.driver import digest_of
 
 log = logging.getLogger(__name__)
+
+_HELD = 4  # how deep to look into what a function holds
 
 
 class SearchFolder:
@@ -73,44 +77,59 @@ def digest_of_batches(batches: Iterable[Any]) -> str:
     return sha.hexdigest()
 
 
-def _in_words(value: Any) -> Any:
-    """Settings in JSON's types: the same for equal ones in another process. Of a function, what it does and holds."""
+def _in_words(value: Any, left: float = math.inf, inside: tuple[int, ...] = ()) -> Any:
+    """Settings in JSON's types: the same for equal ones in another process. Of a function, what it does and holds.
+
+    Args:
+        left: how deep to look; what lies deeper is told by its class.
+        inside: ids of what it is in.
+    """
     if isinstance(value, (str, int, float, type(None))):
         return value
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, PurePath):
         return str(value)
+    if isinstance(value, Tensor):
+        return digest_of({"": value})
+    known = hasattr(value, "__qualname__") and not isinstance(value, nn.Module)
+    kind = value if known else type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    # What a module, or data, has seen by now is nobody's setting; its weights are told beside.
+    if not left or id(value) in inside or isinstance(value, (type, nn.Module, Dataset, DataLoader)):
+        return name
+    words = partial(_in_words, left=left - 1, inside=(*inside, id(value)))
+    # A function may hold anything, a trainer or itself.
+    held = partial(_in_words, left=min(left - 1, _HELD), inside=(*inside, id(value)))
     if isinstance(value, (list, tuple)):
-        return [_in_words(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _in_words(item) for key, item in sorted(value.items())}
+        return [words(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(words(item)) for item in value)
+    if isinstance(value, Mapping):
+        return {key: words(item) for key, item in sorted(((str(key), item) for key, item in value.items()), key=_first)}
     if isinstance(value, partial):
-        return ["partial", _in_words(value.func), _held(value.args), _held(value.keywords)]
+        return ["partial", words(value.func), held(value.args), held(value.keywords)]
     if isinstance(value, MethodType):
-        return [_in_words(value.__func__), _held(value.__self__)]
+        return [words(value.__func__), held(value.__self__)]
     if isinstance(value, FunctionType):
-        cells = inspect.getclosurevars(value).nonlocals
-        return [_held(value), _held(value.__defaults__), _held(value.__kwdefaults__), _held(cells)]
-    kind = value if isinstance(value, type) else type(value)
-    return [f"{kind.__module__}.{kind.__qualname__}", _in_words(dict(getattr(value, "__dict__", {})))]
+        code = value.__code__
+        read = {name: value.__globals__.get(name) for name in code.co_names}
+        read = {name: item for name, item in read.items() if isinstance(item, (str, int, float, tuple, FunctionType))}
+        return [name, _of_code(code), *map(held, (value.__defaults__, value.__kwdefaults__, read, _cells(value)))]
+    return [name, words(dict(getattr(value, "__dict__", {})))]
 
 
-def _held(value: Any) -> Any:
-    """What a function holds. It may be anything, a data set or itself, so of an object only what is plain counts."""
-    if isinstance(value, (str, int, float, type(None), np.generic, PurePath)):
-        return _in_words(value)
-    if isinstance(value, (list, tuple)):
-        return [_held(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _held(item) for name, item in sorted((str(key), item) for key, item in value.items())}
-    if isinstance(value, FunctionType):
-        return [f"{value.__module__}.{value.__qualname__}", _of_code(value.__code__)]
-    kind = value if isinstance(value, type) else type(value)
-    # What a module counts as it goes is nobody's setting.
-    own = {} if isinstance(value, (type, nn.Module)) else getattr(value, "__dict__", {})
-    plain = {name: each for name, each in sorted(own.items()) if isinstance(each, (str, int, float))}
-    return [f"{kind.__module__}.{kind.__qualname__}", plain]
+def _first(pair: tuple[str, Any]) -> str:
+    return pair[0]
+
+
+def _cells(function: FunctionType) -> list[Any]:
+    """What a function has of those it was made in."""
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing yet
+            found.append(cell.cell_contents)
+    return found
 
 
 def _of_code(code: CodeType) -> list[Any]:

@@ -11,7 +11,7 @@ learns what the sums do not explain.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -83,25 +83,23 @@ class Forecast:
 
     def best_points(self) -> np.ndarray:
         """Points (n, axes) on the budget at which layers lose least: one with all tokens, and some with fewer."""
-        found = (self.least(ratio) for ratio in self._token_ratios())
-        points = np.array([point for point in found if point is not None]).reshape(-1, len(self.space))
+        space = self.space
+        # All tokens, as many as the uniform policy has, and what is in the middle.
+        uniform = np.where(self._is_of_tokens, space.nearest(space.uniform), 1.0)
+        found = (self.least(shares) for shares in (np.ones(len(space)), uniform, (1 + uniform) / 2))
+        points = np.array([point for point in found if point is not None]).reshape(-1, len(space))
+        points = points[np.sort(np.unique(points, axis=0, return_index=True)[1])]
         if not len(points):
             return points
         # What one unit more would be too much for, leaves room for others.
-        return Projection(self.space, self.space.constraint).fill(points, np.random.default_rng(0))
+        return Projection(space, space.constraint).fill(points, np.random.default_rng(0))
 
-    def _token_ratios(self) -> Iterator[float]:
-        """All tokens, as many as the uniform policy has, and what is in the middle."""
-        yield 1.0
-        if self._is_of_tokens.any():
-            uniform = min(self.space.uniform.ratios[TOKENS])
-            yield from (uniform, (1 + uniform) / 2)
-
-    def least(self, tokens: float = 1.0) -> np.ndarray | None:
-        """A point (axes,) within the budget, with such a share of tokens at each stage, at which layers lose less than
-        at any that costs no more; None if none is within the budget."""
+    def least(self, shares: np.ndarray) -> np.ndarray | None:
+        """A point (axes,) within the budget, with these shares (axes,) of tokens, at which layers lose less than at any
+        that costs no more; None if none is within the budget. That is so where costs add up over the axes, as MACs and
+        parameters do; under other budgets it is near that."""
         space = self.space
-        most = np.where(self._is_of_tokens, np.clip(tokens, space.low, space.high), space.high)
+        most = np.where(self._is_of_tokens, np.clip(shares, space.low, space.high), space.high)
         values = [
             np.array([most[number]])
             if self._is_of_tokens[number]
