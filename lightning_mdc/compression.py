@@ -333,11 +333,12 @@ def compress(
         model: the dense model, or a module that holds it; called as ``model(images)``; unchanged.
         batches: what a DataLoader of *training* images yields, ``(images, labels)`` or ``images``; a generator will
             do. The first images score, the next ones judge, and all of them refit what is found; they are read once,
-            and kept.
+            and kept. Where the model has learnt them all by heart, give an `evaluate` that has others to judge on.
         budget: fraction of the dense MACs to keep, or a `Budget`; None: 0.6. A given policy has a budget of its own.
         policy: ``"searched"``, ``"uniform"``, a `Policy`, or the path of a policy's JSON file.
         criterion: see `score`.
-        evaluate: what a slim model (the transformer itself) is worth, instead of its closeness; see `search`.
+        evaluate: what a slim model (the transformer itself) is worth, instead of its closeness; see `search`. `HeldOut`
+            is one, ``HeldOut(unseen, "kl", dense=model)`` say.
         n_trials: how many policies are tried; None: 40.
         compensate: see `slim`; None: ``"sequential"``. Policies are tried with ``"lstsq"`` then, which one look at the
             images serves, where no norm over units stands in its way.

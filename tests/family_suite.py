@@ -247,7 +247,9 @@ class FamilySuite:
         assert json.loads(plan.to_json())["reduction"] == "fuse"
         slim = mdc.slim(dense, plan)
         loaded = self.saved_and_loaded(slim, dense, tmp_path / "slim")
-        assert torch.equal(prediction_in(loaded(x)), prediction_in(slim(x)))
+        # Bit by bit the same weights; where they lie in memory, a CPU may add up in another order.
+        torch.testing.assert_close(loaded.state_dict(), slim.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(prediction_in(loaded(x)), prediction_in(slim(x)), rtol=1e-5, atol=1e-6)
         assert list(loaded.state_dict()) == list(dense.state_dict())
 
     def saved_and_loaded(self, slim: nn.Module, dense: nn.Module, folder: Path) -> nn.Module:

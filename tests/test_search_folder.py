@@ -94,6 +94,16 @@ def test_equal_ones_are_the_same_search() -> None:
     assert folder_of(torch.sigmoid) == folder_of(torch.sigmoid)
 
 
+def test_what_a_function_counts_is_no_setting() -> None:
+    seen: list[int] = []
+    before = folder_of(lambda model: seen.append(1))
+    folders = []
+    for _ in range(2):
+        folders.append(folder_of(count := lambda model: seen.append(2)))
+        count(None)
+    assert folders[0] == folders[1] != before
+
+
 def test_what_refers_to_itself_ends() -> None:
     def again(count: int) -> int:
         return again(count - 1) if count else 0

@@ -272,7 +272,7 @@ def test_an_error_of_a_pass_is_raised_where_it_is_waited_for() -> None:
     model = make()
     before = threading.active_count()
     with pytest.raises(KeyError, match="pixel_values"):
-        mdc.slim(Broken(model), plan_for(model, heads=0.5), "sequential", batches=[images(4), images(3)])
+        mdc.slim(Broken(model), plan_for(model, heads=0.5), "sequential", batches=[images(40), images(3)])
     assert threading.active_count() == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 

@@ -124,11 +124,12 @@ def _first(pair: tuple[str, Any]) -> str:
 
 
 def _cells(function: FunctionType) -> list[Any]:
-    """What a function has of those it was made in."""
-    found = []
+    """What a function has of those it was made in, but for lists and the like: it may keep count there."""
+    found: list[Any] = []
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # nothing yet
-            found.append(cell.cell_contents)
+            value = cell.cell_contents
+            found.append(type(value) if isinstance(value, (list, dict, set)) else value)
     return found
 
 

@@ -145,9 +145,7 @@ class HeldOut(Judge):
                 "compare with"
             )
         if isinstance(metric, Metric) and len(images) < world_size():
-            raise SearchError(
-                f"{len(images)} held-out images for {world_size()} processes: metric={metric!r} needs one for each"
-            )
+            raise SearchError(f"metric={metric!r}: {len(images)} images for {world_size()} processes; give more")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         of_this_rank = order[rank() :: world_size()]
         self.metric: str | Metric = metric if isinstance(metric, Metric) else str(name)
