@@ -13,7 +13,7 @@ neurons as our uniform policy of those two; it searches nothing and nothing is c
 searched" is that of whole tools, not of criteria.
 
 Every finished row is kept in ``--work``. Leaves ``benchmarks/results/accuracy.json`` and ``.png``, the table in
-``docs/benchmarks.md`` and the one in README.md.
+``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Method:
 METHODS: dict[str, Method] = {
     "ours, uniform": Method(),
     "ours, searched": Method(searched=True),
+    "ours, uniform, sequential": Method(compensate="sequential"),
+    "ours, searched, sequential": Method(compensate="sequential", searched=True),
     "Torch-Pruning, Taylor": Method("taylor", "none", ("heads", "neurons"), peer=True),
     "Torch-Pruning, magnitude": Method("magnitude", "none", ("heads", "neurons"), peer=True),
     "ours, heads alone": Method(dimensions=("heads",)),
@@ -94,17 +96,7 @@ METHODS: dict[str, Method] = {
     **{f"{name}, lstsq": Method(name) for name in ("hsic", "taylor", "magnitude", "activation", "random")},
 }
 OURS = ("ours, uniform", "ours, searched")
-# The rows of the table in README.md, and what they are called there.
-HEADLINE = {
-    REFERENCE: "dense, same extra training",
-    "ours, searched": "**searched**, `lstsq`: `mdc train surgery.compensate=lstsq`",
-    "ours, uniform": "uniform, `lstsq`",
-    "conditional, not compensated": "uniform, not compensated",
-    "ours, neurons alone": "neurons alone, `lstsq`",
-    "hsic as in the paper": "uniform, the paper's criterion, not compensated",
-    "Torch-Pruning, Taylor": "Torch-Pruning, Taylor",
-    "Torch-Pruning, magnitude": "Torch-Pruning, magnitude",
-}
+SEQUENTIAL = tuple(f"{name}, sequential" for name in OURS)
 PEERS = tuple(name for name, method in METHODS.items() if method.peer)
 SINGLE = tuple(name for name, method in METHODS.items() if len(method.dimensions) == 1)
 
@@ -229,8 +221,8 @@ class Benchmark:
         if method.peer:
             return peers.torch_pruning(dense, policy, method.criterion, batches)  # type: ignore[arg-type]
         criterion = Random(seed) if method.criterion == "random" else method.criterion
-        compensated = method.compensate != "none"
-        scores = mdc.score(dense, batches, criterion, moments=compensated or None, progress=False)
+        by_moments = method.searched or method.compensate == "lstsq"
+        scores = mdc.score(dense, batches, criterion, moments=by_moments or None, progress=False)
         if method.searched:
             judge = HeldOut([self.held_out], "accuracy", batch_size=250)
             policy = mdc.search(
@@ -241,11 +233,14 @@ class Benchmark:
                 self.asked.trials,
                 seed,
                 method.dimensions,
-                compensate=method.compensate,
+                compensate="lstsq",
                 options=mdc.SearchOptions(progress=False),
             ).policy
+            images, labels = self.held_out
+            batches = [*batches, *zip(images.split(BATCH), labels.split(BATCH), strict=True)]  # as `compress` refits
         plan = mdc.make_plan(dense, scores, policy)
-        return mdc.slim(dense, plan, method.compensate, moments=scores.moments if compensated else None).eval()
+        given = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": batches}}.get(method.compensate, {})
+        return mdc.slim(dense, plan, method.compensate, **given).eval()
 
     def calibration(self, seed: int) -> list[Images]:
         """Batches of a sample of the training images."""
@@ -306,7 +301,7 @@ def judged(found: dict[str, Any]) -> Iterable[Target]:
     for budget in budgets:
         at = f"at {100 * budget:.0f} %"
         yield Target(f"{at}: ours − best of Torch-Pruning (points)", best(OURS, budget) - best(PEERS, budget), ">=", 0)
-        others = [name for name in METHODS if name not in OURS]
+        others = [name for name in METHODS if name not in OURS + SEQUENTIAL]
         yield Target(f"{at}: ours − best of all others (points)", best(OURS, budget) - best(others, budget), ">=", 0)
         single = best(OURS, budget) - best(SINGLE, budget)
         yield Target(f"{at}: joint − best single dimension (points)", single, ">=", 0)
@@ -316,7 +311,7 @@ def text(found: dict[str, Any]) -> str:
     """A row per method: top-1 straight after pruning → after the finetune, per budget; targets; how it was measured."""
     names = [name for name in (REFERENCE, *METHODS) if any(row["method"] == name for row in found["rows"])]
     lines = [
-        *table(found, {name: name for name in names}),
+        *table(found, names),
         "",
         f"Test top-1 in % straight after pruning → after the finetune: mean over {num_seeds(found)} seeds (of "
         f"calibration, search and finetune) ± standard deviation. {found['name']}: {found['model']}, "
@@ -333,26 +328,11 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def headline(found: dict[str, Any]) -> str:
-    """For README.md: where others end ahead of us, then some of the rows."""
-    return "\n".join(
-        [
-            f"{found['name']}, {found['model']}, {found['macs'] / 1e6:.0f} MMACs, {100 * found['dense']:.1f} % right "
-            f"before pruning. Test top-1 in % straight after pruning → after {found['epochs']} "
-            f"epoch{'s' if found['epochs'] > 1 else ''} of finetuning under the dense teacher; mean ± standard "
-            f"deviation of {num_seeds(found)} seeds. {found['test_images']} test images, so a single model's standard "
-            f"error is {noise(found):.1f} points. {misses(found)}",
-            "",
-            *table(found, HEADLINE),
-        ]
-    )
-
-
-def table(found: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """Lines of a Markdown table with a row for each of these methods, called as `names` says."""
+def table(found: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Lines of a Markdown table with a row for each of these methods."""
     budgets = budgets_of(found)
     lines = [f"| | {' | '.join(f'{100 * b:.0f} % of the MACs' for b in budgets)} |", f"|---|{'---:|' * len(budgets)}"]
-    for name, label in names.items():
+    for name in names:
         cells = []
         for budget in budgets:
             own = 1.0 if name == REFERENCE else budget
@@ -360,25 +340,8 @@ def table(found: dict[str, Any], names: dict[str, str]) -> list[str]:
             tried = any((row["method"], row["budget"]) == (name, own) for row in found["rows"])
             nothing = "out of reach" if tried else ""
             cells.append(f"{before.mean():.1f} → {spread(after)}" if after.size else nothing)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
-
-
-def misses(found: dict[str, Any]) -> str:
-    """A sentence: by how much dense, and the best of all others, end ahead of ours, and where."""
-    said = []
-    others = [name for name in METHODS if name not in OURS]
-    for budget in budgets_of(found):
-        ends = {name: tops.mean() for name in METHODS if (tops := means(found, name, budget, "after")).size}
-        ours = max(ends[name] for name in OURS if name in ends)
-        rival = max((name for name in others if name in ends), key=ends.__getitem__)
-        behind = means(found, REFERENCE, 1.0, "after").mean() - ours
-        parts = [f"{behind:.1f} points behind dense with the same extra training"] if behind > 0 else []
-        if (ahead := ends[rival] - ours) > 0:
-            parts.append(f"{ahead:.1f} behind *{rival.removeprefix('ours, ')}*")
-        if parts:
-            said.append(f"at {100 * budget:.0f} % {' and '.join(parts)}")
-    return f"**Misses:** ours ends {'; '.join(said)}." if said else ""
 
 
 def num_seeds(found: dict[str, Any]) -> int:

@@ -9,8 +9,8 @@ trained as ``mdc train`` does with weights that were given: its recipe, the dens
 only augmentation. The dense model has the same training. All are tested on the same images, so that differences are
 paired.
 
-Every finished row is kept in ``--work``. Leaves ``benchmarks/results/finetuned.json`` and ``.png``, and prints the
-table.
+Every finished row is kept in ``--work``. Leaves ``benchmarks/results/finetuned.json`` and ``.png``, the table in
+``docs/benchmarks.md`` and its headline in the README.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from accuracy import spread
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
-from pages import ROOT, folder_of
+from pages import ROOT, folder_of, write_pages
 from pretrained import (
     BUDGETS,
     DEFAULT,
@@ -106,6 +106,8 @@ def main() -> None:
     found = json.loads(path.read_text())
     print(text(found))
     save_figure(figure(found), results / "finetuned.png")
+    if not asked.quick:
+        write_pages("finetuned", found)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -203,6 +205,8 @@ def interval(found: dict[str, Any], at: str, other: tuple[str, str]) -> tuple[fl
 def judged(found: dict[str, Any]) -> Iterator[Target]:
     """What was to be reached after the finetune, in points of top-1; of what was run."""
     for at in budgets_of(found):
+        if math.isnan(top1(found, DEFAULT, at)):
+            continue
         if at == "60 %":
             mean, lower, _ = interval(found, at, (DENSE, WHOLE))
             yield Target(f"{at}: searched − dense, same training (points)", mean, ">=", NO_LOSS[0])
@@ -260,6 +264,13 @@ def text(found: dict[str, Any]) -> str:
         "`--method NAME --at WHERE`."
     )
     return "\n".join([*rows_of(found), "", how(found) + more, "", beside_dense(found), "", verdicts(judged(found))])
+
+
+def headline(found: dict[str, Any]) -> str:
+    """For README.md: what was reached and what was not, and the rows."""
+    missed = [str(target) for target in judged(found) if not target.is_met]
+    misses = f" **Missed:** {'; '.join(missed)}." if missed else ""
+    return "\n".join([f"{how(found)} {beside_dense(found)}{misses}", "", *rows_of(found)])
 
 
 def beside_dense(found: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ PAGES = {
     "models": ROOT / "docs" / "models.md",
 }
 NAMES = (
-    *("pretrained", "accuracy", "criteria", "scoring", "slim_speed", "training", "training_run", "search"),
+    *("pretrained", "finetuned", "accuracy", "criteria", "scoring", "slim_speed", "training", "training_run", "search"),
     *("search_models", "latency", "scale", "digits", "callback", "recipes", "weight_sharing", "coverage"),
 )
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+SIGN = {"<=": "≤", ">=": "≥"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -20,6 +22,9 @@ class Target:
     def is_met(self) -> bool:
         return self.measured <= self.wanted if self.relation == "<=" else self.measured >= self.wanted
 
+    def __str__(self) -> str:
+        return f"{self.what} {self.measured:.3g}, wanted {SIGN[self.relation]} {self.wanted:g}"
+
     def facts(self) -> dict[str, Any]:
         """JSON-ready; `from_facts` reads it."""
         return {**vars(self), "met": self.is_met}
@@ -32,9 +37,8 @@ class Target:
 
 def verdicts(targets: Iterable[Target]) -> str:
     """A markdown table: each target, what was measured, and whether that meets it."""
-    sign = {"<=": "≤", ">=": "≥"}
     rows = [
-        f"| {t.what} | {t.measured:.3g} | {sign[t.relation]} {t.wanted:g} | {'pass' if t.is_met else 'miss'} |"
+        f"| {t.what} | {t.measured:.3g} | {SIGN[t.relation]} {t.wanted:g} | {'pass' if t.is_met else 'miss'} |"
         for t in targets
     ]
     return "\n".join(["| target | measured | wanted | |", "|---|---:|---:|---|", *rows])
