@@ -123,7 +123,8 @@ def test_each_kind_of_constructor_is_loaded_by_a_fresh_process(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(mdc.__file__).parents[1])
     loaded = torch.load(tmp_path / "outputs.pt")
     assert loaded.keys() == outputs.keys()
-    assert [name for name, output in outputs.items() if not torch.equal(loaded[name], output)] == []
+    # Where weights lie in memory decides how some CPUs round.
+    assert [name for name, output in outputs.items() if not torch.allclose(loaded[name], output, 1e-5, 1e-6)] == []
 
 
 def slimmed_at_224(model: nn.Module) -> nn.Module:
