@@ -26,8 +26,8 @@ from lightning_mdc.gp_ei.study import Study, observations
 from lightning_mdc.gp_ei.study import Trial as StudyTrial
 from lightning_mdc.importance import Scores
 from lightning_mdc.policy import Policy, Space, TokenOptions
+from lightning_mdc.policy_search.forecast import Forecast
 from lightning_mdc.policy_search.held_out import Judge, Judgement
-from lightning_mdc.policy_search.least_loss import Forecast
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng, seed_all
@@ -147,7 +147,7 @@ def search(
     """Which keep ratios, jointly over heads, neurons and tokens, are worth most under the budget.
 
     Every trial meets the budget in whole units. The first one is the uniform policy; then come, where layers are
-    refitted, policies under which they lose least by themselves (see `policy_search.least_loss`), and the uniform
+    refitted, policies under which they lose least by themselves (see `policy_search.forecast`), and the uniform
     policies of fewer dimensions that reach the budget, such as neurons alone, so that no single dimension is
     overlooked; up to `initial_points` the next ones are random, then a Gaussian process (of what a trend in those
     losses leaves unexplained) and expected improvement choose. In a distributed run rank 0 chooses, and all ranks

@@ -92,8 +92,7 @@ def _in_words(value: Any, left: float = math.inf, inside: tuple[int, ...] = ()) 
         return str(value)
     if isinstance(value, Tensor):
         return digest_of({"": value})
-    known = hasattr(value, "__qualname__") and not isinstance(value, nn.Module)
-    kind = value if known else type(value)
+    kind = value if hasattr(value, "__qualname__") else type(value)  # of a function or class itself
     name = f"{kind.__module__}.{kind.__qualname__}"
     # What a module, or data, has seen by now is nobody's setting; its weights are told beside.
     if not left or id(value) in inside or isinstance(value, (type, nn.Module, Dataset, DataLoader)):
@@ -106,21 +105,18 @@ def _in_words(value: Any, left: float = math.inf, inside: tuple[int, ...] = ()) 
     if isinstance(value, (set, frozenset)):
         return sorted(json.dumps(words(item)) for item in value)
     if isinstance(value, Mapping):
-        return {key: words(item) for key, item in sorted(((str(key), item) for key, item in value.items()), key=_first)}
+        by_name = {str(key): item for key, item in value.items()}
+        return {key: words(by_name[key]) for key in sorted(by_name)}
     if isinstance(value, partial):
         return ["partial", words(value.func), held(value.args), held(value.keywords)]
     if isinstance(value, MethodType):
         return [words(value.__func__), held(value.__self__)]
     if isinstance(value, FunctionType):
         code = value.__code__
-        read = {name: value.__globals__.get(name) for name in code.co_names}
-        read = {name: item for name, item in read.items() if isinstance(item, (str, int, float, tuple, FunctionType))}
+        read = {key: value.__globals__.get(key) for key in code.co_names}
+        read = {key: item for key, item in read.items() if isinstance(item, (str, int, float, tuple, FunctionType))}
         return [name, _of_code(code), *map(held, (value.__defaults__, value.__kwdefaults__, read, _cells(value)))]
     return [name, words(dict(getattr(value, "__dict__", {})))]
-
-
-def _first(pair: tuple[str, Any]) -> str:
-    return pair[0]
 
 
 def _cells(function: FunctionType) -> list[Any]:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 import lightning_mdc as mdc
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.models import find_anatomy
-from lightning_mdc.policy_search.least_loss import Forecast, lost_shares
+from lightning_mdc.policy_search.forecast import Forecast, lost_shares
 from lightning_mdc.policy_search.policy_space import PolicySpace
 from tests.kinds import BASE, images, make, randomised
 
