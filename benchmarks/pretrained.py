@@ -80,6 +80,7 @@ class Method:
         compensate, ridge: see `lightning_mdc.slim`.
         dimensions: what is cut.
         searched: whether the policy is; else it is uniform.
+        heal: epochs of `lightning_mdc.heal`, on the images that the slim model was refitted on.
         swaps: see `lightning_mdc.make_plan`.
         tokens: what happens at a token stage.
         stages: at how many blocks tokens leave; where they do by default if not given.
@@ -90,6 +91,7 @@ class Method:
     compensate: str = "sequential"
     dimensions: tuple[str, ...] = UNITS
     searched: bool = False
+    heal: int = 0
     swaps: int = 0
     ridge: str | None = None
     tokens: mdc.TokenOptions | None = None
@@ -101,9 +103,10 @@ FISHER, HSIC_METRIC = "`conditional`, metric=fisher", "`conditional`, metric=hsi
 OURS = "`conditional`"
 WEAKER = ("`taylor`", "`hsic`", "`activation`", "`magnitude`", "`random`")  # that the default has to be ahead of
 COMPENSATIONS = ("sequential", "lstsq", "none")
-DEFAULT = "searched, all three"
+DEFAULT, HEALED = "searched, all three", "searched, all three; healed"
 SEARCHED = {
     DEFAULT: Method(dimensions=ALL, searched=True),
+    HEALED: Method(dimensions=ALL, searched=True, heal=6),
     "searched, heads and neurons": Method(searched=True),
     "searched, neurons and tokens": Method(dimensions=ALL[1:], searched=True),
     "searched, neurons alone": Method(dimensions=ALL[1:2], searched=True),
@@ -307,7 +310,8 @@ class Benchmark:
             return peers.torch_pruning(self.dense, policy, method.criterion, batches).eval()
         scores, spent["score"] = self.scores(method.criterion, seed, batches)
         if method.searched:
-            journal = self.searches / f"{name} at {at}, seed {seed}.jsonl"
+            searched = DEFAULT if name == HEALED else name  # one search, for both
+            journal = self.searches / f"{searched} at {at}, seed {seed}.jsonl"
             result = mdc.search(
                 self.dense,
                 scores,
@@ -326,6 +330,10 @@ class Benchmark:
         given = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": batches}}.get(method.compensate, {})
         slim = mdc.slim(self.dense, plan, method.compensate, ridge=method.ridge, **given)  # type: ignore[arg-type]
         spent["compensate"] = time.perf_counter() - begun
+        if method.heal:
+            begun = time.perf_counter()
+            mdc.heal(slim, self.dense, batches, method.heal, seed=seed, progress=False)
+            spent["heal"] = time.perf_counter() - begun
         return slim.eval()
 
     def uniform(self, method: Method, budget: float) -> mdc.Policy:
@@ -537,7 +545,8 @@ def text(found: dict[str, Any]) -> str:
             f"images, searches of {found['trials']} trials on {found['judging']} images that the dense model was not "
             "trained on. Rows that name no criterion: `conditional`; no compensation: `sequential`; no dimensions: "
             "heads and neurons; not *searched*: uniform. *Searched* is refitted on the images that judged it, too, as "
-            "`mdc.compress` does. s: seconds to score, search and compensate, on "
+            f"`mdc.compress` does, and *healed* in {SEARCHED[HEALED].heal} epochs of the same images, as it does with "
+            "`heal=6`. s: seconds to score, search, compensate and heal, on "
             f"{found['threads']} thread(s). An empty cell was not run. Measured by `python benchmarks/pretrained.py "
             "--data FOLDER --work FOLDER`; a row alone by `--method NAME`.",
             "",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_mdc.checkpoint import plan_from_checkpoint
     from lightning_mdc.compression import Compressed, compress
     from lightning_mdc.distillation import DistillationModule, Teacher
+    from lightning_mdc.distillation.healing import heal
     from lightning_mdc.distillation.weight_sharing import WeightSharingModule
     from lightning_mdc.export import export_model
     from lightning_mdc.importance import HSIC, Calibration, Moments, Scores, Taylor, score
@@ -37,6 +38,7 @@ _HOMES = {
     "checkpoint": ("plan_from_checkpoint",),
     "compression": ("Compressed", "compress"),
     "distillation": ("DistillationModule", "Teacher"),
+    "distillation.healing": ("heal",),
     "distillation.weight_sharing": ("WeightSharingModule",),
     "export": ("export_model",),
     "importance": ("HSIC", "Calibration", "Moments", "Scores", "Taylor", "score"),

@@ -112,6 +112,8 @@ def _add_compress(commands: Any) -> None:
     add("--trials", type=int, metavar="N", help="policies to try (default: 40)")
     what = "how what stays is refitted by least squares (default: sequential)"
     add("--compensate", choices=("sequential", "lstsq", "none"), help=what)
+    what = "epochs in which each block learns from the dense one's on the same images (default: 0; 3 already help)"
+    add("--heal", type=int, default=0, metavar="N", help=what)
     what = "what may leave, of heads,neurons,tokens (default: all; heads,neurons for features)"
     add("--dimensions", metavar="LIST", help=what)
     add("--restore", action="store_true", help="give every image position a token again at the end, for dense outputs")
@@ -127,8 +129,9 @@ _COMPRESS = """\
 Make a trained vision transformer physically smaller, under a budget.
 
 It scores heads, neurons and tokens on images, searches how much each block gives up, judging each policy by how close
-the output stays to the dense model's, and refits what stays. No labels, no training. The same command goes on after it
-was killed. --out is left with the slim model (for mdc.load), plan.json, policy.json, search.jsonl and pictures."""
+the output stays to the dense model's, and refits what stays. No labels; no training, but for --heal. The same command
+goes on after it was killed. --out is left with the slim model (for mdc.load), plan.json, policy.json, search.jsonl and
+pictures."""
 _COMPRESS_EXAMPLES = """\
 examples:
   mdc compress --model vit_small_patch16_224 --checkpoint mine.ckpt --data photos --out smaller

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_mdc.budget import Budget, InputSize, as_budget, image_size
 from lightning_mdc.budget.uniform import check_uniform, uniform_policy
+from lightning_mdc.distillation import healing
 from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import (
     CalibrationError,
@@ -322,6 +323,7 @@ def compress(
     submodule: str | None = None,
     input_size: InputSize | None = None,
     seed: int = 0,
+    heal: int = 0,
     options: SearchOptions | None = None,
 ) -> Compressed:
     """The vision transformer in `model`, physically smaller under a budget, in one line.
@@ -347,7 +349,10 @@ def compress(
         prediction: makes of the model's output what criterion and judging look at; None: the softmax of its logits, or
             the output itself.
         submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
-        seed: of the search.
+        seed: of the search, and of the order of images while healing.
+        heal: epochs in which each block of the slim model learns, on the same images, what the dense model's puts out,
+            beyond what refitting gives back; see `heal`. It takes as long as training for as many, so it is not done
+            by itself. 0: none.
         options: how the search is run: its journal, say, with which a killed one goes on; None: ``SearchOptions()``.
 
     Raises:
@@ -369,6 +374,7 @@ def compress(
         seed=seed,
     )
     check_kind("options", options, SearchOptions, CompressionError)
+    check_whole("heal", heal, 0, CompressionError)
     options = SearchOptions() if options is None else options
     if (able := runnable(model, submodule)) is not model:
         model, submodule = able, None
@@ -387,6 +393,10 @@ def compress(
     plan, found = task.decide(scores, evaluate, options)
     needed: dict[str, Any] = {"lstsq": {"moments": scores.moments}, "sequential": {"batches": [*scoring, *judging]}}
     small = slim(model, plan, task.compensate, **needed.get(task.compensate, {}), submodule=submodule)
+    if heal:
+        healing.heal(
+            small, model, [*scoring, *judging], heal, submodule=submodule, seed=seed, progress=options.progress
+        )
     return Compressed(small, plan, plan.policy, scores, found)
 
 

@@ -86,6 +86,19 @@ def by_hand(photos: Path) -> tuple[Tensor, Tensor]:
     return normalised[order], torch.tensor([int(file.parent.name) for file in files])[order]
 
 
+def test_it_heals_as_many_epochs_as_it_is_told(photos, dense, tmp_path, nothing_drawn):
+    said = mdc_compress("--model", dense, "--data", photos, "--heal", 2, "--out", tmp_path / "out", *QUICK)
+    assert said.code == 0, said.err
+    shown, few = by_hand(photos)[0][:SCORED], mdc.Calibration(SCORED, JUDGED, 16)
+    expected = mdc.compress(mdc.load(dense), [shown], None, "uniform", compensate="none", calibration=few, heal=2)
+    for name, value in mdc.load(tmp_path / "out").state_dict().items():
+        torch.testing.assert_close(value, expected.model.state_dict()[name], atol=1e-3, rtol=1e-2)
+    assert "healed" in said.out
+    refused = mdc_compress("--model", dense, "--data", photos, "--heal", -1, "--out", tmp_path / "no", *QUICK)
+    assert refused.code
+    assert "heal=-1" in refused.err
+
+
 def test_it_leaves_what_the_parts_give(finished, photos, dense):
     out, said = finished
     model, (shown, labels) = mdc.load(dense), by_hand(photos)

@@ -252,6 +252,7 @@ _BEFORE_DISTILLING = ["dense", "score", "share", "sensitivity", "search", "slim"
         ("distillation.kd_weight=0.1", _BEFORE_DISTILLING),
         ("latency.rounds=2", [*_BEFORE_DISTILLING, "distill"]),
         ("surgery.compensate=none", ["dense", "score", "share", "sensitivity"]),
+        ("healing.epochs=1", [name for name in _BEFORE_DISTILLING if name != "slim"]),
         ("sensitivity.images=9", [name for name in STEPS if name != "sensitivity"]),
         ("data.num_workers=1", list(STEPS)),
         ("trainer.log_every_n_steps=7", list(STEPS)),
@@ -397,12 +398,18 @@ def test_what_removed_units_did_is_given_back_unless_told_not_to(copied, caplog,
     assert moments.images == 32
     again = mdc.load(copied / "slim").state_dict()
     run = sweep.prepared(settings(copied.parent.parent, f"resume={copied}", *short))
-    wanted = cut(compensate="sequential", batches=steps.calibration_batches(run, times=2))
+    wanted = cut(compensate="sequential", batches=steps.calibration_batches(run, images=64))
     assert all(torch.equal(again[key], value) for key, value in wanted.items())
     assert all(torch.equal(again[key], value) for key, value in before.state_dict().items())
     dense = mdc.load(copied / "dense").state_dict()
     refitted = [name for name in dense if name.endswith(("proj.bias", "fc2.bias")) and "embed" not in name]
     assert any(not torch.equal(again[name], dense[name]) for name in refitted)
+    pipeline.run(settings(copied.parent.parent, f"resume={copied}", "healing.epochs=1", "healing.images=48", *short))
+    by_hand = before.train()
+    mdc.heal(by_hand, mdc.load(copied / "dense"), steps.calibration_batches(run, images=48), 1, seed=0)
+    healed = mdc.load(copied / "slim").state_dict()
+    assert all(torch.equal(healed[key], value) for key, value in by_hand.state_dict().items())
+    assert any(not torch.equal(healed[key], value) for key, value in again.items())
 
 
 @pytest.mark.slow
@@ -664,6 +671,7 @@ WRONG = [
     ("surgery.token_score=looks", MdcError, "score='looks'"),
     ("surgery.restore=maybe", ConfigError, "surgery.restore='maybe'"),
     (("stage=slim", "surgery.reduction=melt"), MdcError, "reduction='melt' is unknown; known are drop, fuse"),
+    ("healing.epochs=-1", ConfigError, "healing.epochs=-1"),
     ("surgery.compensate=all", ConfigError, "surgery.compensate='all': expected one of none, lstsq, sequential"),
     (("surgery.compensate=lstsq", "+model.args.scale_mlp_norm=true"), MdcError, r"blocks\.0\.mlp\.norm"),
     ("dense.epochs=0", ConfigError, "leaves the model untrained"),

@@ -285,6 +285,7 @@ def _compressed(given: Namespace, network: nn.Module, sample: Sample, journal: P
             tokens=mdc.TokenOptions(restore=True) if given.restore else None,
             calibration=sample.calibration,
             seed=given.seed,
+            heal=given.heal,
             options=SearchOptions(journal=journal),
         )
     except SearchError as error:

@@ -218,6 +218,13 @@ class _Calibration:
 
 
 @dataclass(kw_only=True)
+class _Healing:
+    epochs: int = _whole(0)
+    images: int = _whole(1)
+    lr: float
+
+
+@dataclass(kw_only=True)
 class _Sensitivity(_Calibration):
     heads: list[float] | None = _ratios(", or null for every number of heads")
     neurons: list[float] = _ratios()
@@ -265,6 +272,7 @@ class _Settings:
     dense: _Dense
     sharing: _Sharing
     calibration: _Calibration
+    healing: _Healing
     sensitivity: _Sensitivity
     latency: _Latency
     model: _Model

@@ -161,7 +161,7 @@ _STEPS = (
         "slim",
         (Output("slim/", "the slim model before finetuning"), Output("plan.json", "which units each block keeps")),
         needs=("dense", "score", "share", "search"),
-        settings=("seed", "calibration", "surgery"),
+        settings=("seed", "calibration", "surgery", "healing"),
         on_all_ranks=False,
     ),
     Step(

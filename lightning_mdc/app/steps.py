@@ -138,7 +138,8 @@ def pruned(run: Run, model: nn.Module, policy: Policy, compensate: str) -> tuple
     moments = run.moments if compensate == "lstsq" else None
     # Twice as many as are scored, as elsewhere, where the images that judged policies serve the refit, too: here they
     # are to judge its finetuning.
-    batches = calibration_batches(run, share=False, times=2) if compensate == "sequential" else None
+    twice = 2 * run.settings["calibration"]["images"]
+    batches = calibration_batches(run, share=False, images=twice) if compensate == "sequential" else None
     return plan, mdc.slim(model, plan, compensate, moments=moments, batches=batches)
 
 
@@ -251,6 +252,10 @@ def slim(run: Run) -> str:
     model = run.model(run.weights).to(run.device)
     policy = Policy.load(run.output("search"))
     plan, slim_model = pruned(run, model, policy, run.settings["surgery"]["compensate"])
+    healing = run.settings["healing"]
+    if healing["epochs"]:
+        batches = calibration_batches(run, share=False, images=healing["images"])
+        mdc.heal(slim_model, model, batches, healing["epochs"], healing["lr"], seed=run.settings["seed"])
     write_text(run.folder / "plan.json", plan.to_json())
     mdc.save(slim_model.cpu(), run.output("slim"))
     return (
@@ -469,11 +474,12 @@ def held_out_batches(run: Run) -> DataLoader[Any]:
     return DataLoader(dataset, run.data.batch_size, num_workers=run.data.num_workers)
 
 
-def calibration_batches(run: Run, share: bool = True, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def calibration_batches(run: Run, share: bool = True, images: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """A seeded sample of the training images under the evaluation transforms, with labels: all of it, or this rank's
-    `share`; so many `times` those that are scored."""
+    `share`; so many `images`, or as many as are scored."""
     first, step = (rank(), world_size()) if share else (0, 1)
-    images, batch_size = times * run.settings["calibration"]["images"], run.settings["calibration"]["batch_size"]
+    options = run.settings["calibration"]
+    images, batch_size = options["images"] if images is None else images, options["batch_size"]
     dataset = run.data.splits.calibration
     workers = run.data.num_workers
     if isinstance(dataset, IterableDataset):
