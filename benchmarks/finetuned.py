@@ -76,8 +76,8 @@ ROWS: dict[str, Method] = {
         "tokens alone",
     )
 }
-# Healed before the finetune, on its images, whose labels healing does not look at.
-HEAL_EPOCHS = 3
+# Healed before the finetune, on some of its images, whose labels healing does not look at.
+HEAL_IMAGES, HEAL_EPOCHS = 4096, 3
 PAIRS_OF = (f"{OURS}, sequential", "neurons and tokens")
 NO_LOSS = (-0.2, -0.5)  # points at 60 %: the mean, and the lower end of the 95 % interval
 
@@ -188,7 +188,7 @@ class Benchmark(pretrained.Benchmark):
         finetune(model, self.dense, self.training, options, self.asked.epochs, self.asked.precision, clip, seed)
 
     def heal(self, model: nn.Module, seed: int) -> None:
-        shown = in_batches(sample(self.training.splits.calibration, self.asked.images, seed))
+        shown = in_batches(sample(self.training.splits.calibration, HEAL_IMAGES, seed))
         with self.in_precision():
             mdc.heal(model, self.dense, shown, HEAL_EPOCHS, seed=seed, progress=False)
 
@@ -267,8 +267,8 @@ def text(found: dict[str, Any]) -> str:
     """A row per method; how it was measured; the default beside dense; targets."""
     more = (
         " Rows are those of the table before any finetune; healed: before the finetune, by `mdc.heal`, in "
-        f"{HEAL_EPOCHS} epochs of the same images without their labels; min: minutes to score, search, compensate, "
-        "heal and train, on "
+        f"{HEAL_EPOCHS} epochs of {HEAL_IMAGES} of these images without their labels; min: minutes to score, search, "
+        "compensate, heal and train, on "
         f"{found['threads']} thread(s). Measured by `python benchmarks/finetuned.py "
         f"--data FOLDER --work FOLDER --images {found['images']} --test-images {found['test_images']}`; a row alone by "
         "`--method NAME --at WHERE`."

@@ -78,21 +78,33 @@ def test_tokens_that_left_are_compared_with_what_they_stand_for(reduction: str) 
     assert sum(left) < len(left) - 0.02
 
 
+@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}])
+@pytest.mark.parametrize("kind", ["vit", "dinov3", "siglip"])
+def test_transformers_models_that_lose_tokens_are_healed(kind: str, options: dict[str, Any]) -> None:
+    hf_vit = pytest.importorskip("tests.test_hf_vit")
+    model = randomised(hf_vit.make(kind, **options))
+    small = slim_of(model, mdc.TokenOptions(restore=True), heads=0.5, neurons=0.5, tokens=0.6)
+    left = mdc.heal(small, model, BATCHES, epochs=4)
+    assert max(left) <= 1
+    assert sum(left) < len(left) - 0.01
+
+
 def test_what_is_left_is_what_a_loop_over_images_measures() -> None:
-    """Of the first block, whose input no healing changes."""
+    """Of the first block, whose input no healing changes; a batch of one image counts as one."""
     model = randomised(VisionTransformer(**BASE))
+    batches = [*BATCHES[:2], 5 * images(1, seed=4)]
     small = slim_of(model)
 
     def squared() -> float:
         total = 0.0
         with torch.no_grad():
-            for image in torch.cat(BATCHES):
+            for image in torch.cat(batches):
                 x = model._pos_embed(model.patch_embed(image[None]))
                 total += float((small.blocks[0](x) - model.blocks[0](x)).square().sum())  # type: ignore[operator, index]
         return total
 
     at_first = squared()
-    assert mdc.heal(small, model, BATCHES)[0] == pytest.approx(squared() / at_first, rel=1e-3)
+    assert mdc.heal(small, model, batches)[0] == pytest.approx(squared() / at_first, rel=1e-3)
 
 
 def test_only_blocks_that_have_lost_something_or_follow_one_are_trained() -> None:
@@ -152,6 +164,14 @@ def test_it_trains_whatever_is_around_it(within: str) -> None:
     assert all(p.grad is None for p in small.parameters())
 
 
+def test_autocast_learns_what_fp32_does() -> None:
+    """Autocast keeps the weights that it has cast, of which a step knows nothing."""
+    model = randomised(VisionTransformer(**BASE))
+    exactly = mdc.heal(slim_of(model), model, BATCHES, epochs=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mdc.heal(slim_of(model), model, BATCHES, epochs=4) == pytest.approx(exactly, abs=0.01)
+
+
 def test_a_transformer_inside_another_module_is_healed_in_its_place() -> None:
     class Holder(nn.Module):
         def __init__(self, backbone: nn.Module) -> None:
@@ -166,6 +186,54 @@ def test_a_transformer_inside_another_module_is_healed_in_its_place() -> None:
     small = slim_of(model)
     assert max(mdc.heal(small, holder, BATCHES, submodule="backbone")) < 1
     assert holder.backbone is model
+
+
+def test_what_a_users_hook_makes_of_a_blocks_output_is_compared() -> None:
+    model = randomised(VisionTransformer(**BASE))
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: 0.5 * output)
+    small = slim_of(model)
+    at_first = far(small, model)
+    mdc.heal(small, model, BATCHES, epochs=4)
+    assert far(small, model) < at_first
+
+
+@pytest.mark.parametrize("way", ["compiled", "inference_mode", "both"])
+def test_the_dense_model_is_run_as_it_is_held(way: str) -> None:
+    class Inference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = model
+
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.backbone(x)  # type: ignore[no-any-return]
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = small, model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.student(x) - self.teacher(x)  # type: ignore[no-any-return]
+
+    model = randomised(VisionTransformer(**BASE))
+    small = slim_of(model)
+    wanted = mdc.heal(slim_of(model), model, BATCHES)
+    if way == "compiled":
+        got = mdc.heal(small, torch.compile(model, backend="eager"), BATCHES)  # type: ignore[arg-type]
+    else:
+        path = {"inference_mode": "backbone", "both": "teacher"}[way]
+        got = mdc.heal(small, Inference() if way == "inference_mode" else Both(), BATCHES, submodule=path)
+    assert got == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_compiled_model_is_compressed() -> None:
+    model = randomised(VisionTransformer(**BASE))
+    compiled: Any = torch.compile(model, backend="eager")
+    got, wanted = (mdc.compress(each, BATCHES, 0.6, "uniform").model for each in (compiled, model))
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(got.state_dict()[name], value)
 
 
 def test_compress_heals_what_it_made() -> None:
@@ -222,6 +290,35 @@ def test_images_that_the_model_does_not_take_are_refused() -> None:
     model = randomised(VisionTransformer(**BASE))
     with pytest.raises(MdcError, match="cannot be run on a batch"):
         mdc.heal(slim_of(model), model, [torch.zeros(4, 5, 32, 32)])
+
+
+def test_the_slim_model_comes_first() -> None:
+    model = randomised(VisionTransformer(**BASE))
+    with pytest.raises(DistillationError, match="give the slim model first"):
+        mdc.heal(model, slim_of(model), BATCHES)
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    model = randomised(VisionTransformer(**BASE))
+    small = slim_of(model)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[0] = float("nan")
+    with pytest.raises(DistillationError, match=r"blocks\.1 .* not finite"):
+        mdc.heal(small, model, BATCHES)
+
+
+def test_a_pass_that_ends_before_the_last_block_is_refused() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = model
+
+        def forward(self, x: Tensor) -> Any:
+            return self.backbone.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+
+    model = randomised(VisionTransformer(**BASE))
+    with pytest.raises(DistillationError, match=r"blocks\.2 is not called"):
+        mdc.heal(slim_of(model), Half(), BATCHES, submodule="backbone")
 
 
 def test_compress_refuses_epochs_that_are_none() -> None:

@@ -221,7 +221,7 @@ class _Calibration:
 class _Healing:
     epochs: int = _whole(0)
     images: int = _whole(1)
-    lr: float
+    lr: float = _limited("a learning rate above 0", lambda value: value > 0)
 
 
 @dataclass(kw_only=True)

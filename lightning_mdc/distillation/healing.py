@@ -17,8 +17,9 @@ Both models go through all images side by side, once; in between, the blocks are
 from __future__ import annotations
 
 import logging
-import threading
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,12 +32,12 @@ from torch.utils._pytree import tree_map
 from lightning_mdc.distillation.losses import at_least_float32
 from lightning_mdc.distillation.optimization import create_optimizer, create_schedule
 from lightning_mdc.errors import DistillationError, check_number, check_whole
-from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch
-from lightning_mdc.models import Anatomy, Block, evaluating, find_anatomy, probing, runnable, standing_in
+from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch, together
+from lightning_mdc.models import Anatomy, Block, evaluating, find_anatomy, probing, runnable, standing_in, unwrap
 from lightning_mdc.models.swapping import check_unmasked, plain_copy
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.surgery.lockstep import halt, walking
+from lightning_mdc.surgery.lockstep import halt, walked, walking
 from lightning_mdc.surgery.sequential import of_tokens
 from lightning_mdc.tokens.selection import Carried, TokenSelection
 
@@ -76,11 +77,12 @@ def heal(
 ) -> list[float]:
     """Bring the hidden states of a slim model closer to the dense one's, block by block, in place.
 
-    No labels are needed, and the output layer stays as it is. A block that would end further away than it began keeps
-    its weights. Runs in the precision that is in force: inside ``torch.autocast``, in its.
+    No labels are needed, and the output layer stays as it is. All that a block has is trained, frozen or not; a block
+    that would end further away than it began keeps its weights. Inside ``torch.autocast`` blocks are trained in its
+    precision, and hidden states are computed in the models' own.
 
     Args:
-        model: what `slim` or `compress` made of `dense`.
+        model: what `slim` or `compress` made of `dense`: the vision transformer itself.
         dense: the model that it was made of, or a module that holds it; unchanged.
         batches: what a DataLoader of training images yields, ``(images, labels)`` or ``images``; read once, and kept,
             with two hidden states per image. 1 000 images are enough to gain; 4 000 gain more.
@@ -95,8 +97,8 @@ def heal(
         the first that lost something are not trained, and have 1.
 
     Raises:
-        DistillationError: `epochs`, `lr` or `seed` is none, the two models do not have the same blocks, tokens leave
-            the dense one already, or there are no images.
+        DistillationError: `epochs`, `lr` or `seed` is none, the two models do not go through the same blocks, tokens
+            leave the dense one already, there are no images, or what blocks put out is not finite.
         CalibrationError: images that the models cannot be run on.
         UnsupportedModelError: there is no supported vision transformer in a model, or there are several.
     """
@@ -105,11 +107,12 @@ def heal(
     check_whole("seed", seed, 0, DistillationError)
     of_dense, small = find_anatomy(dense, submodule), find_anatomy(model)
     _check_alike(of_dense, small)
-    given = (split_batch(batch)[0] for batch in batches)
+    given = together(split_batch(batch)[0] for batch in batches)
     images = [on_device_of(of_dense, part) for batch in given for part in batch.split(IMAGES_PER_STEP)]
     if not images:
         raise DistillationError("batches hold no images to heal on; give training images, no labels are needed")
     holder = runnable(dense, submodule)
+    holder = of_dense.model if unwrap(holder) is of_dense.model else holder
     whole = small.model if holder is of_dense.model else holder  # which holds the dense one
     runs = [[partial(run_on, each, batch) for batch in images] for each in (holder, whole)]
     first = _first_lost(of_dense, small)
@@ -123,10 +126,17 @@ def heal(
         bar("Healing", (len(small.blocks) - first) * epochs, shown=progress) as advance,
     ):
         draw = torch.Generator().manual_seed(seed)
+        for walk in small_walks:
+            walk.notes["is_small"] = True
         for block in small.blocks[first:]:
             wanted = [walk.to_next() for walk in dense_walks]
             with standing_in(holder, of_dense.model, small.model):
                 reached = [walk.to_next() for walk in small_walks]
+            if any(seen is None for seen in (*wanted, *reached)):
+                raise DistillationError(
+                    f"{block.name} is not called when dense={type(dense).__name__} is run on images, so nothing tells "
+                    "what it is to put out; give the vision transformer itself"
+                )
             shown = [call(x) for call, x in zip(reached, wanted, strict=True)]
             left.append(_train(block, shown, small.num_prefix_tokens, epochs, lr, draw, advance))
     log.info("healed %d blocks on %d images: %s", len(left) - first, sum(map(len, images)), in_words(left))
@@ -152,6 +162,13 @@ def _check_alike(dense: Anatomy, small: Anatomy) -> None:
                 f"model={small.name} has {count} {what} where dense={dense.name} has {expected}; give the dense model "
                 "that the slim one was made of"
             )
+    for before, after in zip(dense.blocks, small.blocks, strict=True):
+        for name, units in before.units.items():
+            if after.units[name].count > units.count:
+                raise DistillationError(
+                    f"model={small.name} has {after.units[name].count} {name} in {after.name} where dense={dense.name} "
+                    f"has {units.count}; give the slim model first, then the dense one that it was made of"
+                )
     for anatomy in (dense, small):
         consequence = "its blocks would not be what they are without"
         check_unmasked(anatomy.model, DistillationError, consequence, "leave the masked block first")
@@ -168,8 +185,6 @@ def _first_lost(dense: Anatomy, small: Anatomy) -> int:
 
 # --- what is seen on the way ------------------------------------------------------------------------------------------
 
-_tokens = threading.local()  # a walk has a thread of its own, and so has what travels beside its tokens
-
 
 def _probes(dense: Anatomy, small: Anatomy, first: int) -> Iterable[tuple[Callable[[Any], Any], Callable[..., Any]]]:
     """The slim model halts before each block, the dense one behind it."""
@@ -182,15 +197,29 @@ def _probes(dense: Anatomy, small: Anatomy, first: int) -> Iterable[tuple[Callab
 
 
 def _behind_dense(module: nn.Module, args: Any, output: Any) -> None:
-    halt(_stream(output))
+    if "is_small" not in walked().notes:  # a module may hold both
+        halt(_trainable(_stream(output)))
 
 
 def _before_small(module: nn.Module, args: Any, kwargs: Any) -> None:
-    halt(partial(_Shown, args, kwargs, getattr(_tokens, "carried", None)))
+    notes = walked().notes
+    if "is_small" in notes:
+        # What counts the way through the model is not to count what is called beside it.
+        kwargs = {name: value.alone() if hasattr(value, "alone") else value for name, value in kwargs.items()}
+        args, kwargs = tree_map(_trainable, (args, kwargs))
+        halt(partial(_Shown, args, kwargs, notes.get("carried")))
 
 
 def _behind_selection(module: nn.Module, args: Any, output: tuple[Tensor, Carried | None]) -> None:
-    _tokens.carried = output[1]
+    walked().notes["carried"] = output[1]
+
+
+def _trainable(value: Any) -> Any:
+    """A tensor of an inference_mode inside the model as one that gradients may need."""
+    if not (isinstance(value, Tensor) and value.is_inference()):
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def _stream(output: Any) -> Tensor:
@@ -213,11 +242,17 @@ def _train(
 ) -> float:
     """Train a block in place, while the walks wait; what is left of its squared error."""
     trained = plain_copy(block.module).requires_grad_(True)
+    trained._forward_pre_hooks.clear()  # what they change is changed in what is shown
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in trained.parameters()):
         trained.float()  # else small steps would be rounded away
         shown = [replace(each, args=_widened(each.args), kwargs=_widened(each.kwargs)) for each in shown]
-    error = partial(_error, trained.forward, staged=block.stage is not None, prefix=prefix)
+    error = partial(_error, trained, _said_by_stages(trained), prefix)
     at_first = _over(shown, error)
+    if not math.isfinite(at_first):
+        raise DistillationError(
+            f"what {block.name} is given, or is to put out, is not finite on these images; check the models' weights, "
+            "and the images"
+        )
     if not at_first:
         return 1.0
     optimizer = create_optimizer(trained, {"opt": "muon", "lr": lr, "weight_decay": 0.0}, None)
@@ -232,6 +267,9 @@ def _train(
             optimizer.zero_grad()
             step += 1
         advance()
+    with torch.no_grad():  # what is judged is what is kept
+        for parameter, found in zip(block.module.parameters(), trained.parameters(), strict=True):
+            found.copy_(found.to(parameter.dtype))
     left = _over(shown, error) / at_first
     if not left < 1:  # nor a number, after a rate that was too high
         return 1.0
@@ -241,16 +279,36 @@ def _train(
     return left
 
 
-def _error(forward: Callable[..., Any], shown: _Shown, staged: bool, prefix: int) -> Tensor:
+def _said_by_stages(trained: nn.Module) -> list[Carried | None]:
+    """What the block's own token stage, if it has one, says of every call, is added here."""
+    said: list[Carried | None] = []
+    for module in trained.modules():
+        if isinstance(module, TokenSelection):
+            module._forward_hooks.clear()  # those of walks
+            module.register_forward_hook(lambda _, args, output: said.append(output[1]))
+    return said
+
+
+def _error(trained: nn.Module, said: list[Carried | None], prefix: int, shown: _Shown) -> Tensor:
     """Mean squared difference of what the block puts out and is to, token by token; of what its tokens stand for."""
-    output = _stream(forward(*shown.args, **shown.kwargs))
-    carried = _tokens.carried if staged else shown.carried  # its own stage has just said where tokens go
+    with _uncached_autocast(shown.wanted.device.type):
+        output = _stream(trained(*shown.args, **shown.kwargs))
+    carried = said.pop() if said else shown.carried
     return F.mse_loss(at_least_float32(output), of_tokens(at_least_float32(shown.wanted), carried, prefix))
 
 
+def _uncached_autocast(device: str) -> AbstractContextManager[Any]:
+    """The autocast that is in force, without what it keeps until it is left: weights as they were when first cast."""
+    is_on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, is_on, cache_enabled=False)
+
+
 def _over(shown: Sequence[_Shown], error: Callable[[_Shown], Tensor]) -> float:
+    """Mean over all images."""
+    counts = [len(each.wanted) for each in shown]
     with torch.no_grad():
-        return float(torch.stack([error(each) for each in shown]).mean())
+        errors = torch.stack([error(each) for each in shown])
+    return float((errors * errors.new_tensor(counts)).sum() / sum(counts))
 
 
 def _widened(call: Any) -> Any:

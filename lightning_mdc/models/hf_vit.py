@@ -459,10 +459,16 @@ class Way:
         self._now: tuple[Tensor | None, Carried | None] = (None, None)
         self._before: dict[int, tuple[Tensor | None, Carried | None]] = {}
 
+    def alone(self) -> Way:
+        """For a copy of the next block, called outside the model, which puts out its tokens."""
+        way = Way()
+        way._now = self._now
+        return way
+
     def before(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Carried | None]:
         """The tokens that reach a block that is given x, and what travels beside them."""
         tokens, carried = self._before.setdefault(id(block), self._now)
-        return (x if tokens is None else tokens), carried
+        return (x if tokens is None else tokens.to(x.dtype)), carried
 
     def behind(self, block: StagedBlock, x: Tensor, carried: Carried | None) -> Tensor:
         """What a block gives that has come to these tokens."""

@@ -282,7 +282,10 @@ def _missing(reader: nn.Linear, given: Given, wanted: Wanted, scale: Tensor | No
     assert given.before is not None and wanted.after is not None  # there is a scale
     scale = scale.to(output)
     apart = of_tokens(wanted.after.to(dtype).reshape(wanted.output.shape), given.carried, prefix)
-    apart = (apart - given.before.to(dtype).reshape(apart.shape)) / scale
+    before = given.before.to(dtype)
+    if before.numel() != apart.numel():  # a model that shows hidden states hands positions from block to block
+        before = of_tokens(before, given.carried, prefix)
+    apart = (apart - before.reshape(apart.shape)) / scale
     return torch.where(scale.abs() > _FAINT * scale.abs().max(), apart, output) - says
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mdc.errors import CompensationError, check_one_of
-from lightning_mdc.importance.calibration import TOGETHER
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.ridge import RIDGES
-from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch
-from lightning_mdc.models import Anatomy, evaluating, find_anatomy, runnable, standing_in
+from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch, together
+from lightning_mdc.models import Anatomy, evaluating, find_anatomy, runnable, standing_in, unwrap
 from lightning_mdc.models.swapping import check_unmasked, cut_units, plain_copy, with_mixins
 from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
@@ -96,24 +95,13 @@ def slim(
 
 
 def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterable[Any], ridge: str) -> None:
-    images = [on_device_of(dense, part) for part in _together(split_batch(batch)[0] for batch in batches)]
+    images = [on_device_of(dense, part) for part in together(split_batch(batch)[0] for batch in batches)]
+    model = dense.model if unwrap(model) is dense.model else model
     whole = small.model if model is dense.model else model  # which holds the dense one
     passes = [(partial(run_on, model, batch), partial(run_on, whole, batch)) for batch in images]
     in_place = partial(standing_in, model, dense.model, small.model)
     with evaluating(model, small.model), isolated_rng():
         refit_in_sequence(dense, small, passes, standing_in=in_place, ridge=ridge)
-
-
-def _together(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Small batches of images of one size joined: all passes wait for each other, each in a thread of its own."""
-    waiting: list[Tensor] = []
-    for batch in batches:
-        if waiting and (batch.shape[1:] != waiting[0].shape[1:] or sum(map(len, waiting)) >= TOGETHER):
-            yield torch.cat(waiting)
-            waiting = []
-        waiting.append(batch)
-    if waiting:
-        yield torch.cat(waiting)
 
 
 @cache

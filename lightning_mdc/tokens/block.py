@@ -39,6 +39,10 @@ class Journey:
     def __init__(self, before: Carried | None = None) -> None:
         self.before = self.after = before
 
+    def alone(self) -> Journey:
+        """For a copy of the block, called outside the model."""
+        return Journey(self.before)
+
 
 class StagedBlock(nn.Module):
     """Mixin before a block's own class, and before the family's halves of it:
