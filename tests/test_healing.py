@@ -127,11 +127,12 @@ def test_a_model_that_has_lost_nothing_stays_as_it_is() -> None:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in small.state_dict().items())
 
 
-def test_a_rate_that_is_far_too_high_changes_nothing() -> None:
+def test_a_rate_that_is_far_too_high_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = randomised(VisionTransformer(**BASE))
     small = slim_of(model)
     before = weights(small)
     assert mdc.heal(small, model, BATCHES, lr=1e6) == [1.0] * len(model.blocks)
+    assert "lr=1e+06 is too high" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
 
 

@@ -139,6 +139,10 @@ def heal(
                 )
             shown = [call(x) for call, x in zip(reached, wanted, strict=True)]
             left.append(_train(block, shown, small.num_prefix_tokens, epochs, lr, draw, advance))
+    if first < len(left) and min(left) == 1:
+        log.warning(
+            "healing brought no block closer: lr=%g is too high for what is left to gain, try a tenth of it", lr
+        )
     log.info("healed %d blocks on %d images: %s", len(left) - first, sum(map(len, images)), in_words(left))
     return left
 
