@@ -99,7 +99,8 @@ def main() -> None:
     path = results / "finetuned.json"
     if asked.quick:
         path.unlink(missing_ok=True)
-        asked.method, asked.at, asked.seeds = asked.method or [DENSE, DEFAULT, HEALED, PAIRS_OF[0]], asked.at or ["50 %"], 1
+        asked.method = asked.method or [DENSE, DEFAULT, HEALED, PAIRS_OF[0]]
+        asked.at, asked.seeds = asked.at or ["50 %"], 1
         asked.trials, asked.calibration, asked.precision = 4, 192, "32-true"
         asked.work = asked.work or results / "finetuned-work"
         shutil.rmtree(asked.work, ignore_errors=True)  # rows of older code

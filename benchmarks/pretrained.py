@@ -546,7 +546,7 @@ def text(found: dict[str, Any]) -> str:
             "trained on. Rows that name no criterion: `conditional`; no compensation: `sequential`; no dimensions: "
             "heads and neurons; not *searched*: uniform. *Searched* is refitted on the images that judged it, too, as "
             f"`mdc.compress` does, and *healed* in {SEARCHED[HEALED].heal} epochs of the same images, as it does with "
-            "`heal=6`. s: seconds to score, search, compensate and heal, on "
+            f"`heal={SEARCHED[HEALED].heal}`. s: seconds to score, search, compensate and heal, on "
             f"{found['threads']} thread(s). An empty cell was not run. Measured by `python benchmarks/pretrained.py "
             "--data FOLDER --work FOLDER`; a row alone by `--method NAME`.",
             "",

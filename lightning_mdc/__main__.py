@@ -112,7 +112,7 @@ def _add_compress(commands: Any) -> None:
     add("--trials", type=int, metavar="N", help="policies to try (default: 40)")
     what = "how what stays is refitted by least squares (default: sequential)"
     add("--compensate", choices=("sequential", "lstsq", "none"), help=what)
-    what = "epochs in which each block learns from the dense one's on the same images (default: 0; 3 already help)"
+    what = "epochs in which each block learns from the dense one's on the same images (default: 0)"
     add("--heal", type=int, default=0, metavar="N", help=what)
     what = "what may leave, of heads,neurons,tokens (default: all; heads,neurons for features)"
     add("--dimensions", metavar="LIST", help=what)

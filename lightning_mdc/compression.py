@@ -351,8 +351,8 @@ def compress(
         submodule: of the vision transformer in `model`, as an attribute path; None finds it if there is just one.
         seed: of the search, and of the order of images while healing.
         heal: epochs in which each block of the slim model learns, on the same images, what the dense model's puts out,
-            beyond what refitting gives back; see `heal`. It takes as long as training for as many, so it is not done
-            by itself. 0: none.
+            beyond what refitting gives back; see `heal`. It takes as long as training for as many epochs, so it is not
+            done by itself. 0: none.
         options: how the search is run: its journal, say, with which a killed one goes on; None: ``SearchOptions()``.
 
     Raises:

@@ -29,21 +29,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_mdc.distillation.hidden_states import different
 from lightning_mdc.distillation.losses import at_least_float32
 from lightning_mdc.distillation.optimization import create_optimizer, create_schedule
 from lightning_mdc.errors import DistillationError, check_number, check_whole
-from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch, together
-from lightning_mdc.models import Anatomy, Block, evaluating, find_anatomy, probing, runnable, standing_in, unwrap
+from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch
+from lightning_mdc.models import (
+    Anatomy,
+    Block,
+    called_instead,
+    evaluating,
+    find_anatomy,
+    probing,
+    runnable,
+    standing_in,
+)
 from lightning_mdc.models.swapping import check_unmasked, plain_copy
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
-from lightning_mdc.surgery.lockstep import halt, walked, walking
+from lightning_mdc.surgery.lockstep import halt, together, walked, walking
 from lightning_mdc.surgery.sequential import of_tokens
 from lightning_mdc.tokens.selection import Carried, TokenSelection
 
 log = logging.getLogger(__name__)
 
-IMAGES_PER_STEP = 32
+_IMAGES_PER_STEP = 32
 _SCHEDULE = {"sched": "cosine", "warmup_epochs": None, "warmup_lr": 0.0, "min_lr": 0.0}
 
 
@@ -87,7 +97,7 @@ def heal(
         batches: what a DataLoader of training images yields, ``(images, labels)`` or ``images``; read once, and kept,
             with two hidden states per image. 1 000 images are enough to gain; 4 000 gain more.
         epochs: how often each block sees all images.
-        lr: the highest rate of Muon, which rises for a tenth of the way or an epoch, and falls to 0.
+        lr: the highest rate of Muon, which rises for an epoch, at most a fifth of the way, and falls to 0.
         submodule: of the vision transformer in `dense`, as an attribute path; None finds it if there is just one.
         seed: of the order of the batches.
         progress: show a bar (on a terminal).
@@ -108,12 +118,11 @@ def heal(
     of_dense, small = find_anatomy(dense, submodule), find_anatomy(model)
     _check_alike(of_dense, small)
     given = together(split_batch(batch)[0] for batch in batches)
-    images = [on_device_of(of_dense, part) for batch in given for part in batch.split(IMAGES_PER_STEP)]
+    images = [on_device_of(of_dense, part) for batch in given for part in batch.split(_IMAGES_PER_STEP)]
     if not images:
         raise DistillationError("batches hold no images to heal on; give training images, no labels are needed")
     holder = runnable(dense, submodule)
-    holder = of_dense.model if unwrap(holder) is of_dense.model else holder
-    whole = small.model if holder is of_dense.model else holder  # which holds the dense one
+    whole = called_instead(holder, of_dense.model, small.model)
     runs = [[partial(run_on, each, batch) for batch in images] for each in (holder, whole)]
     first = _first_lost(of_dense, small)
     left = [1.0] * first
@@ -143,14 +152,10 @@ def heal(
         log.warning(
             "healing brought no block closer: lr=%g is too high for what is left to gain, try a tenth of it", lr
         )
-    log.info("healed %d blocks on %d images: %s", len(left) - first, sum(map(len, images)), in_words(left))
+    shares = ", ".join(f"{share:.0%}" for share in left[first:])
+    of = f"{len(left) - first} blocks on {sum(map(len, images))} images"
+    log.info("healed %s: of what their outputs were off by (squared), %s is left", of, shares)
     return left
-
-
-def in_words(left: Sequence[float]) -> str:
-    """What healing came to, in a line."""
-    shares = [f"{share:.0%}" for share in left]
-    return f"of what their outputs were off by (squared), {', '.join(shares)} is left"
 
 
 def _check_alike(dense: Anatomy, small: Anatomy) -> None:
@@ -159,13 +164,11 @@ def _check_alike(dense: Anatomy, small: Anatomy) -> None:
             f"dense={dense.name}: tokens leave it already (block {dense.stages[0].block}), and not always those that "
             "leave the slim model; give the model that has them all"
         )
-    for what, attribute in {"blocks": "depth", "channels": "dim", "prefix tokens": "num_prefix_tokens"}.items():
-        count, expected = getattr(small, attribute), getattr(dense, attribute)
-        if count != expected:
-            raise DistillationError(
-                f"model={small.name} has {count} {what} where dense={dense.name} has {expected}; give the dense model "
-                "that the slim one was made of"
-            )
+    for what, count, expected in different(small, dense):
+        raise DistillationError(
+            f"model={small.name} has {count} {what} where dense={dense.name} has {expected}; give the dense model that "
+            "the slim one was made of"
+        )
     for before, after in zip(dense.blocks, small.blocks, strict=True):
         for name, units in before.units.items():
             if after.units[name].count > units.count:

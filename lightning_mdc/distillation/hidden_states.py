@@ -86,6 +86,14 @@ def kept_blocks(anatomy: Anatomy) -> list[int]:
     ]
 
 
+def different(one: Anatomy, other: Anatomy) -> Iterator[tuple[str, int, int]]:
+    """What keeps the blocks of two models from being compared: (what there is more of, its number in each)."""
+    for what, attribute in {"blocks": "depth", "channels": "dim", "prefix tokens": "num_prefix_tokens"}.items():
+        counts = getattr(one, attribute), getattr(other, attribute)
+        if counts[0] != counts[1]:
+            yield what, *counts
+
+
 def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Anatomy, Anatomy]:
     """The anatomy of student and teacher, if their hidden states can be compared block by block; else a
     `DistillationError` says why not."""
@@ -100,13 +108,11 @@ def comparable(student: nn.Module, teacher: nn.Module) -> tuple[Anatomy, Anatomy
                 f" {name}={type(network).__name__} does not have just one: {reason} Pass hidden_weight=0"
             ) from error
     of_student, of_teacher = both
-    for what, attribute in {"blocks": "depth", "channels": "dim", "prefix tokens": "num_prefix_tokens"}.items():
-        count, expected = getattr(of_student, attribute), getattr(of_teacher, attribute)
-        if count != expected:
-            raise DistillationError(
-                f"hidden_weight > 0 compares blocks, but teacher={of_teacher.name} has {expected} {what} and student="
-                f"{of_student.name} has {count}; pass hidden_weight=0, or the dense model the student was cut from"
-            )
+    for what, count, expected in different(of_student, of_teacher):
+        raise DistillationError(
+            f"hidden_weight > 0 compares blocks, but teacher={of_teacher.name} has {expected} {what} and student="
+            f"{of_student.name} has {count}; pass hidden_weight=0, or the dense model the student was cut from"
+        )
     if not kept_blocks(of_student):
         raise DistillationError(f"hidden_weight > 0 compares blocks, but student={of_student.name} has kept none")
     return of_student, of_teacher

@@ -652,18 +652,6 @@ def run_on(model: nn.Module, images: Tensor) -> Any:
         ) from error
 
 
-def together(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Small batches of images of one size joined: all passes wait for each other, each in a thread of its own."""
-    waiting: list[Tensor] = []
-    for batch in batches:
-        if waiting and (batch.shape[1:] != waiting[0].shape[1:] or sum(map(len, waiting)) >= TOGETHER):
-            yield torch.cat(waiting)
-            waiting = []
-        waiting.append(batch)
-    if waiting:
-        yield torch.cat(waiting)
-
-
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     """(images, labels or None) of what a DataLoader yields, ``images`` or ``(images, labels)``."""
     parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)

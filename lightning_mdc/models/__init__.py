@@ -19,7 +19,7 @@ from lightning_mdc.models.logits import are_logits, gives_logits
 from lightning_mdc.models.modes import evaluating
 from lightning_mdc.models.outputs import Prediction, prediction_in
 from lightning_mdc.models.parts import obstacles, uninitialised, unloaded
-from lightning_mdc.models.places import put_in_place, standing_in
+from lightning_mdc.models.places import called_instead, put_in_place, standing_in
 from lightning_mdc.models.swapping import check_unmasked, is_masked, original_class, unmasked_classes
 from lightning_mdc.models.t2t_vit import T2TViT
 from lightning_mdc.models.timm_cait import TimmCait
@@ -46,6 +46,7 @@ __all__ = [
     "Prediction",
     "Units",
     "are_logits",
+    "called_instead",
     "check_unmasked",
     "evaluating",
     "find_anatomy",

@@ -468,6 +468,7 @@ class Way:
     def before(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Carried | None]:
         """The tokens that reach a block that is given x, and what travels beside them."""
         tokens, carried = self._before.setdefault(id(block), self._now)
+        # A copy of the block may be wider than the model.
         return (x if tokens is None else tokens.to(x.dtype)), carried
 
     def behind(self, block: StagedBlock, x: Tensor, carried: Carried | None) -> Tensor:

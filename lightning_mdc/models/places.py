@@ -26,18 +26,22 @@ def put_in_place(holder: nn.Module, model: nn.Module, other: nn.Module) -> list[
     return places
 
 
+def called_instead(holder: nn.Module, model: nn.Module, other: nn.Module) -> nn.Module:
+    """What to call where `other` is in the place of `model`: `holder`, or `other` if that is the model itself, as it is
+    or compiled."""
+    return other if unwrap(holder) is model else holder
+
+
 @contextmanager
 def standing_in(holder: nn.Module, model: nn.Module, other: nn.Module) -> Iterator[nn.Module]:
     """Inside, `other` is in the place of `model`.
 
-    Yields what is to be called: `holder`, or `other` where `holder` is the model itself.
+    Yields what is `called_instead`.
     """
-    if holder is model:
-        yield other
-        return
-    places = put_in_place(holder, model, other)
+    called = called_instead(holder, model, other)
+    places = [] if called is other else put_in_place(holder, model, other)
     try:
-        yield holder
+        yield called
     finally:
         for parent, name, before in places:
             setattr(parent, name, before)

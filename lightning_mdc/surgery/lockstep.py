@@ -7,11 +7,14 @@ middle of anybody's ``forward``; but only one thread runs at a time, and only wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lightning_mdc.importance.calibration import TOGETHER
 
 _here = threading.local()
 
@@ -114,3 +117,15 @@ def walking(runs: Sequence[Callable[[], Any]]) -> Iterator[list[Walk]]:
     finally:
         for walk in walks:
             walk.end()
+
+
+def together(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Small batches of images of one size joined: all passes wait for each other, each in a thread of its own."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        if waiting and (batch.shape[1:] != waiting[0].shape[1:] or sum(map(len, waiting)) >= TOGETHER):
+            yield torch.cat(waiting)
+            waiting = []
+        waiting.append(batch)
+    if waiting:
+        yield torch.cat(waiting)

@@ -14,13 +14,14 @@ from torch import nn
 from lightning_mdc.errors import CompensationError, check_one_of
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.ridge import RIDGES
-from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch, together
-from lightning_mdc.models import Anatomy, evaluating, find_anatomy, runnable, standing_in, unwrap
+from lightning_mdc.importance.scoring import on_device_of, run_on, split_batch
+from lightning_mdc.models import Anatomy, called_instead, evaluating, find_anatomy, runnable, standing_in
 from lightning_mdc.models.swapping import check_unmasked, cut_units, plain_copy, with_mixins
 from lightning_mdc.models.timm_hub import is_timms, make_known
 from lightning_mdc.policy import ByDimension, Plan
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.compensation import check_compensation, refit_readers
+from lightning_mdc.surgery.lockstep import together
 from lightning_mdc.surgery.sequential import refit_in_sequence
 from lightning_mdc.surgery.token_stages import roles
 from lightning_mdc.tokens.block import Lent, with_stage
@@ -96,8 +97,7 @@ def slim(
 
 def _refit_on(model: nn.Module, dense: Anatomy, small: Anatomy, batches: Iterable[Any], ridge: str) -> None:
     images = [on_device_of(dense, part) for part in together(split_batch(batch)[0] for batch in batches)]
-    model = dense.model if unwrap(model) is dense.model else model
-    whole = small.model if model is dense.model else model  # which holds the dense one
+    whole = called_instead(model, dense.model, small.model)
     passes = [(partial(run_on, model, batch), partial(run_on, whole, batch)) for batch in images]
     in_place = partial(standing_in, model, dense.model, small.model)
     with evaluating(model, small.model), isolated_rng():
