@@ -418,7 +418,7 @@ def from_digits() -> tuple[nn.Module, Any, str]:
     return mdc.load(run / "dense").eval(), build.build_data(settings), settings["name"]
 
 
-def sample(dataset: Any, most: int, seed: int) -> Images:
+def sample(dataset: Any, most: int | None, seed: int) -> Images:
     """So many images, or all, drawn by `seed`."""
     order = np.random.default_rng(seed).permutation(len(dataset))[:most]
     return labelled(DataLoader(Subset(dataset, order.tolist()), BATCH), None)
