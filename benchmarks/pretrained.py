@@ -80,7 +80,7 @@ class Method:
         compensate, ridge: see `lightning_mdc.slim`.
         dimensions: what is cut.
         searched: whether the policy is; else it is uniform.
-        at_random: after its starting points the search tries random policies, as many.
+        at_random: whether the search tries random policies after its starting points, as many trials in all.
         heal: epochs of `lightning_mdc.heal`, on the images that the slim model was refitted on.
         swaps: see `lightning_mdc.make_plan`.
         tokens: what happens at a token stage.
@@ -546,14 +546,16 @@ def text(found: dict[str, Any]) -> str:
     if any(row["at"] in PAIRS for row in found["rows"]):
         tables += ["", *table(found, "share of neurons / heads removed", [*PAIRS], "knn", "{:.1f}", 100)]
     seeds = len({row["seed"] for row in found["rows"]})
+    over = "One seed"
+    if seeds > 1:
+        over = f"±: over seeds of calibration and search, up to {seeds}; differences are of those that both rows have"
     error = 100 * math.sqrt(dense["top1"] * (1 - dense["top1"]) / found["tested"])
     return "\n".join(
         [
             *tables,
             "",
             "Test top-1 in %, and beside it KL(dense ‖ slim), or top-1 by the features' nearest neighbours among the "
-            "calibration images; nothing finetuned, no labels. ±: standard deviation over seeds of calibration and "
-            f"search, up to {seeds}, where more than one was run. {found['name']}: {found['model']}, "
+            f"calibration images; nothing finetuned, no labels. {over}. {found['name']}: {found['model']}, "
             f"{found['macs'] / 1e6:.0f} MMACs, {found['params'] / 1e6:.1f} M parameters, dense "
             f"{100 * dense['top1']:.1f} %. {found['tested']} test images (one standard error of a single model: "
             f"{error:.1f} points), {found['calibration']} calibration images, searches of {found['trials']} trials on "
