@@ -37,8 +37,8 @@ from pretrained import (
     DEFAULT,
     HEALED,
     METHODS,
-    OURS,
     PEERS,
+    PLAIN,
     SINGLE,
     WEIGHTS,
     Method,
@@ -68,7 +68,8 @@ ROWS: dict[str, Method] = {
     name: METHODS[name]
     for name in (
         DEFAULT,
-        f"{OURS}, sequential",
+        f"{DEFAULT}, {PLAIN}",
+        f"{PLAIN}, sequential",
         "Torch-Pruning, Taylor",
         "all three",
         "neurons alone",
@@ -77,9 +78,15 @@ ROWS: dict[str, Method] = {
     )
 }
 # Healed before the finetune, on so many of its images, whose labels healing does not look at.
-HEALED_ON: dict[str, int | None] = {HEALED: 4096, f"{HEALED} on all": None}
+HEALED_ON: dict[str, int | None] = {
+    f"{DEFAULT}, {PLAIN}; healed": 4096,
+    f"{DEFAULT}, {PLAIN}; healed on all": None,
+    HEALED: 4096,
+    f"{HEALED} on all": None,
+}
 HEAL_EPOCHS = 3
-PAIRS_OF = (f"{OURS}, sequential", "neurons and tokens")
+SEARCHED = (DEFAULT, HEALED, f"{HEALED} on all")  # those of the default criterion
+PAIRS_OF = (f"{PLAIN}, sequential", "neurons and tokens")
 NO_LOSS = (-0.2, -0.5)  # points at 60 %: the mean, and the lower end of the 95 % interval
 
 
@@ -170,7 +177,7 @@ class Benchmark(pretrained.Benchmark):
         spent: dict[str, float] = {}
         begun = time.perf_counter()
         try:
-            method = DEFAULT if name in HEALED_ON else name
+            method = name.partition("; healed")[0]
             model = copy.deepcopy(self.dense) if name == DENSE else self.slim(method, at, seed, spent)
         except BudgetError as error:
             return row | {"failure": str(error), "seconds": {"all": time.perf_counter() - begun}}
@@ -220,7 +227,7 @@ def judged(found: dict[str, Any]) -> Iterator[Target]:
         if math.isnan(top1(found, DEFAULT, at)):
             continue
         if at == "60 %":
-            ours = [name for name in (DEFAULT, *HEALED_ON) if not math.isnan(top1(found, name, at))][-1]
+            ours = [name for name in SEARCHED if not math.isnan(top1(found, name, at))][-1]
             mean, lower, _ = beside_dense(found, ours, at)
             yield Target(f"{at}: {ours} − {DENSE} (points)", mean, ">=", NO_LOSS[0])
             yield Target(f"{at}: lower end of its 95 % interval (points)", lower, ">=", NO_LOSS[1])
@@ -234,13 +241,13 @@ def judged(found: dict[str, Any]) -> Iterator[Target]:
             yield Target(f"{at}: searched − {what} (points)", points, ">=", wanted)
 
 
-def rows_of(found: dict[str, Any]) -> list[str]:
-    """The lines of the table."""
+def rows_of(found: dict[str, Any], without: str | None = None) -> list[str]:
+    """The lines of the table, but for rows whose names begin so."""
     budgets = budgets_of(found)
     lines = [f"| share of the MACs | {' | '.join(budgets)} | min |", f"|---|{'---:|' * (len(budgets) + 1)}"]
     for name in (DENSE, *HEALED_ON, *ROWS):
         rows = [row for row in found["rows"] if row["method"] == name]
-        if not rows:
+        if not rows or (without is not None and name.startswith(without)):
             continue
         cells = [cell(found, name, WHOLE if name == DENSE else at) for at in budgets]
         minutes = [sum(value for key, value in row["seconds"].items() if key != "all") / 60 for row in rows]
@@ -284,13 +291,14 @@ def headline(found: dict[str, Any]) -> str:
     """For README.md: what was reached and what was not, and the rows."""
     missed = [str(target) for target in judged(found) if not target.is_met]
     misses = f" **Missed:** {'; '.join(missed)}." if missed else ""
-    return "\n".join([f"{how(found)} {differences(found)}{misses}", "", *rows_of(found)])
+    rows = rows_of(found, without=f"{DEFAULT}, {PLAIN}")
+    return "\n".join([f"{how(found)} {differences(found)}{misses}", "", *rows])
 
 
 def differences(found: dict[str, Any]) -> str:
     """What ours lose against the dense model, in a sentence."""
     of_each = []
-    for name in (DEFAULT, *HEALED_ON):
+    for name in SEARCHED:
         measured = ((at, *beside_dense(found, name, at)) for at in budgets_of(found))
         parts = [
             f"{mean:+.1f} ({lower:+.1f} to {upper:+.1f}) at {at}"

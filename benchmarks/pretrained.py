@@ -101,14 +101,15 @@ class Method:
     peer: bool = False
 
 
-FISHER, HSIC_METRIC = "`conditional`, metric=fisher", "`conditional`, metric=hsic"
-OURS = "`conditional`"
+OURS, PLAIN, HSIC_METRIC = "`fisher`", "`conditional`", "`conditional`, metric=hsic"
 WEAKER = ("`taylor`", "`hsic`", "`activation`", "`magnitude`", "`random`")  # that the default has to be ahead of
 COMPENSATIONS = ("sequential", "lstsq", "none")
 DEFAULT, HEALED = "searched, all three", "searched, all three; healed"
 SEARCHED = {
-    DEFAULT: Method(dimensions=ALL, searched=True),
-    HEALED: Method(dimensions=ALL, searched=True, heal=6),
+    DEFAULT: Method(OURS, dimensions=ALL, searched=True),
+    HEALED: Method(OURS, dimensions=ALL, searched=True, heal=6),
+    f"{DEFAULT}, {PLAIN}": Method(dimensions=ALL, searched=True),
+    f"{DEFAULT}, {PLAIN}; healed": Method(dimensions=ALL, searched=True, heal=6),
     "searched, heads and neurons": Method(searched=True),
     "searched, neurons and tokens": Method(dimensions=ALL[1:], searched=True),
     "searched, neurons alone": Method(dimensions=ALL[1:2], searched=True),
@@ -117,7 +118,7 @@ RANDOM = "random, all three"
 BY_CRITERION = {
     f"{criterion}, {compensate}": Method(criterion, compensate)
     for compensate in COMPENSATIONS
-    for criterion in (OURS, FISHER, HSIC_METRIC, *WEAKER)
+    for criterion in (OURS, PLAIN, HSIC_METRIC, *WEAKER)
 }
 VARIANTS = {
     "with swaps": Method(swaps=300),
@@ -153,20 +154,19 @@ METHODS: dict[str, Method] = {
     **SINGLE,
     **SEVERAL,
     **SEARCHED,
-    RANDOM: Method(dimensions=ALL, searched=True, at_random=True),
+    RANDOM: Method(OURS, dimensions=ALL, searched=True, at_random=True),
     **{name: Method(dimensions=ALL[1:], tokens=tokens) for name, tokens in OF_TOKENS.items()},
     **SCHEDULES,
     **JOINTLY,
     **PEERS,
 }
 # On the ladder, too.
-ON_PAIRS = (f"{OURS}, sequential", f"{OURS}, lstsq", "`taylor`, sequential", f"{OURS}, none")
+ON_PAIRS = (f"{PLAIN}, sequential", f"{PLAIN}, lstsq", "`taylor`, sequential", f"{PLAIN}, none")
 
 
 def criterion_of(name: str, seed: int) -> str | Criterion:
-    metrics = {FISHER: "fisher", HSIC_METRIC: "hsic"}
-    if name in metrics:
-        return ConditionalDependence(metrics[name])
+    if name == HSIC_METRIC:
+        return ConditionalDependence("hsic")
     return Random(seed) if name == "`random`" else name.strip("`")
 
 
@@ -314,7 +314,7 @@ class Benchmark:
             return peers.torch_pruning(self.dense, policy, method.criterion, batches).eval()
         scores, spent["score"] = self.scores(method.criterion, seed, batches)
         if method.searched:
-            searched = DEFAULT if name == HEALED else name  # one search, for both
+            searched = name.removesuffix("; healed")  # one search, for both
             journal = self.searches / f"{searched} at {at}, seed {seed}.jsonl"
             options = mdc.SearchOptions(journal=journal, progress=False)
             if method.at_random:
@@ -559,12 +559,12 @@ def text(found: dict[str, Any]) -> str:
             f"{found['macs'] / 1e6:.0f} MMACs, {found['params'] / 1e6:.1f} M parameters, dense "
             f"{100 * dense['top1']:.1f} %. {found['tested']} test images (one standard error of a single model: "
             f"{error:.1f} points), {found['calibration']} calibration images, searches of {found['trials']} trials on "
-            f"{found['judging']} images that the dense model was not trained on. Rows that name no criterion: "
-            "`conditional`; no compensation: `sequential`; no dimensions: heads and neurons; neither *searched* nor "
-            "*random*: uniform. *Searched* is refitted on the images that judged it, too, as `mdc.compress` does, and "
-            f"*healed* in {SEARCHED[HEALED].heal} epochs of the same images, as it does with "
-            f"`heal={SEARCHED[HEALED].heal}`; *random* has as many trials and the same starting points, then random "
-            "policies. s: seconds to score, search, compensate and heal, on "
+            f"{found['judging']} images that the dense model was not trained on. Rows that name no criterion: {PLAIN}, "
+            f"but {OURS}, the default, where they are *searched* or *random*; no compensation: `sequential`; no "
+            "dimensions: heads and neurons; neither *searched* nor *random*: uniform. *Searched* is refitted on the "
+            f"images that judged it, too, as `mdc.compress` does, and *healed* in {SEARCHED[HEALED].heal} epochs of "
+            f"them all, as it does with `heal={SEARCHED[HEALED].heal}`; *random* has as many trials and the same "
+            "starting points, then random policies. s: seconds to score, search, compensate and heal, on "
             f"{found['threads']} thread(s). An empty cell was not run. Measured by `python benchmarks/pretrained.py "
             "--data FOLDER --work FOLDER`; a row alone by `--method NAME`.",
             "",
@@ -609,17 +609,18 @@ def searched(found: dict[str, Any]) -> list[str]:
 
 
 def paired(found: dict[str, Any]) -> list[str]:
-    """What each option changes beside the default at the same policy, over the same images: lines of a list."""
-    plainly = f"{OURS}, sequential"
+    """What options change at the same policy, and the criterion in a search, over the same images: lines of a list."""
+    plainly = f"{PLAIN}, sequential"
     lines = []
-    for name in (f"{FISHER}, sequential", f"{HSIC_METRIC}, sequential", f"{OURS}, lstsq", *VARIANTS):
+    options = (f"{OURS}, sequential", f"{HSIC_METRIC}, sequential", f"{PLAIN}, lstsq", *VARIANTS)
+    for name, other in {**dict.fromkeys(options, plainly), DEFAULT: f"{DEFAULT}, {PLAIN}"}.items():
         changes = []
-        for at in BUDGETS:
-            points, error = apart(found, (name, at), (plainly, at))
+        for at in sorted(BUDGETS, reverse=True):
+            points, error = apart(found, (name, at), (other, at))
             if not math.isnan(points):
                 changes.append(f"{points:+.1f} ± {error:.1f} at {at}")
         if changes:
-            lines.append(f"- {name} − {plainly} (points, paired; ± one standard error): {', '.join(changes)}")
+            lines.append(f"- {name} − {other} (points, paired; ± one standard error): {', '.join(changes)}")
     return [*lines, ""] if lines else []
 
 
@@ -628,10 +629,10 @@ def figure(found: dict[str, Any]) -> Figure:
     shown = {
         DEFAULT: RED,
         f"{OURS}, sequential": BLUE,
-        f"{OURS}, lstsq": ORANGE,
+        f"{PLAIN}, lstsq": ORANGE,
         "`taylor`, lstsq": GREEN,
         "`hsic`, lstsq": PURPLE,
-        f"{OURS}, none": GRAY,
+        f"{PLAIN}, none": GRAY,
     }
     reference = ("dense", 100 * found["dense"]["top1"])
     return curves(found, shown, reference, "test top-1 straight after pruning, %")

@@ -5,10 +5,11 @@
 
 Scores a model (random weights: time does not depend on them) on batches of random images, 512 in all, and times, in
 turns, the bare forward pass of the same batches, `mdc.score` by each of our criteria that needs images, and
-Torch-Pruning's Taylor importance with its own forward and backward pass. `conditional`, our default, is also shown with
-moments of all of each image's patch tokens; its elimination costs the same however many images there are. The textbook
-way, `mdc.hsic` called for one unit after the other, is timed on some neurons of every block and on all heads and
-positions, and neurons are multiplied up: each costs the same. Memory is the peak of a process of its own.
+Torch-Pruning's Taylor importance with its own forward and backward pass. `conditional`, which is `fisher` without a
+backward pass, is also shown with moments of all of each image's patch tokens; its elimination costs the same however
+many images there are. The textbook way, `mdc.hsic` called for one unit after the other, is timed on some neurons of
+every block and on all heads and positions, and neurons are multiplied up: each costs the same. Memory is the peak of a
+process of its own.
 
 Leaves ``benchmarks/results/scoring.json``, ``.png`` and the table in ``docs/benchmarks.md``; ``--quick`` only prints
 its table.
@@ -45,7 +46,7 @@ DEFAULT, OURS = "ours: conditional", "ours: hsic"  # hsic is what the loop is ab
 ALL = "ours: conditional, all tokens"  # the default's moments are of some of each image's patch tokens
 # Scoring by `conditional` / forward pass that is aimed at: of some tokens and of all.
 AIMS = {"deit_small_patch16_224": (1.5, 1.9), "deit_base_patch16_224": (2.0, 2.3)}
-OTHERS = ("activation", "taylor")  # our other criteria that need images
+OTHERS = ("fisher", "activation", "taylor")  # our other criteria that need images
 SAMPLED = 8  # neurons per block of the loop
 
 

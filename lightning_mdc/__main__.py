@@ -108,7 +108,7 @@ def _add_compress(commands: Any) -> None:
     add("--latency", type=_limit, metavar="X", help=what)
     what = "searched; uniform, the same share everywhere, there at once; or a policy.json (default: %(default)s)"
     add("--policy", default="searched", metavar="WHICH", help=what)
-    add("--criterion", default="conditional", metavar="NAME", help="what ranks units (default: %(default)s)")
+    add("--criterion", default="fisher", metavar="NAME", help="what ranks units (default: %(default)s)")
     add("--trials", type=int, metavar="N", help="policies to try (default: 40)")
     what = "how what stays is refitted by least squares (default: sequential)"
     add("--compensate", choices=("sequential", "lstsq", "none"), help=what)

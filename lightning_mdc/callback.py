@@ -115,7 +115,7 @@ class MultiDimPruneCallback(Callback):
         self,
         budget: float | Budget | None = None,
         policy: Policy | str | Path = "searched",
-        criterion: str | Criterion = "conditional",
+        criterion: str | Criterion = "fisher",
         *,
         dimensions: Iterable[str] | None = None,
         space: Space | None = None,
@@ -620,14 +620,7 @@ class MultiDimPruneCallback(Callback):
                 advance()
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, scorer: Scorer, batch: Any) -> Any:
-        said: list[Any] = []
-
-        def run() -> Any:
-            said[:] = [self._run(trainer, pl_module, batch)]
-            return said[0]
-
-        scorer.update(run, images_in(batch), labels_in(batch), batch)
-        return said[0]
+        return scorer.update(partial(self._run, trainer, pl_module, batch), images_in(batch), labels_in(batch), batch)
 
     def _try_out_going_by(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Keep training batches until there are enough images to try out."""

@@ -118,7 +118,7 @@ class Method:
             return f"a given policy, {hashlib.sha256(self.policy.to_json().encode()).hexdigest()[:8]}"
         others = {
             "policy": (self.policy, "searched"),
-            "criterion": (str(self.criterion), "conditional"),
+            "criterion": (str(self.criterion), "fisher"),
             "dimensions": (self.dimensions, None),
             "space": (self.space, Space()),
             "tokens": (self.tokens, TokenOptions()),
@@ -310,7 +310,7 @@ def compress(
     batches: Iterable[Any],
     budget: float | Budget | None = None,
     policy: Policy | str | Path = "searched",
-    criterion: str | Criterion = "conditional",
+    criterion: str | Criterion = "fisher",
     *,
     evaluate: Evaluate | None = None,
     n_trials: int | None = None,

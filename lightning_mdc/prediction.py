@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.errors import CalibrationError, MdcError
 from lightning_mdc.models import Prediction, prediction_in
@@ -25,6 +26,13 @@ def read(output: Any, prediction: Prediction | None = None) -> Any:
     """What `prediction` makes of an output, taken as it is; None: the prediction that is in it."""
     found = prediction_in(output) if prediction is None else prediction(output)
     return plain(found) if isinstance(found, Tensor) else found
+
+
+def float_leaves(output: Any) -> list[Tensor]:
+    """The float tensors in any nest of them, but for single numbers."""
+    leaves: list[Any] = tree_leaves(output)
+    found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim)
+    return [plain(tensor) for tensor in found]
 
 
 def as_prediction(

@@ -294,7 +294,8 @@ def test_only_what_the_sampler_trains_on_is_scored(tmp_path: Path) -> None:
 
     fitted(tmp_path, Watching(0.5, "uniform"), loader(sampler=SubsetRandomSampler(range(32))), epochs=1)
     training = {image.sum().item() for image in Spots().images[:32]}
-    assert len(seen) == 7  # the first batch to see its size, two to score on, and to refit on by both models
+    # The first batch to see its size; two to score on, forward and, once more, to go back; to refit on by both models.
+    assert len(seen) == 9
     assert {image.sum().item() for image in torch.cat(seen)} == training
 
 
@@ -390,7 +391,7 @@ def test_iterable_data_is_watched_going_by(tmp_path: Path) -> None:
     callback = uniform(0.5, calibration=Calibration(images=16))
     fitted(tmp_path, callback, DataLoader(Stream(), batch_size=16), epochs=1)
     # The first batch, as the network saw it before its first step.
-    expected = mdc.score(network(), [2 * Spots().images[:16] - 1], progress=False)
+    expected = mdc.score(network(), [2 * Spots().images[:16] - 1], "fisher", progress=False)
     assert callback.scores is not None
     for mine, theirs in zip(callback.scores.neurons, expected.neurons, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -517,7 +518,7 @@ def test_a_compiled_network_is_pruned(what: str, tmp_path: Path) -> None:
         ({"budget": 0}, BudgetError, r"budget=0: .*fraction"),
         ({"budget": 1.2}, BudgetError, r"Budget\(macs="),
         ({"policy": "uniformly"}, mdc.errors.PolicyError, "policy='uniformly'"),
-        ({"criterion": "hsics"}, CalibrationError, "known are activation, conditional, hsic"),
+        ({"criterion": "hsics"}, CalibrationError, "known are activation, conditional, fisher, hsic"),
         ({"schedule": "linear"}, CallbackError, r"schedule='linear': expected 'one-shot' or 'cubic'"),
         ({"schedule": "cubic", "start": 3, "end": 3}, CallbackError, "end=3: expected a whole number of at least 4"),
         ({"end": 3}, CallbackError, "end=3 means nothing to schedule='one-shot'"),

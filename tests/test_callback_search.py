@@ -96,7 +96,7 @@ def _scores(chosen: Tensor) -> mdc.Scores:
     dense = Stranger()
     dense.load_state_dict(_dense_weights())
     batches = [2 * Spots().images[part] - 1 for part in chosen.split(16)]
-    return mdc.score(dense.encoder, batches, progress=False)
+    return mdc.score(dense.encoder, batches, "fisher", progress=False)
 
 
 def test_a_module_of_any_output_is_judged_without_labels(tmp_path: Path) -> None:
@@ -378,8 +378,10 @@ def test_two_ranks_share_the_work_and_end_with_one_plan(data: str, tmp_path: Pat
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in ("plan", "value", "weights"):
         assert first[name] == second[name]
-    if data == "map":  # one to score on; one to judge on: is it logits, the dense model, two trials; both to refit on,
-        assert second["seen"] == [16] * 9  # dense and slim
+    if (
+        data == "map"
+    ):  # one to score on, there and back; one to judge on: is it logits, the dense model, two trials; both
+        assert second["seen"] == [16] * 10  # to refit on, dense and slim
         assert first["seen"] == [16, *second["seen"]]  # what size images have
 
 

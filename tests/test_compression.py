@@ -23,7 +23,7 @@ def test_it_is_the_sum_of_its_parts():
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     found = mdc.compress(model, (batch for batch in batches()), budget=0.6, seed=3, **FEW)
     shown = images(40)
-    scores = mdc.score(model, [shown[:10], shown[10:16]])
+    scores = mdc.score(model, [shown[:10], shown[10:16]], "fisher")
     judge = mdc.HeldOut([shown[16:28]], dense=model)
     by_hand = mdc.search(model, scores, judge, 0.6, n_trials=4, seed=3, compensate="lstsq")
     assert [trial.policy for trial in found.search.history] == [trial.policy for trial in by_hand.history]

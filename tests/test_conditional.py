@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import CalibrationError
-from lightning_mdc.importance import ConditionalDependence, Scorer, conditional
+from lightning_mdc.importance import ConditionalDependence, Scorer, conditional, scoring
 from lightning_mdc.importance.conditional import lost_by_elimination, metric_root
 from lightning_mdc.importance.ridge import RIDGE
 from lightning_mdc.importance.scoring import surprise
@@ -225,10 +227,8 @@ def test_labels_are_drawn_from_the_prediction_itself(shift: float) -> None:
 
 def metric_sums(model: nn.Module, metric: str, batches: list[torch.Tensor]) -> tuple[Scorer, list[torch.Tensor]]:
     scorer = Scorer(find_anatomy(model), ConditionalDependence(metric), ("heads", "neurons"))
-    said = []
     with scorer.watching():
-        for batch in batches:
-            scorer.update(lambda batch=batch: said.append(model(batch)) or said[-1], len(batch))
+        said = [scorer.update(partial(model, batch), len(batch)) for batch in batches]
     return scorer, said
 
 
@@ -363,16 +363,87 @@ def test_a_metric_that_cannot_be_is_refused() -> None:
     for wrong in (1.5, -0.1, float("nan"), "half"):
         with pytest.raises(CalibrationError, match="metric_weight="):
             ConditionalDependence("hsic", wrong)  # type: ignore[arg-type]
-    model, batch = make(), images(4)
-    for metric, prediction, said in (
-        ("hsic", lambda out: out.repeat(1, 5000)[:, :5000], "metric='hsic': the prediction has 5000 .*prediction="),
-        ("fisher", lambda out: out.detach().softmax(-1), "needs gradients of the prediction.*prediction="),
-    ):
-        criterion = ConditionalDependence(metric)
-        with pytest.raises(CalibrationError, match=said):
-            mdc.score(model, [batch], criterion, prediction=prediction, progress=False)
+    with pytest.raises(CalibrationError, match=r"metric='hsic': the prediction has 5000 .*prediction="):
+        mdc.score(
+            make(),
+            [images(4)],
+            ConditionalDependence("hsic"),
+            prediction=lambda out: out.repeat(1, 5000)[:, :5000],
+            progress=False,
+        )
 
 
-def test_gradients_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"metric='fisher': gradients .* not finite"):
-        metric_root(torch.full((3, 3), torch.inf).double(), 0.5)
+class Unkind(nn.Module):
+    """Gives no gradients, in one of many ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = make(), how
+
+    def forward(self, x: Tensor) -> Any:
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return self.net(x)
+        output = self.net(x)
+        if self.how == "out of memory" and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("out of memory")
+        return {"classes": output.argmax(-1), "infinite": output * torch.inf, "words": ["a cat"] * len(x)}.get(
+            self.how, output
+        )
+
+
+WITHOUT = {
+    "no_grad": "no gradients lead from the prediction",
+    "classes": "holds no float tensor",
+    "words": "holds no float tensor",
+    "infinite": "gradients of the prediction are not finite",
+    "out of memory": "out of memory",
+}
+
+
+@pytest.mark.parametrize("how", WITHOUT)
+def test_a_model_without_gradients_is_scored_without_them_and_says_so(how: str) -> None:
+    model, batches, units = Unkind(how), [images(12, seed=s) for s in (1, 2)], ("heads", "neurons")
+    expected = mdc.score(model, batches, "conditional", dimensions=units, progress=False)
+    words = f"criterion='fisher': .*{WITHOUT[how]}.*VisionTransformer is scored by 'conditional'"
+    with pytest.warns(UserWarning, match=words) as said:
+        found = mdc.score(model, batches, "fisher", dimensions=units, progress=False)
+    assert len(said) == 1
+    torch.testing.assert_close(found.tensors(), expected.tensors(), rtol=0, atol=0)
+    assert (found.criterion, found.images) == ("conditional", 24)
+
+
+def score_where_one_has_no_gradients(rank: int, folder: Path) -> None:
+    join(rank, folder)
+    model = Unkind("no_grad" if rank else "")
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = mdc.score(
+            model, [images(8, seed=rank)], "fisher", dimensions=["heads"], progress=False, over_ranks=True
+        )
+    words = [str(each.message) for each in said if "'fisher'" in str(each.message)]
+    torch.save((found.criterion, list(found.heads), words), folder / f"{rank}.pt")
+
+
+def test_where_one_rank_has_no_gradients_none_uses_them(tmp_path: Path) -> None:
+    two_ranks(score_where_one_has_no_gradients, tmp_path)
+    (name, mine, said), (other, theirs, silence) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert name == other == "conditional"
+    assert len(said) == 1
+    assert "failed on another rank" in said[0]
+    assert not silence
+    assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+
+
+def test_a_backward_pass_is_of_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = make(), list[int]()
+    criterion = ConditionalDependence("fisher", 1.0)
+    whole = mdc.score(model, [images(12, seed=1)], criterion, progress=False)
+    model.register_forward_pre_hook(
+        lambda module, args: sizes.append(len(args[0])) if torch.is_grad_enabled() else None
+    )
+    monkeypatch.setattr(scoring, "_BACK_AT_ONCE", 5)
+    parts = mdc.score(model, [images(12, seed=1)], criterion, progress=False)
+    assert sizes == [5, 5, 2]
+    torch.testing.assert_close(parts.tensors(), whole.tensors())

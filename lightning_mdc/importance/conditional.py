@@ -22,12 +22,13 @@ Approximate Curvature", ICML 2015).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_mdc.errors import CalibrationError, check_number, check_one_of
-from lightning_mdc.importance.criteria import HSIC, Criterion, Needs, UnitGroup, register
+from lightning_mdc.importance.criteria import CRITERIA, HSIC, Criterion, Needs, UnitGroup, register
 from lightning_mdc.importance.ridge import RIDGE, ridge_cholesky
 from lightning_mdc.models import unit_channels
 from lightning_mdc.policy import UNIT_DIMENSIONS
@@ -49,13 +50,14 @@ class ConditionalDependence(Criterion):
     A score is the share of the output's variance that is lost once this unit has left, and all with lower scores before
     it, while the others are refitted (as ``compensate="lstsq"`` does); 1 for the last. Token positions score as by raw
     `HSIC`. For heads and neurons it looks at moments of the channels alone (`Moments` says how much memory they take):
-    no prediction, labels or gradients, unless `metric` asks for them.
+    no prediction, labels or gradients, unless `metric` asks for them. With Fisher's metric its name is ``"fisher"``.
 
     Args:
         metric: what of the output's variance counts. ``"identity"``: all of it alike. ``"fisher"``: as far as the
             prediction changes by it, from one backward pass per batch, for labels that are drawn from the prediction
-            (where that is not of probabilities, from a normal distribution about it). ``"hsic"``: as far as the
-            prediction depends on it linearly; no gradients.
+            (where that is not of probabilities, from a normal distribution about it); where the model gives no
+            gradients, ``"identity"``, which is said. ``"hsic"``: as far as the prediction depends on it linearly; no
+            gradients.
         metric_weight: share of the metric, in [0, 1]; the rest is the identity, both at mean 1. None: 0.5.
 
     Raises:
@@ -75,6 +77,8 @@ class ConditionalDependence(Criterion):
         check_number("metric_weight", self.metric_weight, "a share", CalibrationError, least=0, most=1)
         self.metric_weight = float(self.metric_weight)  # numpy's has no digest of its value
         self._of_tokens = HSIC(hsic_weight=1.0, activation_weight=0.0)
+        if metric == "fisher":
+            self.name, self.without_gradients = "fisher", ConditionalDependence()
 
     def needs(self, dimension: str) -> Needs:
         if dimension not in UNIT_DIMENSIONS:
@@ -128,6 +132,9 @@ class ConditionalDependence(Criterion):
         return explained.T @ explained
 
 
+CRITERIA["fisher"] = partial(ConditionalDependence, "fisher")
+
+
 def _wide(x: Tensor) -> Tensor:
     """In float64, where that is to be had."""
     return (x if x.device.type in ("cpu", "cuda") else x.cpu()).double()
@@ -137,14 +144,7 @@ def metric_root(metric: Tensor, share: float) -> Tensor:
     """R with ``R^T R = share M + (1 - share) I``, M the `metric` (out, out) scaled so that its mean diagonal is 1: what
     a layer's weight is multiplied with to lose what M says. A metric of zeros, which says nothing, is I.
 
-    Raises:
-        CalibrationError: it holds no numbers.
     """
-    if not metric.isfinite().all():
-        raise CalibrationError(
-            "metric='fisher': gradients of the prediction are not finite on the calibration images; score in fp32 or "
-            "bf16, or take metric='identity'"
-        )
     identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     mean = metric.diagonal().mean()
     mixed = share * metric / mean + (1 - share) * identity if mean > 0 else identity

@@ -87,9 +87,11 @@ class Criterion(ABC):
     gradient of a gate of ones on the unit.
     """
 
-    name: ClassVar[str]
+    name: str  # of the class, or of an instance with options that have a name of their own
     loss: Callable[[Any, Any], Any] | None = None  # of (output, batch), whose gradients it needs; None: cross-entropy
     dimensions: ClassVar[tuple[str, ...]] = DIMENSIONS  # that it can score
+    # What scores from the same sums where a model gives no gradients at what its layers put out, if it can be done.
+    without_gradients: Criterion | None = None
 
     def __str__(self) -> str:
         """Its name, and what of its options is a plain value and not as by default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mdc.distributed import gather, on_every_rank, summed
+from lightning_mdc.distributed import gather, on_every_rank, rank, summed
 from lightning_mdc.errors import CalibrationError, MdcError, check_whole
 from lightning_mdc.importance.calibration import TOGETHER
 from lightning_mdc.importance.criteria import Criterion, Needs, UnitGroup, as_criterion
@@ -41,6 +42,7 @@ from lightning_mdc.prediction import (
     as_prediction,
     check_classes,
     class_numbers,
+    float_leaves,
     inverse_link,
     labels_in,
     log_probabilities,
@@ -53,6 +55,11 @@ from lightning_mdc.randomness import isolated_rng
 # Bytes that a batch's observations may take until its prediction is known. Above it, the prediction is computed by a
 # pass of its own, and nothing has to be remembered.
 _MEMORY_LIMIT = 2 * 2**30
+
+# Counts ranks on which a backward pass failed.
+_GAVE_UP = "without gradients"
+# Images in a backward pass, where we cut the batches: what it keeps of a ViT-L of 224 px is half a GB for each.
+_BACK_AT_ONCE = 16
 
 
 @torch.inference_mode(False)  # in it no gradients are to be had
@@ -76,8 +83,9 @@ def score(
         model: a supported model or a module that holds one; called as ``model(images)``. Left exactly as it was, on
             whatever device it is.
         batches: what a DataLoader yields, ``(images, labels)`` or ``images``. Read once.
-        criterion: ``"conditional"``, ``"hsic"``, ``"taylor"``, ``"activation"``, ``"magnitude"``, ``"random"``, a name
-            of your own (see `register`), or an instance.
+        criterion: ``"conditional"``, for which a forward pass is enough; ``"fisher"``, which goes back through the
+            model, too, and is what `compress` and the callback take if nothing is said; ``"hsic"``, ``"taylor"``,
+            ``"activation"``, ``"magnitude"``, ``"random"``, a name of your own (see `register`), or an instance.
         dimensions: None means all that the model can lose, without tokens if no classifier is known.
         stages: blocks of the token stages; None means quarters of the depth.
         prediction: turns the model's output into what units are to matter for, (images, numbers): probabilities, say.
@@ -116,7 +124,9 @@ def scored_by(
         shown = bar("Scoring", length_hint(batches), shown=progress)
         with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
             for images, labels, batch in _as_tensors(batches, scorer.needs):
-                scorer.update(partial(run_on, model, on_device_of(scorer.anatomy, images)), len(images), labels, batch)
+                images = on_device_of(scorer.anatomy, images)
+                parts = [partial(run_on, model, part) for part in images.split(_BACK_AT_ONCE)]
+                scorer.update(partial(run_on, model, images), len(images), labels, batch, parts)
                 advance()
 
     if scorer.needs.images:
@@ -190,6 +200,7 @@ class Scorer:
         self._pass = _Pass()
         self._draw = torch.Generator().manual_seed(0)  # labels of the model's own
         self._two_passes = False
+        self._failure = ""  # of a backward pass, on this rank
         self._images, self._link = 0, inverse_link()  # of the batch at hand
         self._size: tuple[int, int] | None = None  # of the images seen, in pixels, where positions are scored
 
@@ -234,26 +245,38 @@ class Scorer:
                 values = point.values
                 yield values.module.register_forward_hook, partial(self._see_values, name, values)
 
-    def update(self, run: Callable[[], Any], images: int, labels: Tensor | None = None, batch: Any = None) -> None:
-        """Add one batch. `run` runs the model on so many `images` and returns its output; a loss of the user's own is
-        given `batch`.
+    def update(
+        self,
+        run: Callable[[], Any],
+        images: int,
+        labels: Tensor | None = None,
+        batch: Any = None,
+        parts: Sequence[Callable[[], Any]] | None = None,
+    ) -> Any:
+        """Add one batch, and return what the model says of it.
+
+        Args:
+            run: runs the model on so many `images` and returns its output.
+            batch: what a loss of the user's own is given.
+            parts: run it on parts of them, from whose outputs gradients lead to layers; None: `run` does.
 
         Raises:
             CalibrationError: too few images, or labels or a prediction are needed and missing.
         """
         self._images, self._link = images, inverse_link(labels)
-        with torch.set_grad_enabled(self.needs.gradients or self.needs.output_gradients):
+        with torch.set_grad_enabled(self.needs.gradients):
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
             self._check_rows(images)
-            if self.needs.output_gradients:
-                self._add_output_gradients(surprise(self._predicted(output), self._draw))
             if self.needs.gradients:
                 self._add_changes(output, labels, batch)
             if self.needs.prediction:
                 self._judge(self._predicted(output), run)
+        if self.needs.output_gradients and not self._is_without_gradients:
+            self._go_back([run] if parts is None else parts)
         self.sums["batches"] += 1
         self.sums["images"] += images
+        return output
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Where the transformer is given images, a call of it begins. It may have several in a batch, or be given
@@ -273,7 +296,7 @@ class Scorer:
         if images is None:
             return
         # What a second call sees is made of the same images, which a second pass has seen before.
-        if len(self._pass.calls) == 1 and self._pass.prediction is None:
+        if len(self._pass.calls) == 1 and self._pass.is_first:
             self._variety.look(images)
         if TOKENS in self.dimensions:
             size = images.shape[-2], images.shape[-1]
@@ -376,32 +399,64 @@ class Scorer:
                 f"loss gave {given} that no gradients lead from; expected one number, computed from the model's output"
             )
         gates = self._pass.gates
-        found = self._gradients(loss.sum(), list(gates.values()))
+        self._pass.goes_back = True
+        found = torch.autograd.grad(loss.sum(), list(gates.values()), allow_unused=True)
+        self._pass.goes_back = False
         with torch.no_grad():
             for ((name, _), gate), gradient in zip(gates.items(), found, strict=True):
                 change = torch.zeros_like(gate) if gradient is None else gradient
                 self._add(name, self.criterion.observe(change.flatten(1), self.groups[name]), len(gate))
 
+    def _go_back(self, runs: Sequence[Callable[[], Any]]) -> None:
+        """Add what the prediction's gradients are at what layers put out, from passes of their own: a part of the batch
+        is enough for one, and where they fail nothing else is lost."""
+        try:
+            for run in runs:
+                with torch.enable_grad():
+                    self._pass = _Pass(adds=True)
+                    self._add_output_gradients(self._surprise(run()))
+        except (MdcError, RuntimeError, NotImplementedError) as error:
+            if self.criterion.without_gradients is None:
+                raise
+            self._failure = str(error.__cause__ or error).strip().partition("\n")[0]
+            self.sums[_GAVE_UP] = torch.ones_like(self.sums["batches"])
+        finally:
+            self._pass = _Pass()
+
+    def _surprise(self, output: Any) -> Tensor:
+        """That of all that the model says, which may be any nest of float tensors."""
+        said = float_leaves(read(output, self.prediction))
+        if not said:
+            raise CalibrationError(
+                f"the model's output ({type(output).__name__}) holds no float tensor, so it has no gradients; pass "
+                "prediction=, which makes one of it"
+            )
+        if self.prediction is None and self._are_logits(output):
+            said = list(map(self._link, said))
+        wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in said]
+        return torch.stack([surprise(each.reshape(len(each), -1), self._draw) for each in wide]).sum()
+
+    @property
+    def _is_without_gradients(self) -> bool:
+        """Whether a backward pass failed, on any rank once sums are over all."""
+        return _GAVE_UP in self.sums
+
     def _add_output_gradients(self, loss: Tensor) -> None:
         added = self._pass.added
         if not loss.requires_grad:
             raise CalibrationError(
-                f"criterion={self.criterion.name!r} needs gradients of the prediction, but none lead from it to the "
-                "layers; pass prediction= that does not detach it, or an option or criterion without gradients"
+                "no gradients lead from the prediction to the layers; pass prediction= that does not detach it, or let "
+                "the module run without no_grad"
             )
-        found = self._gradients(loss, [zeros for _, zeros in added], keep=self.needs.gradients)
-        for (name, zeros), gradient in zip(added, found, strict=True):
-            gradient = (torch.zeros_like(zeros) if gradient is None else gradient).flatten(0, -2)
-            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            with torch.no_grad(), exactly(gradient):
-                self._add(name, self.criterion.observe_output_gradients(gradient, self.groups[name]))
-
-    def _gradients(self, loss: Tensor, at: Sequence[Tensor], keep: bool = False) -> Sequence[Tensor | None]:
         self._pass.goes_back = True
-        try:
-            return torch.autograd.grad(loss, at, allow_unused=True, retain_graph=keep)
-        finally:
-            self._pass.goes_back = False
+        found = torch.autograd.grad(loss, [zeros for _, zeros in added], allow_unused=True)
+        with torch.no_grad(), exactly(loss):
+            for (name, zeros), gradient in zip(added, found, strict=True):
+                gradient = (torch.zeros_like(zeros) if gradient is None else gradient).flatten(0, -2)
+                gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                if not gradient.isfinite().all():
+                    raise CalibrationError("gradients of the prediction are not finite; score in fp32 or bf16")
+                self._add(name, self.criterion.observe_output_gradients(gradient, self.groups[name]))
 
     def _cross_entropy(self, output: Any, labels: Tensor | None) -> Tensor:
         """Of classes, summed over images."""
@@ -446,17 +501,18 @@ class Scorer:
                 f"criterion={self.criterion.name!r} needs images, but no usable batch was given; pass batches of at "
                 f"least {self.needs.images} images, e.g. a DataLoader"
             )
+        criterion = self._criterion_of_sums()
         blocks = {d: len(self.stages if d == TOKENS else self.anatomy.units(d)) for d in self.dimensions}
         values: dict[str, Any] = {d: [torch.zeros(0) for _ in range(blocks.get(d, 0))] for d in DIMENSIONS}
         for name, group in self.groups.items():
             if not group.count:  # of a slim model that has none left there
                 continue
             sums = {key[len(name) + 1 :]: value for key, value in self.sums.items() if key.startswith(f"{name}.")}
-            if "batches" not in sums and self.criterion.needs(group.dimension).images:
+            if "batches" not in sums and criterion.needs(group.dimension).images:
                 raise CalibrationError(f"{group.name} was not run on the calibration images, so it has no scores")
             if self.needs.moments and group.units is not None:
                 group = replace(group, moments=self._moments.of(group.units))
-            result = self.criterion.finish(sums, group).detach().float().cpu()
+            result = criterion.finish(sums, group).detach().float().cpu()
             if not result.isfinite().all():
                 raise CalibrationError(
                     f"scores {name} are not finite: the model gives NaN or infinity on the calibration images; check "
@@ -469,11 +525,28 @@ class Scorer:
         grid = None if self._size is None else self.anatomy.grid_of(self._size)
         self._variety.warn("calibration", "scores say nothing about images that differ")
         rest: dict[str, Any] = {"stages": stages, "images": images, "moments": moments, "grid": grid}
-        return Scores(**values, criterion=self.criterion.name, **rest)
+        return Scores(**values, criterion=criterion.name, **rest)
+
+    def _criterion_of_sums(self) -> Criterion:
+        """That which is asked for, or what there is instead where a backward pass failed."""
+        if not self._is_without_gradients:
+            return self.criterion
+        instead = self.criterion.without_gradients
+        assert instead is not None  # else the failure was raised
+        if rank() == 0:
+            words = self._failure or "gradients of the prediction failed on another rank"
+            warnings.warn(
+                f"criterion={str(self.criterion)!r}: {words}; {self.anatomy.name} is scored by {str(instead)!r}, which "
+                "needs none",
+                stacklevel=3,
+            )
+        return instead
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 
     def _see_units(self, name: str, units: Units, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self._pass.adds:
+            return None
         given, rows = plain(args[0]), self._call.rows
         # (images, tokens, channels), in whatever windows and grids they are seen
         x = given.reshape(rows, math.prod(given.shape[:-1]) // rows, given.shape[-1])
@@ -484,7 +557,7 @@ class Scorer:
         return None if gated is None else (gated.flatten(-2).reshape(given.shape),)
 
     def _see_output(self, name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if self._pass.prediction is not None:  # a second pass
+        if not self._pass.adds:
             return None
         zeros = torch.zeros_like(plain(output), requires_grad=True)
         if not self._pass.goes_back:
@@ -492,6 +565,8 @@ class Scorer:
         return output + zeros
 
     def _see_values(self, name: str, at: Channels, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self._pass.adds:
+            return None
         prefix, output = self.anatomy.num_prefix_tokens, plain(output)
         gated = self._see(name, output[:, None, prefix:, at.start : at.stop])
         if gated is None:
@@ -581,7 +656,8 @@ class _Pass:
 
     prediction: Tensor | None = None  # known from a pass before: contract at once, remember nothing
     gates: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by group and, of a part of the images, call
-    added: list[tuple[str, Tensor]] = field(default_factory=list)  # zeros, to what layers put out, by group
+    adds: bool = False  # zeros to what layers put out, for gradients there, and looks at nothing
+    added: list[tuple[str, Tensor]] = field(default_factory=list)  # those zeros, by group
     calls: list[_Call] = field(default_factory=list)
     remembered: int = 0  # bytes
     is_inside: bool = False  # of a call of the whole transformer
@@ -591,7 +667,7 @@ class _Pass:
     @property
     def is_first(self) -> bool:
         """Whether nothing that is seen now has been seen before."""
-        return self.prediction is None and not self.goes_back
+        return self.prediction is None and not self.goes_back and not self.adds
 
     def remember(self, seen: dict[str, Tensor]) -> None:
         self.remembered += sum(tensor.nbytes for tensor in seen.values())

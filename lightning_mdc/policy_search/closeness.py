@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_mdc.distributed import gather
 from lightning_mdc.errors import SearchError
 from lightning_mdc.models import Prediction
-from lightning_mdc.prediction import are_probabilities, plain, read, softmax
+from lightning_mdc.prediction import are_probabilities, float_leaves, read, softmax
 
 # Bytes of the dense model's outputs that are remembered. What does not fit is computed anew for every model.
 _MEMORY_LIMIT = 2**30
@@ -140,9 +139,7 @@ def float_tensors(output: Any) -> list[Tensor]:
     Raises:
         SearchError: there is none.
     """
-    leaves: Sequence[Any] = tree_leaves(output)
-    found = (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim)
-    tensors = [plain(tensor).float() for tensor in found]
+    tensors = [tensor.float() for tensor in float_leaves(output)]
     if not tensors:
         raise SearchError(
             f"the model's output ({type(output).__name__}) holds no float tensor that could be compared with the dense "
