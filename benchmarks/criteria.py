@@ -233,6 +233,7 @@ Tried: TypeAlias = str | Criterion | Callable[[Layer], Tensor]
 def criteria(seed: int) -> dict[str, Tried]:
     return {
         OURS: "conditional",
+        "`fisher`": "fisher",
         "forward selection": forward_selection,
         "forward selection for the prediction": forward_selection_for_prediction,
         "removal without refit": removal_without_refit,
