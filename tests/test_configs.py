@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from PIL import Image
 
+import lightning_mdc as mdc
+from lightning_mdc.__main__ import _parser
 from lightning_mdc.app import build, recipes
 from lightning_mdc.app.fingerprints import relevant
 from lightning_mdc.app.settings import plain
@@ -18,7 +21,7 @@ from lightning_mdc.app.step_table import STEPS
 from lightning_mdc.app.trainer import check_training
 from lightning_mdc.distillation.optimization import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from lightning_mdc.errors import CalibrationError, ConfigError, error_chain
-from lightning_mdc.importance import Criterion
+from lightning_mdc.importance import Criterion, as_criterion
 from tests import composing
 from tests.kinds import make
 
@@ -79,6 +82,13 @@ def test_every_criterion_has_its_config():
 
     built = {build.build_criterion(settings(f"importance={path.stem}")).name for path in CONF.glob("importance/*")}
     assert built == set(criteria.CRITERIA)
+
+
+def test_units_are_ranked_by_the_same_criterion_everywhere():
+    by_name = [signature(of).parameters["criterion"].default for of in (mdc.compress, mdc.MultiDimPruneCallback)]
+    by_name.append(_parser().parse_args(["compress", "--model", "x", "--data", "x", "--out", "x"]).criterion)
+    told = {str(as_criterion(name)) for name in by_name} | {str(build.build_criterion(settings()))}
+    assert len(told) == 1
 
 
 def test_a_data_group_brings_its_model_unless_one_is_chosen():
