@@ -34,11 +34,13 @@ from matplotlib.figure import Figure
 from pages import ROOT, folder_of, write_pages
 from pretrained import (
     BUDGETS,
+    BY_ATTENTION,
     DEFAULT,
     HEALED,
     METHODS,
     PEERS,
     PLAIN,
+    PLAINLY,
     SINGLE,
     WEIGHTS,
     Method,
@@ -68,7 +70,8 @@ ROWS: dict[str, Method] = {
     name: METHODS[name]
     for name in (
         DEFAULT,
-        f"{DEFAULT}, {PLAIN}",
+        BY_ATTENTION,
+        PLAINLY,
         f"{PLAIN}, sequential",
         "Torch-Pruning, Taylor",
         "all three",
@@ -79,8 +82,8 @@ ROWS: dict[str, Method] = {
 }
 # Healed before the finetune, on so many of its images, whose labels healing does not look at.
 HEALED_ON: dict[str, int | None] = {
-    f"{DEFAULT}, {PLAIN}; healed": 4096,
-    f"{DEFAULT}, {PLAIN}; healed on all": None,
+    f"{PLAINLY}; healed": 4096,
+    f"{PLAINLY}; healed on all": None,
     HEALED: 4096,
     f"{HEALED} on all": None,
 }
@@ -291,7 +294,7 @@ def headline(found: dict[str, Any]) -> str:
     """For README.md: what was reached and what was not, and the rows."""
     missed = [str(target) for target in judged(found) if not target.is_met]
     misses = f" **Missed:** {'; '.join(missed)}." if missed else ""
-    rows = rows_of(found, without=f"{DEFAULT}, {PLAIN}")
+    rows = rows_of(found, without=f"{DEFAULT}, ")
     return "\n".join([f"{how(found)} {differences(found)}{misses}", "", *rows])
 
 

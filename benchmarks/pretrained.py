@@ -54,6 +54,7 @@ from lightning_mdc.files import write_json
 from lightning_mdc.gp_ei.study import read_study
 from lightning_mdc.importance import ConditionalDependence, Criterion
 from lightning_mdc.importance.criteria import Random
+from lightning_mdc.policy import DEFAULT_TOKENS
 from lightning_mdc.policy_search.held_out import HeldOut
 
 WEIGHTS, MODEL, SIZE = "vit_small_patch14_cifar10_98px.safetensors", "vit_small_patch14_dinov2", 98
@@ -105,11 +106,14 @@ OURS, PLAIN, HSIC_METRIC = "`fisher`", "`conditional`", "`conditional`, metric=h
 WEAKER = ("`taylor`", "`hsic`", "`activation`", "`magnitude`", "`random`")  # that the default has to be ahead of
 COMPENSATIONS = ("sequential", "lstsq", "none")
 DEFAULT, HEALED = "searched, all three", "searched, all three; healed"
+BY_ATTENTION, PLAINLY = f"{DEFAULT}, attention", f"{DEFAULT}, {PLAIN}, attention"
+ATTENTION = mdc.TokenOptions("attention")
 SEARCHED = {
-    DEFAULT: Method(OURS, dimensions=ALL, searched=True),
-    HEALED: Method(OURS, dimensions=ALL, searched=True, heal=6),
-    f"{DEFAULT}, {PLAIN}": Method(dimensions=ALL, searched=True),
-    f"{DEFAULT}, {PLAIN}; healed": Method(dimensions=ALL, searched=True, heal=6),
+    DEFAULT: Method(OURS, dimensions=ALL, searched=True, tokens=DEFAULT_TOKENS),
+    HEALED: Method(OURS, dimensions=ALL, searched=True, tokens=DEFAULT_TOKENS, heal=6),
+    BY_ATTENTION: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION),
+    PLAINLY: Method(dimensions=ALL, searched=True, tokens=ATTENTION),
+    f"{PLAINLY}; healed": Method(dimensions=ALL, searched=True, tokens=ATTENTION, heal=6),
     "searched, heads and neurons": Method(searched=True),
     "searched, neurons and tokens": Method(dimensions=ALL[1:], searched=True),
     "searched, neurons alone": Method(dimensions=ALL[1:2], searched=True),
@@ -124,27 +128,28 @@ VARIANTS = {
     "with swaps": Method(swaps=300),
     **{f"ridge={kind}": Method(ridge=kind) for kind in ("clipped", "channel", "largest")},
 }
-SINGLE = {f"{name} alone": Method(dimensions=(name,)) for name in ALL}
+SINGLE = {f"{name} alone": Method(dimensions=(name,), tokens=ATTENTION) for name in ALL}
 SEVERAL = {
-    "neurons and tokens": Method(dimensions=ALL[1:]),
-    "heads and tokens": Method(dimensions=("heads", "tokens")),
-    "all three": Method(dimensions=ALL),
+    "neurons and tokens": Method(dimensions=ALL[1:], tokens=ATTENTION),
+    "heads and tokens": Method(dimensions=("heads", "tokens"), tokens=ATTENTION),
+    "all three": Method(dimensions=ALL, tokens=ATTENTION),
 }
 OF_TOKENS = {
     "neurons and tokens, attention*dependence": mdc.TokenOptions("attention*dependence"),
     "neurons and tokens, dependence": mdc.TokenOptions("dependence"),
-    "neurons and tokens, merged": mdc.TokenOptions(reduction="merge"),
-    "neurons and tokens, dropped": mdc.TokenOptions(reduction="drop"),
+    "neurons and tokens, attention*dependence, merged": mdc.TokenOptions("attention*dependence", "merge"),
+    "neurons and tokens, merged": mdc.TokenOptions("attention", "merge"),
+    "neurons and tokens, dropped": mdc.TokenOptions("attention", "drop"),
 }
 SCHEDULES = {
     f"tokens alone, {word}, at {blocks}": Method(
-        dimensions=("tokens",), tokens=mdc.TokenOptions(reduction=reduction), stages=count
+        dimensions=("tokens",), tokens=mdc.TokenOptions("attention", reduction), stages=count
     )
     for word, reduction in (("fused", "fuse"), ("dropped", "drop"), ("merged", "merge"))
     for blocks, count in (("1 block", 1), ("2 blocks", 2), ("4 blocks", 4), ("every block", 10**6))
 }
 JOINTLY = {
-    f"all three, {word}": Method(dimensions=ALL, tokens=mdc.TokenOptions(reduction=reduction))
+    f"all three, {word}": Method(dimensions=ALL, tokens=mdc.TokenOptions("attention", reduction))
     for word, reduction in (("dropped", "drop"), ("merged", "merge"))
 }
 PEERS = {f"Torch-Pruning, {name}": Method(name.lower(), "none", peer=True) for name in ("Taylor", "magnitude")}
@@ -154,11 +159,19 @@ METHODS: dict[str, Method] = {
     **SINGLE,
     **SEVERAL,
     **SEARCHED,
-    RANDOM: Method(OURS, dimensions=ALL, searched=True, at_random=True),
+    RANDOM: Method(OURS, dimensions=ALL, searched=True, tokens=DEFAULT_TOKENS, at_random=True),
     **{name: Method(dimensions=ALL[1:], tokens=tokens) for name, tokens in OF_TOKENS.items()},
     **SCHEDULES,
     **JOINTLY,
     **PEERS,
+}
+# What each changes beside another one.
+OTHERWISE = {
+    "neurons and tokens, attention*dependence": "neurons and tokens",
+    "neurons and tokens, merged": "neurons and tokens",
+    "neurons and tokens, attention*dependence, merged": "neurons and tokens, attention*dependence",
+    DEFAULT: BY_ATTENTION,
+    BY_ATTENTION: PLAINLY,
 }
 # On the ladder, too.
 ON_PAIRS = (f"{PLAIN}, sequential", f"{PLAIN}, lstsq", "`taylor`, sequential", f"{PLAIN}, none")
@@ -327,6 +340,7 @@ class Benchmark:
                 self.asked.trials,
                 seed,
                 method.dimensions,
+                tokens=method.tokens,
                 compensate="lstsq",
                 options=options,
             )
@@ -561,7 +575,8 @@ def text(found: dict[str, Any]) -> str:
             f"{error:.1f} points), {found['calibration']} calibration images, searches of {found['trials']} trials on "
             f"{found['judging']} images that the dense model was not trained on. Rows that name no criterion: {PLAIN}, "
             f"but {OURS}, the default, where they are *searched* or *random*; no compensation: `sequential`; no "
-            "dimensions: heads and neurons; neither *searched* nor *random*: uniform. *Searched* is refitted on the "
+            "dimensions: heads and neurons; no token score: attention, and fused, but attention*dependence, and "
+            "merged, where they are *searched* or *random*; neither of these: uniform. *Searched* is refitted on the "
             f"images that judged it, too, as `mdc.compress` does, and *healed* in {SEARCHED[HEALED].heal} epochs of "
             f"them all, as it does with `heal={SEARCHED[HEALED].heal}`; *random* has as many trials and the same "
             "starting points, then random policies. s: seconds to score, search, compensate and heal, on "
@@ -609,11 +624,11 @@ def searched(found: dict[str, Any]) -> list[str]:
 
 
 def paired(found: dict[str, Any]) -> list[str]:
-    """What options change at the same policy, and the criterion in a search, over the same images: lines of a list."""
+    """What options change at the same policy or in a search, over the same images: lines of a list."""
     plainly = f"{PLAIN}, sequential"
     lines = []
     options = (f"{OURS}, sequential", f"{HSIC_METRIC}, sequential", f"{PLAIN}, lstsq", *VARIANTS)
-    for name, other in {**dict.fromkeys(options, plainly), DEFAULT: f"{DEFAULT}, {PLAIN}"}.items():
+    for name, other in {**dict.fromkeys(options, plainly), **OTHERWISE}.items():
         changes = []
         for at in sorted(BUDGETS, reverse=True):
             points, error = apart(found, (name, at), (other, at))

@@ -42,8 +42,8 @@ from lightning_mdc.models import find_anatomy
 from lightning_mdc.policy import TOKENS, default_stages
 
 FORWARD, LOOP, PEER = "forward pass", "hsic, a unit at a time", "Torch-Pruning: Taylor"
-DEFAULT, OURS = "ours: conditional", "ours: hsic"  # hsic is what the loop is about
-ALL = "ours: conditional, all tokens"  # the default's moments are of some of each image's patch tokens
+PLAIN, OURS = "ours: conditional", "ours: hsic"  # hsic is what the loop is about
+ALL = "ours: conditional, all tokens"  # else moments are of some of each image's patch tokens
 # Scoring by `conditional` / forward pass that is aimed at: of some tokens and of all.
 AIMS = {"deit_small_patch16_224": (1.5, 1.9), "deit_base_patch16_224": (2.0, 2.3)}
 OTHERS = ("fisher", "activation", "taylor")  # our other criteria that need images
@@ -95,7 +95,7 @@ def torch_pruning_taylor(model: nn.Module, batches: list[tuple[Tensor, Tensor]])
 
 RUNS: dict[str, Callable[[nn.Module, list[tuple[Tensor, Tensor]]], None]] = {
     FORWARD: forward,
-    DEFAULT: scored("conditional"),
+    PLAIN: scored("conditional"),
     ALL: scored("conditional", moment_tokens="all"),
     OURS: scored("hsic"),
     **{f"ours: {criterion}": scored(criterion) for criterion in OTHERS},
@@ -158,7 +158,7 @@ def peak_memory(name: str, what: str, batch: int, threads: int | None) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    always = (FORWARD, DEFAULT, ALL, OURS)
+    always = (FORWARD, PLAIN, ALL, OURS)
     runs = [what for what in RUNS if what in always or (arguments.peer if what == PEER else not arguments.quick)]
     readings: dict[str, list[float]] = {what: [] for what in (*runs, LOOP)}
     memory: dict[str, float] = {}
@@ -213,7 +213,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def targets(result: dict[str, Any]) -> list[Target]:
     model = result["model"]
     ratios = result["ratios"]
-    aims = [pair for pair in zip((DEFAULT, ALL), AIMS.get(model, ()), strict=False) if pair[0] in ratios]
+    aims = [pair for pair in zip((PLAIN, ALL), AIMS.get(model, ()), strict=False) if pair[0] in ratios]
     return [
         *(Target(f"{what[6:]} / forward pass, {model}", ratios[what], "<=", aim) for what, aim in aims),
         Target(f"hsic / forward pass, {model}", ratios[OURS], "<=", 1.15),
@@ -256,7 +256,7 @@ def figure(result: dict[str, Any]) -> Figure:
     memory = {what: value / result["memory"][FORWARD] for what, value in result["memory"].items()}
     for panel, values, title in zip(panels, (ratios, memory), ("time", "peak memory"), strict=True):
         names = [what for what in (*RUNS, LOOP) if what in values][::-1]
-        colours = [BLUE if name in (DEFAULT, ALL, OURS) else GRAY for name in names]
+        colours = [BLUE if name in (PLAIN, ALL, OURS) else GRAY for name in names]
         panel.barh(names, [values[name] for name in names], color=colours)
         for row, name in enumerate(names):
             panel.annotate(f"{values[name]:.2f}", (values[name], row), (3, 0), textcoords="offset points", va="center")

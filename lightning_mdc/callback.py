@@ -82,8 +82,8 @@ class MultiDimPruneCallback(Callback):
         policy: ``"searched"``; ``"uniform"``, which takes the same share everywhere and is there at once; a `Policy`,
             or the path of a policy's JSON file.
         criterion: name of a criterion or an instance; see `lightning_mdc.score`.
-        dimensions, space, tokens: see `uniform_policy`, `PolicySpace` and `make_plan`; a given policy says itself what
-            it prunes.
+        dimensions, space: see `uniform_policy` and `PolicySpace`; a given policy says itself what it prunes.
+        tokens: see `make_plan`; None: ``TokenOptions(None, "merge")``.
         calibration: how many images units are scored on and policies are judged on, over all ranks together; None:
             ``Calibration()``. In batches of the training loader's size, unless it says another or
             that is too small for the criterion.
@@ -638,6 +638,7 @@ class MultiDimPruneCallback(Callback):
         if scorer.needs.images:
             with isolated_rng(), unlogged(trainer, pl_module), evaluating(pl_module), scorer.watching():
                 output = self._observe(trainer, pl_module, scorer, batch)
+            scorer.warn_of_failure()
             if task.needs_judging:
                 float_tensors(output if self.method.prediction is None else self.method.prediction(output))
 
@@ -771,7 +772,7 @@ class MultiDimPruneCallback(Callback):
             return plan
         final = plan.policy
         ratios = {d: [1 - outcome.progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
-        score = (self.method.tokens or TokenOptions()).score
+        score = self.method.tokens.score
         policy = Policy(**ratios, stages=final.stages, input_size=final.input_size)
         return make_plan(model, outcome.scores, policy, TokenOptions(score, plan.reduction, plan.restore))
 

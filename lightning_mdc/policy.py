@@ -120,7 +120,8 @@ class TokenOptions:
 
     Args:
         score: what ranks tokens at run time: ``"attention"``, ``"dependence"`` (a prior over positions) or
-            ``"attention*dependence"``.
+            ``"attention*dependence"``. None: the latter where scores say how much each position matters, else
+            attention; see `DEFAULT_TOKENS`.
         reduction: what becomes of the tokens that leave: ``"fuse"`` averages them into one that stays, ``"drop"``
             drops them, ``"merge"`` averages each into the kept one most like it, ``"merge-proportional"`` also weighs
             a merged token by its size in later attentions; or the name of a registered one of your own.
@@ -132,16 +133,20 @@ class TokenOptions:
         PlanError: an unknown score, or a `restore` that is neither a bool nor None.
     """
 
-    score: str = "attention"
+    score: str | None = "attention"
     reduction: str = "fuse"
     restore: bool | None = None
 
     def __post_init__(self) -> None:
-        check_one_of("score", self.score, TOKEN_SCORES, PlanError)
+        check_one_of("score", self.score, (None, *TOKEN_SCORES), PlanError)
         if not isinstance(self.reduction, str):
             raise PlanError(f"reduction={self.reduction!r:.80}: expected the name of a reduction, such as 'fuse'")
         if not (self.restore is None or isinstance(self.restore, bool)):
             raise PlanError(f"restore={self.restore!r:.80}: expected True, False or None")
+
+
+# What `compress`, the callback and `mdc train` take if nothing is said of tokens.
+DEFAULT_TOKENS = TokenOptions(score=None, reduction="merge")
 
 
 @dataclass(frozen=True, init=False)

@@ -378,11 +378,11 @@ def test_two_ranks_share_the_work_and_end_with_one_plan(data: str, tmp_path: Pat
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for name in ("plan", "value", "weights"):
         assert first[name] == second[name]
-    if (
-        data == "map"
-    ):  # one to score on, there and back; one to judge on: is it logits, the dense model, two trials; both
-        assert second["seen"] == [16] * 10  # to refit on, dense and slim
-        assert first["seen"] == [16, *second["seen"]]  # what size images have
+    if data == "map":
+        # One to score on, there and back; one to judge on: is it logits, the dense model, two trials; both to refit on,
+        # dense and slim. Rank 0 also sees of what size images are.
+        assert second["seen"] == [16] * 10
+        assert first["seen"] == [16, *second["seen"]]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

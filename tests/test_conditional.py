@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import partial
 from pathlib import Path
@@ -387,6 +388,7 @@ class Unkind(nn.Module):
         output = self.net(x)
         if self.how == "out of memory" and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("out of memory")
+        assert not (self.how == "assertion" and torch.is_grad_enabled())
         return {"classes": output.argmax(-1), "infinite": output * torch.inf, "words": ["a cat"] * len(x)}.get(
             self.how, output
         )
@@ -398,6 +400,7 @@ WITHOUT = {
     "words": "holds no float tensor",
     "infinite": "gradients of the prediction are not finite",
     "out of memory": "out of memory",
+    "assertion": "assert",
 }
 
 
@@ -405,7 +408,9 @@ WITHOUT = {
 def test_a_model_without_gradients_is_scored_without_them_and_says_so(how: str) -> None:
     model, batches, units = Unkind(how), [images(12, seed=s) for s in (1, 2)], ("heads", "neurons")
     expected = mdc.score(model, batches, "conditional", dimensions=units, progress=False)
-    words = f"criterion='fisher': .*{WITHOUT[how]}.*VisionTransformer is scored by 'conditional'"
+    words = (
+        f"criterion='fisher': .*{WITHOUT[how]}.*VisionTransformer is scored by 'conditional', which needs no gradients"
+    )
     with pytest.warns(UserWarning, match=words) as said:
         found = mdc.score(model, batches, "fisher", dimensions=units, progress=False)
     assert len(said) == 1
@@ -445,5 +450,58 @@ def test_a_backward_pass_is_of_a_few_images_at_a_time(monkeypatch: pytest.Monkey
     )
     monkeypatch.setattr(scoring, "_BACK_AT_ONCE", 5)
     parts = mdc.score(model, [images(12, seed=1)], criterion, progress=False)
-    assert sizes == [5, 5, 2]
+    assert sizes == [4, 4, 4]
     torch.testing.assert_close(parts.tensors(), whole.tensors())
+
+
+class Probed(nn.Module):
+    """A head on features of a transformer that takes no part in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = make(), nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.net(x)
+        return self.head(features)
+
+
+def test_gradients_of_what_follows_the_transformer_alone_are_none() -> None:
+    with pytest.warns(UserWarning, match="no gradients lead from the prediction to the layers"):
+        found = mdc.score(Probed(), [images(8)], "fisher", dimensions=["heads"], progress=False)
+    assert found.criterion == "conditional"
+
+
+def test_a_model_that_keeps_what_it_put_out_keeps_no_graph() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.net(x)
+            return self.last
+
+    model = Keeps()
+    mdc.score(model, [images(8)], "fisher", progress=False)
+    assert model.last.grad_fn is None
+    copy.deepcopy(model)
+
+
+class Detects(nn.Module):
+    """A map, and boxes of which there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"map": self.net.forward_features(x), "boxes": torch.zeros(0, 5)}
+
+
+def test_gradients_are_of_all_that_a_model_says() -> None:
+    found = mdc.score(Detects(), [images(8)], "fisher", dimensions=["heads"], progress=False)
+    alone = mdc.score(Map(make()), [images(8)], "fisher", dimensions=["heads"], progress=False)
+    assert found.criterion == "fisher"
+    assert all(torch.equal(*pair) for pair in zip(found.heads, alone.heads, strict=True))

@@ -77,11 +77,10 @@ def policy_space(settings: Settings, **of_a_search: Any) -> Space:
     return Space(**options, stages=settings["surgery"]["stages"], **of_a_search)
 
 
-def token_options(settings: Settings) -> TokenOptions | None:
-    """What the settings say happens at a token stage; None: nothing but the default."""
+def token_options(settings: Settings) -> TokenOptions:
+    """What the settings say happens at a token stage."""
     surgery = settings["surgery"]
-    options = TokenOptions(surgery["token_score"], surgery["reduction"], surgery["restore"])
-    return None if options == TokenOptions() else options
+    return TokenOptions(surgery["token_score"], surgery["reduction"], surgery["restore"])
 
 
 def _refused(key: str, cfg: DictConfig) -> ConfigError:
@@ -108,8 +107,8 @@ def _whole(least: int, or_null: str = "") -> Any:
     return _limited(f"a whole number of at least {least}{or_null}", lambda value: value >= least)
 
 
-def _one_of(*names: str) -> Any:
-    return _limited(f"one of {', '.join(names)}", lambda value: value in names)
+def _one_of(*names: str, or_null: str = "") -> Any:
+    return _limited(f"one of {', '.join(names)}{or_null}", lambda value: value in names)
 
 
 def _different(least: int, fewest: int = 1) -> Any:
@@ -247,7 +246,7 @@ class _Model:
 
 @dataclass(kw_only=True)
 class _Surgery:
-    token_score: str = _one_of(*TOKEN_SCORES)
+    token_score: str | None = _one_of(*TOKEN_SCORES, or_null=", or null")
     reduction: str
     restore: bool | None
     stages: list[int] | None

@@ -177,7 +177,7 @@ def score(run: Run) -> str:
     assert scores.moments is not None  # asked for
     on_first_rank(partial(scores.moments.save, run.folder / _moments_of("dense")))
     on_first_rank(partial(scores.save, run.output("score")))
-    return f"{criterion.name} over {scores.images} images"
+    return f"{scores.criterion} over {scores.images} images"
 
 
 def share(run: Run) -> str:

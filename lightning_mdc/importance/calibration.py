@@ -25,7 +25,8 @@ class Calibration:
     Args:
         images: that units are scored on.
         judging: that policies are judged on; none of those above.
-        batch_size: images in a batch; None: as the loader has it, or 32 where the criterion needs more than that.
+        batch_size: images in a batch; None: as the loader has it, or 32 where the criterion needs more than that. The
+            callback also goes back through the module on a whole batch, which takes the memory of a training step.
 
     Raises:
         CalibrationError: a number below 1.

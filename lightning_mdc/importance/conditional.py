@@ -54,7 +54,7 @@ class ConditionalDependence(Criterion):
 
     Args:
         metric: what of the output's variance counts. ``"identity"``: all of it alike. ``"fisher"``: as far as the
-            prediction changes by it, from one backward pass per batch, for labels that are drawn from the prediction
+            prediction changes by it, from a forward and backward pass more, for labels drawn from the prediction
             (where that is not of probabilities, from a normal distribution about it); where the model gives no
             gradients, ``"identity"``, which is said. ``"hsic"``: as far as the prediction depends on it linearly; no
             gradients.
@@ -78,7 +78,9 @@ class ConditionalDependence(Criterion):
         self.metric_weight = float(self.metric_weight)  # numpy's has no digest of its value
         self._of_tokens = HSIC(hsic_weight=1.0, activation_weight=0.0)
         if metric == "fisher":
-            self.name, self.without_gradients = "fisher", ConditionalDependence()
+            self.without_gradients = ConditionalDependence()
+            if self.name == ConditionalDependence.name:
+                self.name = "fisher"
 
     def needs(self, dimension: str) -> Needs:
         if dimension not in UNIT_DIMENSIONS:
@@ -143,7 +145,6 @@ def _wide(x: Tensor) -> Tensor:
 def metric_root(metric: Tensor, share: float) -> Tensor:
     """R with ``R^T R = share M + (1 - share) I``, M the `metric` (out, out) scaled so that its mean diagonal is 1: what
     a layer's weight is multiplied with to lose what M says. A metric of zeros, which says nothing, is I.
-
     """
     identity = torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
     mean = metric.diagonal().mean()

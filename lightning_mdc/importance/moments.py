@@ -1,4 +1,4 @@
-"""First and second moments of what layers read from units: all that `conditional` and least squares know of a model.
+"""First and second moments of what layers read from units: what `fisher`, `conditional` and least squares rest on.
 
 One pass over the images serves both, and all plans. Everything is summed about its mean: about 0, channels with a mean
 far from it would lose their variance to rounding (in fp32 40 % of it, at a mean of 1000 and a standard deviation of

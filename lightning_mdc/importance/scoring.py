@@ -56,7 +56,7 @@ from lightning_mdc.randomness import isolated_rng
 # pass of its own, and nothing has to be remembered.
 _MEMORY_LIMIT = 2 * 2**30
 
-# Counts ranks on which a backward pass failed.
+# The sum that counts on how many ranks a backward pass failed.
 _GAVE_UP = "without gradients"
 # Images in a backward pass, where we cut the batches: of each, a ViT-L of 224 px keeps 330 MB.
 _BACK_AT_ONCE = 16
@@ -125,7 +125,7 @@ def scored_by(
         with isolated_rng(), evaluating(model), scorer.watching(), shown as advance:
             for images, labels, batch in _as_tensors(batches, scorer.needs):
                 images = on_device_of(scorer.anatomy, images)
-                parts = [partial(run_on, model, part) for part in images.split(_BACK_AT_ONCE)]
+                parts = [partial(run_on, model, part) for part in images.chunk(-(-len(images) // _BACK_AT_ONCE))]
                 scorer.update(partial(run_on, model, images), len(images), labels, batch, parts)
                 advance()
 
@@ -264,6 +264,9 @@ class Scorer:
             CalibrationError: too few images, or labels or a prediction are needed and missing.
         """
         self._images, self._link = images, inverse_link(labels)
+        # First, so that the model has last run without a graph, of which it may keep what it has put out.
+        if self.needs.output_gradients and not self._is_without_gradients:
+            self._go_back([run] if parts is None else parts)
         with torch.set_grad_enabled(self.needs.gradients):
             self._pass = _Pass(overflowed=self._two_passes)
             output = run()
@@ -272,8 +275,6 @@ class Scorer:
                 self._add_changes(output, labels, batch)
             if self.needs.prediction:
                 self._judge(self._predicted(output), run)
-        if self.needs.output_gradients and not self._is_without_gradients:
-            self._go_back([run] if parts is None else parts)
         self.sums["batches"] += 1
         self.sums["images"] += images
         return output
@@ -409,31 +410,33 @@ class Scorer:
 
     def _go_back(self, runs: Sequence[Callable[[], Any]]) -> None:
         """Add what the prediction's gradients are at what layers put out, from passes of their own: a part of the batch
-        is enough for one, and where they fail nothing else is lost."""
+        is enough for one, and where they fail nothing else is lost. What the model refuses without gradients, too, it
+        will refuse again."""
         try:
             for run in runs:
                 with torch.enable_grad():
                     self._pass = _Pass(adds=True)
                     self._add_output_gradients(self._surprise(run()))
-        except (MdcError, RuntimeError, NotImplementedError) as error:
+        except Exception as error:
             if self.criterion.without_gradients is None:
                 raise
-            self._failure = str(error.__cause__ or error).strip().partition("\n")[0]
+            error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            self._failure = str(error).strip().partition("\n")[0] or type(error).__name__
             self.sums[_GAVE_UP] = torch.ones_like(self.sums["batches"])
         finally:
             self._pass = _Pass()
 
     def _surprise(self, output: Any) -> Tensor:
         """That of all that the model says, which may be any nest of float tensors."""
-        said = float_leaves(read(output, self.prediction))
+        said = [each for each in float_leaves(read(output, self.prediction)) if each.numel()]
         if not said:
             raise CalibrationError(
                 f"the model's output ({type(output).__name__}) holds no float tensor, so it has no gradients; pass "
                 "prediction=, which makes one of it"
             )
-        if self.prediction is None and self._are_logits(output):
-            said = list(map(self._link, said))
         wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in said]
+        if self.prediction is None and self._are_logits(output):
+            wide = list(map(self._link, wide))
         return torch.stack([surprise(each.reshape(len(each), -1), self._draw) for each in wide]).sum()
 
     @property
@@ -442,14 +445,15 @@ class Scorer:
         return _GAVE_UP in self.sums
 
     def _add_output_gradients(self, loss: Tensor) -> None:
-        added = self._pass.added
-        if not loss.requires_grad:
+        added, found = self._pass.added, list[Tensor | None]()
+        self._pass.goes_back = True
+        if loss.requires_grad:
+            found += torch.autograd.grad(loss, [zeros for _, zeros in added], allow_unused=True)
+        if all(gradient is None for gradient in found):
             raise CalibrationError(
                 "no gradients lead from the prediction to the layers; pass prediction= that does not detach it, or let "
                 "the module run without no_grad"
             )
-        self._pass.goes_back = True
-        found = torch.autograd.grad(loss, [zeros for _, zeros in added], allow_unused=True)
         with torch.no_grad(), exactly(loss):
             for (name, zeros), gradient in zip(added, found, strict=True):
                 gradient = (torch.zeros_like(zeros) if gradient is None else gradient).flatten(0, -2)
@@ -502,6 +506,7 @@ class Scorer:
                 f"least {self.needs.images} images, e.g. a DataLoader"
             )
         criterion = self._criterion_of_sums()
+        self.warn_of_failure()
         blocks = {d: len(self.stages if d == TOKENS else self.anatomy.units(d)) for d in self.dimensions}
         values: dict[str, Any] = {d: [torch.zeros(0) for _ in range(blocks.get(d, 0))] for d in DIMENSIONS}
         for name, group in self.groups.items():
@@ -529,18 +534,18 @@ class Scorer:
 
     def _criterion_of_sums(self) -> Criterion:
         """That which is asked for, or what there is instead where a backward pass failed."""
-        if not self._is_without_gradients:
-            return self.criterion
         instead = self.criterion.without_gradients
-        assert instead is not None  # else the failure was raised
-        if rank() == 0:
+        return self.criterion if instead is None or not self._is_without_gradients else instead
+
+    def warn_of_failure(self) -> None:
+        """Say, on rank 0, that the prediction's gradients are not to be had, if so, and what is done instead."""
+        if self._is_without_gradients and rank() == 0:
             words = self._failure or "gradients of the prediction failed on another rank"
             warnings.warn(
-                f"criterion={str(self.criterion)!r}: {words}; {self.anatomy.name} is scored by {str(instead)!r}, which "
-                "needs none",
+                f"criterion={str(self.criterion)!r}: {words}; {self.anatomy.name} is scored by "
+                f"{str(self._criterion_of_sums())!r}, which needs no gradients",
                 stacklevel=3,
             )
-        return instead
 
     # --- probes: a gate changes what passes through, everything else only looks ---------------------------------------
 

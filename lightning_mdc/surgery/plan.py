@@ -126,12 +126,12 @@ def _token_stages(
         scoring = counts.units.get(point.attention.dimension)
         prior = None
         if options.score != "attention" or (scoring is not None and scoring[block] == 0):
-            prior = _prior(anatomy, scores, block, required=options.score != "attention")
+            prior = _prior(anatomy, scores, block, required=options.score in ("dependence", "attention*dependence"))
         stages.append(
             TokenStage(
                 block,
                 keep=kept / tokens,
-                score="attention" if prior is None else options.score,
+                score="attention" if prior is None else options.score or "attention*dependence",
                 prior=prior,
                 grid=None if prior is None else scores.grid or anatomy.grid,
             )
@@ -155,4 +155,5 @@ def _prior(anatomy: Anatomy, scores: Scores, block: int, *, required: bool) -> t
                 "score this model's tokens too, with the policy's stages"
             )
         return None
-    return tuple(min_max(prior.double()).tolist())
+    # So many digits that ranks which add up in another order come to the same plan.
+    return tuple(round(value, 4) for value in min_max(prior.double()).tolist())
