@@ -105,7 +105,7 @@ class Method:
             _check_unused(error, reason, calibration=calibration, prediction=prediction)
         self.budget = as_budget(0.6 if budget is None else budget)
         self.dimensions = None if dimensions is None else check_dimensions(dimensions)
-        self.space, self.tokens = space or Space(), DEFAULT_TOKENS if tokens is None else tokens
+        self.space, self.tokens = space or Space(), tokens
         if self.policy == "uniform":
             check_uniform(self.space)
         self.calibration = calibration or Calibration()
@@ -121,7 +121,7 @@ class Method:
             "criterion": (str(self.criterion), "fisher"),
             "dimensions": (self.dimensions, None),
             "space": (self.space, Space()),
-            "tokens": (self.tokens, DEFAULT_TOKENS),
+            "tokens": (self.tokens or DEFAULT_TOKENS, DEFAULT_TOKENS),
         }
         unusual = [f"{name}={value}" for name, (value, usual) in others.items() if value != usual]
         return ", ".join([str(self.budget), *unusual])
@@ -345,7 +345,7 @@ def compress(
         compensate: see `slim`; None: ``"sequential"``. Policies are tried with ``"lstsq"`` then, which one look at the
             images serves, where no norm over units stands in its way.
         dimensions, space, input_size: see `uniform_policy` and `PolicySpace`.
-        tokens: see `make_plan`; None: ``TokenOptions(None, "merge")``.
+        tokens: see `make_plan`; None: `DEFAULT_TOKENS`.
         calibration: how many images score and judge; None: ``Calibration()``.
         prediction: makes of the model's output what criterion and judging look at; None: the softmax of its logits, or
             the output itself.

@@ -145,7 +145,7 @@ class TokenOptions:
             raise PlanError(f"restore={self.restore!r:.80}: expected True, False or None")
 
 
-# What `compress`, the callback and `mdc train` take if nothing is said of tokens.
+# What is done where nobody says what happens at a token stage.
 DEFAULT_TOKENS = TokenOptions(score=None, reduction="merge")
 
 

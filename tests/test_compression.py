@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import lightning_mdc as mdc
 from lightning_mdc.errors import BudgetError, CalibrationError, CompensationError, CompressionError, MdcError
-from lightning_mdc.policy import DEFAULT_TOKENS
 from tests.kinds import images, make
 
 FEW: dict[str, Any] = {"n_trials": 4, "calibration": mdc.Calibration(images=16, judging=12)}
@@ -26,11 +25,11 @@ def test_it_is_the_sum_of_its_parts():
     shown = images(40)
     scores = mdc.score(model, [shown[:10], shown[10:16]], "fisher")
     judge = mdc.HeldOut([shown[16:28]], dense=model)
-    by_hand = mdc.search(model, scores, judge, 0.6, n_trials=4, seed=3, tokens=DEFAULT_TOKENS, compensate="lstsq")
+    by_hand = mdc.search(model, scores, judge, 0.6, n_trials=4, seed=3, compensate="lstsq")
     assert [trial.policy for trial in found.search.history] == [trial.policy for trial in by_hand.history]
     assert found.search.value == pytest.approx(by_hand.value, rel=1e-4)
     assert found.policy.ratios == by_hand.policy.ratios
-    assert found.plan == mdc.make_plan(model, scores, by_hand.policy, DEFAULT_TOKENS)
+    assert found.plan == mdc.make_plan(model, scores, by_hand.policy)
     seen = [shown[:10], shown[10:16], shown[16:20], shown[20:28]]  # those that judged as well
     slim = mdc.slim(model, found.plan, "sequential", batches=seen)
     with torch.no_grad():
@@ -112,7 +111,7 @@ def test_without_a_search(policy):
     assert found.search is None
     assert found.scores.images == 40
     expected = mdc.uniform_policy(model) if policy == "uniform" else policy
-    assert found.plan == mdc.make_plan(model, found.scores, expected, DEFAULT_TOKENS)
+    assert found.plan == mdc.make_plan(model, found.scores, expected)
 
 
 @pytest.mark.parametrize(

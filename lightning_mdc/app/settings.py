@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from lightning_mdc.app.recipes import completed
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.policy import TOKEN_SCORES, Space, TokenOptions
+from lightning_mdc.policy import DEFAULT_TOKENS, TOKEN_SCORES, Space, TokenOptions
 from lightning_mdc.policy_search.held_out import METRICS
 from lightning_mdc.surgery import COMPENSATIONS
 
@@ -77,10 +77,11 @@ def policy_space(settings: Settings, **of_a_search: Any) -> Space:
     return Space(**options, stages=settings["surgery"]["stages"], **of_a_search)
 
 
-def token_options(settings: Settings) -> TokenOptions:
-    """What the settings say happens at a token stage."""
+def token_options(settings: Settings) -> TokenOptions | None:
+    """What the settings say happens at a token stage; None: nothing but the default."""
     surgery = settings["surgery"]
-    return TokenOptions(surgery["token_score"], surgery["reduction"], surgery["restore"])
+    options = TokenOptions(surgery["token_score"], surgery["reduction"], surgery["restore"])
+    return None if options == DEFAULT_TOKENS else options
 
 
 def _refused(key: str, cfg: DictConfig) -> ConfigError:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lightning_mdc.errors import ArtifactError, PlanError, PolicyError, UnsupportedModelError
 from lightning_mdc.policy import (
-    DEFAULT_TOKENS,
     DIMENSIONS,
     TOKENS,
     UNIT_DIMENSIONS,
@@ -417,7 +416,7 @@ class Anatomy:
         if dimensions is not None:
             return self.require(dimensions)
         found = self.default_dimensions(None if tokens is None else tokens.restore)
-        if tokens not in (None, DEFAULT_TOKENS) and TOKENS not in found:
+        if tokens is not None and TOKENS not in found:
             raise PlanError(
                 f"tokens={tokens!r} is not looked at: no classifier of {self.name} is known, so it loses "
                 f"{' and '.join(found)} only; pass dimensions={self.dimensions!r}, or TokenOptions(restore=True)"
@@ -426,7 +425,7 @@ class Anatomy:
 
     def check_options(self, tokens: TokenOptions | None) -> None:
         """Refuse, with a `PlanError`, to be told what becomes of tokens where none can leave."""
-        if tokens not in (None, DEFAULT_TOKENS) and TOKENS in self.reasons:
+        if tokens is not None and TOKENS in self.reasons:
             raise PlanError(
                 f"tokens={tokens!r} is not looked at: {self.name} cannot lose tokens: {self.reasons[TOKENS]}; leave "
                 "tokens= out"
