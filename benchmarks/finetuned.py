@@ -22,7 +22,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -244,13 +244,13 @@ def judged(found: dict[str, Any]) -> Iterator[Target]:
             yield Target(f"{at}: searched − {what} (points)", points, ">=", wanted)
 
 
-def rows_of(found: dict[str, Any], without: str | None = None) -> list[str]:
-    """The lines of the table, but for rows whose names begin so."""
+def rows_of(found: dict[str, Any]) -> list[str]:
+    """The lines of the table."""
     budgets = budgets_of(found)
     lines = [f"| share of the MACs | {' | '.join(budgets)} | min |", f"|---|{'---:|' * (len(budgets) + 1)}"]
     for name in (DENSE, *HEALED_ON, *ROWS):
         rows = [row for row in found["rows"] if row["method"] == name]
-        if not rows or (without is not None and name.startswith(without)):
+        if not rows:
             continue
         cells = [cell(found, name, WHOLE if name == DENSE else at) for at in budgets]
         minutes = [sum(value for key, value in row["seconds"].items() if key != "all") / 60 for row in rows]
@@ -294,14 +294,14 @@ def headline(found: dict[str, Any]) -> str:
     """For README.md: what was reached and what was not, and the rows."""
     missed = [str(target) for target in judged(found) if not target.is_met]
     misses = f" **Missed:** {'; '.join(missed)}." if missed else ""
-    rows = rows_of(found, without=f"{DEFAULT}, ")
-    return "\n".join([f"{how(found)} {differences(found)}{misses}", "", *rows])
+    lost = differences(found, (DEFAULT, *HEALED_ON))
+    return "\n".join([f"{how(found)} {lost}{misses}", "", *rows_of(found)])
 
 
-def differences(found: dict[str, Any]) -> str:
+def differences(found: dict[str, Any], names: Iterable[str] = (DEFAULT, BY_ATTENTION, PLAINLY, *HEALED_ON)) -> str:
     """What ours lose against the dense model, in a sentence."""
     of_each = []
-    for name in SEARCHED:
+    for name in names:
         measured = ((at, *beside_dense(found, name, at)) for at in budgets_of(found))
         parts = [
             f"{mean:+.1f} ({lower:+.1f} to {upper:+.1f}) at {at}"
