@@ -34,9 +34,9 @@ from matplotlib.figure import Figure
 from pages import ROOT, folder_of, write_pages
 from pretrained import (
     BUDGETS,
-    BY_ATTENTION,
     DEFAULT,
     HEALED,
+    MERGED,
     METHODS,
     PEERS,
     PLAIN,
@@ -70,7 +70,7 @@ ROWS: dict[str, Method] = {
     name: METHODS[name]
     for name in (
         DEFAULT,
-        BY_ATTENTION,
+        MERGED,
         PLAINLY,
         f"{PLAIN}, sequential",
         "Torch-Pruning, Taylor",
@@ -298,7 +298,7 @@ def headline(found: dict[str, Any]) -> str:
     return "\n".join([f"{how(found)} {lost}{misses}", "", *rows_of(found)])
 
 
-def differences(found: dict[str, Any], names: Iterable[str] = (DEFAULT, BY_ATTENTION, PLAINLY, *HEALED_ON)) -> str:
+def differences(found: dict[str, Any], names: Iterable[str] = (DEFAULT, MERGED, PLAINLY, *HEALED_ON)) -> str:
     """What ours lose against the dense model, in a sentence."""
     of_each = []
     for name in names:

@@ -54,7 +54,6 @@ from lightning_mdc.files import write_json
 from lightning_mdc.gp_ei.study import read_study
 from lightning_mdc.importance import ConditionalDependence, Criterion
 from lightning_mdc.importance.criteria import Random
-from lightning_mdc.policy import DEFAULT_TOKENS
 from lightning_mdc.policy_search.held_out import HeldOut
 
 WEIGHTS, MODEL, SIZE = "vit_small_patch14_cifar10_98px.safetensors", "vit_small_patch14_dinov2", 98
@@ -106,12 +105,12 @@ OURS, PLAIN, HSIC_METRIC = "`fisher`", "`conditional`", "`conditional`, metric=h
 WEAKER = ("`taylor`", "`hsic`", "`activation`", "`magnitude`", "`random`")  # that the default has to be ahead of
 COMPENSATIONS = ("sequential", "lstsq", "none")
 DEFAULT, HEALED = "searched, all three", "searched, all three; healed"
-BY_ATTENTION, PLAINLY = f"{DEFAULT}, attention", f"{DEFAULT}, {PLAIN}, attention"
+MERGED, PLAINLY = f"{DEFAULT}, attention*dependence, merged", f"{DEFAULT}, {PLAIN}"
 ATTENTION = mdc.TokenOptions("attention")
 SEARCHED = {
-    DEFAULT: Method(OURS, dimensions=ALL, searched=True, tokens=DEFAULT_TOKENS),
-    HEALED: Method(OURS, dimensions=ALL, searched=True, tokens=DEFAULT_TOKENS, heal=6),
-    BY_ATTENTION: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION),
+    DEFAULT: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION),
+    HEALED: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION, heal=6),
+    MERGED: Method(OURS, dimensions=ALL, searched=True, tokens=mdc.TokenOptions(None, "merge")),
     PLAINLY: Method(dimensions=ALL, searched=True, tokens=ATTENTION),
     f"{PLAINLY}; healed": Method(dimensions=ALL, searched=True, tokens=ATTENTION, heal=6),
     "searched, heads and neurons": Method(searched=True),
@@ -159,7 +158,7 @@ METHODS: dict[str, Method] = {
     **SINGLE,
     **SEVERAL,
     **SEARCHED,
-    RANDOM: Method(OURS, dimensions=ALL, searched=True, tokens=DEFAULT_TOKENS, at_random=True),
+    RANDOM: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION, at_random=True),
     **{name: Method(dimensions=ALL[1:], tokens=tokens) for name, tokens in OF_TOKENS.items()},
     **SCHEDULES,
     **JOINTLY,
@@ -170,8 +169,8 @@ OTHERWISE = {
     "neurons and tokens, attention*dependence": "neurons and tokens",
     "neurons and tokens, merged": "neurons and tokens",
     "neurons and tokens, attention*dependence, merged": "neurons and tokens, attention*dependence",
-    DEFAULT: BY_ATTENTION,
-    BY_ATTENTION: PLAINLY,
+    MERGED: DEFAULT,
+    DEFAULT: PLAINLY,
 }
 # On the ladder, too.
 ON_PAIRS = (f"{PLAIN}, sequential", f"{PLAIN}, lstsq", "`taylor`, sequential", f"{PLAIN}, none")
@@ -575,8 +574,8 @@ def text(found: dict[str, Any]) -> str:
             f"{error:.1f} points), {found['calibration']} calibration images, searches of {found['trials']} trials on "
             f"{found['judging']} images that the dense model was not trained on. Rows that name no criterion: {PLAIN}, "
             f"but {OURS}, the default, where they are *searched* or *random*; no compensation: `sequential`; no "
-            "dimensions: heads and neurons; no token score: attention, and fused, but attention*dependence, and "
-            "merged, where they are *searched* or *random*; neither of these: uniform. *Searched* is refitted on the "
+            "dimensions: heads and neurons; no token score: attention, and fused; neither *searched* nor *random*: "
+            "uniform. *Searched* is refitted on the "
             f"images that judged it, too, as `mdc.compress` does, and *healed* in {SEARCHED[HEALED].heal} epochs of "
             f"them all, as it does with `heal={SEARCHED[HEALED].heal}`; *random* has as many trials and the same "
             "starting points, then random policies. s: seconds to score, search, compensate and heal, on "

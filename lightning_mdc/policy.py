@@ -146,7 +146,7 @@ class TokenOptions:
 
 
 # What is done where nobody says what happens at a token stage.
-DEFAULT_TOKENS = TokenOptions(score=None, reduction="merge")
+DEFAULT_TOKENS = TokenOptions()
 
 
 @dataclass(frozen=True, init=False)
