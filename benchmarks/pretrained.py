@@ -106,13 +106,12 @@ WEAKER = ("`taylor`", "`hsic`", "`activation`", "`magnitude`", "`random`")  # th
 COMPENSATIONS = ("sequential", "lstsq", "none")
 DEFAULT, HEALED = "searched, all three", "searched, all three; healed"
 MERGED, PLAINLY = f"{DEFAULT}, attention*dependence, merged", f"{DEFAULT}, {PLAIN}"
-ATTENTION = mdc.TokenOptions("attention")
 SEARCHED = {
-    DEFAULT: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION),
-    HEALED: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION, heal=6),
+    DEFAULT: Method(OURS, dimensions=ALL, searched=True),
+    HEALED: Method(OURS, dimensions=ALL, searched=True, heal=6),
     MERGED: Method(OURS, dimensions=ALL, searched=True, tokens=mdc.TokenOptions(None, "merge")),
-    PLAINLY: Method(dimensions=ALL, searched=True, tokens=ATTENTION),
-    f"{PLAINLY}; healed": Method(dimensions=ALL, searched=True, tokens=ATTENTION, heal=6),
+    PLAINLY: Method(dimensions=ALL, searched=True),
+    f"{PLAINLY}; healed": Method(dimensions=ALL, searched=True, heal=6),
     "searched, heads and neurons": Method(searched=True),
     "searched, neurons and tokens": Method(dimensions=ALL[1:], searched=True),
     "searched, neurons alone": Method(dimensions=ALL[1:2], searched=True),
@@ -127,28 +126,28 @@ VARIANTS = {
     "with swaps": Method(swaps=300),
     **{f"ridge={kind}": Method(ridge=kind) for kind in ("clipped", "channel", "largest")},
 }
-SINGLE = {f"{name} alone": Method(dimensions=(name,), tokens=ATTENTION) for name in ALL}
+SINGLE = {f"{name} alone": Method(dimensions=(name,)) for name in ALL}
 SEVERAL = {
-    "neurons and tokens": Method(dimensions=ALL[1:], tokens=ATTENTION),
-    "heads and tokens": Method(dimensions=("heads", "tokens"), tokens=ATTENTION),
-    "all three": Method(dimensions=ALL, tokens=ATTENTION),
+    "neurons and tokens": Method(dimensions=ALL[1:]),
+    "heads and tokens": Method(dimensions=("heads", "tokens")),
+    "all three": Method(dimensions=ALL),
 }
 OF_TOKENS = {
     "neurons and tokens, attention*dependence": mdc.TokenOptions("attention*dependence"),
     "neurons and tokens, dependence": mdc.TokenOptions("dependence"),
     "neurons and tokens, attention*dependence, merged": mdc.TokenOptions("attention*dependence", "merge"),
-    "neurons and tokens, merged": mdc.TokenOptions("attention", "merge"),
-    "neurons and tokens, dropped": mdc.TokenOptions("attention", "drop"),
+    "neurons and tokens, merged": mdc.TokenOptions(reduction="merge"),
+    "neurons and tokens, dropped": mdc.TokenOptions(reduction="drop"),
 }
 SCHEDULES = {
     f"tokens alone, {word}, at {blocks}": Method(
-        dimensions=("tokens",), tokens=mdc.TokenOptions("attention", reduction), stages=count
+        dimensions=("tokens",), tokens=mdc.TokenOptions(reduction=reduction), stages=count
     )
     for word, reduction in (("fused", "fuse"), ("dropped", "drop"), ("merged", "merge"))
     for blocks, count in (("1 block", 1), ("2 blocks", 2), ("4 blocks", 4), ("every block", 10**6))
 }
 JOINTLY = {
-    f"all three, {word}": Method(dimensions=ALL, tokens=mdc.TokenOptions("attention", reduction))
+    f"all three, {word}": Method(dimensions=ALL, tokens=mdc.TokenOptions(reduction=reduction))
     for word, reduction in (("dropped", "drop"), ("merged", "merge"))
 }
 PEERS = {f"Torch-Pruning, {name}": Method(name.lower(), "none", peer=True) for name in ("Taylor", "magnitude")}
@@ -158,7 +157,7 @@ METHODS: dict[str, Method] = {
     **SINGLE,
     **SEVERAL,
     **SEARCHED,
-    RANDOM: Method(OURS, dimensions=ALL, searched=True, tokens=ATTENTION, at_random=True),
+    RANDOM: Method(OURS, dimensions=ALL, searched=True, at_random=True),
     **{name: Method(dimensions=ALL[1:], tokens=tokens) for name, tokens in OF_TOKENS.items()},
     **SCHEDULES,
     **JOINTLY,
@@ -575,10 +574,10 @@ def text(found: dict[str, Any]) -> str:
             f"{found['judging']} images that the dense model was not trained on. Rows that name no criterion: {PLAIN}, "
             f"but {OURS}, the default, where they are *searched* or *random*; no compensation: `sequential`; no "
             "dimensions: heads and neurons; no token score: attention, and fused; neither *searched* nor *random*: "
-            "uniform. *Searched* is refitted on the "
-            f"images that judged it, too, as `mdc.compress` does, and *healed* in {SEARCHED[HEALED].heal} epochs of "
-            f"them all, as it does with `heal={SEARCHED[HEALED].heal}`; *random* has as many trials and the same "
-            "starting points, then random policies. s: seconds to score, search, compensate and heal, on "
+            "uniform. *Searched* is refitted on the images that judged it, too, as `mdc.compress` does, and *healed* "
+            f"in {SEARCHED[HEALED].heal} epochs of them all, as it does with `heal={SEARCHED[HEALED].heal}`; *random* "
+            "has as many trials and the same starting points, then random policies. s: seconds to score, search, "
+            "compensate and heal, on "
             f"{found['threads']} thread(s). An empty cell was not run. Measured by `python benchmarks/pretrained.py "
             "--data FOLDER --work FOLDER`; a row alone by `--method NAME`.",
             "",

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import timm
 
-from lightning_mdc.policy import TokenOptions, default_stages
+from lightning_mdc.policy import default_stages
 from lightning_mdc.policy_search.policy_space import PolicySpace
 
 BLOCKS = 12
@@ -35,8 +35,7 @@ class Problem:
 
     @cached_property
     def space(self) -> PolicySpace:
-        # Tokens that leave are fused, as `utilisation` has it.
-        return PolicySpace(timm.create_model("deit_small_patch16_224"), self.budget, tokens=TokenOptions())
+        return PolicySpace(timm.create_model("deit_small_patch16_224"), self.budget)
 
     @cached_property
     def _scalars(self) -> tuple[list[list[int]], tuple[int, ...], dict[float, float]]:

@@ -46,7 +46,7 @@ from lightning_mdc.importance import Criterion, Moments, Scorer, Scores
 from lightning_mdc.importance.calibration import Calibration, Remembered, images_in, joined, num_images, put_together
 from lightning_mdc.importance.training_data import CalibrationBatches, calibration_batches, is_map_style
 from lightning_mdc.models import Anatomy, Prediction, evaluating, find_anatomy, find_model, put_in_place, standing_in
-from lightning_mdc.policy import DEFAULT_TOKENS, Plan, Policy, Space, TokenOptions
+from lightning_mdc.policy import Plan, Policy, Space, TokenOptions
 from lightning_mdc.policy_search.closeness import float_tensors
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, digest_of
 from lightning_mdc.policy_search.folder import SearchFolder, digest_of_batches
@@ -82,8 +82,8 @@ class MultiDimPruneCallback(Callback):
         policy: ``"searched"``; ``"uniform"``, which takes the same share everywhere and is there at once; a `Policy`,
             or the path of a policy's JSON file.
         criterion: name of a criterion or an instance; see `lightning_mdc.score`.
-        dimensions, space: see `uniform_policy` and `PolicySpace`; a given policy says itself what it prunes.
-        tokens: see `make_plan`; None: `DEFAULT_TOKENS`.
+        dimensions, space, tokens: see `uniform_policy`, `PolicySpace` and `make_plan`; a given policy says itself what
+            it prunes.
         calibration: how many images units are scored on and policies are judged on, over all ranks together; None:
             ``Calibration()``. In batches of the training loader's size, unless it says another or
             that is too small for the criterion.
@@ -772,7 +772,7 @@ class MultiDimPruneCallback(Callback):
             return plan
         final = plan.policy
         ratios = {d: [1 - outcome.progress * (1 - ratio) for ratio in of] for d, of in final.ratios.items()}
-        score = (self.method.tokens or DEFAULT_TOKENS).score
+        score = (self.method.tokens or TokenOptions()).score
         policy = Policy(**ratios, stages=final.stages, input_size=final.input_size)
         return make_plan(model, outcome.scores, policy, TokenOptions(score, plan.reduction, plan.restore))
 

@@ -31,7 +31,7 @@ from lightning_mdc.errors import (
 from lightning_mdc.importance import Calibration, Criterion, Needs, Scorer, Scores, as_criterion
 from lightning_mdc.importance.scoring import on_device_of, run_on, scored_by, split_batch
 from lightning_mdc.models import Prediction, Units, find_anatomy, runnable
-from lightning_mdc.policy import DEFAULT_TOKENS, Plan, Policy, Space, TokenOptions, check_dimensions
+from lightning_mdc.policy import Plan, Policy, Space, TokenOptions, check_dimensions
 from lightning_mdc.policy_search.driver import SearchOptions, SearchResult, search
 from lightning_mdc.policy_search.held_out import InPlace, running_as_written
 from lightning_mdc.policy_search.policy_space import PolicySpace
@@ -121,7 +121,7 @@ class Method:
             "criterion": (str(self.criterion), "fisher"),
             "dimensions": (self.dimensions, None),
             "space": (self.space, Space()),
-            "tokens": (self.tokens or DEFAULT_TOKENS, DEFAULT_TOKENS),
+            "tokens": (self.tokens or TokenOptions(), TokenOptions()),
         }
         unusual = [f"{name}={value}" for name, (value, usual) in others.items() if value != usual]
         return ", ".join([str(self.budget), *unusual])
@@ -344,8 +344,7 @@ def compress(
         n_trials: how many policies are tried; None: 40.
         compensate: see `slim`; None: ``"sequential"``. Policies are tried with ``"lstsq"`` then, which one look at the
             images serves, where no norm over units stands in its way.
-        dimensions, space, input_size: see `uniform_policy` and `PolicySpace`.
-        tokens: see `make_plan`; None: `DEFAULT_TOKENS`.
+        dimensions, space, tokens, input_size: see `uniform_policy` and `PolicySpace`.
         calibration: how many images score and judge; None: ``Calibration()``.
         prediction: makes of the model's output what criterion and judging look at; None: the softmax of its logits, or
             the output itself.

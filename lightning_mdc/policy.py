@@ -121,7 +121,7 @@ class TokenOptions:
     Args:
         score: what ranks tokens at run time: ``"attention"``, ``"dependence"`` (a prior over positions) or
             ``"attention*dependence"``. None: the latter where scores say how much each position matters, else
-            attention; see `DEFAULT_TOKENS`.
+            attention.
         reduction: what becomes of the tokens that leave: ``"fuse"`` averages them into one that stays, ``"drop"``
             drops them, ``"merge"`` averages each into the kept one most like it, ``"merge-proportional"`` also weighs
             a merged token by its size in later attentions; or the name of a registered one of your own.
@@ -143,10 +143,6 @@ class TokenOptions:
             raise PlanError(f"reduction={self.reduction!r:.80}: expected the name of a reduction, such as 'fuse'")
         if not (self.restore is None or isinstance(self.restore, bool)):
             raise PlanError(f"restore={self.restore!r:.80}: expected True, False or None")
-
-
-# What is done where nobody says what happens at a token stage.
-DEFAULT_TOKENS = TokenOptions()
 
 
 @dataclass(frozen=True, init=False)

@@ -142,7 +142,7 @@ def test_many_policies_are_priced_at_once() -> None:
     together = costs.macs(Kept(units, [TokenDrop(b, keeps[:, i]) for i, b in enumerate((1, 2, 3))]))
     for i in (0, 7, 49):
         policy = mdc.Policy(heads[i] / 4, neurons[i] / 192, keeps[i])
-        assert together[i] == mdc.policy_macs(model, policy, TokenOptions())
+        assert together[i] == mdc.policy_macs(model, policy)
 
 
 # --- uniform policies -------------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def test_every_stage_and_prefix_combination_stays_under_budget() -> None:
         model = VisionTransformer(**(BASE | {"depth": depth, "reg_tokens": prefix}))
         stages = sorted(rng.sample(range(depth), rng.randint(1, depth)))
         budget = rng.uniform(0.45, 1)
-        policy = mdc.uniform_policy(model, budget, space=Space(stages=stages), tokens=TokenOptions())
-        assert mdc.policy_macs(model, policy, TokenOptions()) <= budget * mdc.macs(model)
-        assert mdc.policy_macs(model, policy, TokenOptions()) > (budget - 0.01) * mdc.macs(model)
+        policy = mdc.uniform_policy(model, budget, space=Space(stages=stages))
+        assert mdc.policy_macs(model, policy) <= budget * mdc.macs(model)
+        assert mdc.policy_macs(model, policy) > (budget - 0.01) * mdc.macs(model)
 
 
 def test_a_uniform_policy_has_one_ratio_for_all() -> None:

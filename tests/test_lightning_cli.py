@@ -67,7 +67,7 @@ def test_the_page_prunes_and_finetunes_from_config_files(run_page, monkeypatch):
     prune = next(each for each in run_page(0).trainer.callbacks if isinstance(each, mdc.MultiDimPruneCallback))
     assert prune.method.prediction is torch.sigmoid
     assert prune.plan is not None
-    assert prune.method.tokens.reduction == "fuse"
+    assert prune.method.tokens.reduction == "merge"
     assert min(map(len, prune.plan.heads)) >= 2
 
     mdc.save(strangers.network(), "dense")

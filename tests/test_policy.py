@@ -82,7 +82,7 @@ def test_the_best_units_are_kept() -> None:
 
 def fields() -> dict[str, object]:
     model = make()
-    plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5, 0.5, 0.5), mdc.TokenOptions())
+    plan = mdc.make_plan(model, mdc.score(model, criterion="random"), mdc.Policy(0.5, 0.5, 0.5))
     return json.loads(plan.to_json())  # type: ignore[no-any-return]
 
 

@@ -181,7 +181,7 @@ def test_equal_plans_are_equal_points(kind: str, token_ratio: str) -> None:
 @pytest.mark.parametrize("token_ratio", ["shared", "stages"])
 def test_a_policy_and_its_point_are_the_same(kind: str, token_ratio: str) -> None:
     model = make(kind)
-    space = space_of(model, 0.6, tokens=TokenOptions(), token_ratio=token_ratio)
+    space = space_of(model, 0.6, token_ratio=token_ratio)
     for point in on_budget(space, 20):
         policy = space.policy(point)
         assert (space.nearest(policy) == point).all()
@@ -202,7 +202,7 @@ def test_the_first_point_is_the_uniform_policy(kind: str) -> None:
 
 def test_points_are_keep_ratios_by_block() -> None:
     model = make()
-    space = space_of(model, 0.9, tokens=TokenOptions(), token_ratio="stages")
+    space = space_of(model, 0.9, token_ratio="stages")
     names = [axis.name for axis in space.axes]
     assert names == [f"{d}.{i}" for d in ("heads", "neurons") for i in range(4)] + [f"tokens.{i}" for i in range(3)]
     for point in anywhere(space, 20):
@@ -240,7 +240,7 @@ def test_bounds_hold_for_whole_units() -> None:
         "tokens": (0.5, 0.9),
     }
     for kwargs in ({}, {"min_heads": 2}, {"round_to": 16}, {"min_neurons": 100}):
-        space = space_of(model, 0.6, tokens=TokenOptions(), bounds=bounds, token_ratio="stages", **kwargs)  # type: ignore[arg-type]
+        space = space_of(model, 0.6, bounds=bounds, token_ratio="stages", **kwargs)  # type: ignore[arg-type]
         least = kwargs.get("min_heads", 1)
         for point in np.concatenate([on_budget(space, 20), space.low[None], space.high[None]]):
             policy = space.policy(point)

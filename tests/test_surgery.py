@@ -27,6 +27,17 @@ def planned(model: nn.Module, policy: mdc.Policy | None = None, **options: Any) 
     return mdc.make_plan(model, scores, policy or mdc.Policy(0.5, 0.4, 0.6), mdc.TokenOptions(**options))
 
 
+def test_tokens_are_ranked_by_dependence_too_where_positions_are_scored() -> None:
+    model, tokens = make(), mdc.TokenOptions(score=None)
+    scores = mdc.score(model, [images(8)], progress=False)
+    plan = mdc.make_plan(model, scores, mdc.Policy(tokens=0.6), tokens)
+    assert plan == mdc.make_plan(model, scores, mdc.Policy(tokens=0.6), mdc.TokenOptions("attention*dependence"))
+    assert plan.tokens[0].prior is not None
+    units = mdc.score(model, [images(8)], dimensions=["heads"], progress=False)
+    unknown = mdc.make_plan(model, units, mdc.Policy(tokens=0.6), tokens)
+    assert unknown == mdc.make_plan(model, units, mdc.Policy(tokens=0.6), mdc.TokenOptions("attention"))
+
+
 def agree(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
     return bool((a - b).detach().abs().max() <= tolerance * max(1.0, float(b.detach().abs().max())))
 

@@ -7,7 +7,6 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -37,7 +36,6 @@ from lightning_mdc.figures.style import save_figure
 from lightning_mdc.files import read_json, write_text
 from lightning_mdc.gp_ei.study import read_study
 from lightning_mdc.models import find_anatomy
-from lightning_mdc.policy import DEFAULT_TOKENS
 from lightning_mdc.policy_search.driver import SearchOptions
 from lightning_mdc.randomness import isolated_rng, seed_all
 from lightning_mdc.weights import classes_in, load_weights
@@ -284,7 +282,7 @@ def _compressed(given: Namespace, network: nn.Module, sample: Sample, journal: P
             n_trials=given.trials,
             compensate=given.compensate,
             dimensions=None if given.dimensions is None else given.dimensions.split(","),
-            tokens=replace(DEFAULT_TOKENS, restore=True) if given.restore else None,
+            tokens=mdc.TokenOptions(restore=True) if given.restore else None,
             calibration=sample.calibration,
             seed=given.seed,
             heal=given.heal,

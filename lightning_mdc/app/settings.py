@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from lightning_mdc.app.recipes import completed
 from lightning_mdc.errors import ConfigError
-from lightning_mdc.policy import DEFAULT_TOKENS, TOKEN_SCORES, Space, TokenOptions
+from lightning_mdc.policy import TOKEN_SCORES, Space, TokenOptions
 from lightning_mdc.policy_search.held_out import METRICS
 from lightning_mdc.surgery import COMPENSATIONS
 
@@ -81,7 +81,7 @@ def token_options(settings: Settings) -> TokenOptions | None:
     """What the settings say happens at a token stage; None: nothing but the default."""
     surgery = settings["surgery"]
     options = TokenOptions(surgery["token_score"], surgery["reduction"], surgery["restore"])
-    return None if options == DEFAULT_TOKENS else options
+    return None if options == TokenOptions() else options
 
 
 def _refused(key: str, cfg: DictConfig) -> ConfigError:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.models import Anatomy
-from lightning_mdc.policy import DEFAULT_TOKENS, Plan, Policy, TokenOptions
+from lightning_mdc.policy import Plan, Policy, TokenOptions
 from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 from lightning_mdc.tokens.reduction import reduction_class
 
@@ -194,7 +194,7 @@ class CostModel:
             PolicyError: the policy does not fit the model.
         """
         counts = self.anatomy.counts(policy)
-        return self.kept(counts.units, counts.stages, counts.tokens, DEFAULT_TOKENS if tokens is None else tokens)
+        return self.kept(counts.units, counts.stages, counts.tokens, TokenOptions() if tokens is None else tokens)
 
     def kept_by_plan(self, plan: Plan) -> Kept:
         """What the slim model of `plan` keeps."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.latency_table import ALIGNMENT
-from lightning_mdc.policy import DEFAULT_TOKENS, TOKENS, Policy, Ratios, Space, TokenOptions
+from lightning_mdc.policy import TOKENS, Policy, Ratios, Space, TokenOptions
 from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 from lightning_mdc.tokens.reduction import reduction_class
 
@@ -35,7 +35,7 @@ class Grid:
         self, costs: CostModel, dimensions: Sequence[str], space: Space, tokens: TokenOptions | None = None
     ) -> None:
         self.costs, self.space = costs, space
-        self.options = DEFAULT_TOKENS if tokens is None else tokens
+        self.options = TokenOptions() if tokens is None else tokens
         self.sizes = costs.sizes
         stages = costs.anatomy.check_stages(space.stages)
         self.stages = () if TOKENS in costs.anatomy.reasons else stages

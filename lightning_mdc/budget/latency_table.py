@@ -22,7 +22,7 @@ from lightning_mdc.budget.cost_model import CostModel, Kept, num_params
 from lightning_mdc.errors import BudgetError
 from lightning_mdc.files import json_object, write_text
 from lightning_mdc.models import Anatomy, find_anatomy
-from lightning_mdc.policy import DEFAULT_TOKENS, TOKENS, Policy, TokenOptions
+from lightning_mdc.policy import TOKENS, Policy, TokenOptions
 
 # Matrix kernels are slower where a row of neurons is no whole number of vector registers (or tensor core tiles): 457
 # neurons take 7 to 15 % longer than 456 on a CPU. Widths of either kind have knots of their own.
@@ -279,7 +279,7 @@ def token_conditions(anatomy: Anatomy, tokens: TokenOptions | None) -> dict[str,
         return {"reduction": built_in.reduction, "restore": built_in.restore}
     if TOKENS in anatomy.reasons:
         return None
-    tokens = DEFAULT_TOKENS if tokens is None else tokens
+    tokens = TokenOptions() if tokens is None else tokens
     return {"reduction": tokens.reduction, "restore": anatomy.restores(tokens.restore)}
 
 

@@ -44,7 +44,7 @@ from lightning_mdc.distributed import on_first_rank
 from lightning_mdc.errors import BudgetError, check_number, check_whole
 from lightning_mdc.models import Anatomy, Block, Units, find_anatomy, probing
 from lightning_mdc.models.swapping import cut_units, not_copied, original_class, plain_copy
-from lightning_mdc.policy import DEFAULT_TOKENS, TOKENS, Plan, Policy, TokenOptions, TokenStage
+from lightning_mdc.policy import TOKENS, Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.progress import bar
 from lightning_mdc.randomness import isolated_rng
 from lightning_mdc.surgery.slim import slim, stage_tokens
@@ -82,7 +82,7 @@ def measure_latency_table(
     Args:
         model: the dense model (or a module that holds it); unchanged, and it need have no weights (meta device).
         batch_size: images per forward pass.
-        tokens: what happens at token stages; None: `DEFAULT_TOKENS`.
+        tokens: what happens at token stages; None: ``TokenOptions()``.
         device: where to measure; None: where the model is.
         cache: folder of tables; None: ``lightning_mdc/latency`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         seconds: how long to measure, about.
@@ -286,7 +286,7 @@ class _Stopwatch:
 def first_units(anatomy: Anatomy, policy: Policy, tokens: TokenOptions | None = None) -> Plan:
     """A plan of `policy` for timing, which does not depend on which units stay: the first ones."""
     counts = anatomy.counts(policy)
-    tokens = DEFAULT_TOKENS if tokens is None else tokens
+    tokens = TokenOptions() if tokens is None else tokens
     return Plan(
         kept={name: tuple(tuple(range(int(n))) for n in counts.units.get(name, ())) for name in anatomy.sizes},
         sizes=anatomy.sizes,

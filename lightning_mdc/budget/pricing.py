@@ -10,7 +10,7 @@ from lightning_mdc.budget.cost_model import CostModel, Kept
 from lightning_mdc.budget.costs import COSTS
 from lightning_mdc.budget.limits import Budget
 from lightning_mdc.errors import PlanError, check_kind
-from lightning_mdc.policy import DEFAULT_TOKENS, Policy, TokenOptions
+from lightning_mdc.policy import Policy, TokenOptions
 
 
 class Pricing:
@@ -31,7 +31,7 @@ class Pricing:
     def __init__(self, costs: CostModel, budget: Budget, tokens: TokenOptions | None = None) -> None:
         check_kind("tokens", tokens, TokenOptions, PlanError)
         self.costs, self.budget = costs, budget
-        self.tokens = DEFAULT_TOKENS if tokens is None else tokens
+        self.tokens = TokenOptions() if tokens is None else tokens
         self.prices: dict[str, Callable[[Kept], Any]] = {}
         self.limits: dict[str, float] = {}
         for name, limit in budget.limits.items():

@@ -40,7 +40,7 @@ def uniform_policy(
         dimensions: what may be pruned; None: all the model can lose, tokens where a classifier is known or they are
             restored.
         space: the fewest units, multiples of them, and token stages; None: ``Space()``.
-        tokens: what happens at a token stage; None: `DEFAULT_TOKENS`.
+        tokens: what happens at a token stage; None: ``TokenOptions()``.
         input_size: in pixels, see `macs`; None: the model's own.
         submodule: of the vision transformer in `model`; see `find_anatomy`.
 

@@ -1,6 +1,6 @@
 """Kept and removed units change places while the layer loses less by it.
 
-Backward elimination (`fisher`) never takes back what it has removed, so its choice of so many units need not be
+Backward elimination (`conditional`) never takes back what it has removed, so its choice of so many units need not be
 the best one. Exchanges go on from it, each time by the pair that lowers the loss most: the variance of ``y = W z`` that
 the kept channels cannot explain, ``tr(W S_DD|K W^T)`` (D removed, K kept, `S_DD|K` the covariance of D given K).
 

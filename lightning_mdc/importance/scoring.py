@@ -423,8 +423,6 @@ class Scorer:
             error = error.__cause__ if isinstance(error.__cause__, Exception) else error
             self._failure = str(error).strip().partition("\n")[0] or type(error).__name__
             self.sums[_GAVE_UP] = torch.ones_like(self.sums["batches"])
-        finally:
-            self._pass = _Pass()
 
     def _surprise(self, output: Any) -> Tensor:
         """That of all that the model says, which may be any nest of float tensors."""

@@ -38,7 +38,7 @@ class PolicySpace(PointSpace):
         budget: fraction of the dense MACs in (0, 1], or a `Budget`.
         dimensions: what may be pruned; None: see `uniform_policy`. Not tokens where only parameters count.
         space: bounds, groups, fewest units, token stages; None: ``Space()``.
-        tokens: what happens at a token stage; None: `DEFAULT_TOKENS`.
+        tokens: what happens at a token stage; None: ``TokenOptions()``.
         input_size: in pixels, see `macs`; None: the model's own.
         submodule: of the vision transformer in `model`; see `find_anatomy`.
 

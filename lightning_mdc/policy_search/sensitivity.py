@@ -135,7 +135,7 @@ def measure_sensitivity(
         levels: keep ratios to try per dimension; None, also of one: every number of heads, or eight steps where there
             are more, and some ratios of neurons and tokens.
         stages: blocks of the token stages; None means quarters of the depth.
-        tokens: what happens at a token stage; None: `DEFAULT_TOKENS`.
+        tokens: what happens at a token stage; None: ``TokenOptions()``.
         state: CSV file for the cuts made so far; those that are there already are not made again. It has to be of
             this model, these scores and these images.
         progress: show a progress bar where there is a terminal.

@@ -12,7 +12,7 @@ from lightning_mdc.importance.exchange import exchanged
 from lightning_mdc.importance.moments import Moments
 from lightning_mdc.importance.scores import Scores, min_max
 from lightning_mdc.models import Anatomy, Counts, find_anatomy
-from lightning_mdc.policy import DEFAULT_TOKENS, Plan, Policy, TokenOptions, TokenStage
+from lightning_mdc.policy import Plan, Policy, TokenOptions, TokenStage
 from lightning_mdc.tokens.flow import tokens_after, tokens_kept
 from lightning_mdc.tokens.reduction import reduction_class
 
@@ -33,7 +33,7 @@ def make_plan(
         model: the dense model (or a module that holds it) that was scored.
         scores: from `score`; a dimension that `policy` does not prune may be missing.
         policy: keep ratios.
-        tokens: what happens at a token stage; None: `DEFAULT_TOKENS`.
+        tokens: what happens at a token stage; None: ``TokenOptions()``.
         swaps: how many times at most, in each block, a kept and a removed unit change places while their layer loses
             less by it, refitted; see `importance.exchange`. Needs the `moments` of scores.
         input_size: (height, width) in pixels at which tokens are kept in whole numbers; None: the one that `policy`
@@ -51,7 +51,7 @@ def make_plan(
     anatomy = find_anatomy(model, submodule)
     counts = anatomy.counts(policy)
     check_kind("tokens", tokens, TokenOptions, PlanError)
-    options = DEFAULT_TOKENS if tokens is None else tokens
+    options = TokenOptions() if tokens is None else tokens
     reduction_class(options.reduction)  # refuses an unknown one, whether or not any token leaves
     check_whole("swaps", swaps, 0, PlanError)
     kept = {
@@ -126,7 +126,7 @@ def _token_stages(
         scoring = counts.units.get(point.attention.dimension)
         prior = None
         if options.score != "attention" or (scoring is not None and scoring[block] == 0):
-            prior = _prior(anatomy, scores, block, required=options.score in ("dependence", "attention*dependence"))
+            prior = _prior(anatomy, scores, block, required=options.score is not None and options.score != "attention")
         stages.append(
             TokenStage(
                 block,
